@@ -1,0 +1,27 @@
+"""Merge, then compress the experts of any Mixture-of-Experts model of Transformers (M-SMoE, MC-SMoE)."""
+
+from transformers import AutoConfig
+
+from hf_mcsmoe.adapters import MoELayer, moe_layers
+from hf_mcsmoe.calibration import collect_statistics
+from hf_mcsmoe.compress import compress, merge_experts
+from hf_mcsmoe.config import MergeConfig
+from hf_mcsmoe.modeling.auto import RegisteredConfig
+from hf_mcsmoe.modeling.modeling_mcsmoe import MergedSwitchSparseMLP
+from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.statistics import RoutingStatistics
+
+__all__ = [
+    "MergeConfig",
+    "MergePlan",
+    "MergedSwitchSparseMLP",
+    "MoELayer",
+    "RoutingStatistics",
+    "collect_statistics",
+    "compress",
+    "merge_experts",
+    "moe_layers",
+    "plan_merge",
+]
+
+AutoConfig.register("mcsmoe", RegisteredConfig, exist_ok=True)

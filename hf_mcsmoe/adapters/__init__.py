@@ -1,0 +1,79 @@
+"""Where each architecture keeps its experts: `moe_layers` finds them, an adapter a kind of container reads them."""
+
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.adapters.base import MoELayer, find_router
+from hf_mcsmoe.adapters.fused import FusedLayer, fused_views, is_fused
+from hf_mcsmoe.adapters.other import REFUSED, DbrxLayer, JetMoeLayer, Llama4Layer
+from hf_mcsmoe.adapters.switch import SwitchLayer
+from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
+
+__all__ = ["MoELayer", "fused_views", "moe_layers"]
+
+# Parts of a multimodal model that are not its text part; their experts stay as they are.
+OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "talker")
+
+# Per class of container: adapter, and its (E, D, F). The experts interface needs no entry.
+OUTSIDE: dict[str, tuple[type[MoELayer], Callable[[nn.Module], tuple[int, int, int]]]] = {
+    "SwitchTransformersExperts": (SwitchLayer, lambda c: (len(c), *c["expert_0"].wo.weight.shape)),
+    "Llama4TextExperts": (Llama4Layer, lambda c: (c.num_experts, c.hidden_size, c.expert_dim)),
+    "JetMoeMoE": (JetMoeLayer, lambda c: (c.input_linear.num_experts, c.input_size, c.hidden_size)),
+    "DbrxExperts": (DbrxLayer, lambda c: (c.num_experts, c.hidden_size, c.ffn_hidden_size)),
+}
+
+TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+
+
+def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
+    """Return the model's layers of experts, in the order of its modules.
+
+    Experts of vision, audio and speech parts and shared experts are left out. In an already compressed model the
+    layers have `merged` set, and `num_experts` counts the stored experts.
+
+    Raises:
+        ValueError: the model has no experts, or experts of a kind that cannot be merged; the message says why.
+    """
+    layers = [_layer(model, name, module) for name, module in model.named_modules() if _is_text_experts(name, module)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no Mixture-of-Experts layer in its text part. hf_mcsmoe merges the experts of "
+            "sparse models (Mixtral, Qwen3-MoE, OLMoE, gpt-oss, Switch Transformers ...); a dense model has none."
+        )
+    return layers
+
+
+def _is_text_experts(name: str, module: nn.Module) -> bool:
+    kind = type(module).__name__
+    if any(tower in part for part in name.split(".") for tower in OTHER_TOWERS):
+        return False
+    if kind in REFUSED:
+        raise ValueError(f"The experts of {name!r} ({kind}) cannot be merged: {REFUSED[kind]}.")
+    return kind in OUTSIDE or is_fused(module)
+
+
+def _layer(model: PreTrainedModel, name: str, module: nn.Module) -> MoELayer:
+    merged = isinstance(module, MergedExperts) or any(cls.__name__ == "MergedExperts" for cls in type(module).__mro__)
+    if not merged and type(module).__name__ in OUTSIDE:
+        adapter, measure = OUTSIDE[type(module).__name__]
+        sizes = measure(module)
+    else:
+        adapter, down = FusedLayer, fused_views(module).tensors["down"]
+        sizes = (len(down), *down[0].shape)
+    return adapter(name, model, module, sizes[0], _top_k(model, name), *sizes[1:], merged)
+
+
+def _top_k(model: PreTrainedModel, name: str) -> int | None:
+    """Return how many experts a token picks, from the router, the block or the configuration; None where unsaid."""
+    try:
+        router = find_router(model, name)
+    except ValueError:
+        router = None
+    block = model.get_submodule(name.rpartition(".")[0])
+    for owner in (router, block, model.config.get_text_config()):
+        for field in TOP_K_FIELDS:
+            if isinstance(value := getattr(owner, field, None), int):
+                return value
+    return 1 if type(block).__name__.startswith(("Switch", "MergedSwitch")) else None

@@ -1,0 +1,65 @@
+"""Stacked experts behind `@use_experts_implementation`: one adapter for every family, led by the run-time flags."""
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_mcsmoe.adapters.base import MoELayer, Observer, call_arguments, record_logits
+from hf_mcsmoe.experts import ExpertWeights
+
+
+# Experts of the same layout whose class is not behind the interface's decorator and so carries no flags.
+WITHOUT_FLAGS = ("Step3p7Experts", "LongcatFlashExperts")
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Tell whether a module holds experts in the layout of the experts interface of Transformers."""
+    flagged = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    down = getattr(module, "down_proj", None)
+    return (flagged or type(module).__name__ in WITHOUT_FLAGS) and isinstance(down, nn.Parameter) and down.ndim == 3
+
+
+def fused_views(experts: nn.Module) -> ExpertWeights:
+    """Return views of the stacked parameters by role, for every layout that the interface's flags describe."""
+    transposed = getattr(experts, "is_transposed", False)
+    down = experts.down_proj.detach()
+    tensors: dict[str, torch.Tensor] = {"down": down.mT if transposed else down}
+    name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    up = getattr(experts, name).detach()[: len(down)]
+    tensors |= _split(experts, up.mT if transposed else up, "")
+    if getattr(experts, "has_bias", False):
+        tensors |= _split(experts, getattr(experts, name + "_bias").detach(), "_bias")
+        tensors["down_bias"] = experts.down_proj_bias.detach()
+    return ExpertWeights(tensors)
+
+
+def _split(experts: nn.Module, up: torch.Tensor, suffix: str) -> dict[str, torch.Tensor]:
+    """Split `up` [E, F or 2F, ...] into gate and up, which lie one after the other or interleaved."""
+    if not getattr(experts, "has_gate", True):
+        return {"up" + suffix: up}
+    if getattr(experts, "is_concatenated", True):
+        gate, up = up.chunk(2, dim=1)
+    else:
+        gate, up = up[:, ::2], up[:, 1::2]
+    return {"gate" + suffix: gate, "up" + suffix: up}
+
+
+class FusedLayer(MoELayer):
+    """Experts called as `experts(hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K])`."""
+
+    @property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.container.named_parameters(recurse=False))
+
+    def read(self) -> ExpertWeights:
+        return fused_views(self.container)
+
+    def observe(self, observer: Observer) -> list[RemovableHandle]:
+        seen: dict[str, torch.Tensor] = {}
+
+        def on_experts(module: nn.Module, arguments: tuple, keywords: dict) -> None:
+            _, index, weights = call_arguments(module, arguments, keywords)[:3]
+            observer(seen.pop("logits"), index, weights)
+
+        handles = record_logits(self, lambda logits: seen.update(logits=logits))
+        return [*handles, self.container.register_forward_pre_hook(on_experts, with_kwargs=True)]

@@ -1,0 +1,73 @@
+"""The remaining families outside the experts interface: Llama 4, JetMoE, DBRX, LongCat-Flash, and those refused."""
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_mcsmoe.adapters.base import MoELayer, Observer, record_logits
+from hf_mcsmoe.adapters.fused import FusedLayer
+from hf_mcsmoe.experts import ExpertWeights
+
+# Containers whose experts cannot be merged, and why.
+REFUSED = {
+    "NllbMoeExperts": (
+        "the installed Transformers runs only its experts 0 and 1, whatever the router picks (the dispatch mask is "
+        "one-hot encoded a second time in NllbMoeExperts.forward), so its outputs say nothing about the other experts"
+    ),
+    "DogeCDMoE": (
+        "its experts are single neurons found by product keys: there is nothing to align, and merging two of them "
+        "saves less than the map from old to new costs"
+    ),
+}
+
+
+class Llama4Layer(MoELayer):
+    """Llama 4: transposed, gated; sigmoid scores multiply the experts' inputs."""
+
+    def read(self) -> ExpertWeights:
+        gate, up = self.container.gate_up_proj.detach().mT.chunk(2, dim=1)
+        return ExpertWeights({"gate": gate, "up": up, "down": self.container.down_proj.detach().mT})
+
+    def observe(self, observer: Observer) -> list[RemovableHandle]:
+        def picked(logits: torch.Tensor) -> None:
+            values, index = logits.topk(self.router.top_k, dim=1)
+            observer(logits, index, values.float().sigmoid())
+
+        return record_logits(self, picked)
+
+
+class JetMoeLayer(MoELayer):
+    """JetMoE's feed-forward experts; the container is the whole block. Its attention experts stay."""
+
+    def read(self) -> ExpertWeights:
+        gate, up = self.container.input_linear.weight.detach().chunk(2, dim=1)
+        return ExpertWeights({"gate": gate, "up": up, "down": self.container.output_linear.weight.detach()})
+
+    @property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(f"{name}.weight", getattr(self.container, name).weight) for name in ("input_linear", "output_linear")]
+
+    @property
+    def router(self) -> nn.Module:
+        return self.container.router
+
+    def observe(self, observer: Observer) -> list[RemovableHandle]:
+        def on_router(module: nn.Module, arguments: tuple, output: tuple) -> None:
+            values, index = output[-1].topk(module.top_k, dim=1)
+            observer(output[-1], index, values.softmax(1))
+
+        return [self.router.register_forward_hook(on_router)]
+
+
+class DbrxLayer(FusedLayer):
+    """DBRX: the rows of all experts in one matrix; the down matrix is stored transposed."""
+
+    @property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.container.named_parameters())
+
+    def read(self) -> ExpertWeights:
+        mlp = self.container.mlp
+        shape = (self.num_experts, self.intermediate_size, self.hidden_size)
+        gate, up, down = (tensor.detach().view(shape) for tensor in (mlp.w1, mlp.v1, mlp.w2))
+        return ExpertWeights({"gate": gate, "up": up, "down": down.mT})

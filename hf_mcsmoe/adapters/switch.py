@@ -1,0 +1,25 @@
+"""Switch Transformers: a dictionary of small dense layers, dispatched by a one-hot mask with a capacity."""
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_mcsmoe.adapters.base import MoELayer, Observer
+from hf_mcsmoe.experts import ExpertWeights
+
+
+class SwitchLayer(MoELayer):
+    """Top-1 experts `wi`, `wo` without gate; tokens over an expert's capacity reach none."""
+
+    def read(self) -> ExpertWeights:
+        experts = [self.container[f"expert_{index}"] for index in range(self.num_experts)]
+        up = [expert.wi.weight.detach() for expert in experts]
+        return ExpertWeights({"up": up, "down": [expert.wo.weight.detach() for expert in experts]})
+
+    def observe(self, observer: Observer) -> list[RemovableHandle]:
+        def on_router(module: nn.Module, arguments: tuple, output: tuple[torch.Tensor, ...]) -> None:
+            dispatch, probability, logits = (tensor.reshape(-1, tensor.shape[-1]) for tensor in output)
+            reached = dispatch.any(-1, keepdim=True)
+            observer(logits, dispatch.argmax(-1, keepdim=True), probability * reached)
+
+        return [self.router.register_forward_hook(on_router)]

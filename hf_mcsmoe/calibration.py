@@ -1,0 +1,172 @@
+"""One pass over calibration data: the routing statistics of every layer of experts."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.adapters import MoELayer, moe_layers
+from hf_mcsmoe.config import REGISTRIES
+from hf_mcsmoe.registry import unknown
+from hf_mcsmoe.statistics import LayerStatistics, RoutingStatistics
+
+Batch = Mapping[str, Any]
+
+
+def collect_statistics(
+    model: PreTrainedModel, batches: Iterable[Batch], *, methods: Sequence[str] | None = None
+) -> RoutingStatistics:
+    """Run `model` once over `batches` and sum what its routers do (paper, section 3.1).
+
+    Only tokens that count are summed: not padding (`attention_mask`, `decoder_attention_mask`), not positions outside
+    the loss (`labels` of -100), not tokens that an expert's capacity turned away. The model is left as it was.
+
+    Args:
+        batches: dictionaries for `model(**batch)`; masks [batch, length].
+        methods: names of the methods that will use the statistics, checked here, before the first forward.
+
+    Raises:
+        ValueError: no batches, an unknown method, a model without experts or one that is compressed already, or
+            router logits that are not finite.
+    """
+    known = [name for registry in REGISTRIES.values() for name in registry]
+    for method in methods or ():
+        if method not in known:
+            raise ValueError(unknown("method", method, known))
+    layers = uncompressed_layers(model)
+    statistics = RoutingStatistics(
+        fingerprint(layers), {layer.name: LayerStatistics.empty(layer.num_experts) for layer in layers}
+    )
+    masks: dict[str, torch.Tensor] = {}
+    number = -1
+    with torch.no_grad(), _as_it_was(model), _observed(layers, statistics, masks):
+        for number, batch in enumerate(batches):
+            batch = _on_device(batch, model)
+            masks.clear()
+            masks.update(token_masks(model, batch))
+            model(**batch)
+    if number < 0:
+        raise ValueError("The calibration set is empty: pass at least one batch.")
+    _check(statistics)
+    return statistics
+
+
+def uncompressed_layers(model: PreTrainedModel) -> list[MoELayer]:
+    """Return the model's layers of experts.
+
+    Raises:
+        ValueError: the model is compressed already.
+    """
+    layers = moe_layers(model)
+    if any(layer.merged for layer in layers) or getattr(model.config, "mcsmoe", None):
+        raise ValueError(
+            "This model is compressed already. Its routers still speak of the original experts, which are gone: merge "
+            "the original model again with a smaller `experts` instead of merging twice."
+        )
+    return layers
+
+
+def fingerprint(layers: list[MoELayer]) -> str:
+    """Return a hash of the layers' names and sizes and of their routers' weights, the same in float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        digest.update(f"{layer.name} {layer.num_experts} {layer.hidden_size} {layer.intermediate_size}".encode())
+        with onloaded(layer.router):
+            for parameter in layer.router.parameters():
+                values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+                digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Bring the weights of a module that Accelerate offloaded to the CPU for the time of the block."""
+    with contextlib.ExitStack() as stack:
+        for child in module.modules():
+            if any(parameter.is_meta for parameter in child.parameters(recurse=False)):
+                stack.enter_context(align_module_device(child, "cpu"))
+        yield
+
+
+def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return which tokens count, bool [batch * length], on the side of the "encoder" and of the "decoder".
+
+    A decoder-only model has the decoder's side alone. A side without a mask counts every token.
+    """
+    sides = {"encoder": ("attention_mask", None), "decoder": ("decoder_attention_mask", "labels")}
+    if not getattr(model.config, "is_encoder_decoder", False):
+        sides = {"decoder": ("attention_mask", "labels")}
+    masks = {}
+    for side, (mask_name, labels_name) in sides.items():
+        parts = [batch[mask_name].bool()] if batch.get(mask_name) is not None else []
+        parts += [batch[labels_name] != -100] if batch.get(labels_name) is not None else []
+        if any(part.ndim != 2 for part in parts):
+            raise ValueError(f"{mask_name} and labels must be [batch, length] for statistics; pass a padding mask.")
+        if parts:
+            masks[side] = torch.stack(parts).all(0).flatten()
+    return masks
+
+
+@contextlib.contextmanager
+def _observed(
+    layers: list[MoELayer], statistics: RoutingStatistics, masks: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Feed every forward of the layers to their statistics for the time of the block."""
+    handles = []
+    try:
+        for layer in layers:
+            handles += layer.observe(_observer(layer, statistics[layer.name], masks))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observer(layer: MoELayer, sums: LayerStatistics, masks: dict[str, torch.Tensor]) -> Any:
+    in_encoder = getattr(layer.model.config, "is_encoder_decoder", False) and "encoder" in layer.name.split(".")
+
+    def observe(logits: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        mask = masks.get("encoder" if in_encoder else "decoder")
+        if mask is not None and len(mask) != len(logits):
+            raise ValueError(
+                f"{layer.name} saw {len(logits)} tokens, the batch's mask has {len(mask)}: pass masks of the shape of "
+                "the layer's input."
+            )
+        sums.update(logits, index, weights, mask)
+
+    return observe
+
+
+@contextlib.contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode (no router noise, no dropout) and back afterwards, module by module.
+
+    Switch casts its routers to float32 in the first forward; that is undone as well.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, dtype in dtypes:
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+
+def _on_device(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+    device = model.device if model.device.type != "meta" else torch.device("cpu")
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def _check(statistics: RoutingStatistics) -> None:
+    for name, layer in statistics.layers.items():
+        if not (layer.logit_gram.isfinite().all() and layer.gate_sum.isfinite().all()):
+            raise ValueError(f"The router of {name} gave values that are not finite: the model holds NaN or overflows.")

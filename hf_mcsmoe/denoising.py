@@ -1,0 +1,130 @@
+"""Span corruption, the text-to-text task of T5 and of the Switch Transformer, in repeatable form."""
+
+import random
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+RandomGenerator = random.Random | np.random.Generator
+
+NOISE_DENSITY = 0.15
+MEAN_SPAN = 3.0
+
+
+def sentinel_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of `<extra_id_0>`, `<extra_id_1>`, ... as far as the vocabulary of `tokenizer` holds them."""
+    vocabulary = tokenizer.get_vocab()
+    ids = []
+    while (token := f"<extra_id_{len(ids)}>") in vocabulary:
+        ids.append(vocabulary[token])
+    return ids
+
+
+def _random_parts(total: int, parts: int, rng: RandomGenerator) -> list[int]:
+    """Split `total` into `parts` positive integers, every split being equally likely."""
+    # Sorting random keys needs nothing but `rng.random()`, which Python's and NumPy's generators share.
+    order = sorted((rng.random(), cut) for cut in range(1, total))
+    cuts = sorted(cut for _, cut in order[: parts - 1])
+    return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+def corrupt_spans(
+    token_ids: list[int],
+    sentinel_ids: Sequence[int],
+    *,
+    noise_density: float,
+    mean_span: float,
+    rng: RandomGenerator,
+) -> tuple[list[int], list[int]]:
+    """Replace random spans of a text by sentinels and gather what they held, as T5 is trained.
+
+    `rng` is a `random.Random` or a NumPy `Generator`. Returns the source, of length
+    `len(token_ids) - masked + spans`, and the target, of length `masked + spans`: every sentinel followed by its
+    span. Neither has an end-of-sequence token. A text of fewer than two tokens has nothing to predict from and comes
+    back whole, with an empty target.
+    """
+    length = len(token_ids)
+    if length < 2 or not sentinel_ids:
+        return list(token_ids), []
+    masked = min(max(round(length * noise_density), 1), length - 1)
+    spans = min(max(round(masked / mean_span), 1), masked, len(sentinel_ids), length - masked + 1)
+    span_lengths = _random_parts(masked, spans, rng)
+    # Text has to stand between two spans but need not before the first and after the last one: the two extra tokens
+    # shared out here are taken from these ends again.
+    gaps = _random_parts(length - masked + 2, spans + 1, rng)
+    gaps[0] -= 1
+    source, target, position = [], [], 0
+    for sentinel, gap, span in zip(sentinel_ids, gaps, span_lengths, strict=False):
+        source += [*token_ids[position : position + gap], sentinel]
+        position += gap
+        target += [sentinel, *token_ids[position : position + span]]
+        position += span
+    return source + list(token_ids[position:]), target
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Pad `rows` on the right with `value` to a tensor of shape (rows, longest row)."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
+
+
+def _collate(pairs: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Join (source, target) pairs to a batch; every entry has shape (pairs, longest source or target)."""
+    sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
+    return {
+        "input_ids": _padded(sources, pad_token_id),
+        "attention_mask": _padded([[1] * len(source) for source in sources], 0),
+        "labels": _padded(targets, -100),
+        # The model shifts the labels right behind a start token, so that as many decoder inputs as labels are real.
+        "decoder_attention_mask": _padded([[1] * len(target) for target in targets], 0),
+    }
+
+
+def denoising_batches(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Corrupt `texts` and batch them in their order for an encoder-decoder model.
+
+    A text is cut to `max_length` tokens before spans are masked. Returns `input_ids` and `attention_mask` of shape
+    (batch, source) and `labels` (padded with -100) and `decoder_attention_mask` of shape (batch, target).
+    """
+    sentinels, end = sentinel_token_ids(tokenizer), [tokenizer.eos_token_id]
+    pairs = []
+    for text in texts:
+        token_ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
+        # Seeded by the text itself: its masks are the same in any subset, order and batch size.
+        rng = random.Random(f"{seed}:{text}")
+        source, target = corrupt_spans(
+            token_ids, sentinels, noise_density=NOISE_DENSITY, mean_span=MEAN_SPAN, rng=rng
+        )
+        pairs.append((source + end, target + end))
+    starts = range(0, len(pairs), batch_size)
+    return [_collate(pairs[start : start + batch_size], tokenizer.pad_token_id) for start in starts]
+
+
+@torch.no_grad()
+def denoising_metrics(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], unscored_ids: Sequence[int] = ()
+) -> dict[str, float]:
+    """Measure the loss a label and the share of masked tokens predicted with teacher forcing.
+
+    Labels in `unscored_ids` (sentinels and the end of sequence, which are easy) count for the loss but not for the
+    accuracy. Both figures are means over tokens, so that they do not depend on the batch size.
+    """
+    device = next(model.parameters()).device
+    unscored = torch.tensor(list(unscored_ids), dtype=torch.long, device=device)
+    loss, labelled, correct, scored = 0.0, 0, 0, 0
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels, logits = batch["labels"], model(**batch).logits.float()
+        loss += nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        wanted = (labels != -100) & ~torch.isin(labels, unscored)
+        # The length of a span is a guess, and the next sentinel would often win over the word that is asked for.
+        logits[..., unscored] = -torch.inf
+        correct += (logits.argmax(-1) == labels)[wanted].sum().item()
+        labelled, scored = labelled + (labels != -100).sum().item(), scored + wanted.sum().item()
+    return {"loss": loss / labelled, "accuracy": correct / max(scored, 1)}

@@ -1,0 +1,69 @@
+"""Which experts of a layer become one: budgets over the layers, then groups within each."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_mcsmoe.registry import Registry
+
+GROUPING = Registry("grouping")
+BUDGET = Registry("budget")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of one layer: `expert_map` int [E] -> [G], and the dominant expert of each group, int [G]."""
+
+    expert_map: list[int]
+    dominant: list[int]
+
+
+def budget_total(experts: int | float, sizes: list[int]) -> int:
+    """Return how many experts all layers of `sizes` keep together: `experts` per layer on average, or a share."""
+    return experts * len(sizes) if isinstance(experts, int) else max(len(sizes), round(experts * sum(sizes)))
+
+
+@BUDGET.register("uniform", paper="2310.01334")
+def uniform_budget(saliency: list[torch.Tensor], experts: int | float, min_experts: int) -> list[int]:
+    """Return the number of experts per layer: the same everywhere (or the same share of each layer)."""
+    counts = [experts if isinstance(experts, int) else round(experts * len(layer)) for layer in saliency]
+    return [max(count, min_experts) for count in counts]
+
+
+@BUDGET.register("adaptive", paper="2310.01334")
+def adaptive_budget(saliency: list[torch.Tensor], experts: int | float, min_experts: int) -> list[int]:
+    """Return the number of experts per layer: the most salient of all layers together (M-SMoE, section 3.1).
+
+    Saliency is scaled to a maximum of 1 in each layer, so every layer keeps its first expert. The total is exact:
+    ties go to the lower expert index, then to the earlier layer.
+    """
+    total = budget_total(experts, [len(layer) for layer in saliency])
+    counts = [min(min_experts, len(layer)) for layer in saliency]
+    candidates = []
+    for position, layer in enumerate(saliency):
+        scaled = layer / layer.max() if layer.max() > 0 else layer
+        ranked = salient_first(layer)
+        candidates += [(-float(scaled[expert]), expert, position) for expert in ranked[counts[position] :]]
+    for _, _, position in sorted(candidates)[: total - sum(counts)]:
+        counts[position] += 1
+    return counts
+
+
+def salient_first(saliency: torch.Tensor) -> list[int]:
+    """Return the experts by falling saliency [E], ties by index."""
+    return torch.argsort(saliency, descending=True, stable=True).tolist()
+
+
+@GROUPING.register("dominant", paper="2310.01334")
+def dominant_groups(saliency: torch.Tensor, similarity: torch.Tensor, num_groups: int) -> Groups:
+    """Let each expert join the most similar of the `num_groups` most salient ones (M-SMoE, section 3.1).
+
+    Args:
+        saliency: [E].
+        similarity: [E, E].
+        num_groups: G. Groups are numbered by the index of their dominant expert; a tie joins the lower number.
+    """
+    dominant = sorted(salient_first(saliency)[:num_groups])
+    expert_map = similarity[:, dominant].argmax(1)  # [E]; argmax takes the first of equals
+    expert_map[dominant] = torch.arange(num_groups)
+    return Groups(expert_map.tolist(), dominant)

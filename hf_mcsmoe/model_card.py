@@ -1,0 +1,154 @@
+"""The model card of a merged model, generated from what was done."""
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Template
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.config import REGISTRIES
+from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
+from hf_mcsmoe.modeling.modeling_mcsmoe import MODEL_ID, source_folder
+from hf_mcsmoe.plan import MergePlan
+
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+
+TEMPLATE = Template(
+    """
+# {{ title }}
+
+{{ base }} with fewer experts: the experts of each layer were merged by **M-SMoE**
+([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024) with
+[hf_mcsmoe](https://pypi.org/project/hf-mcsmoe/) {{ versions.hf_mcsmoe }}. The router is the original one; a map sends
+its choice among the original experts to the stored ones.
+
+| | before | after | saved |
+|---|---:|---:|---:|
+| parameters | {{ "{:,}".format(before[0]) }} | {{ "{:,}".format(after[0]) }} | {{ saved[0] }} |
+| bytes | {{ "{:,}".format(before[1]) }} | {{ "{:,}".format(after[1]) }} | {{ saved[1] }} |
+
+## How to load
+
+```python
+from transformers import {{ auto_class }}
+
+model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=True)
+```
+
+The modelling code lies beside the weights; no further package is needed. With `import hf_mcsmoe`
+(`pip install hf-mcsmoe`) it loads without the flag.
+
+## Method
+
+| step | method | paper |
+|---|---|---|
+{% for step, method, paper in steps -%}
+| {{ step }} | {{ method }} | {{ paper }} |
+{% endfor %}
+Calibrated on {{ "{:,}".format(tokens) }} tokens. Options and groups in full: `mcsmoe_plan.json`.
+
+## Experts per layer
+
+| layer | before | after |
+|---|---:|---:|
+{% for name, (old, new) in layers.items() -%}
+| `{{ name }}` | {{ old }} | {{ new }} |
+{% endfor -%}
+{% if whole %}
+Left whole: {{ whole | join(", ") }}.
+{% endif %}
+## Citation
+
+```bibtex
+@inproceedings{li2024merge,
+  title     = {Merge, Then Compress: Demystify Efficient {SMoE} with Hints from Its Routing Policy},
+  author    = {Li, Pingzhi and Zhang, Zhenyu and Yadav, Prateek and Sung, Yi-Lin and Cheng, Yu and Bansal, Mohit and
+               Chen, Tianlong},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024}
+}
+```
+""",
+    keep_trailing_newline=True,
+)
+
+
+def model_card(
+    model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], before: list[int]
+) -> str:
+    """Return the card's text, with the metadata that the Hub reads.
+
+    Args:
+        model: the merged model.
+        layers: experts before and after, per layer name.
+        before: parameters and bytes of the original model.
+    """
+    after = [model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())]
+    source = plan.provenance["model"]
+    auto_class = loading_class(model)
+    text = TEMPLATE.render(
+        title=f"{(source.rstrip('/').rpartition('/')[2] or plan.provenance['model_type'])} with merged experts",
+        base=f"[{source}](https://huggingface.co/{source})" if is_repo_id(source) else "A model of type "
+        f"`{plan.provenance['model_type']}`",
+        versions=plan.provenance["versions"],
+        before=before,
+        after=after,
+        saved=[f"{1 - new / old:.1%}" for old, new in zip(before, after, strict=True)],
+        auto_class=auto_class,
+        model_id=MODEL_ID,
+        steps=_steps(plan.config),
+        tokens=max(plan.provenance["tokens"].values()),
+        layers=layers,
+        whole=[f"`{name}`" for name in plan.provenance["tokens"] if name not in layers],
+    )
+    return f"---\n{_metadata(source, auto_class).to_yaml()}\n---\n{text}"
+
+
+def loading_class(model: PreTrainedModel) -> str:
+    """Return the Auto class that loads the model's own class."""
+    entries = auto_map(model.config.base_model_type).items()
+    names = [name for name, path in entries if path.rpartition(".")[2] == type(model).__name__]
+    return next((name for name in names if name in PIPELINES), names[0] if names else "AutoModel")
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether a model's name is the id of a Hub repository (not a path of some machine)."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.startswith((".", "~"))
+
+
+def _metadata(source: str, auto_class: str) -> ModelCardData:
+    return ModelCardData(
+        base_model=source if is_repo_id(source) else None,
+        license=source_licence(source),
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(auto_class),
+        tags=["mcsmoe", "mixture-of-experts", "model-compression", "custom_code", "arxiv:2310.01334"],
+    )
+
+
+def source_licence(source: str) -> str | None:
+    """Return the licence that the source's own card declares, if it has a card that does."""
+    folder = source_folder(source)
+    card = folder / "README.md" if folder else None
+    return ModelCard.load(card).data.license if card and card.is_file() else None
+
+
+def _steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    steps = []
+    for stage, registry in REGISTRIES.items():
+        method = registry.methods.get(config[stage])
+        paper = f"[arXiv {method.paper}](https://arxiv.org/abs/{method.paper})" if method and method.paper else ""
+        steps.append((stage, config[stage], paper))
+    kept = f"{config['experts']} per layer" if isinstance(config["experts"], int) else f"{config['experts']:.0%}"
+    return [("experts kept", kept, ""), *steps, ("aligned to", config["reference"], "")]

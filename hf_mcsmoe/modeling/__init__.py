@@ -1,0 +1,1 @@
+"""What travels with a checkpoint: configuration, model and experts classes."""

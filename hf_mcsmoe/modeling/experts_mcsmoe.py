@@ -1,0 +1,305 @@
+"""Merged experts: the modules that stand where a model's experts stood. This file travels with every checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+def merge_picks(
+    expert_map: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Send a router's picks to the stored experts; picks of one token that meet in an expert become one.
+
+    The first of them carries the sum of their weights (`g_1 + g_2` times the merged expert). The others, and picks
+    whose weight is 0 (a token over capacity, a skipped expert), get the index `num_experts`, which is never computed.
+
+    Args:
+        expert_map: int [E] -> [G].
+        top_k_index: int [T, K], in [0, E).
+        top_k_weights: [T, K].
+        num_experts: G.
+    """
+    index = expert_map[top_k_index].masked_fill(top_k_weights == 0, num_experts)
+    if index.shape[-1] == 1:
+        return index, top_k_weights
+    same = index[:, :, None] == index[:, None, :]  # [T, K, K]
+    repeated = same.tril(-1).any(-1)  # [T, K]
+    summed = (same * top_k_weights[:, None, :]).sum(-1, dtype=top_k_weights.dtype)
+    return index.masked_fill(repeated, num_experts), summed.masked_fill(repeated, 0)
+
+
+def eager_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Run stacked experts one after another, for every layout of the experts interface of Transformers.
+
+    Args:
+        hidden_states: [T, D].
+        top_k_index: int [T, K]; the index `num_experts` means no expert.
+        top_k_weights: [T, K].
+    """
+    output = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= self.num_experts:
+            continue
+        token, pick = torch.where(top_k_index == expert)
+        states = _expert_linear(self, hidden_states[token], "gate_up_proj" if self.has_gate else "up_proj", expert)
+        states = self._apply_gate(states) if self.has_gate else self.act_fn(states)
+        states = _expert_linear(self, states, "down_proj", expert)
+        if self.has_post_expert_norm:
+            states = self.post_expert_norm(states)
+        output.index_add_(0, token, (states * top_k_weights[token, pick, None]).to(output.dtype))
+    return output
+
+
+def _expert_linear(module: nn.Module, states: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, name + "_bias")[expert] if module.has_bias else None
+    return nn.functional.linear(states.to(weight.dtype), weight.T if module.is_transposed else weight, bias)
+
+
+class MergedExperts(nn.Module):
+    """G stored experts behind a router that knows E; first base of every generated experts class.
+
+    The stacked parameters keep the names and the layout of the family, with G rows instead of E.
+    """
+
+    expert_map: torch.Tensor
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the picked experts' outputs, [T, D], as the base class does.
+
+        Args:
+            hidden_states: [T, D].
+            top_k_index: int [T, K], the router's picks in [0, E).
+            top_k_weights: [T, K].
+        """
+        index, weights = merge_picks(self.expert_map, top_k_index, top_k_weights, self.num_experts)
+        implementation = self.config._experts_implementation
+        if implementation is None:
+            implementation = "grouped_mm"
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
+        return run(self, hidden_states, index, weights)
+
+    def set_expert_map(self, expert_map: list[int]) -> None:
+        """Set the map int [E] -> [G] and G itself. The map is kept in the configuration, not among the weights."""
+        values = torch.tensor(expert_map, dtype=torch.long)
+        self.num_experts = max(expert_map) + 1
+        self.expert_map_values = list(expert_map)
+        self.register_buffer("expert_map", values, persistent=False)
+        # Tells the grouped and the batched product to drop the index `num_experts`.
+        self._is_expert_parallel = True
+
+
+class StackedExperts(MergedExperts):
+    """Merged experts of a family outside the experts interface, stored in that interface's default layout.
+
+    Parameters: `gate_up_proj [G, 2F, D]` (gate rows first) or, ungated, `up_proj [G, F, D]`; `down_proj [G, D, F]`.
+    """
+
+    def __init__(
+        self, config: Any, expert_map: list[int], sizes: tuple[int, int], act_fn: nn.Module, has_gate: bool
+    ) -> None:
+        """Make empty experts of `sizes` (D, F); `config` says which implementation of the product runs."""
+        super().__init__()
+        self.config, self.act_fn, self.has_gate = config, act_fn, has_gate
+        self.has_bias = self.is_transposed = self.has_post_expert_norm = False
+        self.is_concatenated = True
+        self.set_expert_map(expert_map)
+        hidden_size, width = sizes
+        up = torch.empty(self.num_experts, 2 * width if has_gate else width, hidden_size)
+        self.register_parameter("gate_up_proj" if has_gate else "up_proj", nn.Parameter(up))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+class MergedSwitchSparseMLP(nn.Module):
+    """Sparse MLP of a Switch Transformer with G merged experts: one grouped product instead of a loop over experts.
+
+    The router is the original one with its E outputs and its capacity; tokens over capacity get zero, as before.
+    """
+
+    def __init__(self, router: nn.Module, experts: StackedExperts) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `hidden_states` [batch, length, D] to the same shape."""
+        dispatch, probabilities, _ = self.router(hidden_states)  # [B, S, E] one-hot or zero, [B, S, 1], [B, S, E]
+        index = dispatch.argmax(-1).view(-1, 1)
+        weights = (probabilities * dispatch.any(-1, keepdim=True)).view(-1, 1)
+        output = self.experts(hidden_states.reshape(-1, hidden_states.shape[-1]), index, weights)
+        return output.view_as(hidden_states)
+
+
+class MergedLlama4TextMoe(nn.Module):
+    """Llama 4's block with merged experts. The score multiplies an expert's *input*, so picks are never summed.
+
+    Only the picked experts run; the original runs all of them, on zeros where they were not picked.
+    """
+
+    def __init__(self, block: nn.Module, experts: StackedExperts) -> None:
+        super().__init__()
+        self.router, self.shared_expert, self.experts = block.router, block.shared_expert, experts
+        self.hidden_dim, self.top_k = block.hidden_dim, block.top_k
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map `hidden_states` [..., D] to the output [T, D] and the router logits [T, E]."""
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        scores, logits = self.router(hidden_states)
+        index = logits.topk(self.top_k, dim=1).indices  # [T, K]
+        routed = hidden_states[:, None, :] * scores.gather(1, index)[:, :, None]  # [T, K, D]
+        ones = routed.new_ones(index.numel(), 1)
+        output = self.experts(routed.flatten(0, 1), index.reshape(-1, 1), ones).view_as(routed).sum(1)
+        return self.shared_expert(hidden_states) + output, logits
+
+
+class MergedJetMoeMoE(nn.Module):
+    """JetMoE's feed-forward block with merged experts (its attention experts are another module and stay)."""
+
+    def __init__(self, block: nn.Module, experts: StackedExperts) -> None:
+        super().__init__()
+        self.router, self.bias, self.experts = block.router, block.bias, experts
+
+    def forward(self, layer_input: torch.Tensor) -> torch.Tensor:
+        """Map `layer_input` [batch, length, D] to the same shape."""
+        hidden_states = layer_input.reshape(-1, layer_input.shape[-1])
+        values, index = self.router(hidden_states)[-1].topk(self.router.top_k, dim=1)
+        output = self.experts(hidden_states, index, values.softmax(1).type_as(hidden_states))
+        return output.view_as(layer_input) + self.bias
+
+
+class MergedDbrxExperts(StackedExperts):
+    """DBRX's experts, merged; they are called with [batch, length, D]."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Map `hidden_states` [batch, length, D] to the same shape; picks and weights are [T, K]."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return super().forward(flat, top_k_index, top_k_weights).view_as(hidden_states)
+
+
+class MergedLongcatFlashExperts(StackedExperts):
+    """LongCat-Flash's experts, merged; picks from E on are its zero-computation experts, which return their input."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Map `hidden_states` [T, D] to the same shape; picks and weights are [T, K]."""
+        identity = top_k_index >= self.expert_map.shape[0]
+        passed = (top_k_weights * identity).sum(-1, keepdim=True) * hidden_states
+        index, weights = top_k_index.masked_fill(identity, 0), top_k_weights.masked_fill(identity, 0)
+        return (super().forward(hidden_states, index, weights) + passed).to(hidden_states.dtype)
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of the text part, which carries the experts' implementation."""
+    return model.config.get_text_config()
+
+
+def _module(parent: nn.Module, path: str) -> nn.Module:
+    return parent.get_submodule(path) if path else parent
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(_module(model, parent), child, module)
+
+
+def _like(module: nn.Module, reference: torch.Tensor) -> nn.Module:
+    return module.to(device=reference.device, dtype=reference.dtype).train(module.training)
+
+
+def _install_switch(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
+    block_name = name.rpartition(".")[0]
+    block = model.get_submodule(block_name)
+    first = block.experts["expert_0"]
+    act_fn = nn.Sequential(first.act, nn.Dropout(first.dropout.p))
+    experts = StackedExperts(model.config, expert_map, first.wo.weight.shape, act_fn, has_gate=False)
+    _like(experts, first.wi.weight).down_proj = nn.Parameter(experts.down_proj.to(first.wo.weight.dtype).detach())
+    _replace(model, block_name, MergedSwitchSparseMLP(block.router, experts).train(block.training))
+    # The base family keeps its `wo` in float32 under float16.
+    model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), "mlp.experts.down_proj"}
+    return experts
+
+
+def _install_llama4(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
+    block_name = name.rpartition(".")[0]
+    block = model.get_submodule(block_name)
+    old = block.experts
+    experts = StackedExperts(text_config(model), expert_map, (old.hidden_size, old.expert_dim), old.act_fn, True)
+    _replace(model, block_name, MergedLlama4TextMoe(block, _like(experts, old.down_proj)).train(block.training))
+    return experts
+
+
+def _install_jetmoe(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
+    block = model.get_submodule(name)
+    sizes = (block.input_size, block.hidden_size)
+    experts = StackedExperts(model.config, expert_map, sizes, block.activation, True)
+    merged = MergedJetMoeMoE(block, _like(experts, block.input_linear.weight))
+    _replace(model, name, merged.train(block.training))
+    return experts
+
+
+def _install_dbrx(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
+    old = model.get_submodule(name)
+    sizes = (old.hidden_size, old.ffn_hidden_size)
+    experts = MergedDbrxExperts(model.config, expert_map, sizes, old.mlp.activation_fn, True)
+    _replace(model, name, _like(experts, old.mlp.w1).train(old.training))
+    return experts
+
+
+def _install_longcat(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
+    old = model.get_submodule(name)
+    sizes = (old.hidden_size, old.intermediate_size)
+    experts = MergedLongcatFlashExperts(model.config, expert_map, sizes, old.act_fn, True)
+    _replace(model, name, _like(experts, old.down_proj).train(old.training))
+    return experts
+
+
+def _install_fused(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
+    """Shrink experts of the experts interface in place: same class plus `MergedExperts`, same parameter names."""
+    experts = model.get_submodule(name)
+    num_experts = max(expert_map) + 1
+    for key, parameter in list(experts.named_parameters(recurse=False)):
+        rows = parameter.data.new_empty(num_experts, *parameter.shape[1:])
+        setattr(experts, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+    if not hasattr(experts, "has_gate"):  # the interface's default layout without its decorator (Step 3.7)
+        experts.config, experts.has_gate, experts.is_concatenated = text_config(model), True, True
+        experts.has_bias = experts.is_transposed = experts.has_post_expert_norm = False
+    experts.set_expert_map(expert_map)
+    return experts
+
+
+# Experts outside the experts interface, by the class of the container. Names, because the same library class may be
+# reached through several modules, and importing six families to load one of them would be waste.
+INSTALLERS = {
+    "SwitchTransformersExperts": _install_switch,
+    "Llama4TextExperts": _install_llama4,
+    "JetMoeMoE": _install_jetmoe,
+    "DbrxExperts": _install_dbrx,
+    "LongcatFlashExperts": _install_longcat,
+}
+
+
+def install_merged_experts(model: nn.Module, name: str, expert_map: list[int]) -> MergedExperts:
+    """Replace the experts container `name` of `model` by G empty merged experts, on its device and in its dtype.
+
+    Experts of the experts interface become instances of the class that `merged_class` of the modelling file makes of
+    their own class; that is the caller's part, since it needs the module that can name the class.
+
+    Args:
+        expert_map: int [E] -> [G], onto 0 .. G-1.
+    """
+    container = type(model.get_submodule(name)).__name__
+    experts = INSTALLERS.get(container, _install_fused)(model, name, expert_map)
+    experts.expert_map = experts.expert_map.to(experts.down_proj.device)
+    return experts

@@ -1,0 +1,239 @@
+"""Models with merged experts, for every family: classes generated on demand as `MCSMoE<BaseClass>`.
+
+`MCSMoEMixtralForCausalLM` is a subclass of `MixtralForCausalLM` whose experts are shrunk after `__init__` as its
+configuration says; module paths are the base class's. This file travels with every checkpoint: torch, transformers
+and its siblings only.
+"""
+
+import contextlib
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_mcsmoe import PREFIX, MCSMoEConfig, config_class_for, convert_config, source_files
+from .experts_mcsmoe import INSTALLERS, MergedExperts, MergedSwitchSparseMLP, StackedExperts, install_merged_experts
+
+__all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "merged_class"]
+
+# What a merged checkpoint takes over from its source.
+COMPANIONS = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "*.model"),
+    *("chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*"),
+)
+# What a checkpoint that is merged already passes on when it is saved again.
+DOCUMENTS = ("README.md", "mcsmoe_plan.json")
+# Stands in the card for the name of the folder or repository, which is known when it is saved.
+MODEL_ID = "@MODEL_ID@"
+
+
+class MCSMoEModel:
+    """First base of every generated model class: shrinks the experts, and saves a folder that loads anywhere."""
+
+    _can_set_experts_implementation_cached_value = True
+    # Text files that `save_pretrained` writes beside the weights: the plan and the card of the merge.
+    mcsmoe_files: dict[str, str] = {}
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Build the base model for `config`, then give each merged layer its G empty experts."""
+        super().__init__(config, *args, **kwargs)
+        for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
+            install_layer(self, name, layer["expert_map"])
+        adopt_inner_models(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MergedExperts):
+            init.copy_(module.expert_map, torch.tensor(module.expert_map_values, device=module.expert_map.device))
+        if isinstance(module, StackedExperts):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))
+        super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
+
+        Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint.
+        Takes the arguments of `PreTrainedModel.save_pretrained`.
+        """
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        hub_arguments = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr") if key in kwargs}
+        with completed_folder(Path(save_directory)) as folder:
+            self._save_folder(folder, Path(save_directory).name, **kwargs)
+        if push_to_hub:
+            repo_id = hub_arguments.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_arguments)
+
+    def _save_folder(self, folder: Path, model_id: str, **kwargs: Any) -> None:
+        # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
+        super().save_pretrained(folder, **{**kwargs, "save_original_format": False})
+        if not kwargs.get("is_main_process", True):
+            return
+        for file in source_files():
+            shutil.copyfile(file, folder / file.name)
+        source = source_folder(self.name_or_path)
+        wanted = COMPANIONS if self.mcsmoe_files else COMPANIONS + DOCUMENTS
+        for file in sorted(source.iterdir()) if source else ():
+            if file.is_file() and any(file.match(pattern) for pattern in wanted):
+                shutil.copyfile(file, folder / file.name)
+        for name, text in self.mcsmoe_files.items():
+            (folder / name).write_text(text.replace(MODEL_ID, model_id), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Create the repository if need be and upload the whole folder that `save_pretrained` writes.
+
+        Further arguments go to `save_pretrained` (`max_shard_size`, ...). Returns the commit's information.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_folder(Path(folder), repo_id, **kwargs)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload merged model",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def source_folder(name_or_path: str) -> Path | None:
+    """Return the folder with the files of a model given by path or Hub id; None where there is none to be had."""
+    if Path(name_or_path or "/nowhere").is_dir():
+        return Path(name_or_path)
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=[*COMPANIONS, *DOCUMENTS]))
+    except (OSError, ValueError, HfHubHTTPError):  # no id, or neither online nor in the cache
+        return None
+
+
+@contextlib.contextmanager
+def completed_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; its files move to `target` when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.is_dir() and any(target.iterdir()):
+            stale = {file.name for file in target.glob("*.safetensors*")} - {file.name for file in temporary.iterdir()}
+            for file in sorted(temporary.iterdir()):
+                os.replace(file, target / file.name)
+            for name in stale:
+                (target / name).unlink()
+        else:
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def layer_path(model: nn.Module, name: str) -> str:
+    """Return the path in `model` of the layer that the configuration calls `name`.
+
+    A head's checkpoint may be loaded into the bare base model and the other way round, as Transformers allows.
+
+    Raises:
+        ValueError: the model has no such module.
+    """
+    prefix = model.base_model_prefix + "."
+    modules = dict(model.named_modules())
+    for path in (name, name.removeprefix(prefix), prefix + name):
+        if path in modules:
+            return path
+    raise ValueError(
+        f"{type(model).__name__} has no module {name!r}, which the checkpoint's configuration names as merged experts. "
+        "The checkpoint belongs to another class, or to another version of Transformers."
+    )
+
+
+def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> MergedExperts:
+    """Give layer `name` its G empty merged experts, re-classing experts of the experts interface."""
+    path = layer_path(model, name)
+    experts = model.get_submodule(path)
+    if type(experts).__name__ not in INSTALLERS:
+        experts.__class__ = merged_class(type(experts))
+    return install_merged_experts(model, path, expert_map)
+
+
+def adopt_inner_models(model: nn.Module) -> None:
+    """Re-class the library models inside `model`, so that none is converted to the base family's file format."""
+    for module in model.modules():
+        if module is not model and isinstance(module, PreTrainedModel) and not isinstance(module, MCSMoEModel):
+            module.__class__ = merged_class(type(module))
+
+
+def convert_model(model: PreTrainedModel, layers: dict[str, dict]) -> None:
+    """Turn a base model, in place, into the generated class; its layers are still to be installed.
+
+    Args:
+        layers: per experts container its `num_experts` (E) and `expert_map` (int [E] -> [G]).
+    """
+    convert_config(model.config, layers)
+    model.__class__ = merged_class(type(model))
+    # Set by a load of the base model; a save would apply the reverse to the merged experts.
+    vars(model).pop("_weight_conversions", None)
+
+
+def merged_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the generated subclass `MCSMoE<base>` of a model or experts class of Transformers.
+
+    Raises:
+        ValueError: the class is not one of Transformers, so a checkpoint could not name it.
+    """
+    parts = base.__module__.split(".")
+    if parts[:2] != ["transformers", "models"]:
+        raise ValueError(
+            f"{base.__name__} is defined in {base.__module__}, not in Transformers. A merged checkpoint of it could "
+            "not be loaded elsewhere; only models of Transformers itself are supported."
+        )
+    exported = getattr(importlib.import_module("transformers"), base.__name__, None) is base
+    return generated_class(PREFIX + base.__name__ + ("" if exported else "__" + "__".join(parts[2:])))
+
+
+@cache
+def generated_class(name: str) -> type[nn.Module]:
+    """Return the class called `MCSMoE<Base>`, or `MCSMoE<Base>__<module>` where Transformers does not export `Base`.
+
+    Raises:
+        AttributeError: the name leads to no class of Transformers.
+    """
+    base_name, _, module = name.removeprefix(PREFIX).partition("__")
+    source = "transformers.models." + module.replace("__", ".") if module else "transformers"
+    base = getattr(importlib.import_module(source), base_name, None) if name.startswith(PREFIX) else None
+    if not isinstance(base, type) or not issubclass(base, nn.Module):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    fields = {"__module__": __name__, "__qualname__": name, "__doc__": f"`{base.__name__}` with merged experts."}
+    if not issubclass(base, PreTrainedModel):
+        return type(name, (MergedExperts, base), fields)
+    # Named among the direct bases, or Auto classes would derive a further class, which could not be pickled.
+    generation = (GenerationMixin,) if issubclass(base, GenerationMixin) else ()
+    if getattr(base.config_class, "model_type", None):
+        with contextlib.suppress(ValueError):  # an inner model whose configuration is not registered by itself
+            fields["config_class"] = config_class_for(base.config_class.model_type)
+    return type(name, (MCSMoEModel, base, *generation), fields)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return generated_class(name)

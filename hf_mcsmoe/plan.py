@@ -1,0 +1,171 @@
+"""The merge plan: which experts of which layer become one, with which weights; readable JSON."""
+
+import fnmatch
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.adapters import MoELayer
+from hf_mcsmoe.calibration import fingerprint, uncompressed_layers
+from hf_mcsmoe.config import REGISTRIES, MergeConfig
+from hf_mcsmoe.grouping import budget_total
+from hf_mcsmoe.statistics import RoutingStatistics
+
+FORMAT = "mcsmoe-plan"
+FORMAT_VERSION = 1
+# Fewer calibration tokens per expert than this leave frequencies to chance.
+FEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group)."""
+
+    expert_map: list[int]
+    dominant: list[int]
+    weights: list[float]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the layer keeps all its experts."""
+        return len(self.dominant) == len(self.expert_map)
+
+    def members(self, group: int) -> list[int]:
+        """Return the experts of a group."""
+        return [expert for expert, target in enumerate(self.expert_map) if target == group]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Plans per layer name, and where they come from: model, statistics, versions and options."""
+
+    layers: dict[str, LayerPlan]
+    provenance: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the model that the plan was made for."""
+        return self.provenance["fingerprint"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options, as `MergeConfig.to_dict` wrote them."""
+        return self.provenance["config"]
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text, a line per list."""
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.provenance}
+        text = json.dumps(head, indent=2)[:-2]
+        rows = ",\n".join(
+            f"    {json.dumps(name)}: {{\n"
+            + ",\n".join(f'      "{key}": {json.dumps(value)}' for key, value in asdict(layer).items())
+            + "\n    }"
+            for name, layer in self.layers.items()
+        )
+        return f'{text},\n  "layers": {{\n{rows}\n  }}\n}}\n'
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "MergePlan":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is no plan, or of a later format.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT or content.pop("format_version") > FORMAT_VERSION:
+                raise ValueError(f"{path} is no merge plan that this version reads.")
+            layers = {name: LayerPlan(**layer) for name, layer in content.pop("layers").items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no merge plan ({error!r}); make one with plan_merge.") from None
+        return cls(layers, content)
+
+
+def plan_merge(
+    model: PreTrainedModel, statistics: RoutingStatistics, config: MergeConfig | None = None
+) -> MergePlan:
+    """Decide which experts merge (paper, section 3.1): saliency, budget over the layers, groups, weights.
+
+    Raises:
+        ValueError: statistics of another model, a pattern of `skip` that matches no layer, or more experts asked for
+            than a layer has.
+    """
+    config = config or MergeConfig()
+    layers = selected_layers(uncompressed_layers(model), config)
+    print_of_model = fingerprint(uncompressed_layers(model))
+    if statistics.fingerprint != print_of_model:
+        raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")
+    _check_budget(layers, config)
+    _warn_if_few_tokens(layers, statistics)
+    chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
+    saliency = [chosen["saliency"](statistics[layer.name]) for layer in layers]
+    counts = chosen["budget"](saliency, config.experts, config.min_experts)
+    plans = {}
+    for layer, scores, count in zip(layers, saliency, counts, strict=True):
+        similarity = chosen["similarity"](statistics[layer.name], config.seed)
+        groups = chosen["grouping"](scores, similarity, count)
+        weights = chosen["merging"](scores, groups)
+        plans[layer.name] = LayerPlan(groups.expert_map, groups.dominant, weights.tolist())
+    return MergePlan(plans, _provenance(model, statistics, config, print_of_model))
+
+
+def selected_layers(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]:
+    """Return the layers that no pattern of `config.skip` matches.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the patterns leave nothing.
+    """
+    names = [layer.name for layer in layers]
+    for pattern in config.skip:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(names)}.")
+    kept = [layer for layer in layers if not any(fnmatch.fnmatch(layer.name, pattern) for pattern in config.skip)]
+    if not kept:
+        raise ValueError(f"skip={config.skip} leaves no layer to merge.")
+    return kept
+
+
+def _check_budget(layers: list[MoELayer], config: MergeConfig) -> None:
+    for layer in layers:
+        if isinstance(config.experts, int) and config.experts > layer.num_experts:
+            raise ValueError(
+                f"experts={config.experts} is more than the {layer.num_experts} experts of {layer.name}; ask for fewer."
+            )
+    total = budget_total(config.experts, [layer.num_experts for layer in layers])
+    if config.min_experts * len(layers) > total or config.min_experts > min(layer.num_experts for layer in layers):
+        raise ValueError(
+            f"min_experts={config.min_experts} in {len(layers)} layers is more than the {total} experts to keep; lower "
+            "it, or raise `experts`."
+        )
+
+
+def _warn_if_few_tokens(layers: list[MoELayer], statistics: RoutingStatistics) -> None:
+    few = [layer.name for layer in layers if statistics[layer.name].tokens < FEW_TOKENS * layer.num_experts]
+    if few:
+        seen = min(int(statistics[name].tokens) for name in few)
+        warnings.warn(
+            f"Few calibration tokens ({seen}) in {', '.join(few)}: groups rest on chance; calibrate on more text.",
+            stacklevel=3,
+        )
+
+
+def _provenance(
+    model: PreTrainedModel, statistics: RoutingStatistics, config: MergeConfig, print_of_model: str
+) -> dict[str, Any]:
+    return {
+        "model": model.name_or_path,
+        "model_type": model.config.model_type,
+        "fingerprint": print_of_model,
+        "tokens": {name: int(layer.tokens) for name, layer in statistics.layers.items()},
+        "versions": {package: version(package) for package in ("hf_mcsmoe", "transformers", "torch")},
+        "config": config.to_dict(),
+    }

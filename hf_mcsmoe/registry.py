@@ -1,0 +1,59 @@
+"""Named methods: a registry maps a method's name to its function and to the paper it comes from."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A function under its name; `paper` is an arXiv identifier or empty."""
+
+    name: str
+    function: Callable[..., Any]
+    paper: str = ""
+
+
+@dataclass
+class Registry:
+    """The methods of one stage, e.g. `Registry("similarity")`."""
+
+    stage: str
+    methods: dict[str, Method] = field(default_factory=dict)
+
+    def register(self, name: str, paper: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Return a decorator that makes a function available as `name`."""
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.methods[name] = Method(name, function, paper)
+            return function
+
+        return decorate
+
+    def __getitem__(self, method: str | Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function of a method given by name, or the callable itself.
+
+        Raises:
+            ValueError: no method has that name; the message names the nearest one and all there are.
+        """
+        if callable(method):
+            return method
+        if method not in self.methods:
+            raise ValueError(unknown(f"{self.stage} method", method, list(self.methods)))
+        return self.methods[method].function
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.methods)
+
+
+def unknown(what: str, value: object, known: list[str]) -> str:
+    """Return the sentence that a wrong name deserves: what was given, what was probably meant, what there is."""
+    near = difflib.get_close_matches(str(value), known, n=1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown {what} {value!r}.{meant} Known: {', '.join(map(repr, known))}."
+
+
+def method_name(method: str | Callable[..., Any]) -> str:
+    """Return the name to write into a plan for a method given by name or as a callable."""
+    return method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
