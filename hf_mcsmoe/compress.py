@@ -173,8 +173,7 @@ def _materialise(experts: nn.Module, device: torch.device) -> None:
         if parameter.is_meta:
             memory = torch.empty_like(parameter, device=device)
             setattr(experts, name, nn.Parameter(memory, parameter.requires_grad))
-    experts.set_expert_map(experts.expert_map_values)
-    experts.expert_map = experts.expert_map.to(device)
+    experts.set_expert_map(experts.expert_map_values, device)
 
 
 def _redispatch(result: PreTrainedModel) -> None:

@@ -85,7 +85,14 @@ def _collate(pairs: Sequence[tuple[list[int], list[int]]], pad_token_id: int) ->
 
 
 def denoising_batches(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int, seed: int
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    noise_density: float = NOISE_DENSITY,
+    mean_span: float = MEAN_SPAN,
 ) -> list[dict[str, Tensor]]:
     """Corrupt `texts` and batch them in their order for an encoder-decoder model.
 
@@ -99,7 +106,7 @@ def denoising_batches(
         # Seeded by the text itself: its masks are the same in any subset, order and batch size.
         rng = random.Random(f"{seed}:{text}")
         source, target = corrupt_spans(
-            token_ids, sentinels, noise_density=NOISE_DENSITY, mean_span=MEAN_SPAN, rng=rng
+            token_ids, sentinels, noise_density=noise_density, mean_span=mean_span, rng=rng
         )
         pairs.append((source + end, target + end))
     starts = range(0, len(pairs), batch_size)

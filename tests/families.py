@@ -4,7 +4,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **{"indexer_head_dim": 16, "indexer_kv_heads": 1, "indexer_n_heads": 2},
     },
     "Step3p7TextConfig": {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8},
-    "SwitchTransformersConfig": {"expert_capacity": 3},
+    "SwitchTransformersConfig": {"decoder_start_token_id": 0, "expert_capacity": 3},
     "UnlimitedOcrSamVisionConfig": {"downsample_channels": [32, 32]},
 }
 
@@ -133,13 +133,18 @@ def _model_class(model_type: str) -> str | None:
 
 def _folders() -> dict[str, bool]:
     """Map each model folder with experts of its own, or of a wrapped family, to whether they use the interface."""
-    root = Path(models.__path__[0])
-    modeling = {path.parent.name: path.read_text() for path in root.glob("*/modeling_*.py")}
+    modeling = _sources("modeling")
     found = {name: True for name, source in modeling.items() if "use_experts_implementation" in source}
     found |= dict.fromkeys(OUTSIDE & modeling.keys(), False)
-    configs = {path.parent.name: path.read_text() for path in root.glob("*/configuration_*.py")}
-    wrapped = {name: _wrapped(source) & found.keys() for name, source in configs.items() if name not in found}
-    return found | {name: all(found[inner] for inner in inners) for name, inners in wrapped.items() if inners}
+    wrapped = {name: _wrapped(source) & found.keys() for name, source in _sources("configuration").items()}
+    return {name: all(found[inner] for inner in inners) for name, inners in wrapped.items() if inners} | found
+
+
+def _sources(kind: str) -> dict[str, str]:
+    sources: dict[str, str] = defaultdict(str)
+    for path in sorted(Path(models.__path__[0]).glob(f"*/{kind}_*.py")):
+        sources[path.parent.name] += path.read_text()
+    return sources
 
 
 def _wrapped(source: str) -> set[str]:
@@ -226,8 +231,11 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         # Vectors are norms, biases and decay rates, which stay near their initial value.
         parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.05 * noise)
     for name, buffer in model.named_buffers():
-        if name.endswith(("bias", "biases")):
+        if name.endswith("bias"):
             buffer.normal_(0, 0.05, generator=generator)
+        elif name.endswith("balancing_biases"):
+            # Loading sets the last one back to -1, and only their differences matter.
+            buffer[:-1].normal_(-1, 0.05, generator=generator)
         elif name.endswith("tid2eid"):
             buffer.copy_(torch.rand(len(buffer), NUM_EXPERTS, generator=generator).topk(buffer.shape[1]).indices)
 

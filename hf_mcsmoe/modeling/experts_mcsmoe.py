@@ -85,9 +85,9 @@ class MergedExperts(nn.Module):
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
         return run(self, hidden_states, index, weights)
 
-    def set_expert_map(self, expert_map: list[int]) -> None:
+    def set_expert_map(self, expert_map: list[int], device: torch.device | None = None) -> None:
         """Set the map int [E] -> [G] and G itself. The map is kept in the configuration, not among the weights."""
-        values = torch.tensor(expert_map, dtype=torch.long)
+        values = torch.tensor(expert_map, dtype=torch.long, device=device)
         self.num_experts = max(expert_map) + 1
         self.expert_map_values = list(expert_map)
         self.register_buffer("expert_map", values, persistent=False)
@@ -224,7 +224,8 @@ def _install_switch(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mo
     first = block.experts["expert_0"]
     act_fn = nn.Sequential(first.act, nn.Dropout(first.dropout.p))
     experts = StackedExperts(model.config, expert_map, first.wo.weight.shape, act_fn, has_gate=False)
-    _like(experts, first.wi.weight).down_proj = nn.Parameter(experts.down_proj.to(first.wo.weight.dtype).detach())
+    _like(experts, first.wi.weight)
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(first.wo.weight.dtype))
     _replace(model, block_name, MergedSwitchSparseMLP(block.router, experts).train(block.training))
     # The base family keeps its `wo` in float32 under float16.
     model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), "mlp.experts.down_proj"}
@@ -301,5 +302,5 @@ def install_merged_experts(model: nn.Module, name: str, expert_map: list[int]) -
     """
     container = type(model.get_submodule(name)).__name__
     experts = INSTALLERS.get(container, _install_fused)(model, name, expert_map)
-    experts.expert_map = experts.expert_map.to(experts.down_proj.device)
+    experts.set_expert_map(expert_map, experts.down_proj.device)
     return experts

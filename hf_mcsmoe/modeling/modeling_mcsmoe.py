@@ -19,11 +19,18 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
-from .configuration_mcsmoe import PREFIX, MCSMoEConfig, config_class_for, convert_config, source_files
-from .experts_mcsmoe import INSTALLERS, MergedExperts, MergedSwitchSparseMLP, StackedExperts, install_merged_experts
+from .configuration_mcsmoe import PREFIX, MCSMoEConfig, auto_map, config_class_for, convert_config, source_files
+from .experts_mcsmoe import (
+    INSTALLERS,
+    MergedExperts,
+    MergedJetMoeMoE,
+    MergedSwitchSparseMLP,
+    StackedExperts,
+    install_merged_experts,
+)
 
 __all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "merged_class"]
 
@@ -41,12 +48,12 @@ MODEL_ID = "@MODEL_ID@"
 class MCSMoEModel:
     """First base of every generated model class: shrinks the experts, and saves a folder that loads anywhere."""
 
-    _can_set_experts_implementation_cached_value = True
     # Text files that `save_pretrained` writes beside the weights: the plan and the card of the merge.
     mcsmoe_files: dict[str, str] = {}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the base model for `config`, then give each merged layer its G empty experts."""
+        _serve_generic_heads(config)
         super().__init__(config, *args, **kwargs)
         for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
             install_layer(self, name, layer["expert_map"])
@@ -147,6 +154,15 @@ def completed_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _serve_generic_heads(config: Any) -> None:
+    """Let `AutoModel.from_config(config)`, which the library's generic heads call, build the generated base model."""
+    # Its presence would ask for `trust_remote_code`, whose answer does not reach that call. Saving writes it anew.
+    vars(config).pop("auto_map", None)
+    path = auto_map(config.base_model_type).get("AutoModel") if hasattr(config, "base_model_type") else None
+    if path is not None and type(config) not in AutoModel._model_mapping:
+        AutoModel.register(type(config), generated_class(path.rpartition(".")[2]), exist_ok=True)
+
+
 def layer_path(model: nn.Module, name: str) -> str:
     """Return the path in `model` of the layer that the configuration calls `name`.
 
@@ -170,6 +186,8 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> MergedE
     """Give layer `name` its G empty merged experts, re-classing experts of the experts interface."""
     path = layer_path(model, name)
     experts = model.get_submodule(path)
+    if isinstance(experts, MergedExperts | MergedJetMoeMoE):  # by the base model inside a head
+        return experts
     if type(experts).__name__ not in INSTALLERS:
         experts.__class__ = merged_class(type(experts))
     return install_merged_experts(model, path, expert_map)
@@ -222,11 +240,13 @@ def generated_class(name: str) -> type[nn.Module]:
     base = getattr(importlib.import_module(source), base_name, None) if name.startswith(PREFIX) else None
     if not isinstance(base, type) or not issubclass(base, nn.Module):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    fields = {"__module__": __name__, "__qualname__": name, "__doc__": f"`{base.__name__}` with merged experts."}
+    fields: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": f"`{base.__name__}` with merged experts."}
     if not issubclass(base, PreTrainedModel):
         return type(name, (MergedExperts, base), fields)
     # Named among the direct bases, or Auto classes would derive a further class, which could not be pickled.
     generation = (GenerationMixin,) if issubclass(base, GenerationMixin) else ()
+    # Read off the source of a class's module, which for a generated class is this one.
+    fields["_can_set_experts_implementation_cached_value"] = base._can_set_experts_implementation()
     if getattr(base.config_class, "model_type", None):
         with contextlib.suppress(ValueError):  # an inner model whose configuration is not registered by itself
             fields["config_class"] = config_class_for(base.config_class.model_type)
