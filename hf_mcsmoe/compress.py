@@ -20,7 +20,7 @@ from hf_mcsmoe.merging import merge_group
 from hf_mcsmoe.model_card import model_card
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
-from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge, selected_layers
+from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge, selected_layers, tied_layers
 
 PLAN_FILE = "mcsmoe_plan.json"
 Progress = Callable[[str, int, int], None]
@@ -67,15 +67,19 @@ def merge_experts(
     before = [sum(p.numel() for p in model.parameters()), sum(p.numel() * p.element_size() for p in model.parameters())]
     tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
-    result = _prepare(model, [layers[name] for name in merged], consume)
+    result, done = _prepare(model, [layers[name] for name in merged], consume), 0
     convert_model(
         result,
         {name: {"num_experts": len(item.expert_map), "expert_map": item.expert_map} for name, item in merged.items()},
     )
-    for done, (name, item) in enumerate(merged.items(), start=1):
-        _merge_layer(layers.pop(name), item, result, plan.config)
+    for tied in tied_layers([layers.pop(name) for name in merged]):
+        first, *others = tied
+        experts = _merge_layer(first, merged[first.name], result, plan.config)
+        for layer in others:
+            _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
+        done += len(tied)
         if progress:
-            progress(name, done, len(merged))
+            progress(first.name, done, len(merged))
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)
@@ -95,8 +99,8 @@ def _check_plan(layers: dict[str, MoELayer], plan: MergePlan) -> None:
                     raise ValueError(f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged.")
 
 
-def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, config: dict[str, Any]) -> None:
-    """Read one layer, align and merge its experts group by group, and write them into `result`."""
+def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, config: dict[str, Any]) -> nn.Module:
+    """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
     with onloaded(layer.container):
         weights = layer.read()
         device = weights.expert(0)["down"].device
@@ -108,6 +112,14 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, conf
             members = item.members(group)
             shares = [item.weights[member] for member in members]
             target.set_expert(group, merge_group(weights, members, shares, [permutations.get(m) for m in members]))
+    return experts
+
+
+def _tie(experts: nn.Module, source: nn.Module) -> None:
+    """Let `experts` hold the parameters of `source`, as the two layers of the original did."""
+    for name, parameter in source.named_parameters(recurse=False):
+        setattr(experts, name, parameter)
+    experts.set_expert_map(source.expert_map_values, source.expert_map.device)
 
 
 def _alignments(weights: ExpertWeights, item: LayerPlan, config: dict[str, Any]) -> dict[int, torch.Tensor | None]:

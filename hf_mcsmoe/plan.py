@@ -4,7 +4,9 @@ import fnmatch
 import json
 import warnings
 from dataclasses import asdict, dataclass
+from functools import reduce
 from importlib.metadata import version
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +102,32 @@ def plan_merge(
             than a layer has.
     """
     config = config or MergeConfig()
-    layers = selected_layers(uncompressed_layers(model), config)
-    print_of_model = fingerprint(uncompressed_layers(model))
+    everything = uncompressed_layers(model)
+    layers, print_of_model = selected_layers(everything, config), fingerprint(everything)
     if statistics.fingerprint != print_of_model:
         raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")
     _check_budget(layers, config)
     _warn_if_few_tokens(layers, statistics)
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
-    saliency = [chosen["saliency"](statistics[layer.name]) for layer in layers]
+    shared = tied_layers(layers)
+    sums = [reduce(add, (statistics[layer.name] for layer in layers)) for layers in shared]
+    saliency = [chosen["saliency"](layer) for layer in sums]
     counts = chosen["budget"](saliency, config.experts, config.min_experts)
     plans = {}
-    for layer, scores, count in zip(layers, saliency, counts, strict=True):
-        similarity = chosen["similarity"](statistics[layer.name], config.seed)
-        groups = chosen["grouping"](scores, similarity, count)
+    for layers, layer, scores, count in zip(shared, sums, saliency, counts, strict=True):
+        groups = chosen["grouping"](scores, chosen["similarity"](layer, config.seed), count)
         weights = chosen["merging"](scores, groups)
-        plans[layer.name] = LayerPlan(groups.expert_map, groups.dominant, weights.tolist())
+        item = LayerPlan(groups.expert_map, groups.dominant, weights.tolist())
+        plans |= {layer.name: item for layer in layers}
     return MergePlan(plans, _provenance(model, statistics, config, print_of_model))
+
+
+def tied_layers(layers: list[MoELayer]) -> list[list[MoELayer]]:
+    """Return the layers in lists that share one set of experts (an encoder tied to a decoder); mostly lists of one."""
+    shared: dict[int, list[MoELayer]] = {}
+    for layer in layers:
+        shared.setdefault(id(layer.parameters[0][1]), []).append(layer)
+    return list(shared.values())
 
 
 def selected_layers(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]:
