@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters import MoELayer, moe_layers
 from hf_mcsmoe.config import REGISTRIES
+from hf_mcsmoe.offloading import onloaded
 from hf_mcsmoe.registry import unknown
 from hf_mcsmoe.statistics import LayerStatistics, RoutingStatistics
 
@@ -43,14 +42,13 @@ def collect_statistics(
         fingerprint(layers), {layer.name: LayerStatistics.empty(layer.num_experts) for layer in layers}
     )
     masks: dict[str, torch.Tensor] = {}
-    number = -1
+    count = 0
     with torch.no_grad(), _as_it_was(model), _observed(layers, statistics, masks):
-        for number, batch in enumerate(batches):
-            batch = _on_device(batch, model)
+        for count, batch in enumerate(batches, start=1):  # noqa: B007
             masks.clear()
             masks.update(token_masks(model, batch))
-            model(**batch)
-    if number < 0:
+            model(**_on_device(batch, model))
+    if count == 0:
         raise ValueError("The calibration set is empty: pass at least one batch.")
     _check(statistics)
     return statistics
@@ -83,39 +81,27 @@ def fingerprint(layers: list[MoELayer]) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def onloaded(module: nn.Module) -> Iterator[None]:
-    """Bring the weights of a module that Accelerate offloaded to the CPU for the time of the block."""
-    with contextlib.ExitStack() as stack:
-        for child in module.modules():
-            if any(parameter.is_meta for parameter in child.parameters(recurse=False)):
-                stack.enter_context(align_module_device(child, "cpu"))
-        yield
-
-
 def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     """Return which tokens count, bool [batch * length], on the side of the "encoder" and of the "decoder".
 
     A decoder-only model has the decoder's side alone. A side without a mask counts every token.
     """
-    sides = {"encoder": ("attention_mask", None), "decoder": ("decoder_attention_mask", "labels")}
-    if not getattr(model.config, "is_encoder_decoder", False):
-        sides = {"decoder": ("attention_mask", "labels")}
+    sides: dict[str, tuple[str, ...]] = {"decoder": ("attention_mask", "labels")}
+    if getattr(model.config, "is_encoder_decoder", False):
+        sides = {"encoder": ("attention_mask",), "decoder": ("decoder_attention_mask", "labels")}
     masks = {}
-    for side, (mask_name, labels_name) in sides.items():
-        parts = [batch[mask_name].bool()] if batch.get(mask_name) is not None else []
-        parts += [batch[labels_name] != -100] if batch.get(labels_name) is not None else []
+    for side, names in sides.items():
+        given = {name: batch[name] for name in names if batch.get(name) is not None}
+        parts = [values != (-100 if name == "labels" else 0) for name, values in given.items()]
         if any(part.ndim != 2 for part in parts):
-            raise ValueError(f"{mask_name} and labels must be [batch, length] for statistics; pass a padding mask.")
+            raise ValueError(f"{' and '.join(given)} must be [batch, length] for statistics; pass a padding mask.")
         if parts:
             masks[side] = torch.stack(parts).all(0).flatten()
     return masks
 
 
 @contextlib.contextmanager
-def _observed(
-    layers: list[MoELayer], statistics: RoutingStatistics, masks: dict[str, torch.Tensor]
-) -> Iterator[None]:
+def _observed(layers: list[MoELayer], statistics: RoutingStatistics, masks: dict[str, torch.Tensor]) -> Iterator[None]:
     """Feed every forward of the layers to their statistics for the time of the block."""
     handles = []
     try:
@@ -169,4 +155,6 @@ def _on_device(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
 def _check(statistics: RoutingStatistics) -> None:
     for name, layer in statistics.layers.items():
         if not (layer.logit_gram.isfinite().all() and layer.gate_sum.isfinite().all()):
-            raise ValueError(f"The router of {name} gave values that are not finite: the model holds NaN or overflows.")
+            raise ValueError(
+                f"The router of {name} gave values that are not finite: the model holds NaN or overflows."
+            )

@@ -3,24 +3,24 @@
 import copy
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters import MoELayer, fused_views
 from hf_mcsmoe.alignment import ALIGNMENT
-from hf_mcsmoe.calibration import Batch, collect_statistics, fingerprint, onloaded, uncompressed_layers
+from hf_mcsmoe.calibration import Batch, collect_statistics, fingerprint, uncompressed_layers
 from hf_mcsmoe.config import MergeConfig
 from hf_mcsmoe.experts import ExpertWeights
 from hf_mcsmoe.merging import merge_group
 from hf_mcsmoe.model_card import model_card
 from hf_mcsmoe.modeling.auto import register_family
+from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
-from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge, selected_layers, tied_layers
+from hf_mcsmoe.offloading import detach, detach_all, is_hooked, onloaded, unhooked_copies
+from hf_mcsmoe.plan import LayerPlan, MergePlan, check_request, plan_merge, tied_layers
 
 PLAN_FILE = "mcsmoe_plan.json"
 Progress = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ def compress(
         ValueError: see `collect_statistics`, `plan_merge` and `merge_experts`. Options are checked before any forward.
     """
     config = config or MergeConfig()
-    selected_layers(uncompressed_layers(model), config)
+    check_request(uncompressed_layers(model), config)
     statistics = collect_statistics(model, batches)
     return merge_experts(model, plan_merge(model, statistics, config), consume=consume, progress=progress)
 
@@ -60,11 +60,12 @@ def merge_experts(
         progress: called as `progress(layer name, layers done, layers)`.
 
     Raises:
-        ValueError: a plan of another model, or weights that are not finite; raised before anything is changed.
+        ValueError: a plan of another model or with an unknown method, or weights that are not finite; raised before
+            anything is changed.
     """
     layers = {layer.name: layer for layer in uncompressed_layers(model)}
     _check_plan(layers, plan)
-    before = [sum(p.numel() for p in model.parameters()), sum(p.numel() * p.element_size() for p in model.parameters())]
+    before = (model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters()))
     tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     result, done = _prepare(model, [layers[name] for name in merged], consume), 0
@@ -74,7 +75,7 @@ def merge_experts(
     )
     for tied in tied_layers([layers.pop(name) for name in merged]):
         first, *others = tied
-        experts = _merge_layer(first, merged[first.name], result, plan.config)
+        experts = _merge_layer(first, merged[first.name], result, plan)
         for layer in others:
             _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
         done += len(tied)
@@ -83,28 +84,40 @@ def merge_experts(
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)
-    result.mcsmoe_files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, before)}
+    files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, before)}
+    vars(result)["mcsmoe_files"] = files
     return result
 
 
 def _check_plan(layers: dict[str, MoELayer], plan: MergePlan) -> None:
-    unknown = [name for name in plan.layers if name not in layers]
-    if unknown or fingerprint(list(layers.values())) != plan.fingerprint:
+    sizes = {name: layer.num_experts for name, layer in layers.items()}
+    fits = all(len(item.expert_map) == sizes.get(name) for name, item in plan.layers.items())
+    if not fits or fingerprint(list(layers.values())) != plan.fingerprint:
         raise ValueError("The plan was made for another model; make one with plan_merge for this one.")
+    _alignment_method(plan)
     for name in plan.layers:
         with onloaded(layers[name].container):
             weights = layers[name].read()
             for expert in range(len(weights)):
                 if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
-                    raise ValueError(f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged.")
+                    raise ValueError(
+                        f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged."
+                    )
 
 
-def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, config: dict[str, Any]) -> nn.Module:
+def _alignment_method(plan: MergePlan) -> Callable[..., torch.Tensor | None]:
+    return ALIGNMENT[plan.alignment or plan.config["alignment"]]
+
+
+def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan) -> MergedExperts:
     """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
+    if layer.model is result:
+        for module in layer.container.modules():
+            detach(module, module)
     with onloaded(layer.container):
         weights = layer.read()
         device = weights.expert(0)["down"].device
-        permutations = _alignments(weights, item, config)
+        permutations = _alignments(weights, item, plan)
         experts = install_layer(result, layer.name, item.expert_map)
         _materialise(experts, device)
         target = fused_views(experts)
@@ -115,20 +128,19 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, conf
     return experts
 
 
-def _tie(experts: nn.Module, source: nn.Module) -> None:
+def _tie(experts: MergedExperts, source: MergedExperts) -> None:
     """Let `experts` hold the parameters of `source`, as the two layers of the original did."""
     for name, parameter in source.named_parameters(recurse=False):
         setattr(experts, name, parameter)
     experts.set_expert_map(source.expert_map_values, source.expert_map.device)
 
 
-def _alignments(weights: ExpertWeights, item: LayerPlan, config: dict[str, Any]) -> dict[int, torch.Tensor | None]:
+def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
     """Return a permutation int [F] per expert that has to be aligned, solved side by side.
 
     Experts alone in their group, references and members of weight 0 need none.
     """
-    align = ALIGNMENT[config["alignment"]]
-    first = config["reference"] == "first"
+    align, first = _alignment_method(plan), plan.config["reference"] == "first"
     shared = [group for group in range(len(item.dominant)) if len(item.members(group)) > 1]
     pairs = {
         member: 0 if first else item.dominant[group]
@@ -149,37 +161,22 @@ def _alignments(weights: ExpertWeights, item: LayerPlan, config: dict[str, Any])
 
 
 def _prepare(model: PreTrainedModel, layers: list[MoELayer], consume: bool) -> PreTrainedModel:
-    """Return the model to be converted: `model` itself, or a copy of all of it but the experts that will be merged."""
-    memo: dict[int, Any] = {}
+    """Return the model to be converted: `model` itself, or a copy of all of it but the experts that will be merged.
+
+    Accelerate's hooks are gone from it, but for those of experts of `model` itself, which are still to be read.
+    """
+    experts = [parameter for layer in layers for _, parameter in layer.parameters]
+    result = model
     if not consume:
-        for layer in layers:
-            for _, parameter in layer.parameters:
-                placeholder = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-                memo[id(parameter)] = placeholder
-    result = model if consume else copy.deepcopy(model, memo)
-    if getattr(model, "hf_device_map", None) is not None:
-        left_out = {f"{layer.name}.{name}" for layer in layers for name, _ in layer.parameters}
-        _onload(model, result, left_out)
-        remove_hook_from_submodules(result)
+        empty = {id(old): nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad) for old in experts}
+        result = copy.deepcopy(model, {**empty, **unhooked_copies(model)})
+    if is_hooked(model):
+        detach_all(model, result, {id(parameter) for parameter in experts})
+        result.tie_weights()
     return result
 
 
-def _onload(model: PreTrainedModel, result: PreTrainedModel, left_out: set[str]) -> None:
-    """Bring the parameters of `result` that Accelerate keeps off the device to the CPU, but for those left out."""
-    for path, module in model.named_modules():
-        offloaded = [
-            name
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.is_meta and f"{path}.{name}" not in left_out
-        ]
-        if offloaded:
-            with onloaded(module):
-                loaded = {name: getattr(module, name).detach().cpu().clone() for name in offloaded}
-            for name, tensor in loaded.items():
-                setattr(result.get_submodule(path), name, nn.Parameter(tensor))
-
-
-def _materialise(experts: nn.Module, device: torch.device) -> None:
+def _materialise(experts: MergedExperts, device: torch.device) -> None:
     """Give experts that stand on the meta device memory on `device`."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         if parameter.is_meta:
@@ -189,8 +186,10 @@ def _materialise(experts: nn.Module, device: torch.device) -> None:
 
 
 def _redispatch(result: PreTrainedModel) -> None:
-    """Spread the result over the devices of the original's map; one that was offloaded now lies on the CPU."""
+    """Spread the result over the devices of the original's map; if part of that was offloaded, all goes to the CPU."""
     device_map = vars(result).pop("hf_device_map", None)
     devices = {str(device) for device in (device_map or {}).values()}
-    if len(devices) > 1 and not devices & {"cpu", "disk"}:
+    if devices & {"cpu", "disk"}:
+        nn.Module.to(result, "cpu")
+    elif len(devices) > 1:
         dispatch_model(result, device_map)

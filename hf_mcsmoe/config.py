@@ -53,8 +53,9 @@ class MergeConfig:
             raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
+        is_number = isinstance(self.experts, int | float) and not isinstance(self.experts, bool)
         is_share = isinstance(self.experts, float)
-        if isinstance(self.experts, bool) or (not 0 < self.experts <= 1 if is_share else self.experts < 1):
+        if not is_number or (not 0 < self.experts <= 1 if is_share else self.experts < 1):
             raise ValueError(
                 f"experts={self.experts!r} must be a whole number of experts per layer (8) or a share in (0, 1] (0.5)."
             )
@@ -63,7 +64,8 @@ class MergeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; a callable is written as its name."""
-        return {key: method_name(value) if callable(value) else value for key, value in asdict(self).items()}
+        values = {key: method_name(value) if callable(value) else value for key, value in asdict(self).items()}
+        return {**values, "skip": list(self.skip)}
 
 
 def option_help(name: str) -> str:

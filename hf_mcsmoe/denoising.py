@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 RandomGenerator = random.Random | np.random.Generator
 
 NOISE_DENSITY = 0.15
@@ -18,7 +17,7 @@ MEAN_SPAN = 3.0
 def sentinel_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of `<extra_id_0>`, `<extra_id_1>`, ... as far as the vocabulary of `tokenizer` holds them."""
     vocabulary = tokenizer.get_vocab()
-    ids = []
+    ids: list[int] = []
     while (token := f"<extra_id_{len(ids)}>") in vocabulary:
         ids.append(vocabulary[token])
     return ids
@@ -105,9 +104,7 @@ def denoising_batches(
         token_ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
         # Seeded by the text itself: its masks are the same in any subset, order and batch size.
         rng = random.Random(f"{seed}:{text}")
-        source, target = corrupt_spans(
-            token_ids, sentinels, noise_density=noise_density, mean_span=mean_span, rng=rng
-        )
+        source, target = corrupt_spans(token_ids, sentinels, noise_density=noise_density, mean_span=mean_span, rng=rng)
         pairs.append((source + end, target + end))
     starts = range(0, len(pairs), batch_size)
     return [_collate(pairs[start : start + batch_size], tokenizer.pad_token_id) for start in starts]
@@ -124,7 +121,7 @@ def denoising_metrics(
     """
     device = next(model.parameters()).device
     unscored = torch.tensor(list(unscored_ids), dtype=torch.long, device=device)
-    loss, labelled, correct, scored = 0.0, 0, 0, 0
+    loss, labelled, correct, scored = 0.0, 0.0, 0.0, 0.0
     for batch in batches:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels, logits = batch["labels"], model(**batch).logits.float()

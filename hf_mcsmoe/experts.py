@@ -4,7 +4,7 @@ Letters, here and everywhere: L MoE layers, E experts of a layer before, G after
 width, F expert width, R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ class ExpertWeights:
     [D] for biased ones. An expert maps x to `down @ (act(gate @ x) * (up @ x))`, ungated `down @ act(up @ x)`.
     """
 
-    tensors: dict[str, Sequence[torch.Tensor] | torch.Tensor]
+    tensors: Mapping[str, Sequence[torch.Tensor] | torch.Tensor]
 
     def __len__(self) -> int:
         return len(self.tensors["down"])
@@ -41,8 +41,8 @@ def permute(expert: dict[str, torch.Tensor], permutation: torch.Tensor) -> dict[
 
     The expert's function is unchanged (paper, section 3.1: `W_in <- P W_in`, `W_out <- W_out P^T`).
     """
-    axes = HIDDEN_AXES
-    return {
-        role: tensor if axes[role] is None else tensor.index_select(axes[role], permutation.to(tensor.device))
-        for role, tensor in expert.items()
-    }
+    permuted = dict(expert)
+    for role, tensor in expert.items():
+        if (axis := HIDDEN_AXES[role]) is not None:
+            permuted[role] = tensor.index_select(axis, permutation.to(tensor.device))
+    return permuted

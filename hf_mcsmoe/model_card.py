@@ -3,14 +3,13 @@
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Template
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
 from hf_mcsmoe.modeling.modeling_mcsmoe import MODEL_ID, source_folder
-from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.plan import MergePlan, is_repo_id, public_name
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -26,7 +25,7 @@ TEMPLATE = Template(
 
 {{ base }} with fewer experts: the experts of each layer were merged by **M-SMoE**
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024) with
-[hf_mcsmoe](https://pypi.org/project/hf-mcsmoe/) {{ versions.hf_mcsmoe }}. The router is the original one; a map sends
+`hf_mcsmoe` {{ versions.hf_mcsmoe }}. The router is the original one; a map sends
 its choice among the original experts to the stored ones.
 
 | | before | after | saved |
@@ -42,8 +41,8 @@ from transformers import {{ auto_class }}
 model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=True)
 ```
 
-The modelling code lies beside the weights; no further package is needed. With `import hf_mcsmoe`
-(`pip install hf-mcsmoe`) it loads without the flag.
+The modelling code lies beside the weights; no further package is needed. Where the package `hf_mcsmoe` is imported,
+it loads without the flag.
 
 ## Method
 
@@ -81,7 +80,7 @@ Left whole: {{ whole | join(", ") }}.
 
 
 def model_card(
-    model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], before: list[int]
+    model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], before: tuple[int, int]
 ) -> str:
     """Return the card's text, with the metadata that the Hub reads.
 
@@ -90,13 +89,14 @@ def model_card(
         layers: experts before and after, per layer name.
         before: parameters and bytes of the original model.
     """
-    after = [model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())]
-    source = plan.provenance["model"]
+    after = (model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters()))
+    source = model.name_or_path or ""
     auto_class = loading_class(model)
     text = TEMPLATE.render(
-        title=f"{(source.rstrip('/').rpartition('/')[2] or plan.provenance['model_type'])} with merged experts",
-        base=f"[{source}](https://huggingface.co/{source})" if is_repo_id(source) else "A model of type "
-        f"`{plan.provenance['model_type']}`",
+        title=f"{public_name(source).rpartition('/')[2] or plan.provenance['model_type']} with merged experts",
+        base=f"[{source}](https://huggingface.co/{source})"
+        if is_repo_id(source)
+        else f"A model of type `{plan.provenance['model_type']}`",
         versions=plan.provenance["versions"],
         before=before,
         after=after,
@@ -116,15 +116,6 @@ def loading_class(model: PreTrainedModel) -> str:
     entries = auto_map(model.config.base_model_type).items()
     names = [name for name, path in entries if path.rpartition(".")[2] == type(model).__name__]
     return next((name for name in names if name in PIPELINES), names[0] if names else "AutoModel")
-
-
-def is_repo_id(name: str) -> bool:
-    """Tell whether a model's name is the id of a Hub repository (not a path of some machine)."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not name.startswith((".", "~"))
 
 
 def _metadata(source: str, auto_class: str) -> ModelCardData:

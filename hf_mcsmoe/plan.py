@@ -3,13 +3,15 @@
 import fnmatch
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from importlib.metadata import version
 from operator import add
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters import MoELayer
@@ -26,11 +28,28 @@ FEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group)."""
+    """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group).
+
+    Raises:
+        ValueError: they do not fit together.
+    """
 
     expert_map: list[int]
     dominant: list[int]
     weights: list[float]
+
+    def __post_init__(self) -> None:
+        numbers = list(range(len(self.dominant)))
+        if sorted(set(self.expert_map)) != numbers or [self.expert_map[expert] for expert in self.dominant] != numbers:
+            raise ValueError(
+                f"expert_map={self.expert_map} must send experts to the groups 0 to {len(numbers) - 1}, and each of "
+                f"dominant={self.dominant} to its own."
+            )
+        if len(self.weights) != len(self.expert_map):
+            raise ValueError(f"weights={self.weights} must have one entry for each of {len(self.expert_map)} experts.")
+        sums = [sum(self.weights[member] for member in self.members(group)) for group in numbers]
+        if not all(abs(total - 1) < 1e-3 for total in sums):
+            raise ValueError(f"weights={self.weights} must sum to 1 in each group, not to {sums}.")
 
     @property
     def is_whole(self) -> bool:
@@ -44,10 +63,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Plans per layer name, and where they come from: model, statistics, versions and options."""
+    """Plans per layer name, and where they come from: model, statistics, versions and options.
+
+    `alignment` is the method itself where it was given as a callable; a saved plan has only its name.
+    """
 
     layers: dict[str, LayerPlan]
     provenance: dict[str, Any]
+    alignment: Callable | None = field(default=None, compare=False, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -92,9 +115,7 @@ class MergePlan:
         return cls(layers, content)
 
 
-def plan_merge(
-    model: PreTrainedModel, statistics: RoutingStatistics, config: MergeConfig | None = None
-) -> MergePlan:
+def plan_merge(model: PreTrainedModel, statistics: RoutingStatistics, config: MergeConfig | None = None) -> MergePlan:
     """Decide which experts merge (paper, section 3.1): saliency, budget over the layers, groups, weights.
 
     Raises:
@@ -103,23 +124,23 @@ def plan_merge(
     """
     config = config or MergeConfig()
     everything = uncompressed_layers(model)
-    layers, print_of_model = selected_layers(everything, config), fingerprint(everything)
+    layers, print_of_model = check_request(everything, config), fingerprint(everything)
     if statistics.fingerprint != print_of_model:
         raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")
-    _check_budget(layers, config)
     _warn_if_few_tokens(layers, statistics)
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
     shared = tied_layers(layers)
     sums = [reduce(add, (statistics[layer.name] for layer in layers)) for layers in shared]
     saliency = [chosen["saliency"](layer) for layer in sums]
     counts = chosen["budget"](saliency, config.experts, config.min_experts)
-    plans = {}
+    plans: dict[str, LayerPlan] = {}
     for layers, layer, scores, count in zip(shared, sums, saliency, counts, strict=True):
         groups = chosen["grouping"](scores, chosen["similarity"](layer, config.seed), count)
         weights = chosen["merging"](scores, groups)
         item = LayerPlan(groups.expert_map, groups.dominant, weights.tolist())
         plans |= {layer.name: item for layer in layers}
-    return MergePlan(plans, _provenance(model, statistics, config, print_of_model))
+    alignment = config.alignment if callable(config.alignment) else None
+    return MergePlan(plans, _provenance(model, statistics, config, print_of_model), alignment)
 
 
 def tied_layers(layers: list[MoELayer]) -> list[list[MoELayer]]:
@@ -146,18 +167,25 @@ def selected_layers(layers: list[MoELayer], config: MergeConfig) -> list[MoELaye
     return kept
 
 
-def _check_budget(layers: list[MoELayer], config: MergeConfig) -> None:
+def check_request(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]:
+    """Return the layers to merge after checking, before any forward, that `config` can be met.
+
+    Raises:
+        ValueError: see `selected_layers`; more experts asked for than a layer has, or fewer than `min_experts` leaves.
+    """
+    layers = selected_layers(layers, config)
     for layer in layers:
         if isinstance(config.experts, int) and config.experts > layer.num_experts:
             raise ValueError(
-                f"experts={config.experts} is more than the {layer.num_experts} experts of {layer.name}; ask for fewer."
+                f"experts={config.experts} is more than the {layer.num_experts} experts of {layer.name}: ask for less."
             )
     total = budget_total(config.experts, [layer.num_experts for layer in layers])
     if config.min_experts * len(layers) > total or config.min_experts > min(layer.num_experts for layer in layers):
         raise ValueError(
-            f"min_experts={config.min_experts} in {len(layers)} layers is more than the {total} experts to keep; lower "
-            "it, or raise `experts`."
+            f"min_experts={config.min_experts} in {len(layers)} layers is more than the {total} experts to keep: "
+            "lower it or raise `experts`."
         )
+    return layers
 
 
 def _warn_if_few_tokens(layers: list[MoELayer], statistics: RoutingStatistics) -> None:
@@ -170,11 +198,26 @@ def _warn_if_few_tokens(layers: list[MoELayer], statistics: RoutingStatistics) -
         )
 
 
+def public_name(name_or_path: str | None) -> str:
+    """Return a Hub id as it is, and of a path, which says nothing elsewhere, only the last part."""
+    name = name_or_path or ""
+    return name if is_repo_id(name) else Path(name).name
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether a model's name is the id of a Hub repository, not a path of some machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).exists()
+
+
 def _provenance(
     model: PreTrainedModel, statistics: RoutingStatistics, config: MergeConfig, print_of_model: str
 ) -> dict[str, Any]:
     return {
-        "model": model.name_or_path,
+        "model": public_name(model.name_or_path),
         "model_type": model.config.model_type,
         "fingerprint": print_of_model,
         "tokens": {name: int(layer.tokens) for name, layer in statistics.layers.items()},

@@ -1,4 +1,4 @@
-"""Routing statistics of a model: sums over the tokens of calibration data, additive over shards, saved as safetensors."""
+"""Routing statistics: sums over the tokens of calibration data, additive over shards, saved as safetensors."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+FORMAT = "mcsmoe-statistics"
 
 
 @dataclass
@@ -91,7 +93,11 @@ class RoutingStatistics:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: tensors `<layer name>/<sum>`, the fingerprint among the metadata."""
         tensors = {f"{name}/{key}": value for name, layer in self.layers.items() for key, value in vars(layer).items()}
-        metadata = {"format": "mcsmoe-statistics", "fingerprint": self.fingerprint, "layers": json.dumps([*self.layers])}
+        metadata = {
+            "format": "mcsmoe-statistics",
+            "fingerprint": self.fingerprint,
+            "layers": json.dumps([*self.layers]),
+        }
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
 
     @classmethod
@@ -104,7 +110,7 @@ class RoutingStatistics:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != "mcsmoe-statistics":
+                if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} holds no routing statistics; make them with collect_statistics.")
                 keys = LayerStatistics.__dataclass_fields__
                 layers = {
@@ -112,5 +118,7 @@ class RoutingStatistics:
                     for name in json.loads(metadata["layers"])
                 }
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); collect the statistics anew.") from None
+            raise ValueError(
+                f"{path} is damaged or no safetensors file ({error}); collect the statistics anew."
+            ) from None
         return cls(metadata["fingerprint"], layers)

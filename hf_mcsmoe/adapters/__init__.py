@@ -1,6 +1,7 @@
 """Where each architecture keeps its experts: `moe_layers` finds them, an adapter a kind of container reads them."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ __all__ = ["MoELayer", "fused_views", "moe_layers"]
 OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "talker")
 
 # Per class of container: adapter, and its (E, D, F). The experts interface needs no entry.
-OUTSIDE: dict[str, tuple[type[MoELayer], Callable[[nn.Module], tuple[int, int, int]]]] = {
+OUTSIDE: dict[str, tuple[type[MoELayer], Callable[[Any], tuple[int, int, int]]]] = {
     "SwitchTransformersExperts": (SwitchLayer, lambda c: (len(c), *c["expert_0"].wo.weight.shape)),
     "Llama4TextExperts": (Llama4Layer, lambda c: (c.num_experts, c.hidden_size, c.expert_dim)),
     "JetMoeMoE": (JetMoeLayer, lambda c: (c.input_linear.num_experts, c.input_size, c.hidden_size)),
@@ -39,7 +40,7 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     layers = [_layer(model, name, module) for name, module in model.named_modules() if _is_text_experts(name, module)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no Mixture-of-Experts layer in its text part. hf_mcsmoe merges the experts of "
+            f"{type(model).__name__} has no Mixture-of-Experts layer in its text part. hf_mcsmoe merges experts of "
             "sparse models (Mixtral, Qwen3-MoE, OLMoE, gpt-oss, Switch Transformers ...); a dense model has none."
         )
     return layers
@@ -55,7 +56,8 @@ def _is_text_experts(name: str, module: nn.Module) -> bool:
 
 
 def _layer(model: PreTrainedModel, name: str, module: nn.Module) -> MoELayer:
-    merged = isinstance(module, MergedExperts) or any(cls.__name__ == "MergedExperts" for cls in type(module).__mro__)
+    # By name: a model loaded through remote code has a class of its own copy of the modelling files.
+    merged = any(cls.__name__ == MergedExperts.__name__ for cls in type(module).__mro__)
     if not merged and type(module).__name__ in OUTSIDE:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)

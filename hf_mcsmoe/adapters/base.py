@@ -23,7 +23,7 @@ class MoELayer:
 
     name: str
     model: PreTrainedModel = field(repr=False)
-    container: nn.Module = field(repr=False)
+    container: Any = field(repr=False)
     num_experts: int
     top_k: int | None
     hidden_size: int
@@ -31,12 +31,12 @@ class MoELayer:
     merged: bool = False
 
     @property
-    def block(self) -> nn.Module:
+    def block(self) -> Any:
         """The module that holds the experts container."""
         return self.model.get_submodule(self.name.rpartition(".")[0])
 
     @property
-    def router(self) -> nn.Module:
+    def router(self) -> Any:
         """The module whose output includes the router logits."""
         return find_router(self.model, self.name)
 
@@ -109,7 +109,7 @@ def _class_name(recorder: Any) -> str:
     return target if isinstance(target, str) else target.__name__
 
 
-def find_router(model: PreTrainedModel, name: str) -> nn.Module:
+def find_router(model: PreTrainedModel, name: str) -> Any:
     """Return the router of the experts called `name`.
 
     It is the module of the class that the family records as the source of its router logits, else a router or gate by

@@ -1,12 +1,13 @@
 """Stacked experts behind `@use_experts_implementation`: one adapter for every family, led by the run-time flags."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_mcsmoe.adapters.base import MoELayer, Observer, call_arguments, record_logits
 from hf_mcsmoe.experts import ExpertWeights
-
 
 # Experts of the same layout whose class is not behind the interface's decorator and so carries no flags.
 WITHOUT_FLAGS = ("Step3p7Experts", "LongcatFlashExperts")
@@ -19,7 +20,7 @@ def is_fused(module: nn.Module) -> bool:
     return (flagged or type(module).__name__ in WITHOUT_FLAGS) and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
-def fused_views(experts: nn.Module) -> ExpertWeights:
+def fused_views(experts: Any) -> ExpertWeights:
     """Return views of the stacked parameters by role, for every layout that the interface's flags describe."""
     transposed = getattr(experts, "is_transposed", False)
     down = experts.down_proj.detach()
@@ -33,7 +34,7 @@ def fused_views(experts: nn.Module) -> ExpertWeights:
     return ExpertWeights(tensors)
 
 
-def _split(experts: nn.Module, up: torch.Tensor, suffix: str) -> dict[str, torch.Tensor]:
+def _split(experts: Any, up: torch.Tensor, suffix: str) -> dict[str, torch.Tensor]:
     """Split `up` [E, F or 2F, ...] into gate and up, which lie one after the other or interleaved."""
     if not getattr(experts, "has_gate", True):
         return {"up" + suffix: up}

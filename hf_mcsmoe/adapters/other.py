@@ -1,5 +1,7 @@
 """The remaining families outside the experts interface: Llama 4, JetMoE, DBRX, LongCat-Flash, and those refused."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -48,11 +50,11 @@ class JetMoeLayer(MoELayer):
         return [(f"{name}.weight", getattr(self.container, name).weight) for name in ("input_linear", "output_linear")]
 
     @property
-    def router(self) -> nn.Module:
+    def router(self) -> Any:
         return self.container.router
 
     def observe(self, observer: Observer) -> list[RemovableHandle]:
-        def on_router(module: nn.Module, arguments: tuple, output: tuple) -> None:
+        def on_router(module: Any, arguments: tuple, output: tuple) -> None:
             values, index = output[-1].topk(module.top_k, dim=1)
             observer(output[-1], index, values.softmax(1))
 

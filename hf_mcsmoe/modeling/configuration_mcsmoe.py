@@ -75,8 +75,8 @@ def config_class_for(base_model_type: str | None) -> type[PreTrainedConfig]:
     """
     if base_model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"The installed Transformers knows no model type {base_model_type!r}, so AutoConfig could not load a merged "
-            "model of it. Upgrade transformers, or compress the whole model that this one is a part of."
+            f"The installed Transformers knows no model type {base_model_type!r}, so AutoConfig could not load a "
+            "merged model of it. Upgrade transformers, or compress the whole model that this one is a part of."
         )
     base = CONFIG_MAPPING[base_model_type]
     return generated_config_class(PREFIX + base.__name__)

@@ -1,7 +1,5 @@
 """Merged experts: the modules that stand where a model's experts stood. This file travels with every checkpoint."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -67,6 +65,8 @@ class MergedExperts(nn.Module):
     """
 
     expert_map: torch.Tensor
+    # Whether the base family lets its configuration choose how the product is computed.
+    follows_config = True
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -79,9 +79,7 @@ class MergedExperts(nn.Module):
             top_k_weights: [T, K].
         """
         index, weights = merge_picks(self.expert_map, top_k_index, top_k_weights, self.num_experts)
-        implementation = self.config._experts_implementation
-        if implementation is None:
-            implementation = "grouped_mm"
+        implementation = self.config._experts_implementation if self.follows_config else "grouped_mm"
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
         return run(self, hidden_states, index, weights)
 
@@ -101,12 +99,12 @@ class StackedExperts(MergedExperts):
     Parameters: `gate_up_proj [G, 2F, D]` (gate rows first) or, ungated, `up_proj [G, F, D]`; `down_proj [G, D, F]`.
     """
 
-    def __init__(
-        self, config: Any, expert_map: list[int], sizes: tuple[int, int], act_fn: nn.Module, has_gate: bool
-    ) -> None:
-        """Make empty experts of `sizes` (D, F); `config` says which implementation of the product runs."""
+    follows_config = False
+
+    def __init__(self, expert_map: list[int], sizes: tuple[int, int], act_fn: nn.Module, has_gate: bool) -> None:
+        """Make empty experts of `sizes` (D, F)."""
         super().__init__()
-        self.config, self.act_fn, self.has_gate = config, act_fn, has_gate
+        self.act_fn, self.has_gate = act_fn, has_gate
         self.has_bias = self.is_transposed = self.has_post_expert_norm = False
         self.is_concatenated = True
         self.set_expert_map(expert_map)
@@ -152,7 +150,7 @@ class MergedLlama4TextMoe(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map `hidden_states` [..., D] to the output [T, D] and the router logits [T, E]."""
-        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores, logits = self.router(hidden_states)
         index = logits.topk(self.top_k, dim=1).indices  # [T, K]
         routed = hidden_states[:, None, :] * scores.gather(1, index)[:, :, None]  # [T, K, D]
@@ -200,11 +198,6 @@ class MergedLongcatFlashExperts(StackedExperts):
         return (super().forward(hidden_states, index, weights) + passed).to(hidden_states.dtype)
 
 
-def text_config(model: nn.Module) -> Any:
-    """Return the configuration of the text part, which carries the experts' implementation."""
-    return model.config.get_text_config()
-
-
 def _module(parent: nn.Module, path: str) -> nn.Module:
     return parent.get_submodule(path) if path else parent
 
@@ -223,7 +216,7 @@ def _install_switch(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mo
     block = model.get_submodule(block_name)
     first = block.experts["expert_0"]
     act_fn = nn.Sequential(first.act, nn.Dropout(first.dropout.p))
-    experts = StackedExperts(model.config, expert_map, first.wo.weight.shape, act_fn, has_gate=False)
+    experts = StackedExperts(expert_map, first.wo.weight.shape, act_fn, has_gate=False)
     _like(experts, first.wi.weight)
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(first.wo.weight.dtype))
     _replace(model, block_name, MergedSwitchSparseMLP(block.router, experts).train(block.training))
@@ -236,7 +229,7 @@ def _install_llama4(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mo
     block_name = name.rpartition(".")[0]
     block = model.get_submodule(block_name)
     old = block.experts
-    experts = StackedExperts(text_config(model), expert_map, (old.hidden_size, old.expert_dim), old.act_fn, True)
+    experts = StackedExperts(expert_map, (old.hidden_size, old.expert_dim), old.act_fn, True)
     _replace(model, block_name, MergedLlama4TextMoe(block, _like(experts, old.down_proj)).train(block.training))
     return experts
 
@@ -244,7 +237,7 @@ def _install_llama4(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mo
 def _install_jetmoe(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
     block = model.get_submodule(name)
     sizes = (block.input_size, block.hidden_size)
-    experts = StackedExperts(model.config, expert_map, sizes, block.activation, True)
+    experts = StackedExperts(expert_map, sizes, block.activation, True)
     merged = MergedJetMoeMoE(block, _like(experts, block.input_linear.weight))
     _replace(model, name, merged.train(block.training))
     return experts
@@ -253,7 +246,7 @@ def _install_jetmoe(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mo
 def _install_dbrx(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
     old = model.get_submodule(name)
     sizes = (old.hidden_size, old.ffn_hidden_size)
-    experts = MergedDbrxExperts(model.config, expert_map, sizes, old.mlp.activation_fn, True)
+    experts = MergedDbrxExperts(expert_map, sizes, old.mlp.activation_fn, True)
     _replace(model, name, _like(experts, old.mlp.w1).train(old.training))
     return experts
 
@@ -261,7 +254,7 @@ def _install_dbrx(model: nn.Module, name: str, expert_map: list[int]) -> nn.Modu
 def _install_longcat(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
     old = model.get_submodule(name)
     sizes = (old.hidden_size, old.intermediate_size)
-    experts = MergedLongcatFlashExperts(model.config, expert_map, sizes, old.act_fn, True)
+    experts = MergedLongcatFlashExperts(expert_map, sizes, old.act_fn, True)
     _replace(model, name, _like(experts, old.down_proj).train(old.training))
     return experts
 
@@ -274,7 +267,7 @@ def _install_fused(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mod
         rows = parameter.data.new_empty(num_experts, *parameter.shape[1:])
         setattr(experts, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
     if not hasattr(experts, "has_gate"):  # the interface's default layout without its decorator (Step 3.7)
-        experts.config, experts.has_gate, experts.is_concatenated = text_config(model), True, True
+        experts.follows_config, experts.has_gate, experts.is_concatenated = False, True, True
         experts.has_bias = experts.is_transposed = experts.has_post_expert_norm = False
     experts.set_expert_map(expert_map)
     return experts

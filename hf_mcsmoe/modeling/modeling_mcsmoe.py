@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -49,12 +49,12 @@ class MCSMoEModel:
     """First base of every generated model class: shrinks the experts, and saves a folder that loads anywhere."""
 
     # Text files that `save_pretrained` writes beside the weights: the plan and the card of the merge.
-    mcsmoe_files: dict[str, str] = {}
+    mcsmoe_files: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the base model for `config`, then give each merged layer its G empty experts."""
         _serve_generic_heads(config)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
             install_layer(self, name, layer["expert_map"])
         adopt_inner_models(self)
@@ -64,7 +64,9 @@ class MCSMoEModel:
             init.copy_(module.expert_map, torch.tensor(module.expert_map_values, device=module.expert_map.device))
         if isinstance(module, StackedExperts):
             for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=getattr(self.config.get_text_config(), "initializer_range", 0.02))
+                init.normal_(
+                    parameter, mean=0.0, std=getattr(self.config.get_text_config(), "initializer_range", 0.02)
+                )
         super()._init_weights(module)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -177,7 +179,7 @@ def layer_path(model: nn.Module, name: str) -> str:
         if path in modules:
             return path
     raise ValueError(
-        f"{type(model).__name__} has no module {name!r}, which the checkpoint's configuration names as merged experts. "
+        f"{type(model).__name__} has no module {name!r}, which the checkpoint's configuration names as merged. "
         "The checkpoint belongs to another class, or to another version of Transformers."
     )
 
@@ -240,7 +242,11 @@ def generated_class(name: str) -> type[nn.Module]:
     base = getattr(importlib.import_module(source), base_name, None) if name.startswith(PREFIX) else None
     if not isinstance(base, type) or not issubclass(base, nn.Module):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    fields: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": f"`{base.__name__}` with merged experts."}
+    fields: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"`{base.__name__}` with merged experts.",
+    }
     if not issubclass(base, PreTrainedModel):
         return type(name, (MergedExperts, base), fields)
     # Named among the direct bases, or Auto classes would derive a further class, which could not be pickled.

@@ -1,0 +1,273 @@
+"""The command line: `hf-mcsmoe inspect`, `compress` and `demo`."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hf_mcsmoe.adapters import MoELayer, moe_layers
+from hf_mcsmoe.calibration import collect_statistics, uncompressed_layers
+from hf_mcsmoe.compress import merge_experts
+from hf_mcsmoe.config import MergeConfig, option_help
+from hf_mcsmoe.data import calibration_batches
+from hf_mcsmoe.grouping import budget_total
+from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
+from hf_mcsmoe.plan import MergePlan, check_request, plan_merge, selected_layers
+from hf_mcsmoe.statistics import RoutingStatistics
+
+app = typer.Typer(
+    help="Merge the experts of Mixture-of-Experts models (M-SMoE) into checkpoints that load anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
+
+
+def _option(name: str, *declarations: str) -> Any:
+    return typer.Option(*declarations, help=option_help(name))
+
+
+def parse_experts(text: str) -> int | float:
+    """Return the number of experts: "8" is a count per layer, "0.5" a share.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ValueError(f"--experts {text!r} is neither a whole number (8) nor a share (0.5).") from None
+
+
+@app.command()
+def inspect(
+    model: Model,
+    experts: Annotated[str, _option("experts")] = "0.5",
+    skip: Annotated[list[str] | None, _option("skip")] = None,
+) -> None:
+    """Show a model's layers of experts and what merging them would save. Loads no weights."""
+    config = MergeConfig(experts=parse_experts(experts), skip=tuple(skip or ()))
+    empty = empty_model(model)
+    layers = moe_layers(empty)
+    kind = getattr(empty.config, "base_model_type", None) or empty.config.model_type
+    console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if _is_merged(layers) else ""))
+    console.print(_layer_table(layers))
+    total, held = empty.num_parameters(), sum(layer.num_parameters for layer in layers)
+    console.print(f"parameters {total:,}, of them in experts {held:,} ({held / total:.1%})")
+    if _is_merged(layers):
+        return
+    check_request(layers, config)
+    after = total - _saved_parameters(layers, config)
+    console.print(
+        f"with --experts {experts}: parameters {after:,} ({1 - after / total:.1%} fewer), "
+        f"{after * empty.dtype.itemsize / 1e9:,.2f} GB in {str(empty.dtype).removeprefix('torch.')}"
+    )
+
+
+@app.command()
+def compress(
+    model: Model,
+    data: Annotated[str, typer.Option(help="calibration text: a file (txt, json, jsonl, csv, parquet) or a data set")],
+    output: Annotated[Path, typer.Option(help="folder to write the merged model to")],
+    experts: Annotated[str, _option("experts")] = "0.5",
+    budget: Annotated[str, _option("budget")] = "adaptive",
+    min_experts: Annotated[int, _option("min_experts")] = 1,
+    skip: Annotated[list[str] | None, _option("skip")] = None,
+    saliency: Annotated[str, _option("saliency")] = "frequency",
+    similarity: Annotated[str, _option("similarity")] = "router_logits",
+    grouping: Annotated[str, _option("grouping")] = "dominant",
+    alignment: Annotated[str, _option("alignment")] = "weight_matching",
+    reference: Annotated[str, _option("reference")] = "dominant",
+    merging: Annotated[str, _option("merging")] = "frequency",
+    seed: Annotated[int, typer.Option(help="seed of the samples drawn and of random methods")] = 0,
+    column: Annotated[str | None, typer.Option(help="column of the data with the text")] = None,
+    target_column: Annotated[str | None, typer.Option(help="column with the target, for encoder-decoders")] = None,
+    split: Annotated[str, typer.Option(help="split of a data set")] = "train",
+    num_samples: Annotated[int, typer.Option(help="calibration samples", min=1)] = 256,
+    max_length: Annotated[int, typer.Option(help="longest sample, in tokens", min=2)] = 512,
+    batch_size: Annotated[int, typer.Option(help="samples per forward", min=1)] = 8,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer, if not the model's own")] = None,
+    dtype: Annotated[str, typer.Option(help="dtype to load and save in: auto, float32, bfloat16 ...")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="where to load the model: cpu, cuda, auto ...")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="file of routing statistics: read if it is there, else written")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="also upload, to this repository of the Hub")] = None,
+) -> None:
+    """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
+    config = MergeConfig(
+        experts=parse_experts(experts),
+        budget=budget,
+        min_experts=min_experts,
+        skip=tuple(skip or ()),
+        saliency=saliency,
+        similarity=similarity,
+        grouping=grouping,
+        alignment=alignment,
+        reference=reference,
+        merging=merging,
+        seed=seed,
+    )
+    empty = empty_model(model)
+    layers = uncompressed_layers(empty)
+    check_request(layers, config)
+    parameters = empty.num_parameters() - _saved_parameters(layers, config)
+    check_output(output, overwrite=overwrite, needed_bytes=parameters * _itemsize(dtype, empty))
+    source_tokenizer = load_tokenizer(tokenizer or model)
+    started = time.perf_counter()
+    loaded = load_model(model, dtype=dtype, device_map=device_map)
+    before = (loaded.num_parameters(), _bytes(loaded))
+    if statistics and statistics.exists():
+        sums = RoutingStatistics.load(statistics)
+    else:
+        batches = calibration_batches(
+            data,
+            source_tokenizer,
+            loaded,
+            num_samples=num_samples,
+            max_length=max_length,
+            batch_size=batch_size,
+            column=column,
+            target_column=target_column,
+            split=split,
+            seed=seed,
+        )
+        with _progress("statistics", len(batches)) as advance:
+            sums = collect_statistics(loaded, advance(batches))
+        if statistics:
+            sums.save(statistics)
+    plan = plan_merge(loaded, sums, config)
+    with _progress("merge", len(plan.layers)) as advance:
+        merged = merge_experts(loaded, plan, consume=True, progress=advance.layer)
+    merged.save_pretrained(output)
+    if tokenizer:
+        source_tokenizer.save_pretrained(output)
+    console.print(_plan_table(plan))
+    console.print(_size_table(before, (merged.num_parameters(), _bytes(merged))))
+    console.print(f"[bold]{output}[/] written after {time.perf_counter() - started:.0f} s")
+    if push_to_hub:
+        console.print(f"uploaded: {cast(Any, merged).push_to_hub(push_to_hub)}")
+
+
+@app.command()
+def demo(
+    experts: Annotated[str, _option("experts")] = "0.5",
+    output: Annotated[Path | None, typer.Option(help="keep the merged model in this folder")] = None,
+) -> None:
+    """Merge the small trained Switch Transformer that comes with the package, in five ways, and compare them."""
+    from hf_mcsmoe.demo import compare
+
+    console.print(compare(parse_experts(experts), output))
+
+
+class _Advance:
+    """Moves one progress bar, batch by batch or layer by layer."""
+
+    def __init__(self, progress: Progress, description: str, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task(description, total=total)
+
+    def __call__(self, items: list[Any]) -> Iterator[Any]:
+        for item in items:
+            yield item
+            self.progress.advance(self.task)
+
+    def layer(self, name: str, done: int, total: int) -> None:
+        self.progress.update(self.task, completed=done, total=total)
+
+
+@contextmanager
+def _progress(description: str, total: int) -> Iterator[_Advance]:
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield _Advance(progress, description, total)
+
+
+def _is_merged(layers: list[MoELayer]) -> bool:
+    return any(layer.merged for layer in layers)
+
+
+def _saved_parameters(layers: list[MoELayer], config: MergeConfig) -> int:
+    """Return how many parameters the merge removes, up to how the layers share the experts."""
+    chosen = selected_layers(layers, config)
+    sizes = [layer.num_experts for layer in chosen]
+    held = sum(layer.num_parameters for layer in chosen)
+    return round(held * (1 - budget_total(config.experts, sizes) / sum(sizes)))
+
+
+def _itemsize(dtype: str, model: PreTrainedModel) -> int:
+    if dtype == "auto":
+        return model.dtype.itemsize
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"--dtype {dtype!r} is no floating-point dtype of torch (auto, float32, bfloat16, float16).")
+    return found.itemsize
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+_NAME = Column("layer", overflow="fold")
+
+
+def _layer_table(layers: list[MoELayer]) -> Table:
+    table = Table(_NAME, "experts", "top-k", "d", "width", "parameters", box=None)
+    for layer in layers:
+        sizes = (layer.num_experts, layer.top_k or "?", layer.hidden_size, layer.intermediate_size)
+        table.add_row(layer.name, *map(str, sizes), f"{layer.num_parameters:,}")
+    return table
+
+
+def _plan_table(plan: MergePlan) -> Table:
+    table = Table(_NAME, "experts before", "after", "tokens", box=None)
+    for name, layer in plan.layers.items():
+        counts = (len(layer.expert_map), len(layer.dominant), plan.provenance["tokens"][name])
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _size_table(before: tuple[int, int], after: tuple[int, int]) -> Table:
+    table = Table("", "before", "after", "saved", box=None)
+    for label, old, new in zip(("parameters", "bytes"), before, after, strict=True):
+        table.add_row(label, f"{old:,}", f"{new:,}", f"{1 - new / old:.1%}")
+    return table
+
+
+def main() -> None:
+    """Run the command line; an error is one sentence and exit code 1, with its traceback under `--debug`."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    try:
+        app(args=arguments, prog_name="hf-mcsmoe")
+    except KeyboardInterrupt:
+        console.print("Interrupted; nothing was left half-written.")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        expected = isinstance(error, ValueError | TypeError | OSError)
+        hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
+        Console(stderr=True).print(f"[red]Error:[/] {text}{hint}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
