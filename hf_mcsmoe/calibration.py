@@ -50,7 +50,7 @@ def collect_statistics(
             model(**_on_device(batch, model))
     if count == 0:
         raise ValueError("The calibration set is empty: pass at least one batch.")
-    _check(statistics)
+    check_finite(statistics)
     return statistics
 
 
@@ -84,14 +84,18 @@ def fingerprint(layers: list[MoELayer]) -> str:
 def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     """Return which tokens count, bool [batch * length], on the side of the "encoder" and of the "decoder".
 
-    A decoder-only model has the decoder's side alone. A side without a mask counts every token.
+    Where nothing goes to a decoder apart, both sides are the same. A side without a mask counts every token.
     """
-    sides: dict[str, tuple[str, ...]] = {"decoder": ("attention_mask", "labels")}
-    if getattr(model.config, "is_encoder_decoder", False):
-        sides = {"encoder": ("attention_mask",), "decoder": ("decoder_attention_mask", "labels")}
+    names_of_sides: dict[str, tuple[str, ...]] = dict.fromkeys(("encoder", "decoder"), ("attention_mask", "labels"))
+    inputs = batch.get("decoder_input_ids")
+    if getattr(model.config, "is_encoder_decoder", False) or inputs is not None:
+        names_of_sides = {"encoder": ("attention_mask",), "decoder": ("decoder_attention_mask", "labels")}
     masks = {}
-    for side, names in sides.items():
+    for side, names in names_of_sides.items():
         given = {name: batch[name] for name in names if batch.get(name) is not None}
+        if "decoder_attention_mask" in given and inputs is not None:
+            # A block diffusion model's covers the prompt before its canvas as well.
+            given["decoder_attention_mask"] = given["decoder_attention_mask"][:, -inputs.shape[1] :]
         parts = [values != (-100 if name == "labels" else 0) for name, values in given.items()]
         if any(part.ndim != 2 for part in parts):
             raise ValueError(f"{' and '.join(given)} must be [batch, length] for statistics; pass a padding mask.")
@@ -114,10 +118,10 @@ def _observed(layers: list[MoELayer], statistics: RoutingStatistics, masks: dict
 
 
 def _observer(layer: MoELayer, sums: LayerStatistics, masks: dict[str, torch.Tensor]) -> Any:
-    in_encoder = getattr(layer.model.config, "is_encoder_decoder", False) and "encoder" in layer.name.split(".")
+    side = "encoder" if "encoder" in layer.name.split(".") else "decoder"
 
     def observe(logits: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        mask = masks.get("encoder" if in_encoder else "decoder")
+        mask = masks.get(side)
         if mask is not None and len(mask) != len(logits):
             raise ValueError(
                 f"{layer.name} saw {len(logits)} tokens, the batch's mask has {len(mask)}: pass masks of the shape of "
@@ -152,7 +156,8 @@ def _on_device(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def _check(statistics: RoutingStatistics) -> None:
+def check_finite(statistics: RoutingStatistics) -> None:
+    """Raise ValueError where a sum is NaN or infinite."""
     for name, layer in statistics.layers.items():
         if not (layer.logit_gram.isfinite().all() and layer.gate_sum.isfinite().all()):
             raise ValueError(

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hf_mcsmoe.adapters import MoELayer, moe_layers
@@ -108,45 +109,22 @@ def compress(
     push_to_hub: Annotated[str | None, typer.Option(help="also upload, to this repository of the Hub")] = None,
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
-    config = MergeConfig(
-        experts=parse_experts(experts),
-        budget=budget,
-        min_experts=min_experts,
-        skip=tuple(skip or ()),
-        saliency=saliency,
-        similarity=similarity,
-        grouping=grouping,
-        alignment=alignment,
-        reference=reference,
-        merging=merging,
-        seed=seed,
-    )
-    empty = empty_model(model)
-    layers = uncompressed_layers(empty)
-    check_request(layers, config)
-    parameters = empty.num_parameters() - _saved_parameters(layers, config)
-    check_output(output, overwrite=overwrite, needed_bytes=parameters * _itemsize(dtype, empty))
-    source_tokenizer = load_tokenizer(tokenizer or model)
+    config = _config(locals())
+    source_tokenizer = _check(model, tokenizer, config, output, dtype, overwrite)
     started = time.perf_counter()
     loaded = load_model(model, dtype=dtype, device_map=device_map)
     before = (loaded.num_parameters(), _bytes(loaded))
     if statistics and statistics.exists():
         sums = RoutingStatistics.load(statistics)
     else:
-        batches = calibration_batches(
-            data,
-            source_tokenizer,
-            loaded,
-            num_samples=num_samples,
-            max_length=max_length,
-            batch_size=batch_size,
-            column=column,
-            target_column=target_column,
-            split=split,
-            seed=seed,
-        )
-        with _progress("statistics", len(batches)) as advance:
-            sums = collect_statistics(loaded, advance(batches))
+        sampling: dict[str, Any] = {
+            "num_samples": num_samples,
+            "max_length": max_length,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        columns: dict[str, Any] = {"column": column, "target_column": target_column, "split": split}
+        sums = _statistics(loaded, calibration_batches(data, source_tokenizer, loaded, **sampling, **columns))
         if statistics:
             sums.save(statistics)
     plan = plan_merge(loaded, sums, config)
@@ -160,6 +138,29 @@ def compress(
     console.print(f"[bold]{output}[/] written after {time.perf_counter() - started:.0f} s")
     if push_to_hub:
         console.print(f"uploaded: {cast(Any, merged).push_to_hub(push_to_hub)}")
+
+
+def _config(given: dict[str, Any]) -> MergeConfig:
+    """Return the options of a merge among a command's arguments, which carry the same names."""
+    options = {item.name: given[item.name] for item in fields(MergeConfig)}
+    return MergeConfig(**{**options, "experts": parse_experts(given["experts"]), "skip": tuple(given["skip"] or ())})
+
+
+def _check(
+    model: str, tokenizer: str | None, config: MergeConfig, output: Path, dtype: str, overwrite: bool
+) -> PreTrainedTokenizerBase:
+    """Check all that can be checked before weights are loaded; returns the tokenizer."""
+    empty = empty_model(model)
+    layers = uncompressed_layers(empty)
+    check_request(layers, config)
+    parameters = empty.num_parameters() - _saved_parameters(layers, config)
+    check_output(output, overwrite=overwrite, needed_bytes=parameters * _itemsize(dtype, empty))
+    return load_tokenizer(tokenizer or model)
+
+
+def _statistics(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> RoutingStatistics:
+    with _progress("statistics", len(batches)) as advance:
+        return collect_statistics(model, advance(batches))
 
 
 @app.command()
@@ -256,9 +257,6 @@ def main() -> None:
         transformers_logging.disable_progress_bar()
     try:
         app(args=arguments, prog_name="hf-mcsmoe")
-    except KeyboardInterrupt:
-        console.print("Interrupted; nothing was left half-written.")
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise

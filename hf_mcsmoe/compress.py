@@ -94,6 +94,11 @@ def _check_plan(layers: dict[str, MoELayer], plan: MergePlan) -> None:
     fits = all(len(item.expert_map) == sizes.get(name) for name, item in plan.layers.items())
     if not fits or fingerprint(list(layers.values())) != plan.fingerprint:
         raise ValueError("The plan was made for another model; make one with plan_merge for this one.")
+    for shared in tied_layers(list(layers.values())):
+        items = [plan.layers.get(layer.name) for layer in shared]
+        if any(item != items[0] for item in items):
+            names = ", ".join(layer.name for layer in shared)
+            raise ValueError(f"The layers {names} share their experts; the plan must say the same of all of them.")
     _alignment_method(plan)
     for name in plan.layers:
         with onloaded(layers[name].container):

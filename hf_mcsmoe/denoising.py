@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 RandomGenerator = random.Random | np.random.Generator
 
@@ -108,27 +108,3 @@ def denoising_batches(
         pairs.append((source + end, target + end))
     starts = range(0, len(pairs), batch_size)
     return [_collate(pairs[start : start + batch_size], tokenizer.pad_token_id) for start in starts]
-
-
-@torch.no_grad()
-def denoising_metrics(
-    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], unscored_ids: Sequence[int] = ()
-) -> dict[str, float]:
-    """Measure the loss a label and the share of masked tokens predicted with teacher forcing.
-
-    Labels in `unscored_ids` (sentinels and the end of sequence, which are easy) count for the loss but not for the
-    accuracy. Both figures are means over tokens, so that they do not depend on the batch size.
-    """
-    device = next(model.parameters()).device
-    unscored = torch.tensor(list(unscored_ids), dtype=torch.long, device=device)
-    loss, labelled, correct, scored = 0.0, 0.0, 0.0, 0.0
-    for batch in batches:
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels, logits = batch["labels"], model(**batch).logits.float()
-        loss += nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        wanted = (labels != -100) & ~torch.isin(labels, unscored)
-        # The length of a span is a guess, and the next sentinel would often win over the word that is asked for.
-        logits[..., unscored] = -torch.inf
-        correct += (logits.argmax(-1) == labels)[wanted].sum().item()
-        labelled, scored = labelled + (labels != -100).sum().item(), scored + wanted.sum().item()
-    return {"loss": loss / labelled, "accuracy": correct / max(scored, 1)}

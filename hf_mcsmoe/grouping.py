@@ -42,8 +42,11 @@ def adaptive_budget(saliency: list[torch.Tensor], experts: int | float, min_expe
     candidates = []
     for position, layer in enumerate(saliency):
         scaled = layer / layer.max() if layer.max() > 0 else layer
-        ranked = salient_first(layer)
-        candidates += [(-float(scaled[expert]), expert, position) for expert in ranked[counts[position] :]]
+        # Rounded: equal shares of two layers differ in their last bits after divisions by different numbers.
+        candidates += [
+            (-round(float(scaled[expert]), 12), expert, position)
+            for expert in salient_first(layer)[counts[position] :]
+        ]
     for _, _, position in sorted(candidates)[: total - sum(counts)]:
         counts[position] += 1
     return counts

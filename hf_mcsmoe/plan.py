@@ -15,7 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters import MoELayer
-from hf_mcsmoe.calibration import fingerprint, uncompressed_layers
+from hf_mcsmoe.calibration import check_finite, fingerprint, uncompressed_layers
 from hf_mcsmoe.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.grouping import budget_total
 from hf_mcsmoe.statistics import RoutingStatistics
@@ -119,14 +119,15 @@ def plan_merge(model: PreTrainedModel, statistics: RoutingStatistics, config: Me
     """Decide which experts merge (paper, section 3.1): saliency, budget over the layers, groups, weights.
 
     Raises:
-        ValueError: statistics of another model, a pattern of `skip` that matches no layer, or more experts asked for
-            than a layer has.
+        ValueError: statistics of another model or with NaN, a pattern of `skip` that matches no layer, or more
+            experts asked for than a layer has.
     """
     config = config or MergeConfig()
     everything = uncompressed_layers(model)
     layers, print_of_model = check_request(everything, config), fingerprint(everything)
     if statistics.fingerprint != print_of_model:
         raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")
+    check_finite(statistics)
     _warn_if_few_tokens(layers, statistics)
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
     shared = tied_layers(layers)
@@ -152,7 +153,7 @@ def tied_layers(layers: list[MoELayer]) -> list[list[MoELayer]]:
 
 
 def selected_layers(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]:
-    """Return the layers that no pattern of `config.skip` matches.
+    """Return the layers that no pattern of `config.skip` matches, nor a layer that shares their experts.
 
     Raises:
         ValueError: a pattern matches nothing, or the patterns leave nothing.
@@ -161,7 +162,10 @@ def selected_layers(layers: list[MoELayer], config: MergeConfig) -> list[MoELaye
     for pattern in config.skip:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(names)}.")
-    kept = [layer for layer in layers if not any(fnmatch.fnmatch(layer.name, pattern) for pattern in config.skip)]
+    matched = {name for pattern in config.skip for name in fnmatch.filter(names, pattern)}
+    tied = [{layer.name for layer in shared} for shared in tied_layers(layers)]
+    skipped = set[str]().union(*(shared for shared in tied if shared & matched))
+    kept = [layer for layer in layers if layer.name not in skipped]
     if not kept:
         raise ValueError(f"skip={config.skip} leaves no layer to merge.")
     return kept

@@ -1,4 +1,7 @@
-"""Tiny random models of every Mixture-of-Experts family of the installed Transformers."""
+"""Tiny random models of every Mixture-of-Experts family of the installed Transformers.
+
+As a script it prints the README's table of families.
+"""
 
 import functools
 import importlib
@@ -13,6 +16,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, models
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+from hf_mcsmoe import MoELayer, moe_layers
+from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 
 # These keep their experts outside `use_experts_implementation`; the sources of the library tell all other families.
 OUTSIDE = frozenset(
@@ -258,3 +264,40 @@ def inputs(
     if name == "qwen3_omni_moe_talker":
         batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
     return batch
+
+
+def family_table() -> str:
+    """Return the README's table: what is merged in each family, and how its experts are stored, or why it is not."""
+    head = "| family | class built | experts | supported |\n|---|---|---|---|\n"
+    return head + "".join(
+        f"| {family.name} | `{family.model_class}` | {_support(family)} |\n" for family in families()
+    )
+
+
+def _support(family: Family) -> str:
+    try:
+        model = build(family.name)
+        layouts = dict.fromkeys(map(_layout, moe_layers(model)))
+        config_class_for(type(model.config).model_type)
+    except ValueError as error:
+        return f"| no: {str(error).rpartition('cannot be merged: ')[2].rstrip('.')}"
+    return f"{'; '.join(layouts)} | yes"
+
+
+def _layout(layer: MoELayer) -> str:
+    """Describe a container: behind the library's experts interface, with what is not its default, or our adapter."""
+    flags, container = vars(layer.container), f"`{type(layer.container).__name__}`"
+    if "has_gate" not in flags:
+        return f"{container}, own adapter"
+    normal = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    words = {
+        "has_gate": "no gate",
+        "is_concatenated": "interleaved",
+        "is_transposed": "transposed",
+        "has_bias": "bias",
+    }
+    return ", ".join([f"{container}, interface", *(words[key] for key in words if flags[key] != normal[key])])
+
+
+if __name__ == "__main__":
+    print(family_table(), end="")

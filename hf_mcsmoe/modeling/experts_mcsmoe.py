@@ -52,6 +52,15 @@ def eager_experts_forward(
     return output
 
 
+def _fastest(hidden_states: torch.Tensor) -> str:
+    """Return the experts implementation for families that have no choice of their own.
+
+    A loop over experts breaks the graph, and means many small launches on an accelerator; on the CPU it is faster.
+    """
+    looped = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+    return "eager" if looped else "grouped_mm"
+
+
 def _expert_linear(module: nn.Module, states: torch.Tensor, name: str, expert: int) -> torch.Tensor:
     weight = getattr(module, name)[expert]
     bias = getattr(module, name + "_bias")[expert] if module.has_bias else None
@@ -79,7 +88,7 @@ class MergedExperts(nn.Module):
             top_k_weights: [T, K].
         """
         index, weights = merge_picks(self.expert_map, top_k_index, top_k_weights, self.num_experts)
-        implementation = self.config._experts_implementation if self.follows_config else "grouped_mm"
+        implementation = self.config._experts_implementation if self.follows_config else _fastest(hidden_states)
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
         return run(self, hidden_states, index, weights)
 
@@ -119,7 +128,7 @@ class StackedExperts(MergedExperts):
 
 
 class MergedSwitchSparseMLP(nn.Module):
-    """Sparse MLP of a Switch Transformer with G merged experts: one grouped product instead of a loop over experts.
+    """Sparse MLP of a Switch Transformer with G merged experts in stacked tensors instead of a module per expert.
 
     The router is the original one with its E outputs and its capacity; tokens over capacity get zero, as before.
     """

@@ -1,0 +1,11 @@
+"""Settings of every test: one thread, no network, remote code copied to a folder of this run."""
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mcsmoe-modules-")
+
+import torch
+
+torch.set_num_threads(1)

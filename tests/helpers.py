@@ -1,0 +1,72 @@
+"""What several test files share: calibration batches, logits, and a grouping of the test's own choice."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from families import inputs
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.grouping import Groups
+
+Batch = dict[str, torch.Tensor]
+
+
+def batches(name: str, model: PreTrainedModel, number: int = 2, batch_size: int = 8) -> list[Batch]:
+    """Make batches of different text; two of them are enough tokens for a plan without a warning."""
+    return [inputs(name, model, batch_size=batch_size, seed=seed) for seed in range(number)]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Run the model."""
+    return model(**batch).logits
+
+
+def groups_of(expert_map: list[int], dominant: list[int]) -> Callable[..., Groups]:
+    """Return a grouping method that answers with these groups for every layer."""
+    return lambda saliency, similarity, num_groups: Groups(expert_map, dominant)
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """Return all of a model that somebody might change by mistake, to be compared with `==`."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        "classes": [type(module) for module in model.modules()],
+        "training": [module.training for module in model.modules()],
+        "hooks": [list(getattr(module, hook)) for module in model.modules() for hook in hooks],
+        "forwards": ["forward" in vars(module) for module in model.modules()],
+        "config": (type(model.config), model.config.to_dict()),
+        "parameters": model.num_parameters(),
+        "tensors": [(name, id(value), value.dtype, value.requires_grad) for name, value in tensors],
+        "bits": [hash(value.detach().flatten().view(torch.uint8).numpy().tobytes()) for _, value in tensors],
+        "gradients": [parameter.grad for parameter in model.parameters()],
+    }
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the distance between two tensors over the norm of the expected one."""
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def tensor(values: list[float]) -> torch.Tensor:
+    """Return a vector in double precision."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+Expert = dict[str, torch.Tensor]
+
+
+def expert(roles: tuple[str, ...], width: int, hidden_size: int = 8, seed: int = 0) -> Expert:
+    """Make random weights of one expert with `width` neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"down": (hidden_size, width), "down_bias": (hidden_size,), "gate_bias": (width,), "up_bias": (width,)}
+    return {role: torch.randn(shapes.get(role, (width, hidden_size)), generator=generator) for role in roles}
+
+
+def shuffled(weights: Expert, seed: int) -> Expert:
+    """Return the same expert with its neurons in another order."""
+    order = torch.randperm(len(weights["up"]), generator=torch.Generator().manual_seed(seed))
+    moved = {"down": weights["down"][:, order], "down_bias": weights.get("down_bias")}
+    return {role: moved[role] if role in moved else value[order] for role, value in weights.items()}

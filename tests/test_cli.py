@@ -1,0 +1,176 @@
+"""The command line as a user types it, on folders on disk."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from families import build
+from test_data import tokenizer  # noqa: F401
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_mcsmoe import cli
+
+TEXT = "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10))
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command line and returns its exit code, standard output and error."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["hf-mcsmoe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def source(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:  # noqa: F811
+    path = folder / "mixtral"
+    if not path.exists():
+        build("mixtral").save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        (folder / "text.txt").write_text(TEXT)
+    return path
+
+
+def test_inspect_shows_layers_and_savings(source: Path, run: Run) -> None:
+    code, out, err = run("inspect", source, "--experts", "4")
+    assert code == 0, err
+    assert "MixtralForCausalLM" in out
+    assert out.count("mlp.experts") == 4
+    model = build("mixtral")
+    held = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert f"parameters {model.num_parameters():,}, of them in experts {held:,}" in out
+    assert f"parameters {model.num_parameters() - held // 2:,} " in out
+
+
+def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
+    source: Path, tmp_path: Path, run: Run
+) -> None:
+    arguments = ["compress", source, "--data", source.parent / "text.txt", "--experts", "0.5", "--max-length", 8]
+    statistics, output = tmp_path / "statistics.safetensors", tmp_path / "out"
+    code, out, err = run(*arguments, "--output", output, "--statistics", statistics)
+    assert code == 0, err
+    assert "saved" in out
+    names = {file.name for file in output.iterdir()}
+    assert {"config.json", "README.md", "mcsmoe_plan.json", "tokenizer.json", "modeling_mcsmoe.py"} <= names
+    code, out, err = run(*arguments, "--output", tmp_path / "again", "--statistics", statistics)
+    assert code == 0, err
+    assert "statistics " not in out
+    plans = [json.loads((tmp_path / name / "mcsmoe_plan.json").read_text())["layers"] for name in ("out", "again")]
+    assert plans[0] == plans[1]
+    code, out, err = run("inspect", output)
+    assert code == 0, err
+    assert "family mixtral, merged" in out
+    code, out, err = run("compress", output, "--data", source.parent / "text.txt", "--output", tmp_path / "twice")
+    assert code == 1
+    assert "compressed already" in err
+    assert not (tmp_path / "twice").exists()
+
+
+WRONG = {
+    "no such model": (["nowhere/such-model"], "Found no model 'nowhere/such-model'"),
+    "no such folder": (["./nowhere"], "is no folder with a model"),
+    "no such data": (["{model}", "--data", "missing.txt"], "no file missing.txt"),
+    "experts": (["{model}", "--experts", "many"], "neither a whole number"),
+    "too many experts": (["{model}", "--experts", "9"], "more than the 8 experts"),
+    "share": (["{model}", "--experts", "1.5"], "a share in (0, 1]"),
+    "method": (["{model}", "--similarity", "router_logit"], "Did you mean 'router_logits'?"),
+    "pattern": (["{model}", "--skip", "encoder.*"], "matches no layer"),
+    "dtype": (["{model}", "--dtype", "float7"], "no floating-point dtype"),
+    "not empty": (["{model}", "--output", "{model}"], "is not empty"),
+    "a file": (["{model}", "--output", "{text}"], "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_are_one_sentence_and_leave_nothing(
+    case: str, source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = source.parent / "text.txt"
+    arguments, message = WRONG[case]
+    given = [str(argument).format(model=source, text=text) for argument in arguments]
+    given += [] if "--data" in given else ["--data", str(text)]
+    given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
+    code, _, err = run("compress", *given)
+    assert code == 1
+    assert message in err
+    assert err.count("Error:") == 1
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("sys.argv", ["hf-mcsmoe", "--debug", "compress", *given])
+    with pytest.raises(ValueError, match=re.escape(message[:15])):
+        cli.main()
+
+
+def test_a_full_disk_is_told_before_any_work(
+    source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    code, _, err = run("compress", source, "--data", source.parent / "text.txt", "--output", tmp_path / "out")
+    assert code == 1
+    assert "GB free" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_a_damaged_and_an_incomplete_one_are_refused(source: Path, tmp_path: Path, run: Run) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path / "dense")
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    lacking = build("mixtral")
+    incomplete = shutil.copytree(source, tmp_path / "incomplete")
+    state = {name: tensor for name, tensor in lacking.state_dict().items() if "layers.2.mlp.experts" not in name}
+    lacking.save_pretrained(incomplete, state_dict=state, save_original_format=False)
+    messages = {"dense": "no Mixture-of-Experts layer", "damaged": "Cannot load", "incomplete": "lacks 2 of the model"}
+    for name, message in messages.items():
+        options = ["--data", source.parent / "text.txt", "--output", tmp_path / "out"]
+        code, _, err = run("compress", tmp_path / name, *options)
+        assert code == 1
+        assert message in err, name
+        assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many.txt"
+    many.write_text(TEXT * 50)
+    options = ["--data", many, "--num-samples", "5000", "--batch-size", "1", "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "hf_mcsmoe.cli", "compress", *map(str, [source, *options])]
+    watcher = threading.Event()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        # Statistics begin once the model is loaded and the text read; a killed run of seconds is caught in them.
+        watcher.wait(15)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "statistics" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["many.txt"]
+
+
+def test_help_explains_every_option(run: Run) -> None:
+    code, out, _ = run("compress", "--help")
+    assert code == 0
+    for option in ("--experts", "--budget", "--skip", "--similarity", "--alignment", "--overwrite"):
+        assert option in out

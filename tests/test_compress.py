@@ -1,0 +1,252 @@
+"""Merged models: planted copies merge back, experts equal the oracle's, and the original is left alone or used up."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import oracle
+import pytest
+import torch
+from families import build
+from helpers import batches, groups_of, logits, relative_error, shuffled, state
+from layouts import LAYOUTS, Expert
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_mcsmoe import MergeConfig, MergePlan, collect_statistics, compress, merge_experts, moe_layers, plan_merge
+
+NUM_EXPERTS = 8
+
+
+def _experts(name: str, model: PreTrainedModel) -> list[list[Expert]]:
+    """Return the experts of each layer of a model that is not merged."""
+    return [[LAYOUTS[name].before(layer.container, i) for i in range(NUM_EXPERTS)] for layer in moe_layers(model)]
+
+
+def _stored(name: str, model: PreTrainedModel) -> list[list[Expert]]:
+    """Return the experts of each layer of a merged model."""
+    return [[LAYOUTS[name].after(layer.container, i) for i in range(layer.num_experts)] for layer in moe_layers(model)]
+
+
+def _plant(name: str, seed: int | None) -> PreTrainedModel:
+    """Make a model whose experts are all copies of the first, their neurons shuffled by `seed` unless it is None."""
+    model = build(name)
+    for number, experts in enumerate(_experts(name, model)):
+        original = {role: value.clone() for role, value in experts[0].items()}
+        for index, expert in enumerate(experts[1:], start=1):
+            planted = original if seed is None else shuffled(original, seed=seed + 100 * number + index)
+            for role, value in planted.items():
+                expert[role].copy_(value)
+    return model
+
+
+def _plan(name: str, model: PreTrainedModel, **options: Any) -> MergePlan:
+    return plan_merge(model, collect_statistics(model, batches(name, model)), MergeConfig(**options))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_shuffled_copies_of_one_expert_merge_back_to_it(name: str) -> None:
+    same, planted = _plant(name, None), _plant(name, 1)
+    batch = batches(name, same, 1)[0]
+    expected = logits(same, batch)
+    assert relative_error(logits(planted, batch), expected) < 1e-5, "a shuffled expert computes the same"
+    plan = _plan(name, planted, experts=1)
+    merged = merge_experts(planted, plan)
+    assert relative_error(logits(merged, batch), expected) < 1e-5
+    for layer, before, after in zip(plan.layers.values(), _experts(name, planted), _stored(name, merged), strict=True):
+        assert len(after) == 1
+        for role, value in before[layer.dominant[0]].items():
+            assert relative_error(after[0][role], value) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["switch_transformers", "mixtral", "gpt_oss", "aria"])
+def test_the_first_expert_can_be_the_reference_of_all(name: str) -> None:
+    planted = _plant(name, 2)
+    grouping = groups_of([0, 0, 1, 1, 1, 1, 0, 1], [6, 3])
+    plan = _plan(name, planted, experts=2, grouping=grouping, reference="first", merging="uniform")
+    merged = merge_experts(planted, plan)
+    for before, after in zip(_experts(name, planted), _stored(name, merged), strict=True):
+        for expert in after:
+            assert all(relative_error(expert[role], value) < 1e-6 for role, value in before[0].items())
+
+
+@pytest.mark.parametrize("name", ["switch_transformers", "mixtral", "gpt_oss", "aria"])
+def test_without_alignment_shuffled_copies_are_spoilt(name: str) -> None:
+    planted = _plant(name, 3)
+    batch = batches(name, planted, 1)[0]
+    merged = merge_experts(planted, _plan(name, planted, experts=1, alignment="none", merging="uniform"))
+    assert relative_error(logits(merged, batch), logits(planted, batch)) > 1e-2
+    for before, after in zip(_experts(name, planted), _stored(name, merged), strict=True):
+        for role, value in after[0].items():
+            mean = sum(expert[role].double() for expert in before) / NUM_EXPERTS
+            assert relative_error(value, mean) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["switch_transformers", "mixtral", "qwen3_moe", "aria", "jetmoe", "dbrx", "llama4"])
+def test_merged_experts_equal_the_oracle(name: str) -> None:
+    model = build(name)
+    statistics = collect_statistics(model, batches(name, model))
+    plan = plan_merge(model, statistics, MergeConfig(experts=3))
+    merged = merge_experts(model, plan)
+    for (layer, item), before, after in zip(
+        plan.layers.items(), _experts(name, model), _stored(name, merged), strict=True
+    ):
+        assert len(after) == len(item.dominant)
+        for number, dominant in enumerate(item.dominant):
+            members = [expert for expert in range(NUM_EXPERTS) if item.expert_map[expert] == number]
+            expected = oracle.merged(before, members, dominant, statistics[layer].counts.tolist())
+            assert all(relative_error(after[number][role], value) < 1e-6 for role, value in expected.items())
+
+
+def test_pruning_keeps_the_dominant_experts_bit_for_bit() -> None:
+    model = build("gpt_oss")
+    plan = _plan("gpt_oss", model, experts=3, merging="dominant")
+    merged = merge_experts(model, plan)
+    for item, before, after in zip(
+        plan.layers.values(), _experts("gpt_oss", model), _stored("gpt_oss", merged), strict=True
+    ):
+        for dominant, expert in zip(item.dominant, after, strict=True):
+            assert all(torch.equal(expert[role], value) for role, value in before[dominant].items())
+
+
+def test_a_group_that_no_token_reached_is_averaged_uniformly() -> None:
+    model = build("gpt_oss")
+    for layer in moe_layers(model):
+        layer.router.bias.data[4:] = -100  # four of eight are picked, and these never
+    plan = _plan("gpt_oss", model, experts=2, grouping=groups_of([0, 0, 0, 0, 1, 1, 1, 1], [0, 5]), alignment="none")
+    merged = merge_experts(model, plan)
+    for before, after in zip(_experts("gpt_oss", model), _stored("gpt_oss", merged), strict=True):
+        for role, value in after[1].items():
+            assert relative_error(value, sum(expert[role].double() for expert in before[4:]) / 4) < 1e-6
+
+
+def _storages(model: PreTrainedModel) -> set[int]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+CONSUMED = [*LAYOUTS, "diffusion_gemma"]
+
+
+@pytest.mark.parametrize("name", CONSUMED)
+def test_the_input_stays_unchanged_and_shares_nothing_unless_it_is_consumed(name: str) -> None:
+    model = build(name)
+    plan = _plan(name, model, experts=2, skip=f"*{moe_layers(model)[0].name}")
+    before = state(model)
+    merged = merge_experts(model, plan)
+    assert state(model) == before
+    assert type(model) in type(merged).__mro__
+    assert type(model) is not type(merged)
+    assert not _storages(model) & _storages(merged)
+    consumed = merge_experts(model, plan, consume=True)
+    assert consumed is model
+    assert type(consumed) is type(merged)
+    assert consumed.config.to_dict() == merged.config.to_dict()
+    assert list(consumed.state_dict()) == list(merged.state_dict())
+    assert all(torch.equal(value, merged.state_dict()[key]) for key, value in consumed.state_dict().items())
+    batch = batches(name, model, 1)[0]
+    assert torch.equal(logits(consumed, batch), logits(merged, batch))
+    assert consumed.num_parameters() < before["parameters"]
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_modes_and_frozen_parameters_are_carried_over(consume: bool, training: bool) -> None:
+    for name in ("mixtral", "switch_transformers"):
+        model = build(name).bfloat16().train(training)
+        model.get_input_embeddings().requires_grad_(False)
+        merged = merge_experts(model, _plan(name, model, experts=2), consume=consume)
+        assert {module.training for module in merged.modules()} == {training}
+        assert not merged.get_input_embeddings().weight.requires_grad
+        experts = [parameter for layer in moe_layers(merged) for _, parameter in layer.parameters]
+        assert all(parameter.requires_grad for parameter in experts)
+        assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+def _loaded_to_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    where: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"}
+    return AutoModelForCausalLM.from_pretrained(folder, **where)
+
+
+def _loaded_in_parts(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    places = dict.fromkeys(("lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {f"model.layers.{number}": "disk" if number % 2 else "cpu" for number in range(4)}
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=folder / "offload")
+
+
+OFFLOADED: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
+    "cpu": lambda model, folder: accelerate.cpu_offload(model),
+    "disk": accelerate.disk_offload,
+    "loaded to disk": _loaded_to_disk,
+    "loaded in parts": _loaded_in_parts,
+}
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("place", OFFLOADED)
+def test_an_offloaded_model_gives_the_same_result_in_memory(place: str, consume: bool, tmp_path: Path) -> None:
+    plain = build("mixtral")
+    plan, batch = _plan("mixtral", plain, experts=2, skip="*.3.*"), batches("mixtral", plain, 1)[0]
+    expected = merge_experts(plain, plan)
+    model = OFFLOADED[place](build("mixtral"), tmp_path)
+    where = [parameter.device.type for parameter in model.parameters()]
+    merged = merge_experts(model, plan, consume=consume)
+    assert {parameter.device.type for parameter in merged.parameters()} == {"cpu"}
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in merged.state_dict().items())
+    assert torch.equal(logits(merged, batch), logits(expected, batch))
+    assert torch.equal(logits(merged.to(torch.bfloat16), batch), logits(expected.to(torch.bfloat16), batch))
+    merged.save_pretrained(tmp_path / "saved")
+    if consume:
+        assert merged is model
+        return
+    assert [parameter.device.type for parameter in model.parameters()] == where
+    assert torch.equal(logits(model, batch), logits(plain, batch))
+
+
+def test_tied_embeddings_of_an_offloaded_model_stay_tied(tmp_path: Path) -> None:
+    plain = build("switch_transformers")
+    plan = _plan("switch_transformers", plain, experts=2)
+    model = merge_experts(accelerate.cpu_offload(build("switch_transformers")), plan)
+    assert model.lm_head.weight is model.shared.weight
+    assert model.num_parameters() == merge_experts(plain, plan).num_parameters()
+
+
+def test_broken_weights_are_refused_before_anything_is_changed() -> None:
+    for value in (torch.nan, torch.inf):
+        model = build("mixtral")
+        plan = _plan("mixtral", model, experts=2)
+        moe_layers(model)[2].container.down_proj.data[5, 0, 0] = value
+        before = state(model)
+        with pytest.raises(ValueError, match=r"Expert 5 of model\.layers\.2\.mlp\.experts holds NaN or infinite"):
+            merge_experts(model, plan, consume=True)
+        assert state(model) == before
+
+
+def test_progress_is_told_of_every_layer_that_merges() -> None:
+    model, calls = build("mixtral"), []
+    plan = _plan("mixtral", model, experts=2, skip="*.1.*")
+    merge_experts(model, plan, progress=lambda *call: calls.append(call))
+    assert calls == [(f"model.layers.{layer}.mlp.experts", done, 3) for done, layer in enumerate((0, 2, 3), start=1)]
+
+
+def test_compress_is_statistics_plan_and_merge() -> None:
+    model, config = build("mixtral"), MergeConfig(experts=3)
+    merged = merge_experts(model, plan_merge(model, collect_statistics(model, batches("mixtral", model)), config))
+    once = compress(model, iter(batches("mixtral", model)), config)
+    assert all(torch.equal(value, merged.state_dict()[key]) for key, value in once.state_dict().items())
+    used_up = copy.deepcopy(model)
+    assert compress(used_up, batches("mixtral", model), config, consume=True) is used_up
+    assert once.num_parameters() == used_up.num_parameters() < model.num_parameters()
+
+
+def test_routers_and_all_other_parts_are_the_original_ones() -> None:
+    for name in ("mixtral", "switch_transformers", "deepseek_v3"):
+        model = build(name)
+        merged = compress(model, batches(name, model), MergeConfig(experts=2))
+        originals = {key: value for key, value in model.state_dict().items() if ".experts." not in key}
+        others = {key: value for key, value in merged.state_dict().items() if ".experts." not in key}
+        assert originals.keys() == others.keys()
+        assert all(torch.equal(value, others[key]) for key, value in originals.items())
