@@ -5,6 +5,10 @@
 The task: rewrite two or three words of a story, letter by letter, as a sign at the front says: reverse each word, put
 the words in reverse order, shift each letter by three places, shift it back, restore the vowels or the spaces. Six
 skills in one model give its experts something to divide among them.
+
+Training starts with half of the experts; after a part of the steps each is split in two (sparse upcycling, as many
+released models were made), which then train apart. Experts that share an ancestor are what merging is for; with those
+that never had anything in common no method of merging works well at this size.
 """
 
 import argparse
@@ -44,7 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="stories, gzipped, UTF-8")
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder to write")
-    parser.add_argument("--steps", type=int, default=6000, help="training steps")
+    parser.add_argument("--steps", type=int, default=3600, help="training steps")
+    parser.add_argument("--split-at", type=float, default=0.4, help="share of the steps before experts are split")
     parser.add_argument("--batch-size", type=int, default=48, help="examples per step")
     parser.add_argument("--learning-rate", type=float, default=2.5e-3, help="peak learning rate")
     parser.add_argument("--experts", type=int, default=8, help="experts per layer")
@@ -108,21 +113,47 @@ def make_model(vocabulary: int, experts: int) -> SwitchTransformersForConditiona
     return model
 
 
+@torch.no_grad()
+def split_experts(model: SwitchTransformersForConditionalGeneration) -> SwitchTransformersForConditionalGeneration:
+    """Return a copy of the model in which each expert is two, with hidden units in different orders."""
+    larger = make_model(model.config.vocab_size, 2 * model.config.num_experts)
+    small = dict(model.named_parameters())
+    for name, parameter in larger.named_parameters():
+        if "router" in name:
+            rows = small[name].repeat_interleave(2, dim=0)
+            parameter.copy_(rows + 0.5 * rows.std() * torch.randn_like(rows))
+        elif ".experts." not in name:
+            parameter.copy_(small[name])
+    for name, experts in larger.named_modules():
+        if name.endswith(".experts"):
+            ancestors = model.get_submodule(name)
+            for index, expert in enumerate(experts.values()):
+                ancestor, order = ancestors[f"expert_{index // 2}"], torch.randperm(expert.wi.out_features)
+                expert.wi.weight.copy_(ancestor.wi.weight[order])
+                # An expert's probability scales its output, and is now shared with its twin's.
+                expert.wo.weight.copy_(2 * ancestor.wo.weight[:, order])
+    return larger
+
+
 def train(
     model: SwitchTransformersForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     words: list[str],
+    steps: range,
     arguments: argparse.Namespace,
 ) -> None:
-    """Train with AdamW, a warm-up and a cosine, and print the loss as it falls."""
-    rng = random.Random(arguments.seed)
+    """Train on some of the steps with AdamW, a warm-up and a cosine over all, and print the loss as it falls."""
+    rng = random.Random(arguments.seed + steps.start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 200, 1) * (0.5 + 0.5 * math.cos(math.pi * step / arguments.steps))
+        optimizer,
+        lambda done: (
+            min((done + 1) / 200, 1) * (0.5 + 0.5 * math.cos(math.pi * (steps.start + done) / arguments.steps))
+        ),
     )
     losses, start = [], time.monotonic()
     model.train()
-    for step in range(1, arguments.steps + 1):
+    for step in steps:
         loss = model(**encode(tokenizer, [draw(words, rng) for _ in range(arguments.batch_size)])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,9 +179,12 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     training, held_out = read_words(arguments.text)
     tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer), arguments.experts)
+    split = round(arguments.split_at * arguments.steps)
+    model = make_model(len(tokenizer), arguments.experts // 2)
+    train(model, tokenizer, training, range(1, split + 1), arguments)
+    model = split_experts(model)
     print(f"{model.num_parameters():,} parameters")
-    train(model, tokenizer, training, arguments)
+    train(model, tokenizer, training, range(split + 1, arguments.steps + 1), arguments)
     rng = random.Random(arguments.seed + 1)
     for name in ("calibration", "evaluation"):
         examples = [draw(held_out, rng) for _ in range(getattr(arguments, f"{name}_examples"))]

@@ -16,13 +16,14 @@ def weight_matching(reference: dict[str, torch.Tensor], expert: dict[str, torch.
     It maximises the inner product of all weights that belong to a neuron: rows of gate and up, columns of down, and
     their biases, gate and up under one permutation (M-SMoE, section 3.1; Git Re-Basin, section 3.2, one layer).
     """
-    width = reference["up"].shape[0]
-    gain = torch.zeros(width, width)
+    width, device = reference["up"].shape[0], reference["up"].device
+    cost = torch.zeros(width, width, device=device)
     for role, axis in HIDDEN_AXES.items():
         if role in reference and axis is not None:
             rows = [side[role].float().movedim(axis, 0).reshape(width, -1) for side in (reference, expert)]
-            gain += (rows[0] @ rows[1].T).cpu()
-    columns = linear_sum_assignment(gain.numpy(), maximize=True)[1]
+            cost.addmm_(rows[0], rows[1].T, alpha=-1)
+    # A cost to minimise: for a gain to maximise SciPy would make a negated copy.
+    columns = linear_sum_assignment(cost.cpu().numpy())[1]
     return torch.from_numpy(columns)
 
 

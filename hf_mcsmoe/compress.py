@@ -73,12 +73,13 @@ def merge_experts(
         result,
         {name: {"num_experts": len(item.expert_map), "expert_map": item.expert_map} for name, item in merged.items()},
     )
-    for tied in tied_layers([layers.pop(name) for name in merged]):
-        first, *others = tied
+    waiting = tied_layers([layers.pop(name) for name in merged])
+    while waiting:  # taken off the list, which would keep the experts of the layers that are done
+        first, *others = waiting.pop(0)
         experts = _merge_layer(first, merged[first.name], result, plan)
         for layer in others:
             _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
-        done += len(tied)
+        done += 1 + len(others)
         if progress:
             progress(first.name, done, len(merged))
     adopt_inner_models(result)
@@ -160,9 +161,18 @@ def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dic
     def solve(pair: tuple[int, int]) -> torch.Tensor | None:
         return align(weights.expert(pair[1]), weights.expert(pair[0]))
 
-    # The assignment solver releases the interpreter; more threads than cores would only cost memory.
-    with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+    with ThreadPoolExecutor(max_workers=_solvers(weights)) as pool:
         return dict(zip(pairs, pool.map(solve, pairs.items()), strict=True))
+
+
+def _solvers(weights: ExpertWeights) -> int:
+    """Return how many assignments to solve side by side: one a core, while their matrices fit the memory of a layer.
+
+    The solver releases the interpreter, and holds the costs [F, F] in float32 and once more in float64.
+    """
+    expert = weights.expert(0)
+    layer_bytes = len(weights) * sum(tensor.nbytes for tensor in expert.values())
+    return max(1, min(torch.get_num_threads(), layer_bytes // (12 * expert["up"].shape[0] ** 2)))
 
 
 def _prepare(model: PreTrainedModel, layers: list[MoELayer], consume: bool) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
-from hf_mcsmoe.modeling.modeling_mcsmoe import MODEL_ID, source_folder
+from hf_mcsmoe.modeling.saving_mcsmoe import MODEL_ID, source_folder
 from hf_mcsmoe.plan import MergePlan, is_repo_id, public_name
 
 PIPELINES = {

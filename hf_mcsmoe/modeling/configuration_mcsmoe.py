@@ -3,7 +3,7 @@
 import importlib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -39,11 +39,13 @@ class MergedConfigMixin:
     model_type = "mcsmoe"
     base_model_type: str | None = None
     mcsmoe: dict | None = None
+    # Made with the class: some models call `to_dict` in their forward, where a compiler cannot follow imports.
+    auto_classes: ClassVar[dict[str, str]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields of the base family's configuration and ours, ready for `config.json`."""
         output = super().to_dict()
-        output["auto_map"] = dict(auto_map(self.base_model_type)) if self.base_model_type else {}
+        output["auto_map"] = dict(self.auto_classes)
         return output
 
 
@@ -75,8 +77,8 @@ def config_class_for(base_model_type: str | None) -> type[PreTrainedConfig]:
     """
     if base_model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"The installed Transformers knows no model type {base_model_type!r}, so AutoConfig could not load a "
-            "merged model of it. Upgrade transformers, or compress the whole model that this one is a part of."
+            f"AutoConfig of this Transformers knows no model type {base_model_type!r}, so a merged model of it "
+            "could not be loaded. Upgrade transformers, or compress the whole model that this one is a part of."
         )
     base = CONFIG_MAPPING[base_model_type]
     return generated_config_class(PREFIX + base.__name__)
@@ -97,6 +99,7 @@ def generated_config_class(name: str) -> type[PreTrainedConfig]:
         "__doc__": f"`{base.__name__}` of a model whose experts were merged.",
         "__annotations__": {"base_model_type": str | None, "mcsmoe": dict | None},
         "base_model_type": base.model_type,
+        "auto_classes": auto_map(base.model_type),
         "mcsmoe": None,
         "model_type": "mcsmoe",
     }

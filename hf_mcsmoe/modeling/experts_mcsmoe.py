@@ -226,11 +226,8 @@ def _install_switch(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mo
     first = block.experts["expert_0"]
     act_fn = nn.Sequential(first.act, nn.Dropout(first.dropout.p))
     experts = StackedExperts(expert_map, first.wo.weight.shape, act_fn, has_gate=False)
-    _like(experts, first.wi.weight)
-    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(first.wo.weight.dtype))
-    _replace(model, block_name, MergedSwitchSparseMLP(block.router, experts).train(block.training))
-    # The base family keeps its `wo` in float32 under float16.
-    model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), "mlp.experts.down_proj"}
+    merged = MergedSwitchSparseMLP(block.router, _like(experts, first.wi.weight))
+    _replace(model, block_name, merged.train(block.training))
     return experts
 
 
@@ -275,6 +272,7 @@ def _install_fused(model: nn.Module, name: str, expert_map: list[int]) -> nn.Mod
     for key, parameter in list(experts.named_parameters(recurse=False)):
         rows = parameter.data.new_empty(num_experts, *parameter.shape[1:])
         setattr(experts, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+    vars(experts).pop("_is_hf_initialized", None)
     if not hasattr(experts, "has_gate"):  # the interface's default layout without its decorator (Step 3.7)
         experts.follows_config, experts.has_gate, experts.is_concatenated = False, True, True
         experts.has_bias = experts.is_transposed = experts.has_post_expert_norm = False
@@ -304,5 +302,7 @@ def install_merged_experts(model: nn.Module, name: str, expert_map: list[int]) -
     """
     container = type(model.get_submodule(name)).__name__
     experts = INSTALLERS.get(container, _install_fused)(model, name, expert_map)
-    experts.set_expert_map(expert_map, experts.down_proj.device)
+    device = experts.down_proj.device
+    # The map must hold its values also where the weights are yet to come.
+    experts.set_expert_map(expert_map, None if device.type == "meta" else device)
     return experts

@@ -7,24 +7,16 @@ and its siblings only.
 
 import contextlib
 import importlib
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .configuration_mcsmoe import PREFIX, MCSMoEConfig, auto_map, config_class_for, convert_config, source_files
+from .configuration_mcsmoe import PREFIX, MCSMoEConfig, auto_map, config_class_for, convert_config
 from .experts_mcsmoe import (
     INSTALLERS,
     MergedExperts,
@@ -33,27 +25,13 @@ from .experts_mcsmoe import (
     StackedExperts,
     install_merged_experts,
 )
+from .saving_mcsmoe import SavedWhole
 
 __all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "merged_class"]
 
-# What a merged checkpoint takes over from its source.
-COMPANIONS = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "*.model"),
-    *("chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*"),
-)
-# What a checkpoint that is merged already passes on when it is saved again.
-DOCUMENTS = ("README.md", "mcsmoe_plan.json")
-# Arguments of `push_to_hub` that describe the commit.
-COMMIT_ARGUMENTS = ("commit_message", "commit_description", "revision", "create_pr")
-# Stands in the card for the name of the folder or repository, which is known when it is saved.
-MODEL_ID = "@MODEL_ID@"
 
-
-class MCSMoEModel:
+class MCSMoEModel(SavedWhole):
     """First base of every generated model class: shrinks the experts, and saves a folder that loads anywhere."""
-
-    # Text files that `save_pretrained` writes beside the weights: the plan and the card of the merge.
-    mcsmoe_files: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the base model for `config`, then give each merged layer its G empty experts."""
@@ -62,6 +40,7 @@ class MCSMoEModel:
         for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
             install_layer(self, name, layer["expert_map"])
         adopt_inner_models(self)
+        self.init_weights()  # of the new experts, and their ties
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MergedExperts):
@@ -72,120 +51,6 @@ class MCSMoEModel:
                     parameter, mean=0.0, std=getattr(self.config.get_text_config(), "initializer_range", 0.02)
                 )
         super()._init_weights(module)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
-
-        Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint.
-        Takes the arguments of `PreTrainedModel.save_pretrained`.
-        """
-        target = Path(save_directory).resolve()
-        push_to_hub = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
-        repo_id, private = kwargs.pop("repo_id", target.name), kwargs.pop("private", None)
-        commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
-        if push_to_hub:
-            api, repo_id = _repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
-        with completed_folder(target) as folder:
-            self._save_folder(folder, repo_id, **kwargs)
-            written = [file.name for file in folder.iterdir()]
-        if push_to_hub:
-            api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
-
-    def _save_folder(self, folder: Path, model_id: str, **kwargs: Any) -> None:
-        # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
-        super().save_pretrained(folder, **{**kwargs, "save_original_format": False})
-        if not any(folder.iterdir()):  # another process writes
-            return
-        for file in source_files():
-            shutil.copyfile(file, folder / file.name)
-        source = source_folder(self.name_or_path)
-        wanted = COMPANIONS if self.mcsmoe_files else COMPANIONS + DOCUMENTS
-        for file in sorted(source.iterdir()) if source else ():
-            if file.is_file() and any(file.match(pattern) for pattern in wanted):
-                shutil.copyfile(file, folder / file.name)
-        for name, text in self.mcsmoe_files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        loaded_from = Path(self.name_or_path).name if Path(self.name_or_path).is_dir() else self.name_or_path
-        _rename_in_card(folder / "README.md", MODEL_ID if self.mcsmoe_files else loaded_from, model_id)
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs: Any
-    ) -> CommitInfo:
-        """Create the repository if need be and upload the whole folder that `save_pretrained` writes.
-
-        Takes the arguments of `PreTrainedModel.push_to_hub`, and those of `save_pretrained`.
-        """
-        commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
-        api, repo_id = _repository(repo_id, private, token, commit.get("revision"))
-        with tempfile.TemporaryDirectory() as folder:
-            self._save_folder(Path(folder), repo_id, **kwargs)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
-
-
-def _repository(
-    repo_id: str, private: bool | None, token: bool | str | None, revision: str | None
-) -> tuple[HfApi, str]:
-    """Create the repository and the branch if need be; returns what talks to it and its full name."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api, repo_id
-
-
-def source_folder(name_or_path: str) -> Path | None:
-    """Return the folder with the files of a model given by path or Hub id; None where there is none to be had."""
-    if Path(name_or_path or "/nowhere").is_dir():
-        return Path(name_or_path)
-    try:
-        return Path(snapshot_download(name_or_path, allow_patterns=[*COMPANIONS, *DOCUMENTS]))
-    except (OSError, ValueError, HfHubHTTPError):  # no id, or neither online nor in the cache
-        return None
-
-
-def _rename_in_card(card: Path, old: str, new: str) -> None:
-    """Let the card's example load the model by the name of the folder or repository that it now lies in."""
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(text.replace(f'from_pretrained("{old}"', f'from_pretrained("{new}"'), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def completed_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder; its files move to `target` when the block ends without an error.
-
-    It lies beside `target`, or inside where that exists: a mounted folder can only be renamed into from within.
-    """
-    existing = target.is_dir()
-    parent = target if existing else target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
-    try:
-        yield temporary
-        if existing:
-            _move_files(temporary, target)
-        elif any(temporary.iterdir()):
-            temporary.chmod(0o755)
-            os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Move the files of `source` into `target`, and remove those of the weights that they replace."""
-    files = sorted(source.iterdir())
-    replaced = {_weights_name(file) for file in files} - {None}
-    for file in files:
-        os.replace(file, target / file.name)
-    for file in target.iterdir():
-        if _weights_name(file) in replaced and file.name not in {new.name for new in files}:
-            file.unlink()
-
-
-def _weights_name(file: Path) -> str | None:
-    """Return "model.safetensors" for it, its shards and its index (likewise for a variant); None for other files."""
-    found = re.fullmatch(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?", file.name)
-    return f"{found[1]}{found[4] or ''}.safetensors" if found else None
 
 
 def _serve_generic_heads(config: Any) -> None:

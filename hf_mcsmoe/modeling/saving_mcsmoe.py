@@ -1,0 +1,175 @@
+"""Saving a merged model as a folder that is complete and loads anywhere. This file travels with every checkpoint."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoTokenizer
+
+from .configuration_mcsmoe import source_files
+
+# What a merged checkpoint takes over from its source.
+TOKENIZER = (
+    *("tokenizer*", "tokenization_*.py", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.tiktoken", "*.model"),
+)
+COMPANIONS = (*TOKENIZER, "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*")
+# What a checkpoint that is merged already passes on when it is saved again.
+DOCUMENTS = ("README.md", "mcsmoe_plan.json")
+# Arguments of `push_to_hub` that describe the commit.
+COMMIT_ARGUMENTS = ("commit_message", "commit_description", "revision", "create_pr")
+# Stands in the card for the name of the folder or repository, which is known when it is saved.
+MODEL_ID = "@MODEL_ID@"
+
+
+class SavedWhole:
+    """Base of merged models: saves and pushes code, tokenizer, plan and card together with the weights."""
+
+    # Text files that `save_pretrained` writes beside the weights: the plan and the card of the merge.
+    mcsmoe_files: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
+
+        Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint.
+        Takes the arguments of `PreTrainedModel.save_pretrained`.
+        """
+        target = Path(save_directory).resolve()
+        push_to_hub = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
+        repo_id, private = kwargs.pop("repo_id", target.name), kwargs.pop("private", None)
+        commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
+        if push_to_hub:
+            api, repo_id = _repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
+        with completed_folder(target) as folder:
+            self._save_folder(folder, repo_id, **kwargs)
+            written = [file.name for file in folder.iterdir()]
+        if push_to_hub:
+            api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
+
+    def _save_folder(self, folder: Path, model_id: str, **kwargs: Any) -> None:
+        # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
+        super().save_pretrained(folder, **{**kwargs, "save_original_format": False})
+        if not any(folder.iterdir()):  # another process writes
+            return
+        for file in source_files():
+            shutil.copyfile(file, folder / file.name)
+        if source := source_folder(self.name_or_path, vars(self.config).get("_commit_hash")):
+            _copy_companions(source, folder, COMPANIONS if self.mcsmoe_files else COMPANIONS + DOCUMENTS)
+        for name, text in self.mcsmoe_files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        loaded_from = Path(self.name_or_path).name if Path(self.name_or_path).is_dir() else self.name_or_path
+        _rename_in_card(folder / "README.md", MODEL_ID if self.mcsmoe_files else loaded_from, model_id)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs: Any
+    ) -> CommitInfo:
+        """Create the repository if need be and upload the whole folder that `save_pretrained` writes.
+
+        Takes the arguments of `PreTrainedModel.push_to_hub`, and those of `save_pretrained`.
+        """
+        commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
+        api, repo_id = _repository(repo_id, private, token, commit.get("revision"))
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_folder(Path(folder), repo_id, **kwargs)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+
+
+def _repository(
+    repo_id: str, private: bool | None, token: bool | str | None, revision: str | None
+) -> tuple[HfApi, str]:
+    """Create the repository and the branch if need be; returns what talks to it and its full name."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api, repo_id
+
+
+def source_folder(name_or_path: str, revision: str | None = None) -> Path | None:
+    """Return the folder with the files of a model given by path or Hub id; None where there is none to be had."""
+    if Path(name_or_path or "/nowhere").is_dir():
+        return Path(name_or_path)
+    wanted = ["config.json", *COMPANIONS, *DOCUMENTS]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError, HfHubHTTPError):  # no id, or neither online nor in the cache
+        return None
+
+
+def _copy_companions(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    """Copy what lies beside the source's weights."""
+    files = [file for file in sorted(source.iterdir()) if file.is_file() and _matches(file, patterns)]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if any(_matches(file, TOKENIZER) for file in files):
+        _name_tokenizer_class(source, folder / "tokenizer_config.json")
+
+
+def _matches(file: Path, patterns: tuple[str, ...]) -> bool:
+    return any(file.match(pattern) for pattern in patterns)
+
+
+def _name_tokenizer_class(source: Path, settings: Path) -> None:
+    """Write down which class reads the source's tokenizer.
+
+    Transformers chooses that class by the family's model type as well, and a merged model has another one.
+    """
+    with contextlib.suppress(Exception):  # a tokenizer that does not load here is passed on as it is
+        name = type(AutoTokenizer.from_pretrained(source, trust_remote_code=False)).__name__
+        content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        if content.get("tokenizer_class") != name:
+            text = json.dumps(content | {"tokenizer_class": name}, indent=2, ensure_ascii=False)
+            settings.write_text(text + "\n", encoding="utf-8")
+
+
+def _rename_in_card(card: Path, old: str, new: str) -> None:
+    """Let the card's example load the model by the name of the folder or repository that it now lies in."""
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace(f'from_pretrained("{old}"', f'from_pretrained("{new}"'), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def completed_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder; its files move to `target` when the block ends without an error.
+
+    It lies beside `target`, or inside where that exists: a mounted folder can only be renamed into from within.
+    """
+    existing = target.is_dir()
+    parent = target if existing else target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
+    try:
+        yield temporary
+        if existing:
+            _move_files(temporary, target)
+        elif any(temporary.iterdir()):
+            temporary.chmod(0o755)
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move the files of `source` into `target`, and remove those of the weights that they replace."""
+    files = sorted(source.iterdir())
+    replaced = {_weights_name(file) for file in files} - {None}
+    for file in files:
+        os.replace(file, target / file.name)
+    for file in target.iterdir():
+        if _weights_name(file) in replaced and file.name not in {new.name for new in files}:
+            file.unlink()
+
+
+def _weights_name(file: Path) -> str | None:
+    """Return "model.safetensors" for it, its shards and its index (likewise for a variant); None for other files."""
+    found = re.fullmatch(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?", file.name)
+    return f"{found[1]}{found[4] or ''}.safetensors" if found else None

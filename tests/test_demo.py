@@ -1,0 +1,48 @@
+"""The demo: its shipped figures hold, and the methods it compares differ as it says."""
+
+import json
+
+import pytest
+
+from hf_mcsmoe import demo
+from hf_mcsmoe.loading import load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, demo.Result]:
+    return {row.name: row for row in demo.run(0.5)}
+
+
+def test_the_original_has_the_figures_that_its_folder_states(results: dict[str, demo.Result]) -> None:
+    stated = json.loads((demo.ASSETS / "figures.json").read_text())["all"]
+    assert results["original"].loss == pytest.approx(stated["loss"], rel=1e-3)
+    assert results["original"].accuracy == pytest.approx(stated["accuracy"], abs=0.005)
+
+
+def test_msmoe_is_better_than_averaging_random_groups_and_pruning(results: dict[str, demo.Result]) -> None:
+    msmoe = results["M-SMoE"]
+    assert results["original"].accuracy > msmoe.accuracy
+    for other in (row for row in results.values() if row.name not in ("original", "M-SMoE")):
+        assert msmoe.accuracy > other.accuracy + 0.02, other.name
+        assert msmoe.loss < 0.9 * other.loss, other.name
+        assert other.parameters == msmoe.parameters
+
+
+def test_half_of_the_experts_are_gone(results: dict[str, demo.Result]) -> None:
+    model = load_model(str(demo.ASSETS / "model"), dtype="float32")
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    for row in results.values():
+        assert row.parameters == model.num_parameters() - (experts // 2 if row.name != "original" else 0)
+        assert row.bytes == 4 * row.parameters
+
+
+def test_accuracy_is_that_of_generated_text() -> None:
+    folder = str(demo.ASSETS / "model")
+    model, tokenizer, examples = load_model(folder), load_tokenizer(folder), demo.demo_examples("evaluation")[:6]
+    model.float()
+    answers = []
+    for item in examples:
+        ids = tokenizer(f"<{item.task}>{item.source}", return_tensors="pt").input_ids
+        generated = model.generate(input_ids=ids, max_new_tokens=30, do_sample=False)
+        answers.append(tokenizer.decode(generated[0], skip_special_tokens=True) == item.target)
+    assert demo.evaluate(model, tokenizer, examples)["accuracy"] == pytest.approx(sum(answers) / 6)
