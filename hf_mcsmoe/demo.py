@@ -70,7 +70,9 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
         counted = int((batch["labels"] != -100).sum())
         loss, letters = loss + float(model(**batch).loss) * counted, letters + counted
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        answers = cast(Any, model).generate(**inputs, max_new_tokens=batch["labels"].shape[1], do_sample=False, num_beams=1)
+        answers = cast(Any, model).generate(
+            **inputs, max_new_tokens=batch["labels"].shape[1], do_sample=False, num_beams=1
+        )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         wanted = [item.target for item in examples[start * BATCH_SIZE :][: len(texts)]]
         right += sum(text == target for text, target in zip(texts, wanted, strict=True))
@@ -92,30 +94,33 @@ class Result:
 def run(experts: int | float = 0.5, output: Path | None = None) -> list[Result]:
     """Return the original's row and one for each of `METHODS`; the M-SMoE model is saved to `output`."""
     model, tokenizer = load_model(str(ASSETS / "model"), dtype="float32"), load_tokenizer(str(ASSETS / "model"))
-    examples = demo_examples("evaluation")
     statistics = collect_statistics(model, demo_batches(tokenizer, "calibration"))
-    results = [measure("original", model, tokenizer, examples)]
+    models = {"original": model}
     for name, changes in METHODS.items():
-        merged = merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=experts, **changes)))
-        results.append(measure(name, merged, tokenizer, examples))
-        if name == "M-SMoE" and output is not None:
-            merged.save_pretrained(output)
+        models[name] = merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=experts, **changes)))
+    if output is not None:
+        models["M-SMoE"].save_pretrained(output)
+    examples = demo_examples("evaluation")
+    speeds = tokens_per_second(models, encode(tokenizer, examples[:BATCH_SIZE]))
+    results = []
+    for name, merged in models.items():
+        metrics = evaluate(merged, tokenizer, examples)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in merged.parameters())
+        results.append(Result(name, metrics["loss"], metrics["accuracy"], merged.num_parameters(), size, speeds[name]))
     return results
 
 
-def measure(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> Result:
-    """Evaluate one model; its speed is that of the fastest of nine forwards, in tokens of source and target."""
-    batch = encode(tokenizer, examples[:BATCH_SIZE])
+@torch.no_grad()
+def tokens_per_second(models: dict[str, PreTrainedModel], batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the tokens of source and target that each model takes per second: its fastest of nine turns in a row."""
     tokens = int(batch["attention_mask"].sum() + (batch["labels"] != -100).sum())
-    seconds = []
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(9):
-        started = time.perf_counter()
-        with torch.no_grad():
+        for name, model in models.items():
+            started = time.perf_counter()
             model(**batch)
-        seconds.append(time.perf_counter() - started)
-    metrics = evaluate(model, tokenizer, examples)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return Result(name, metrics["loss"], metrics["accuracy"], model.num_parameters(), size, tokens / min(seconds))
+            seconds[name].append(time.perf_counter() - started)
+    return {name: tokens / min(turns) for name, turns in seconds.items()}
 
 
 def compare(experts: int | float = 0.5, output: Path | None = None) -> Table:

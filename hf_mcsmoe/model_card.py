@@ -11,12 +11,14 @@ from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
 from hf_mcsmoe.modeling.saving_mcsmoe import MODEL_ID, source_folder
 from hf_mcsmoe.plan import MergePlan, is_repo_id, public_name
 
+# Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSeq2SeqLM": None,  # the Hub dropped the name
 }
 
 TEMPLATE = Template(

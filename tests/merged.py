@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 REFUSED = {
     "doge": "nothing to align",
     "nllb_moe": "only its experts 0 and 1",
-    "qwen3_omni_moe_talker": "the whole model",
+    "qwen3_omni_moe_talker": "compress the whole model",
 }
 
 

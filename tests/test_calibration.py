@@ -1,22 +1,18 @@
 """Statistics of models: equal to a loop over the tokens that count, and the model as it was before."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import accelerate
 import pytest
 import torch
 from families import Family, build, families, inputs
 from helpers import Batch, batches, state
+from offloaded import OFFLOADED
 from oracle import FAMILIES, observe, sums
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, RoutingStatistics, collect_statistics, merge_experts, moe_layers, plan_merge
-from hf_mcsmoe.adapters.other import REFUSED
 
 EVERY = [family for family in families() if family.name not in ("nllb_moe", "doge")]
 # Picks that reach no routed expert: capacity, a skipped expert, identity experts.
@@ -281,19 +277,6 @@ def test_the_fingerprint_knows_a_model_in_either_precision_from_another(name: st
         plan_merge(other, statistics)
 
 
-def _saved_to_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    model.save_pretrained(folder)
-    where: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"}
-    return AutoModelForCausalLM.from_pretrained(folder, **where)
-
-
-OFFLOADED: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
-    "cpu": lambda model, folder: accelerate.cpu_offload(model),
-    "disk": accelerate.disk_offload,
-    "loaded to disk": _saved_to_disk,
-}
-
-
 @pytest.mark.parametrize("place", OFFLOADED)
 def test_offloaded_weights_give_the_same_statistics_and_stay_offloaded(place: str, tmp_path: Path) -> None:
     expected = _collect("mixtral", build("mixtral"))
@@ -302,44 +285,3 @@ def test_offloaded_weights_give_the_same_statistics_and_stay_offloaded(place: st
     assert "meta" in where
     _assert_equal(_collect("mixtral", model), expected)
     assert [parameter.device.type for parameter in model.parameters()] == where
-
-
-def test_a_dense_model_has_no_layer() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Sequential has no Mixture-of-Experts layer"):
-        moe_layers(model)
-
-
-@pytest.mark.parametrize(("name", "container"), [("nllb_moe", "NllbMoeExperts"), ("doge", "DogeCDMoE")])
-def test_experts_that_cannot_be_merged_are_refused_with_the_reason(name: str, container: str) -> None:
-    model = build(name)
-    for refused in (moe_layers, lambda model: _collect(name, model)):
-        with pytest.raises(ValueError, match=rf"\({container}\) cannot be merged: ") as error:
-            refused(model)
-        assert REFUSED[container] in str(error.value)
-
-
-def test_nllb_moe_still_runs_only_its_experts_0_and_1() -> None:
-    """Once this fails, Transformers is repaired and the family can be supported."""
-    model = build("nllb_moe")
-    batch = inputs("nllb_moe", model)
-    sparse = [module for module in model.modules() if type(module).__name__ == "NllbMoeExperts"]
-    assert sparse
-    with torch.no_grad():
-        expected = model(**batch).logits
-        for experts in sparse:
-            for name, expert in experts.items():
-                if name in [f"expert_{index}" for index in range(2, 8)]:
-                    expert.fc1.weight.zero_()
-                    expert.fc2.weight.zero_()
-        assert torch.equal(model(**batch).logits, expected)
-        for experts in sparse:
-            experts["expert_1"].fc2.weight.zero_()
-        assert not torch.equal(model(**batch).logits, expected)
-
-
-def test_doge_still_has_experts_of_one_neuron() -> None:
-    model = build("doge")
-    experts = next(module for module in model.modules() if type(module).__name__ == "DogeCDMoE")
-    assert experts.up_embed.weight.shape == experts.down_embed.weight.shape == (experts.num_experts, 32)
-    assert "keys" in inspect.getsource(type(experts)), "experts are found by product keys"

@@ -24,6 +24,7 @@ LOADING = {
     "saves_again": ALL,
     "saves_all_files_again": ["mixtral", "switch_transformers"],
     "keeps_bfloat16": ALL,
+    "builds_from_its_configuration": ALL,
     "loads_by_device_map": ALL,
     "loads_offloaded_to_disk_and_saves": [name for name in ALL if name not in NOT_OFFLOADED],
     "loads_as_the_base_model_and_with_a_new_head": ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jetmoe"],

@@ -1,7 +1,6 @@
 """Merged models: planted copies merge back, experts equal the oracle's, and the original is left alone or used up."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from families import build
 from helpers import batches, groups_of, logits, relative_error, shuffled, state
 from layouts import LAYOUTS, Expert
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from offloaded import OFFLOADED
+from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, MergePlan, collect_statistics, compress, merge_experts, moe_layers, plan_merge
 
@@ -162,27 +162,6 @@ def test_modes_and_frozen_parameters_are_carried_over(consume: bool, training: b
         experts = [parameter for layer in moe_layers(merged) for _, parameter in layer.parameters]
         assert all(parameter.requires_grad for parameter in experts)
         assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
-
-
-def _loaded_to_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    model.save_pretrained(folder)
-    where: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"}
-    return AutoModelForCausalLM.from_pretrained(folder, **where)
-
-
-def _loaded_in_parts(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    model.save_pretrained(folder)
-    places = dict.fromkeys(("lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
-    places |= {f"model.layers.{number}": "disk" if number % 2 else "cpu" for number in range(4)}
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=folder / "offload")
-
-
-OFFLOADED: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
-    "cpu": lambda model, folder: accelerate.cpu_offload(model),
-    "disk": accelerate.disk_offload,
-    "loaded to disk": _loaded_to_disk,
-    "loaded in parts": _loaded_in_parts,
-}
 
 
 @pytest.mark.parametrize("consume", [False, True])

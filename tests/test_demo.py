@@ -1,6 +1,8 @@
 """The demo: its shipped figures hold, and the methods it compares differ as it says."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,12 @@ def test_msmoe_is_better_than_averaging_random_groups_and_pruning(results: dict[
         assert msmoe.accuracy > other.accuracy + 0.02, other.name
         assert msmoe.loss < 0.9 * other.loss, other.name
         assert other.parameters == msmoe.parameters
+
+
+def test_the_readme_shows_these_figures(results: dict[str, demo.Result]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for row in results.values():
+        assert re.search(rf"{row.name} +{row.loss:.3f} +{row.accuracy:.1%} +{row.parameters:,} ", readme), row
 
 
 def test_half_of_the_experts_are_gone(results: dict[str, demo.Result]) -> None:

@@ -91,6 +91,7 @@ def test_uniform_budget_is_the_same_number_or_share_everywhere(
 
 def test_salient_experts_come_first_and_ties_in_order() -> None:
     assert salient_first(tensor([1, 3, 0, 3, 1, 1])) == [1, 3, 0, 4, 5, 2]
+    assert salient_first(torch.zeros(128)) == list(range(128))
 
 
 @pytest.mark.parametrize("case", range(50))

@@ -1,5 +1,6 @@
 """Saving: all files or none, beside what is there; pushing to the Hub; the model card and its example."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -12,11 +13,11 @@ from helpers import logits
 from hub import Hub, running_hub
 from huggingface_hub import ModelCard
 from merged import Example, example, merge, run_python, save, stored_experts, tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_utils
 
 FILES = {
     *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "model.safetensors"),
-    *("configuration_mcsmoe.py", "experts_mcsmoe.py", "modeling_mcsmoe.py"),
+    *("configuration_mcsmoe.py", "experts_mcsmoe.py", "modeling_mcsmoe.py", "saving_mcsmoe.py"),
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
@@ -151,6 +152,17 @@ def test_what_lies_beside_the_source_is_carried_over(source: Path, tmp_path: Pat
     assert not any(str(tmp_path) in text for text in texts)
 
 
+def test_the_tokenizer_is_read_by_the_class_that_read_the_sources(source: Path, tmp_path: Path) -> None:
+    """Transformers reads a Mixtral's tokenizer as its file says, whatever class the settings name."""
+    settings = source / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
+    _, merged = merge(AutoModelForCausalLM.from_pretrained(source), "mixtral")
+    merged.save_pretrained(tmp_path / "saved")
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "saved"))
+    assert type(after) is type(before)
+    assert after("w5 w6").input_ids == before("w5 w6").input_ids == [5, 6]
+
+
 @pytest.mark.parametrize(
     ("name_or_path", "base_model", "title"),
     [
@@ -178,10 +190,13 @@ def test_the_card_tells_the_hub_what_the_model_is(
         assert f"| `{layer}` | 8 | {kept} |" in card.text
 
 
-@pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
-def test_the_cards_example_runs_as_it_stands(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "auto_class"), [("mixtral", "AutoModelForCausalLM"), ("switch_transformers", "AutoModelForSeq2SeqLM")]
+)
+def test_the_cards_example_runs_as_it_stands(name: str, auto_class: str, tmp_path: Path) -> None:
     folder = save(example(name), tmp_path)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    assert f"\nmodel = {auto_class}.from_pretrained" in code
     done = run_python(["-c", f"{code}\nprint(type(model).__name__)"], cwd=tmp_path)
     assert done.stdout.strip() == f"MCSMoE{type(example(name).base).__name__}", done.stderr
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -111,6 +112,19 @@ def keeps_bfloat16(saved: Saved) -> None:
 
 
 @check
+def builds_from_its_configuration(saved: Saved) -> None:
+    config = transformers.AutoConfig.from_pretrained(saved.folder, trust_remote_code=True)
+    build = functools.partial(getattr(transformers, saved.expected["auto_class"]).from_config, trust_remote_code=True)
+    model = build(config).eval()
+    assert saved.logits(model).isfinite().all()
+    assert model.num_parameters() == saved.load().num_parameters()
+    with accelerate.init_empty_weights():
+        empty = build(config)
+    empty.tie_weights()
+    saved.assert_same(accelerate.load_checkpoint_and_dispatch(empty, saved.folder, device_map={"": "cpu"}).eval())
+
+
+@check
 def loads_by_device_map(saved: Saved) -> None:
     saved.assert_same(saved.load(device_map="auto"))
 
@@ -167,7 +181,7 @@ def pickles(saved: Saved) -> None:
 @check
 def compiles(saved: Saved) -> None:
     torch._dynamo.reset()
-    model = torch.compile(saved.load(), backend="eager")
+    model = torch.compile(saved.load(), backend="eager", fullgraph=True)
     torch.testing.assert_close(saved.logits(model), saved.expected["logits"], atol=1e-4, rtol=1e-4)
 
 

@@ -1,0 +1,35 @@
+"""What the README shows is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def run(code: str, folder: Path) -> str:
+    """Return what a piece of Python prints."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_example_prints_what_it_says_and_loads(tmp_path: Path) -> None:
+    first, second = blocks("python")[:2]
+    assert run(first, tmp_path) == blocks("text")[0]
+    assert run(second + "\nprint(model.num_parameters())", tmp_path).replace("\n", "") in first + blocks("text")[
+        0
+    ].replace(",", "")
+
+
+def test_commands_and_files_that_it_names_exist() -> None:
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"`?make ([a-z]+)", README):
+        assert re.search(rf"^{target}:", (root / "Makefile").read_text(), re.MULTILINE), target
+    for path in re.findall(r"(?:examples|tests)/[a-z_/0-9]+\.py", README):
+        assert (root / path).is_file(), path
