@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	@touch $@
 
-demo: $(VENV)/.ready ## merge the small trained Switch Transformer in five ways and compare (a minute)
+demo: $(VENV)/.ready ## merge the small trained Switch Transformer in four ways and compare (a minute)
 	$(BIN)/hf-mcsmoe demo
 
 test: lint types unit ## lint, types and tests (under ten minutes on 2 cores)

@@ -168,7 +168,7 @@ def demo(
     experts: Annotated[str, _option("experts")] = "0.5",
     output: Annotated[Path | None, typer.Option(help="keep the merged model in this folder")] = None,
 ) -> None:
-    """Merge the small trained Switch Transformer that comes with the package, in five ways, and compare them."""
+    """Merge the small trained Switch Transformer that comes with the package, in four ways, and compare them."""
     from hf_mcsmoe.demo import compare
 
     console.print(compare(parse_experts(experts), output))
