@@ -6,6 +6,13 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mcsmoe-modules-")
 
+import shutil
+
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the copied code."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)

@@ -87,7 +87,7 @@ def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_c
 def switch(
     layers: int, num_experts: int = 32, d_model: int = 768, d_ff: int = 3072, dtype: str = "float32"
 ) -> PreTrainedModel:
-    """Return a Switch Transformer of `layers` layers on each side, every other one sparse; the default is base size."""
+    """Return a Switch Transformer of `layers` layers on each side, every other one sparse; by default of base size."""
     config = SwitchTransformersConfig(
         d_model=d_model,
         d_ff=d_ff,

@@ -1,7 +1,7 @@
 """Time of a merged layer, and of a whole merged model, as a ratio to the original, at few and at many tokens.
 
-A Switch layer of base size (D 768, F 3072, 32 experts merged into 8) and a layer of the Qwen3-MoE kind (64 experts, 8 per
-token, merged into 32). Weights and inputs are random, so tokens spread evenly over the original's experts. The line
+A Switch layer of base size (D 768, F 3072, 32 experts merged into 8) and one of the Qwen3-MoE kind (64 experts, 8 per
+per token, merged into 32). Weights and inputs are random, so tokens spread evenly over the original's experts. The row
 "one dense expert" is what no merged top-1 layer can beat: all tokens through a single expert without any routing.
 
 python examples/benchmarks/merged_forward.py
