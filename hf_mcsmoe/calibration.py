@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters import MoELayer, moe_layers
@@ -70,15 +71,25 @@ def uncompressed_layers(model: PreTrainedModel) -> list[MoELayer]:
 
 
 def fingerprint(layers: list[MoELayer]) -> str:
-    """Return a hash of the layers' names and sizes and of their routers' weights, the same in float32 and bfloat16."""
+    """Return a hash of the layers' names and sizes, of their routers and of the model's norms and biases.
+
+    Cheap to read, changed by any training, and the same in float32 and in bfloat16.
+    """
     digest = hashlib.sha256()
     for layer in layers:
         digest.update(f"{layer.name} {layer.num_experts} {layer.hidden_size} {layer.intermediate_size}".encode())
-        with onloaded(layer.router):
-            for parameter in layer.router.parameters():
-                values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-                digest.update(values.view(torch.int16).numpy().tobytes())
+        _add_weights(digest, layer.router)
+    for module in layers[0].model.modules():
+        if not any(module.children()) and any(parameter.ndim == 1 for parameter in module.parameters()):
+            _add_weights(digest, module)
     return digest.hexdigest()
+
+
+def _add_weights(digest: Any, module: nn.Module) -> None:
+    with onloaded(module):
+        for parameter in module.parameters():
+            values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(values.view(torch.int16).numpy().tobytes())
 
 
 def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:

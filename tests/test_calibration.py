@@ -285,3 +285,14 @@ def test_offloaded_weights_give_the_same_statistics_and_stay_offloaded(place: st
     assert "meta" in where
     _assert_equal(_collect("mixtral", model), expected)
     assert [parameter.device.type for parameter in model.parameters()] == where
+
+
+def test_the_fingerprint_tells_a_model_trained_further_with_frozen_routers() -> None:
+    model = build("mixtral")
+    statistics = collect_statistics(model, batches("mixtral", model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".gate." not in name:
+                parameter.mul_(1.02)
+    with pytest.raises(ValueError, match="another model"):
+        plan_merge(model, statistics, MergeConfig(experts=2))
