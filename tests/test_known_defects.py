@@ -1,4 +1,4 @@
-"""Defects of public implementations of expert merging (METHOD, section 6), one test for each that concerns merging."""
+"""Defects of public implementations of expert merging, one test for each that concerns merging."""
 
 import copy
 import itertools
