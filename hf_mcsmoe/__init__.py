@@ -1,4 +1,4 @@
-"""Merge, then compress the experts of any Mixture-of-Experts model of Transformers (M-SMoE, MC-SMoE)."""
+"""Merge the experts of any Mixture-of-Experts model of Transformers (M-SMoE)."""
 
 from transformers import AutoConfig
 

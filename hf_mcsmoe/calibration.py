@@ -104,6 +104,8 @@ def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]
     masks = {}
     for side, names in names_of_sides.items():
         given = {name: batch[name] for name in names if batch.get(name) is not None}
+        if "labels" in given and given["labels"].ndim == 1:  # one label a text, as for classification
+            del given["labels"]
         if "decoder_attention_mask" in given and inputs is not None:
             # A block diffusion model's covers the prompt before its canvas as well.
             given["decoder_attention_mask"] = given["decoder_attention_mask"][:, -inputs.shape[1] :]

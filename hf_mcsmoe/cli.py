@@ -1,5 +1,6 @@
 """The command line: `hf-mcsmoe inspect`, `compress` and `demo`."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,19 +12,20 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_mcsmoe.adapters import MoELayer, moe_layers
 from hf_mcsmoe.calibration import collect_statistics, uncompressed_layers
 from hf_mcsmoe.compress import merge_experts
 from hf_mcsmoe.config import MergeConfig, option_help
-from hf_mcsmoe.data import calibration_batches
+from hf_mcsmoe.data import calibration_batches, read_samples
 from hf_mcsmoe.grouping import budget_total
 from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
-from hf_mcsmoe.plan import MergePlan, check_request, plan_merge, selected_layers
+from hf_mcsmoe.plan import MergePlan, check_request, plan_merge, selected_layers, tied_layers
 from hf_mcsmoe.statistics import RoutingStatistics
 
 app = typer.Typer(
@@ -65,7 +67,7 @@ def inspect(
     kind = getattr(empty.config, "base_model_type", None) or empty.config.model_type
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if _is_merged(layers) else ""))
     console.print(_layer_table(layers))
-    total, held = empty.num_parameters(), sum(layer.num_parameters for layer in layers)
+    total, held = empty.num_parameters(), sum(tied[0].num_parameters for tied in tied_layers(layers))
     console.print(f"parameters {total:,}, of them in experts {held:,} ({held / total:.1%})")
     if _is_merged(layers):
         return
@@ -110,21 +112,18 @@ def compress(
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
     config = _config(locals())
-    source_tokenizer = _check(model, tokenizer, config, output, dtype, overwrite)
+    output = _check(model, config, output, dtype, overwrite, statistics)
+    source_tokenizer, reuse = load_tokenizer(tokenizer or model), statistics is not None and statistics.exists()
+    samples = [] if reuse else read_samples(data, column=column, target_column=target_column, split=split)
     started = time.perf_counter()
     loaded = load_model(model, dtype=dtype, device_map=device_map)
     before = (loaded.num_parameters(), _bytes(loaded))
-    if statistics and statistics.exists():
+    if statistics and reuse:
+        console.print(f"statistics read from {escape(str(statistics))}; --data is not used")
         sums = RoutingStatistics.load(statistics)
     else:
-        sampling: dict[str, Any] = {
-            "num_samples": num_samples,
-            "max_length": max_length,
-            "batch_size": batch_size,
-            "seed": seed,
-        }
-        columns: dict[str, Any] = {"column": column, "target_column": target_column, "split": split}
-        sums = _statistics(loaded, calibration_batches(data, source_tokenizer, loaded, **sampling, **columns))
+        sampling: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "batch_size": batch_size}
+        sums = _statistics(loaded, calibration_batches(samples, source_tokenizer, loaded, **sampling, seed=seed))
         if statistics:
             sums.save(statistics)
     plan = plan_merge(loaded, sums, config)
@@ -132,12 +131,14 @@ def compress(
         merged = merge_experts(loaded, plan, consume=True, progress=advance.layer)
     merged.save_pretrained(output)
     if tokenizer:
-        source_tokenizer.save_pretrained(output)
+        load_tokenizer(tokenizer).save_pretrained(output)
     console.print(_plan_table(plan))
     console.print(_size_table(before, (merged.num_parameters(), _bytes(merged))))
-    console.print(f"[bold]{output}[/] written after {time.perf_counter() - started:.0f} s")
+    console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
     if push_to_hub:
         console.print(f"uploaded: {cast(Any, merged).push_to_hub(push_to_hub)}")
+        if tokenizer:
+            load_tokenizer(tokenizer).push_to_hub(push_to_hub)
 
 
 def _config(given: dict[str, Any]) -> MergeConfig:
@@ -147,15 +148,18 @@ def _config(given: dict[str, Any]) -> MergeConfig:
 
 
 def _check(
-    model: str, tokenizer: str | None, config: MergeConfig, output: Path, dtype: str, overwrite: bool
-) -> PreTrainedTokenizerBase:
-    """Check all that can be checked before weights are loaded; returns the tokenizer."""
+    model: str, config: MergeConfig, output: Path, dtype: str, overwrite: bool, statistics: Path | None
+) -> Path:
+    """Check all that can be checked before weights are loaded; returns the folder to write."""
+    if statistics and not (statistics.is_file() or os.access(statistics.absolute().parent, os.W_OK)):
+        raise ValueError(
+            f"--statistics {statistics} can be neither read nor written: its folder is missing or closed."
+        )
     empty = empty_model(model)
     layers = uncompressed_layers(empty)
     check_request(layers, config)
     parameters = empty.num_parameters() - _saved_parameters(layers, config)
-    check_output(output, overwrite=overwrite, needed_bytes=parameters * _itemsize(dtype, empty))
-    return load_tokenizer(tokenizer or model)
+    return check_output(output, overwrite=overwrite, needed_bytes=parameters * _itemsize(dtype, empty))
 
 
 def _statistics(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> RoutingStatistics:
@@ -171,6 +175,8 @@ def demo(
     """Merge the small trained Switch Transformer that comes with the package, in four ways, and compare them."""
     from hf_mcsmoe.demo import compare
 
+    if output is not None:
+        output = check_output(output, overwrite=False, needed_bytes=0)
     console.print(compare(parse_experts(experts), output))
 
 
@@ -203,7 +209,7 @@ def _is_merged(layers: list[MoELayer]) -> bool:
 
 def _saved_parameters(layers: list[MoELayer], config: MergeConfig) -> int:
     """Return how many parameters the merge removes, up to how the layers share the experts."""
-    chosen = selected_layers(layers, config)
+    chosen = [tied[0] for tied in tied_layers(selected_layers(layers, config))]
     sizes = [layer.num_experts for layer in chosen]
     held = sum(layer.num_parameters for layer in chosen)
     return round(held * (1 - budget_total(config.experts, sizes) / sum(sizes)))
@@ -263,7 +269,7 @@ def main() -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         expected = isinstance(error, ValueError | TypeError | OSError)
         hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
-        Console(stderr=True).print(f"[red]Error:[/] {text}{hint}", highlight=False)
+        Console(stderr=True).print(f"[red]Error:[/] {escape(text)}{hint}", highlight=False)
         sys.exit(1)
 
 

@@ -59,8 +59,10 @@ class MergeConfig:
             raise ValueError(
                 f"experts={self.experts!r} must be a whole number of experts per layer (8) or a share in (0, 1] (0.5)."
             )
-        if self.min_experts < 1:
-            raise ValueError(f"min_experts={self.min_experts} must be at least 1: a layer needs an expert.")
+        if isinstance(self.min_experts, bool) or not isinstance(self.min_experts, int) or self.min_experts < 1:
+            raise ValueError(
+                f"min_experts={self.min_experts!r} must be at least 1 and whole: a layer needs an expert."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; a callable is written as its name."""

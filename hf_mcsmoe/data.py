@@ -23,7 +23,7 @@ Sample = tuple[str, str | None]
 
 
 def calibration_batches(
-    source: str,
+    source: str | list[Sample],
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     *,
@@ -41,13 +41,15 @@ def calibration_batches(
     (masked spans) where the tokenizer has sentinels, else the model is to repeat its input.
 
     Args:
-        source: see `read_samples`.
+        source: see `read_samples`, or its result.
         num_samples: the paper uses 256.
 
     Raises:
         ValueError: see `read_samples`; a tokenizer with more tokens than the model has embeddings.
     """
-    samples = read_samples(source, column=column, target_column=target_column, split=split)
+    samples = source
+    if isinstance(samples, str):
+        samples = read_samples(samples, column=column, target_column=target_column, split=split)
     samples = random.Random(seed).sample(samples, min(num_samples, len(samples)))
     # Of like length side by side: less padding, so less of the pass is spent on nothing.
     samples.sort(key=lambda sample: len(sample[0]))
@@ -144,7 +146,9 @@ def _columns(rows: Iterable[dict[str, Any]], source: str, column: str | None, ta
             missing = [name for name in (column, target) if name is not None and name not in row]
             if missing:
                 raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, row))}.")
-        if isinstance(text := row[column], str) and text.strip():
+        if target is not None and row.get(target) is None:
+            continue
+        if isinstance(text := row.get(column), str) and text.strip():
             samples.append((text, None if target is None else str(row[target])))
         elif not isinstance(text, str | None):
             raise ValueError(f"Column {column!r} of {source} holds {type(text).__name__}, not text.")

@@ -99,7 +99,9 @@ def check_output(path: str | os.PathLike, *, overwrite: bool, needed_bytes: int)
         raise ValueError(f"{target} is a file; name a folder.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{target} exists and is not empty; choose another folder or pass --overwrite.")
-    existing = next(parent for parent in (target, *target.absolute().parents) if parent.is_dir())
+    existing = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file, so {target} cannot be a folder; choose another --output.")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"{existing} cannot be written to; choose another --output.")
     free = shutil.disk_usage(existing).free

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from hf_mcsmoe.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
@@ -123,18 +124,24 @@ def loading_class(model: PreTrainedModel) -> str:
 def _metadata(source: str, auto_class: str) -> ModelCardData:
     return ModelCardData(
         base_model=source if is_repo_id(source) else None,
-        license=source_licence(source),
+        **source_licence(source),
         library_name="transformers",
         pipeline_tag=PIPELINES.get(auto_class),
         tags=["mcsmoe", "mixture-of-experts", "model-compression", "custom_code", "arxiv:2310.01334"],
     )
 
 
-def source_licence(source: str) -> str | None:
-    """Return the licence that the source's own card declares, if it has a card that does."""
+def source_licence(source: str) -> dict[str, Any]:
+    """Return the licence that the source's own card declares, with its name and link; empty where it declares none."""
     folder = source_folder(source)
     card = folder / "README.md" if folder else None
-    return ModelCard.load(card).data.license if card and card.is_file() else None
+    if card is None or not card.is_file():
+        return {}
+    try:
+        declared = ModelCard.load(card).data.to_dict()
+    except (ValueError, YAMLError):  # a card that nobody can read declares nothing
+        return {}
+    return {key: declared[key] for key in ("license", "license_name", "license_link") if key in declared}
 
 
 def _steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:

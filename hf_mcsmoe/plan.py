@@ -18,6 +18,8 @@ from hf_mcsmoe.adapters import MoELayer
 from hf_mcsmoe.calibration import check_finite, fingerprint, uncompressed_layers
 from hf_mcsmoe.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.grouping import budget_total
+from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
+from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
 from hf_mcsmoe.statistics import RoutingStatistics
 
 FORMAT = "mcsmoe-plan"
@@ -175,8 +177,12 @@ def check_request(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]
     """Return the layers to merge after checking, before any forward, that `config` can be met.
 
     Raises:
-        ValueError: see `selected_layers`; more experts asked for than a layer has, or fewer than `min_experts` leaves.
+        ValueError: see `selected_layers`; more experts asked for than a layer has, or fewer than `min_experts` leaves;
+            a model whose class or type a merged checkpoint could not name.
     """
+    model = layers[0].model
+    merged_class(type(model))
+    config_class_for(type(model.config).model_type)
     layers = selected_layers(layers, config)
     for layer in layers:
         if isinstance(config.experts, int) and config.experts > layer.num_experts:

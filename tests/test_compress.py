@@ -229,3 +229,12 @@ def test_routers_and_all_other_parts_are_the_original_ones() -> None:
         others = {key: value for key, value in merged.state_dict().items() if ".experts." not in key}
         assert originals.keys() == others.keys()
         assert all(torch.equal(value, others[key]) for key, value in originals.items())
+
+
+def test_a_class_of_somebody_else_is_refused_before_anything_is_changed() -> None:
+    model = build("mixtral")
+    model.__class__ = type("Mine", (type(model),), {"__module__": "mine"})
+    before = type(model.config)
+    with pytest.raises(ValueError, match="only models of Transformers itself"):
+        compress(model, batches("mixtral", model), MergeConfig(experts=2), consume=True)
+    assert type(model.config) is before

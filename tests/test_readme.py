@@ -24,7 +24,14 @@ def test_the_example_prints_what_it_says_and_loads(tmp_path: Path) -> None:
     _, printed = blocks("text")[:2]
     assert run(first, tmp_path) == printed
     parameters = printed.split(" -> ")[1].split()[0].replace(",", "")
-    assert run(second + "\nprint(model.num_parameters())", tmp_path).strip() == parameters
+    assert run(second + "\nprint(loaded.num_parameters())", tmp_path).strip() == parameters
+
+
+def test_the_steps_one_by_one_run(tmp_path: Path) -> None:
+    first, _, third = blocks("python")[:3]
+    out = run(first + third + "\nprint(small.num_parameters() < model.num_parameters(), small is model)", tmp_path)
+    assert out.splitlines()[-1] == "False True"
+    assert (tmp_path / "plan.json").is_file()
 
 
 def test_commands_and_files_that_it_names_exist() -> None:

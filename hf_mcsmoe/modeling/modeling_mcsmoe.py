@@ -105,8 +105,9 @@ def convert_model(model: PreTrainedModel, layers: dict[str, dict]) -> None:
     Args:
         layers: per experts container its `num_experts` (E) and `expert_map` (int [E] -> [G]).
     """
+    target = merged_class(type(model))  # first, since it may refuse
     convert_config(model.config, layers)
-    model.__class__ = merged_class(type(model))
+    model.__class__ = target
     # Set by a load of the base model; a save would apply the reverse to the merged experts.
     vars(model).pop("_weight_conversions", None)
 

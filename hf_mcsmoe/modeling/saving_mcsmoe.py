@@ -39,8 +39,9 @@ class SavedWhole:
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
 
-        Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint.
-        Takes the arguments of `PreTrainedModel.save_pretrained`.
+        Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint
+        in a new folder. A tokenizer that was saved to the folder before stays. Takes the keyword arguments of
+        `PreTrainedModel.save_pretrained`.
         """
         target = Path(save_directory).resolve()
         push_to_hub = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
@@ -50,6 +51,10 @@ class SavedWhole:
             api, repo_id = _repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
         with completed_folder(target) as folder:
             self._save_folder(folder, repo_id, **kwargs)
+            if target.is_dir() and not (target / "config.json").exists():  # no older model's: its companions stay
+                for file in folder.iterdir():
+                    if _matches(file, COMPANIONS) and (target / file.name).exists():
+                        file.unlink()
             written = [file.name for file in folder.iterdir()]
         if push_to_hub:
             api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
