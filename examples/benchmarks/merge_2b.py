@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from common import switch, text
+from merge_memory import reset_peak, resident, size
 
 from hf_mcsmoe import MergeConfig, alignment, collect_statistics, merge_experts, moe_layers, plan_merge
 from hf_mcsmoe.plan import LayerPlan
@@ -44,7 +45,8 @@ def main() -> None:
     model = switch(arguments.layers, arguments.experts, dtype=arguments.dtype)
     before = model.num_parameters()
     first = moe_layers(model)[0].name
-    made = time.perf_counter()
+    loaded, made = size(model), time.perf_counter()
+    reset_peak()
     statistics = collect_statistics(model, text(model, arguments.batches, 8, 128))
     collected = time.perf_counter()
     plan = plan_merge(model, statistics, MergeConfig(experts=arguments.keep, skip=(first,)))
@@ -60,6 +62,7 @@ def main() -> None:
     print(f"{len(solving)} assignments of {aligned(plan.layers)} members: {wall:.1f} s on {arguments.threads} threads")
     print(f"| assignments / processor time of the merge | {share:.2f} |")
     print(f"| whole merge / its assignments alone | {(done - planned) / wall:.2f} |")
+    print(f"| peak memory of the whole process / the model ({loaded:.0f} MB) | {resident('VmHWM') / loaded:.2f} |")
     for name, value in (("before", before), ("after", merged.num_parameters())):
         print(f"parameters {name} {value / 1e6:.1f} M (paper: {PAPER[name] / 1e6:.1f} M)")
 

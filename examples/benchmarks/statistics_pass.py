@@ -16,7 +16,7 @@ AIM = 1.05
 
 def main() -> None:
     """Print a table with one row per model."""
-    options = parser(__doc__, repetitions=15)
+    options = parser(__doc__, repetitions=11)
     options.add_argument("--layers", type=int, default=2, help="layers of a model's side (default %(default)s)")
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--length", type=int, default=128, help="tokens of a text (default %(default)s)")
