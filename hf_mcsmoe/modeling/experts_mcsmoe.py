@@ -1,8 +1,12 @@
 """Merged experts: the modules that stand where a model's experts stood. This file travels with every checkpoint."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .losparse_mcsmoe import Factors, LowRankSparse
 
 
 def merge_picks(
@@ -39,17 +43,63 @@ def eager_experts_forward(
         top_k_weights: [T, K].
     """
     output = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
-        if expert >= self.num_experts:
-            continue
-        token, pick = torch.where(top_k_index == expert)
-        states = _expert_linear(self, hidden_states[token], "gate_up_proj" if self.has_gate else "up_proj", expert)
-        states = self._apply_gate(states) if self.has_gate else self.act_fn(states)
-        states = _expert_linear(self, states, "down_proj", expert)
-        if self.has_post_expert_norm:
-            states = self.post_expert_norm(states)
-        output.index_add_(0, token, (states * top_k_weights[token, pick, None]).to(output.dtype))
+    flat, weights = top_k_index.flatten(), top_k_weights.flatten()
+    # Sorted once; within an expert the picks stay in the order of the tokens.
+    counts = torch.bincount(flat, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+    picks = flat.argsort(stable=True)[: sum(counts)].split(counts)
+    matrices = unstacked(self)
+    for expert in range(self.num_experts):
+        if counts[expert]:
+            token = picks[expert] // top_k_index.shape[-1]
+            hidden = expert_hidden(self, hidden_states[token], expert, matrices)
+            states = expert_output(self, hidden, expert, matrices)
+            output.index_add_(0, token, (states * weights[picks[expert], None]).to(output.dtype))
     return output
+
+
+def unstacked(experts: nn.Module) -> dict[str, Any]:
+    """Return each weight of the experts as one entry per expert: a matrix, a bias, or the factors of a matrix.
+
+    Taken apart once, not at each use: the gradient of `weight[expert]` is a tensor of the size of all experts.
+    """
+    names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+    biases = [name + "_bias" for name in names] if experts.has_bias else []
+    # By name, not from the list of parameters: PEFT turns those that it adapts into computed attributes.
+    dense = {name: getattr(experts, name).unbind(0) for name in names + biases if name not in experts.low_rank}
+    return dense | {name: experts.factors(name) for name in experts.low_rank}
+
+
+def expert_hidden(
+    experts: nn.Module, states: torch.Tensor, expert: int, matrices: dict[str, Any] | None = None
+) -> torch.Tensor:
+    """Return an expert's hidden states [n, F], after activation and gate, for `states` [n, D].
+
+    Args:
+        matrices: see `unstacked`; taken apart here where it is None.
+    """
+    matrices = unstacked(experts) if matrices is None else matrices
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    hidden = _expert_linear(experts, matrices, states, name, expert)
+    return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+
+
+def expert_output(
+    experts: nn.Module, hidden: torch.Tensor, expert: int, matrices: dict[str, Any] | None = None
+) -> torch.Tensor:
+    """Return an expert's output [n, D] for its `hidden` states [n, F]."""
+    matrices = unstacked(experts) if matrices is None else matrices
+    output = _expert_linear(experts, matrices, hidden, "down_proj", expert)
+    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+
+
+def _expert_linear(
+    experts: nn.Module, matrices: dict[str, Any], states: torch.Tensor, name: str, expert: int
+) -> torch.Tensor:
+    matrix = matrices[name][expert]
+    bias = matrices[name + "_bias"][expert] if experts.has_bias else None
+    if isinstance(matrix, Factors):
+        return matrix(states) if bias is None else matrix(states) + bias
+    return nn.functional.linear(states.to(matrix.dtype), matrix.T if experts.is_transposed else matrix, bias)
 
 
 def _fastest(hidden_states: torch.Tensor) -> str:
@@ -61,19 +111,15 @@ def _fastest(hidden_states: torch.Tensor) -> str:
     return "eager" if looped else "grouped_mm"
 
 
-def _expert_linear(module: nn.Module, states: torch.Tensor, name: str, expert: int) -> torch.Tensor:
-    weight = getattr(module, name)[expert]
-    bias = getattr(module, name + "_bias")[expert] if module.has_bias else None
-    return nn.functional.linear(states.to(weight.dtype), weight.T if module.is_transposed else weight, bias)
-
-
-class MergedExperts(nn.Module):
+class MergedExperts(LowRankSparse):
     """G stored experts behind a router that knows E; first base of every generated experts class.
 
-    The stacked parameters keep the names and the layout of the family, with G rows instead of E.
+    The stacked parameters keep the names and the layout of the family, with G rows instead of E. Those stored as low
+    rank + sparse are never transposed, whatever the layout.
     """
 
     expert_map: torch.Tensor
+    low_rank: ClassVar[dict[str, dict]] = {}
     # Whether the base family lets its configuration choose how the product is computed.
     follows_config = True
 
@@ -88,9 +134,16 @@ class MergedExperts(nn.Module):
             top_k_weights: [T, K].
         """
         index, weights = merge_picks(self.expert_map, top_k_index, top_k_weights, self.num_experts)
+        if self.low_rank:
+            return eager_experts_forward(self, hidden_states, index, weights)
         implementation = self.config._experts_implementation if self.follows_config else _fastest(hidden_states)
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
         return run(self, hidden_states, index, weights)
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """Return (G, out, in) of a stacked weight."""
+        count, out, width = getattr(self, name).shape
+        return (count, width, out) if self.is_transposed else (count, out, width)
 
     def set_expert_map(self, expert_map: list[int], device: torch.device | None = None) -> None:
         """Set the map int [E] -> [G] and G itself. The map is kept in the configuration, not among the weights."""

@@ -1,0 +1,162 @@
+"""Weights stored as low rank + structured sparse, `W = U V + S`. This file travels with every checkpoint.
+
+A weight called `name` of a module becomes `<name>_u` [*, out, R], `<name>_v` [*, R, in] and S, where * is the number of
+experts of a stack or nothing. S has two forms:
+
+- training: `<name>_s` [*, out, in] and `<name>_kept` bool [*, out], the rows that are not pruned;
+- compact: `<name>_s` [N, in], the N kept rows of all experts one after another, and `<name>_rows` int [N], the row of
+  its expert's matrix that each of them is.
+
+Neither form ever multiplies U by V (LoSparse, arXiv 2306.11222; Merge, Then Compress, section 3.2).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+@dataclass(frozen=True)
+class SparsePart:
+    """S of one weight in its training form: `weight` [*, out, in] and `kept` bool [*, out], its living rows."""
+
+    weight: nn.Parameter
+    kept: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One matrix `W = U V + S`: `u` [out, R], `v` [R, in], and S as in `SparsePart` or as kept rows and their places."""
+
+    u: torch.Tensor
+    v: torch.Tensor
+    s: torch.Tensor
+    kept: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Map `states` [..., in] to [..., out] without a matrix of the size of W, but for S in its training form."""
+        states = states.to(self.v.dtype)
+        output = nn.functional.linear(nn.functional.linear(states, self.v), self.u)
+        if self.rows is None:
+            return output + nn.functional.linear(states, self.s) * self.kept
+        if len(self.rows) == 0:
+            return output
+        return output.index_add(-1, self.rows, nn.functional.linear(states, self.s))
+
+    def dense(self) -> torch.Tensor:
+        """Return W [out, in]: for inspection and for further compression, never in a forward."""
+        product = self.u @ self.v
+        return product + self.s * self.kept[:, None] if self.rows is None else product.index_add(0, self.rows, self.s)
+
+
+class LowRankSparse(nn.Module):
+    """Base of modules some of whose weights are stored as low rank + sparse."""
+
+    # Per such weight its rank and, in the compact form, the kept rows per expert: an entry of `config.mcsmoe`.
+    low_rank: dict[str, dict]
+
+    def install_low_rank(self, name: str, rank: int, kept_rows: list[int] | None) -> None:
+        """Replace the parameter `name` [*, out, in] by empty factors of its dtype, on its device.
+
+        Args:
+            kept_rows: how many rows of S each expert keeps; None for the training form.
+        """
+        dense = getattr(self, name)
+        *stack, out, width = self.dense_shape(name)
+        empty = dense.new_empty if isinstance(dense, torch.Tensor) else torch.empty
+        del self._parameters[name]
+        for part, shape in (("u", (*stack, out, rank)), ("v", (*stack, rank, width))):
+            setattr(self, f"{name}_{part}", nn.Parameter(empty(shape), dense.requires_grad))
+        shape = (*stack, out, width) if kept_rows is None else (sum(kept_rows), width)
+        setattr(self, f"{name}_s", nn.Parameter(empty(shape), dense.requires_grad))
+        if kept_rows is None:
+            self.register_buffer(f"{name}_kept", torch.ones((*stack, out), dtype=torch.bool, device=dense.device))
+        else:
+            rows = torch.zeros(sum(kept_rows), dtype=torch.int32, device=dense.device)
+            self.register_buffer(f"{name}_rows", rows)
+        self.low_rank = {**self.low_rank, name: {"rank": rank, "kept_rows": kept_rows}}
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """Return (*, out, in) of a weight that is not stored as low rank + sparse."""
+        return tuple(getattr(self, name).shape)
+
+    def init_low_rank(self, std: float) -> None:
+        """Initialise what a checkpoint does not bring: factors and biases at random, no row at a particular place."""
+        for name, tensor in self.named_parameters(recurse=False):
+            init.zeros_(tensor) if name.endswith(("_s", "bias")) else init.normal_(tensor, mean=0.0, std=std)
+        for name in self.low_rank:
+            if (kept := getattr(self, f"{name}_kept", None)) is not None:
+                init.ones_(kept)
+            else:
+                init.zeros_(getattr(self, f"{name}_rows"))
+
+    def factors(self, name: str) -> list[Factors]:
+        """Return the factors of each expert's matrix; of a single matrix as a list of one."""
+        u, v, s = (getattr(self, f"{name}_{part}") for part in ("u", "v", "s"))
+        counts = self.low_rank[name]["kept_rows"]
+        if counts is None:
+            kept = getattr(self, f"{name}_kept")
+            tensors = (u, v, s, kept) if u.ndim == 3 else tuple(tensor[None] for tensor in (u, v, s, kept))
+            return [Factors(*parts) for parts in zip(*(tensor.unbind(0) for tensor in tensors), strict=True)]
+        rows = getattr(self, f"{name}_rows")
+        u, v = (u, v) if u.ndim == 3 else (u[None], v[None])
+        parts = zip(u.unbind(0), v.unbind(0), s.split(counts), rows.split(counts), strict=True)
+        return [Factors(one_u, one_v, one_s, None, one_rows) for one_u, one_v, one_s, one_rows in parts]
+
+
+class LoSparseLinear(LowRankSparse):
+    """An `nn.Linear` whose weight is `U V + S` with few rows in S; maps [..., in] to [..., out]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rank: int, kept_rows: int | None):
+        """Make an empty layer.
+
+        Args:
+            kept_rows: rows of S in the compact form; None for the training form, which holds all of them.
+        """
+        super().__init__()
+        self.in_features, self.out_features, self.low_rank = in_features, out_features, {}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.install_low_rank("weight", rank, None if kept_rows is None else [kept_rows])
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map `states` [..., in] to [..., out]."""
+        output = self.factors("weight")[0](states)
+        return output if self.bias is None else output + self.bias
+
+    def extra_repr(self) -> str:
+        """Return the sizes, as `print(model)` shows them."""
+        entry = self.low_rank["weight"]
+        return f"{self.in_features}, {self.out_features}, rank={entry['rank']}, kept_rows={entry['kept_rows']}"
+
+
+def low_rank_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules, and their paths, that store weights as low rank + sparse; each once."""
+    for path, module in model.named_modules():
+        # By name: a model loaded through remote code has a class of its own copy of this file.
+        if any(cls.__name__ == LowRankSparse.__name__ for cls in type(module).__mro__) and module.low_rank:
+            yield path, module
+
+
+def sparse_parts(model: nn.Module) -> dict[str, SparsePart]:
+    """Return S of every weight that is in its training form, by its path in the model."""
+    return {
+        f"{path}.{name}": SparsePart(getattr(module, f"{name}_s"), getattr(module, f"{name}_kept"))
+        for path, module in low_rank_modules(model)
+        for name, entry in module.low_rank.items()
+        if entry["kept_rows"] is None
+    }
+
+
+def compact_rows(part: SparsePart, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Return the compact form of S: values [N, in], rows int [N], and how many rows each expert keeps.
+
+    Args:
+        kept: bool [*, out].
+    """
+    kept = kept.reshape(-1, kept.shape[-1]).to(part.weight.device)
+    values = part.weight.detach().reshape(-1, part.weight.shape[-1])[kept.flatten()]
+    return values.contiguous(), kept.nonzero()[:, 1].to(torch.int32), kept.sum(1).tolist()
