@@ -1,6 +1,7 @@
 """The model card of a merged model, generated from what was done."""
 
-from typing import Any
+import re
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
@@ -92,7 +93,7 @@ def model_card(
         layers: experts before and after, per layer name.
         before: parameters and bytes of the original model.
     """
-    after = (model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters()))
+    after = _sizes(model)
     source = model.name_or_path or ""
     auto_class = loading_class(model)
     text = TEMPLATE.render(
@@ -112,6 +113,29 @@ def model_card(
         whole=[f"`{name}`" for name in plan.provenance["tokens"] if name not in layers],
     )
     return f"---\n{_metadata(source, auto_class).to_yaml()}\n---\n{text}"
+
+
+def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
+    """Let the card that `model` is saved with say what was done after the merge, and how large the model is now.
+
+    A section of the same title is replaced. A model without a card of its own (loaded from a folder) keeps that one.
+    """
+    files = cast(Any, model).mcsmoe_files
+    if "README.md" not in files:
+        return
+    card = re.sub(rf"^## {re.escape(title)}\n.*?(?=^## )", "", files["README.md"], flags=re.MULTILINE | re.DOTALL)
+    card = card.replace("## Citation\n", f"## {title}\n\n{text.strip()}\n\n## Citation\n")
+    for label, after in zip(("parameters", "bytes"), _sizes(model), strict=True):
+        found = re.search(rf"^\| {label} \| ([\d,]+) \|.*$", card, flags=re.MULTILINE)
+        if found:
+            before = int(found[1].replace(",", ""))
+            card = card.replace(found[0], f"| {label} | {before:,} | {after:,} | {1 - after / before:.1%} |")
+    vars(model)["mcsmoe_files"] = {**files, "README.md": card}
+
+
+def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the parameters of a model and their bytes."""
+    return model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def loading_class(model: PreTrainedModel) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters.base import MoELayer, find_router
-from hf_mcsmoe.adapters.fused import FusedLayer, fused_views, is_fused
+from hf_mcsmoe.adapters.fused import FusedLayer, fused_sizes, fused_views, is_fused
 from hf_mcsmoe.adapters.other import REFUSED, DbrxLayer, JetMoeLayer, Llama4Layer
 from hf_mcsmoe.adapters.switch import SwitchLayer
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
@@ -62,8 +62,7 @@ def _layer(model: PreTrainedModel, name: str, module: nn.Module) -> MoELayer:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)
     else:
-        adapter, down = FusedLayer, fused_views(module).tensors["down"]
-        sizes = (len(down), *down[0].shape)
+        adapter, sizes = FusedLayer, fused_sizes(module)
     return adapter(name, model, module, sizes[0], _top_k(model, name), *sizes[1:], merged)
 
 

@@ -17,21 +17,39 @@ def is_fused(module: nn.Module) -> bool:
     """Tell whether a module holds experts in the layout of the experts interface of Transformers."""
     flagged = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     down = getattr(module, "down_proj", None)
-    return (flagged or type(module).__name__ in WITHOUT_FLAGS) and isinstance(down, nn.Parameter) and down.ndim == 3
+    stacked = isinstance(down, nn.Parameter) and down.ndim == 3
+    return (flagged or type(module).__name__ in WITHOUT_FLAGS) and (stacked or bool(getattr(module, "low_rank", None)))
+
+
+def fused_sizes(experts: Any) -> tuple[int, int, int]:
+    """Return (E, D, F) of stacked experts, dense or low rank."""
+    if "down_proj" in getattr(experts, "low_rank", {}):
+        return (*experts.down_proj_u.shape[:2], experts.down_proj_v.shape[2])
+    down = _stacked(experts, "down_proj")
+    return (len(down), *down[0].shape)
 
 
 def fused_views(experts: Any) -> ExpertWeights:
-    """Return views of the stacked parameters by role, for every layout that the interface's flags describe."""
-    transposed = getattr(experts, "is_transposed", False)
-    down = experts.down_proj.detach()
-    tensors: dict[str, torch.Tensor] = {"down": down.mT if transposed else down}
+    """Return views of the stacked parameters by role, for every layout that the interface's flags describe.
+
+    Weights stored as low rank + sparse are multiplied out: those are copies, to be read only.
+    """
+    down = _stacked(experts, "down_proj")
+    tensors: dict[str, torch.Tensor] = {"down": down}
     name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-    up = getattr(experts, name).detach()[: len(down)]
-    tensors |= _split(experts, up.mT if transposed else up, "")
+    tensors |= _split(experts, _stacked(experts, name)[: len(down)], "")
     if getattr(experts, "has_bias", False):
         tensors |= _split(experts, getattr(experts, name + "_bias").detach(), "_bias")
         tensors["down_bias"] = experts.down_proj_bias.detach()
     return ExpertWeights(tensors)
+
+
+def _stacked(experts: Any, name: str) -> torch.Tensor:
+    """Return a stacked weight as [E, out, in]."""
+    if name in getattr(experts, "low_rank", {}):
+        return torch.stack([factors.dense().detach() for factors in experts.factors(name)])
+    weight = getattr(experts, name).detach()
+    return weight.mT if getattr(experts, "is_transposed", False) else weight
 
 
 def _split(experts: Any, up: torch.Tensor, suffix: str) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 
 from .configuration_mcsmoe import source_files
+from .losparse_mcsmoe import sparse_parts
 
 # What a merged checkpoint takes over from its source.
 TOKENIZER = (
@@ -39,6 +40,8 @@ class SavedWhole:
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
 
+        Low rank + sparse experts are saved in the compact form, but for a Trainer's `checkpoint-<step>` folders.
+
         Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint
         in a new folder. A tokenizer that was saved to the folder before stays. Takes the keyword arguments of
         `PreTrainedModel.save_pretrained`.
@@ -49,8 +52,10 @@ class SavedWhole:
         commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
         if push_to_hub:
             api, repo_id = _repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
+        # Trainer's own name for what it resumes from, where S keeps its training form.
+        resumable = re.fullmatch(r"checkpoint-\d+", target.name) is not None
         with completed_folder(target) as folder:
-            self._save_folder(folder, repo_id, **kwargs)
+            self._save_folder(folder, repo_id, resumable, **kwargs)
             if target.is_dir() and not (target / "config.json").exists():  # no older model's: its companions stay
                 for file in folder.iterdir():
                     if _matches(file, COMPANIONS) and (target / file.name).exists():
@@ -59,9 +64,17 @@ class SavedWhole:
         if push_to_hub:
             api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
 
-    def _save_folder(self, folder: Path, model_id: str, **kwargs: Any) -> None:
+    def _save_folder(self, folder: Path, model_id: str, resumable: bool = False, **kwargs: Any) -> None:
         # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
-        super().save_pretrained(folder, **{**kwargs, "save_original_format": False})
+        kwargs |= {"save_original_format": False}
+        mcsmoe = self.config.mcsmoe
+        try:
+            if not resumable and any(sparse_parts(self)):
+                state = kwargs.get("state_dict") or self.state_dict()
+                kwargs["state_dict"], self.config.mcsmoe = self._compact_state(state)
+            super().save_pretrained(folder, **kwargs)
+        finally:
+            self.config.mcsmoe = mcsmoe
         if not any(folder.iterdir()):  # another process writes
             return
         for file in source_files():
