@@ -77,6 +77,39 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
+    """Check before any work that the experts of `layers` can be stored as `config` says, and would be smaller.
+
+    Raises:
+        ValueError: they cannot, or would not.
+    """
+    for layer in layers:
+        out = layer.intermediate_size * (2 if "gate" in layer.read().tensors else 1)
+        for name, shape in (
+            ("W_in", (out, layer.hidden_size)),
+            ("W_out", (layer.hidden_size, layer.intermediate_size)),
+        ):
+            _check_rank(f"{name} of {layer.name}", shape, config.rank, config)
+
+
+def _check_rank(what: str, shape: tuple[int, int], rank: int | None, config: LoSparseConfig) -> bool:
+    """Return whether a matrix is to be stored in factors of `rank`; False where it is to stay dense.
+
+    Raises:
+        ValueError: the rank is larger than the matrix, or its factors would be and `allow_dense` is not set.
+    """
+    if rank is not None and rank > min(shape):
+        raise ValueError(f"rank={rank} is larger than {what} allows, which is {shape[0]} x {shape[1]}.")
+    if rank is None or stored_share(rank, config.keep, *shape) < 1:
+        return True
+    if config.allow_dense:
+        return False
+    raise ValueError(
+        f"Rank {rank} and keep={config.keep} make {what} ({shape[0]} x {shape[1]}) larger than it is: lower them, or "
+        "allow such weights to stay dense (allow_dense)."
+    )
+
+
 def _merged(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Yield the merged experts by their path in the model."""
     if not getattr(model.config, "mcsmoe", None):
@@ -119,9 +152,8 @@ def _ranks(experts: dict[str, Any], config: LoSparseConfig) -> dict[str, dict[st
     """
     keys = [(layer, name) for layer, module in experts.items() for name in _weight_names(module)]
     shapes = [experts[layer].dense_shape(name)[1:] for layer, name in keys]
-    for (layer, name), (out, width) in zip(keys, shapes, strict=True):
-        if config.rank is not None and config.rank > min(out, width):
-            raise ValueError(f"rank={config.rank} is larger than {name} of {layer} allows, which is {out} x {width}.")
+    for (layer, name), shape in zip(keys, shapes, strict=True):
+        _check_rank(f"{name} of {layer}", shape, config.rank, config)
     spectra = [torch.ones(min(shape)) for shape in shapes]
     if config.energy is not None or config.scope == "global":
         spectra = [_spectrum(experts[layer], name) for layer, name in keys]
@@ -136,13 +168,8 @@ def _ranks(experts: dict[str, Any], config: LoSparseConfig) -> dict[str, dict[st
     )
     ranks: dict[str, dict[str, int]] = {layer: {} for layer in experts}
     for (layer, name), shape, rank in zip(keys, shapes, chosen, strict=True):
-        if stored_share(rank, config.keep, *shape) < 1:
+        if _check_rank(f"{name} of {layer}", shape, rank, config):
             ranks[layer][name] = rank
-        elif not config.allow_dense:
-            raise ValueError(
-                f"Rank {rank} and keep={config.keep} make {name} of {layer} ({shape[0]} x {shape[1]}) larger than it "
-                "is: lower them, or allow such weights to stay dense (allow_dense)."
-            )
     return ranks
 
 

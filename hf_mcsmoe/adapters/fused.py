@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_mcsmoe.adapters.base import MoELayer, Observer, call_arguments, record_logits
+from hf_mcsmoe.adapters.base import MoELayer, Observer, record_logits
 from hf_mcsmoe.experts import ExpertWeights
 
 # Experts of the same layout whose class is not behind the interface's decorator and so carries no flags.
@@ -75,10 +75,5 @@ class FusedLayer(MoELayer):
 
     def observe(self, observer: Observer) -> list[RemovableHandle]:
         seen: dict[str, torch.Tensor] = {}
-
-        def on_experts(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-            _, index, weights = call_arguments(module, arguments, keywords)[:3]
-            observer(seen.pop("logits"), index, weights)
-
         handles = record_logits(self, lambda logits: seen.update(logits=logits))
-        return [*handles, self.container.register_forward_pre_hook(on_experts, with_kwargs=True)]
+        return [*handles, *self.record(lambda _, index, weights: observer(seen.pop("logits"), index, weights))]
