@@ -226,6 +226,8 @@ def test_a_layer_plan_that_does_not_fit_together_is_refused(
 
 def test_few_tokens_are_a_warning_that_names_the_layer() -> None:
     model = build("switch_transformers")
+    for layer in moe_layers(model):
+        layer.router.expert_capacity = 99
     batch = inputs("switch_transformers", model, batch_size=6)
     statistics = collect_statistics(model, [batch])  # 69 tokens in the encoder, 72 in the decoder
     plan_merge(model, statistics)

@@ -19,7 +19,8 @@ class SwitchLayer(MoELayer):
     def observe(self, observer: Observer) -> list[RemovableHandle]:
         def on_router(module: nn.Module, arguments: tuple, output: tuple[torch.Tensor, ...]) -> None:
             dispatch, probability, logits = (tensor.reshape(-1, tensor.shape[-1]) for tensor in output)
-            reached = dispatch.any(-1, keepdim=True)
-            observer(logits, dispatch.argmax(-1, keepdim=True), probability * reached)
+            dropped = ~dispatch.any(-1, keepdim=True)
+            index = dispatch.argmax(-1, keepdim=True).masked_fill(dropped, -1)
+            observer(logits, index, probability.masked_fill(dropped, 0))
 
         return [self.router.register_forward_hook(on_router)]
