@@ -185,6 +185,13 @@ def test_bad_requests_are_refused_before_the_first_forward() -> None:
         collect_statistics(model, batches("mixtral", model), methods=["router_logits", "frequenci"])
 
 
+def test_methods_may_be_named_or_given() -> None:
+    model = build("mixtral")
+    data = batches("mixtral", model, number=1)
+    methods = ["router_logits", "weight_matching", lambda layer: layer.counts]
+    _assert_equal(collect_statistics(model, data, methods=methods), collect_statistics(model, data))
+
+
 def test_the_canvas_of_a_block_diffusion_model_is_masked_by_its_own_part_of_the_mask() -> None:
     model = build("diffusion_gemma")
     batch = inputs("diffusion_gemma", model)

@@ -174,3 +174,7 @@ def test_help_explains_every_option(run: Run) -> None:
     assert code == 0
     for option in ("--experts", "--budget", "--skip", "--similarity", "--alignment", "--overwrite"):
         assert option in out
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "--debug" in out
+    assert "M-SMoE" in out
