@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ Batch = Mapping[str, Any]
 
 
 def collect_statistics(
-    model: PreTrainedModel, batches: Iterable[Batch], *, methods: Sequence[str] | None = None
+    model: PreTrainedModel, batches: Iterable[Batch], *, methods: Sequence[str | Callable] | None = None
 ) -> RoutingStatistics:
     """Run `model` once over `batches` and sum what its routers do (paper, section 3.1).
 
@@ -28,7 +28,9 @@ def collect_statistics(
 
     Args:
         batches: dictionaries for `model(**batch)`; masks [batch, length].
-        methods: names of the methods that will use the statistics, checked here, before the first forward.
+        methods: the methods that will use the statistics, by name or as callables. Sums beyond the usual ones are to
+            be collected only for methods that declare them, which none does now; names are checked all the same,
+            before the first forward.
 
     Raises:
         ValueError: no batches, an unknown method, a model without experts or one that is compressed already, or
@@ -36,7 +38,7 @@ def collect_statistics(
     """
     known = [name for registry in REGISTRIES.values() for name in registry]
     for method in methods or ():
-        if method not in known:
+        if not callable(method) and method not in known:
             raise ValueError(unknown("method", method, known))
     layers = uncompressed_layers(model)
     statistics = RoutingStatistics(

@@ -107,7 +107,7 @@ def model_card(
         saved=[f"{1 - new / old:.1%}" for old, new in zip(before, after, strict=True)],
         auto_class=auto_class,
         model_id=MODEL_ID,
-        steps=_steps(plan.config),
+        steps=method_steps(plan.config),
         tokens=max(plan.provenance["tokens"].values()),
         layers=layers,
         whole=[f"`{name}`" for name in plan.provenance["tokens"] if name not in layers],
@@ -168,7 +168,8 @@ def source_licence(source: str) -> dict[str, Any]:
     return {key: declared[key] for key in ("license", "license_name", "license_link") if key in declared}
 
 
-def _steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+def method_steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return step, method and link to the method's paper, a row each, of a plan's options."""
     steps = []
     for stage, registry in REGISTRIES.items():
         method = registry.methods.get(config[stage])

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.experts import ExpertWeights
 
 # Called once per forward with router logits [T, E], picked experts int [T, K] and their final weights [T, K]. A pick
-# of weight 0, or of an index from E on, reached no expert.
+# of weight 0, or of an index from E on, reached no expert; the index -1 is that of a token which the capacity of its
+# expert turned away, and which counts nowhere.
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 # Called once per forward with the experts' inputs [T, D], picked experts int [T, K] and their final weights [T, K].

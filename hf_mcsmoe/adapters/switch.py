@@ -18,7 +18,9 @@ class SwitchLayer(MoELayer):
 
     def observe(self, observer: Observer) -> list[RemovableHandle]:
         def on_router(module: nn.Module, arguments: tuple, output: tuple[torch.Tensor, ...]) -> None:
-            observer(output[-1].reshape(-1, output[-1].shape[-1]), *_picks(output))
+            index, weights = _picks(output)
+            # No pick at all, which counts nowhere; a pick of weight 0 elsewhere is a token that was routed.
+            observer(output[-1].reshape(-1, output[-1].shape[-1]), index.masked_fill(weights == 0, -1), weights)
 
         return [self.router.register_forward_hook(on_router)]
 
