@@ -7,12 +7,22 @@ from hf_mcsmoe.calibration import collect_statistics
 from hf_mcsmoe.compress import compress, merge_experts
 from hf_mcsmoe.config import LoSparseConfig, MergeConfig
 from hf_mcsmoe.decompose import compact, decompose_experts
+from hf_mcsmoe.distillation import (
+    DistillationArguments,
+    DistillationSeq2SeqArguments,
+    DistillationSeq2SeqTrainer,
+    DistillationTrainer,
+)
 from hf_mcsmoe.modeling.auto import RegisteredConfig
 from hf_mcsmoe.modeling.modeling_mcsmoe import LoSparseLinear, MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.statistics import RoutingStatistics
 
 __all__ = [
+    "DistillationArguments",
+    "DistillationSeq2SeqArguments",
+    "DistillationSeq2SeqTrainer",
+    "DistillationTrainer",
     "LoSparseConfig",
     "LoSparseLinear",
     "MergeConfig",

@@ -11,8 +11,8 @@ ROOT = Path(hf_mcsmoe.__file__).parent
 LEVELS = [
     ["modeling", "registry", "experts"],
     ["adapters", "denoising", "data", "loading", "offloading"],
-    ["statistics", "saliency", "similarity", "grouping", "alignment", "merging", "decomposition"],
-    ["config", "calibration", "plan", "model_card", "compress", "activations", "decompose"],
+    ["statistics", "saliency", "similarity", "grouping", "alignment", "merging", "decomposition", "losses"],
+    ["config", "calibration", "plan", "model_card", "compress", "activations", "decompose", "distillation"],
     ["demo", "cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -195,7 +195,8 @@ def final_rows(model: nn.Module, keep: float | None) -> dict[str, torch.Tensor]:
     kept = {name: part.kept.clone() for name, part in parts.items()}
     total, held = sum(rows.numel() for rows in kept.values()), sum(int(rows.sum()) for rows in kept.values())
     allowed = total if keep is None else round(keep * total)
-    if held > allowed:
+    matrices = sum(rows[..., 0].numel() for rows in kept.values())
+    if held > allowed + matrices / 2:  # by more than the share of each matrix can be off by rounding
         warnings.warn(
             f"{held / total:.0%} of the rows of S are still kept, {keep:.0%} are to remain: the others are pruned by "
             "magnitude. Train with SparsificationCallback, or decompose with calibration data, to choose better.",
