@@ -16,6 +16,7 @@ from hf_mcsmoe.distillation import (
 from hf_mcsmoe.modeling.auto import RegisteredConfig
 from hf_mcsmoe.modeling.modeling_mcsmoe import LoSparseLinear, MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.sparsification import SparsificationCallback
 from hf_mcsmoe.statistics import RoutingStatistics
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MergedSwitchSparseMLP",
     "MoELayer",
     "RoutingStatistics",
+    "SparsificationCallback",
     "collect_statistics",
     "compact",
     "compress",

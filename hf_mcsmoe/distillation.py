@@ -198,6 +198,9 @@ class DistillationTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and let the student's card say how."""
         self._logged_step = 0
+        resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if isinstance(resumed, str | Path):  # for callbacks, which are not told
+            self.args.resume_from_checkpoint = str(resumed)
         result = super().train(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         if getattr(model.config, "mcsmoe", None):

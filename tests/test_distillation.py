@@ -54,6 +54,8 @@ def _student(name: str) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
         if hasattr(module, "jitter_noise"):
             module.jitter_noise = 0.0
     return model

@@ -12,7 +12,17 @@ LEVELS = [
     ["modeling", "registry", "experts"],
     ["adapters", "denoising", "data", "loading", "offloading"],
     ["statistics", "saliency", "similarity", "grouping", "alignment", "merging", "decomposition", "losses"],
-    ["config", "calibration", "plan", "model_card", "compress", "activations", "decompose", "distillation"],
+    [
+        "config",
+        "calibration",
+        "plan",
+        "model_card",
+        "compress",
+        "activations",
+        "decompose",
+        "distillation",
+        "sparsification",
+    ],
     ["demo", "cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
