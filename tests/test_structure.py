@@ -10,9 +10,9 @@ import hf_mcsmoe
 ROOT = Path(hf_mcsmoe.__file__).parent
 LEVELS = [
     ["modeling", "registry", "experts"],
-    ["adapters", "denoising", "data", "loading", "offloading"],
-    ["statistics", "saliency", "similarity", "grouping", "alignment", "merging"],
-    ["config", "calibration", "plan", "model_card", "compress"],
+    ["adapters", "denoising", "data", "loading", "offloading", "tasks"],
+    ["statistics", "saliency", "similarity", "grouping", "alignment", "merging", "metrics"],
+    ["config", "calibration", "plan", "model_card", "compress", "evaluation"],
     ["demo", "cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
