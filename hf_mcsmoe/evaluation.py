@@ -81,8 +81,8 @@ def check_labels(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
         written = tokenizer.decode(tokenizer(text_target=label)["input_ids"], skip_special_tokens=True).strip()
         if written != label:
             raise ValueError(
-                f"The tokenizer turns the label {label!r} of task {task.name!r} into {written!r}: it belongs to another "
-                "language or model."
+                f"The tokenizer turns the label {label!r} of task {task.name!r} into {written!r}: it is another "
+                "language's or model's."
             )
 
 
