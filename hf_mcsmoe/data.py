@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import IterableDataset, load_dataset
+from datasets import load_dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.denoising import denoising_batches, sentinel_token_ids
@@ -87,7 +87,7 @@ def read_samples(
         rows = _json_rows(path)
     elif suffix in TABLES:
         arguments = {"delimiter": "\t"} if suffix == ".tsv" else {}
-        rows = _loaded(TABLES[suffix], data_files=str(path), split="train", streaming=True, **arguments)
+        rows = load_rows(TABLES[suffix], data_files=str(path), split="train", streaming=True, **arguments)
     else:
         rows = [{"text": text} for text in _paragraphs(_text(path))]
     samples = _columns(rows, source, column, target_column)
@@ -125,11 +125,16 @@ def _dataset_rows(source: str, split: str) -> Iterable[dict[str, Any]]:
     name, _, configuration = source.partition(":")
     if Path(source).suffix in {*TABLES, ".txt", ".json", ".gz"}:
         raise ValueError(f"There is no file {source}.")
-    data = _loaded(name, configuration or None, split=split, streaming=True)
+    data = load_rows(name, configuration or None, split=split, streaming=True)
     return islice(data.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER), SHUFFLE_BUFFER)
 
 
-def _loaded(*arguments: Any, **keywords: Any) -> IterableDataset:
+def load_rows(*arguments: Any, **keywords: Any) -> Any:
+    """Call `datasets.load_dataset`.
+
+    Raises:
+        ValueError: whatever went wrong in there.
+    """
     try:
         return load_dataset(*arguments, **keywords)
     except Exception as error:

@@ -1,0 +1,35 @@
+"""Evaluate an encoder-decoder, compressed or not, on a task.
+
+    python examples/evaluate_seq2seq.py --model_name_or_path merged --task copa
+
+By generation: greedy, word for word, against all gold answers; or, for classification, by the likelihood of the labels
+(--by likelihood).
+"""
+
+from dataclasses import dataclass, field
+
+from recipe import TaskArguments, evaluate, load_data, parse
+
+from hf_mcsmoe.loading import load_model, load_tokenizer
+
+
+@dataclass
+class EvaluationArguments:
+    """How to evaluate."""
+
+    output_dir: str = field(default="out", metadata={"help": "folder for evaluation.json"})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows in a forward"})
+    dtype: str = field(default="auto", metadata={"help": "dtype to load in: auto, float32, bfloat16 ..."})
+
+
+def main() -> None:
+    """Load and evaluate."""
+    arguments, options = parse((TaskArguments, EvaluationArguments), __doc__ or "")
+    data = load_data(arguments, 0, train=False)
+    tokenizer = load_tokenizer(arguments.model_name_or_path)
+    model = load_model(arguments.model_name_or_path, dtype=options.dtype)
+    evaluate(model, tokenizer, data, arguments, options.per_device_eval_batch_size, options.output_dir)
+
+
+if __name__ == "__main__":
+    main()
