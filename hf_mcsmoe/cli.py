@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 console = Console()
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
 
 
 @app.callback()
@@ -113,7 +114,7 @@ def compress(
     statistics: Annotated[
         Path | None, typer.Option(help="file of routing statistics: read if it is there, else written")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")] = False,
+    overwrite: Overwrite = False,
     push_to_hub: Annotated[str | None, typer.Option(help="also upload, to this repository of the Hub")] = None,
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
@@ -177,12 +178,13 @@ def _statistics(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) 
 def demo(
     experts: Annotated[str, _option("experts")] = "0.5",
     output: Annotated[Path | None, typer.Option(help="keep the merged model in this folder")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge the small trained Switch Transformer that comes with the package, in four ways, and compare them."""
     from hf_mcsmoe.demo import compare
 
     if output is not None:
-        output = check_output(output, overwrite=False, needed_bytes=0)
+        output = check_output(output, overwrite=overwrite, needed_bytes=0)
     console.print(compare(parse_experts(experts), output))
 
 

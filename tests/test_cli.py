@@ -188,6 +188,21 @@ def test_a_quantized_model_is_refused_before_its_weights_are_loaded(source: Path
         assert "is quantized (mxfp4)" in err
 
 
+def test_the_demos_output_is_checked_before_it_runs(
+    source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path | None] = []
+    monkeypatch.setattr("hf_mcsmoe.demo.compare", lambda experts, output: written.append(output) or "table")
+    for output, message in ((source, "pass --overwrite"), (source.parent / "text.txt", "is a file")):
+        code, _, err = run("demo", "--output", output)
+        assert code == 1
+        assert message in err
+    assert not written
+    for arguments in (["--output", source, "--overwrite"], ["--output", tmp_path / "new"], []):
+        assert run("demo", *arguments)[0] == 0
+    assert written == [source, tmp_path / "new", None]
+
+
 def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path) -> None:
     many = tmp_path / "many.txt"
     many.write_text(TEXT * 50)
