@@ -12,7 +12,7 @@ LEVELS = [
     ["modeling", "registry", "experts"],
     ["adapters", "denoising", "data", "loading", "offloading"],
     ["statistics", "saliency", "similarity", "grouping", "alignment", "merging"],
-    ["config", "calibration", "plan", "model_card", "compress"],
+    ["config", "calibration", "plan", "accounting", "model_card", "compress"],
     ["demo", "cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
