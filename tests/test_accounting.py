@@ -131,6 +131,31 @@ def test_operations_of_a_switch_are_those_of_the_tokens_that_are_not_dropped() -
     assert account(model, batch).expert_macs_per_token == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.0, None])
+@pytest.mark.parametrize("name", ["switch_transformers", "mixtral"])
+def test_decomposed_experts_hold_and_execute_their_factors(name: str, share: float | None) -> None:
+    """A share of None is the training form, which holds and multiplies all of S."""
+    model = build(name)
+    merged = compress(model, batches(name, model), MergeConfig(experts=2, budget="uniform"))
+    layers, batch, before = moe_layers(merged), inputs(name, model), account(merged, inputs(name, model))
+    up = ("up_proj", (F, D)) if name == "switch_transformers" else ("gate_up_proj", (2 * F, D))
+    dense = small = 0
+    for layer in layers:
+        dense = small = 0
+        for weight, (rows, columns) in (up, ("down_proj", (D, F))):
+            kept = rows if share is None else int(share * rows)
+            layer.container.install_low_rank(weight, 2, None if share is None else [kept] * 2)
+            dense, small = dense + rows * columns, small + 2 * (rows + columns) + kept * columns
+        layer.container.init_low_rank(0.1)
+    found, first = account(merged, batch), layers[0].name  # what the layers behind the first one see is another
+    assert found.expert_macs_per_token.keys() == before.expert_macs_per_token.keys()
+    assert found.expert_macs_per_token[first] == pytest.approx(before.expert_macs_per_token[first] * small / dense)
+    assert before.parameters - found.parameters == len(layers) * 2 * (dense - small)
+    if share is not None:
+        stored = {layer.name: 2 for layer in layers}
+        assert expected_parameters(model, stored, rank=2, keep=share) == found.parameters
+
+
 def test_bytes_are_those_of_parameters_buffers_and_files(tmp_path: Path) -> None:
     case = example("mixtral")
     half = build("mixtral").bfloat16()
