@@ -15,6 +15,7 @@ from hf_mcsmoe.loading import load_model
 from hf_mcsmoe.losses import cross_entropy, kl_divergence, reference_kl_divergence, squared_error
 from hf_mcsmoe.model_card import add_to_card
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
+from hf_mcsmoe.plan import public_name
 from hf_mcsmoe.registry import unknown
 
 TRAIN_PARTS = ("all", "experts", "routers")
@@ -142,15 +143,15 @@ class DistillationTrainer(Trainer):
             student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
         counted = labels != -100
         total = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        if not total:
+        if not total and model.training:
             raise ValueError("No label of the batch counts (all are -100): the loss would be empty. Check the data.")
-        share = 1 / total.to(student.device)
+        share = 1 / total.to(student.device).clamp(min=1)
         if num_items_in_batch is not None and options.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # gradients are averaged over processes afterwards
         terms = {"task_loss": cross_entropy(student, labels) * share}
         if options.reference_kd:
             kd = reference_kl_divergence(student, teacher, options.kd_temperature)
-            terms["kd_loss"] = kd / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
+            terms["kd_loss"] = kd / (self.current_gradient_accumulation_steps if model.training else 1)
         else:
             terms["kd_loss"] = kl_divergence(student, teacher, counted, options.kd_temperature) * share
         if options.hidden_weight:
@@ -171,6 +172,8 @@ class DistillationTrainer(Trainer):
         Raises:
             RuntimeError: the loss is not finite; the message names the last checkpoint.
         """
+        if not self._terms:  # the first step since the last log, or after a resume
+            self._logged_step = self.state.global_step
         loss = super().training_step(model, *args, **kwargs)
         if not torch.isfinite(loss):
             saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -197,7 +200,7 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and let the student's card say how."""
-        self._logged_step = 0
+        self._terms.clear()
         resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if isinstance(resumed, str | Path):  # for callbacks, which are not told
             self.args.resume_from_checkpoint = str(resumed)
@@ -216,7 +219,7 @@ class DistillationTrainer(Trainer):
             steps=self.state.global_step,
             weight=self.args.kd_weight,
             temperature=self.args.kd_temperature,
-            teacher="the original model",
+            teacher=public_name(self.teacher.name_or_path) or "the original model",
             parts=self.args.train_parts,
             routers="frozen" if frozen else "trained",
             losses=", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "not logged",

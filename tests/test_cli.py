@@ -230,7 +230,7 @@ def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path)
     watcher = threading.Event()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         # Statistics begin once the model is loaded and the text read; a killed run of seconds is caught in them.
-        watcher.wait(15)
+        watcher.wait(25)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=120)
     assert process.returncode == 130

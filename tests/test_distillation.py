@@ -162,6 +162,11 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(name: str, tmp_path: Pa
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected = dict(whole.model.named_parameters())
     assert all(torch.equal(value, expected[key]) for key, value in again.model.named_parameters())
+    logged = [
+        [entry["task_loss"] for entry in run.state.log_history if "task_loss" in entry] for run in (whole, again)
+    ]
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 4
 
 
 def test_the_saved_folder_loads_and_its_card_tells_of_the_distillation(tmp_path: Path) -> None:
