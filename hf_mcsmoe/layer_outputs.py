@@ -22,7 +22,7 @@ CHUNK = 4096
 
 @dataclass
 class Problem:
-    """One layer (or several that share their experts): merged `experts`, the `originals`, and both inputs.
+    """One layer, or several that share their experts: merged `experts`, the `originals`, and the inputs of both.
 
     `original_inputs` are those of the original layer at the same tokens; `inputs`, what the merged experts see, are
     the same unless the layers before have been changed too.
@@ -84,24 +84,29 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def original_sum(problem: Problem, members: list[int], *, normed: bool) -> torch.Tensor:
-    """Return the original layer's gated sum over `members`, float32 [T, D] on the CPU.
+def original_sum(
+    problem: Problem, members: list[int] | None = None, token: torch.Tensor | None = None, *, normed: bool = False
+) -> torch.Tensor:
+    """Return the original layer's gated sum over `members`, float32 [n, D] on the CPU.
 
     Args:
+        members: experts of the original; None for all.
+        token: int [n], the tokens; None for all.
         normed: whether a norm that follows the experts is applied.
     """
     inputs, experts = problem.original_inputs, problem.experts
-    total = torch.zeros(inputs.hidden.shape, dtype=torch.float32)
-    for member in members:
+    token = torch.arange(len(inputs)) if token is None else token
+    index, weights = inputs.index[token], inputs.weights[token].float()
+    total = torch.zeros(len(token), inputs.hidden.shape[1])
+    for member in range(len(problem.originals)) if members is None else members:
         original = {role: tensor.to(problem.device) for role, tensor in problem.originals.expert(member).items()}
-        token, pick = torch.where((inputs.index == member) & (inputs.weights != 0))
-        for part in torch.arange(len(token)).split(CHUNK):
-            states = inputs.hidden[token[part]].to(problem.device)
+        rows, pick = torch.where((index == member) & (weights != 0))
+        for part in torch.arange(len(rows)).split(CHUNK):
+            states = inputs.hidden[token[rows[part]]].to(problem.device)
             output = original_output(experts, original, states)
             if normed and experts.has_post_expert_norm:
                 output = experts.post_expert_norm(output)
-            gates = inputs.weights[token[part], pick[part], None].float()
-            total.index_add_(0, token[part], output.float().cpu() * gates)
+            total.index_add_(0, rows[part], output.float().cpu() * weights[rows[part], pick[part], None])
     return total
 
 
@@ -131,14 +136,14 @@ def _output_parts(experts: Any, expert: int) -> list[torch.Tensor]:
 
 
 def expert_rows(problem: Problem, expert: int, targets: torch.Tensor) -> RowSource:
-    """Return the source of what one stored expert is fitted to: `targets` [T, D] at its tokens."""
+    """Return the source of what one stored expert is fitted to: `targets` [n, D] of the n tokens that it sees."""
     token, gates = problem.tokens_of(expert)
 
     def rows() -> Iterator[Rows]:
         for part in torch.arange(len(token)).split(CHUNK):
             hidden = problem.hidden(token[part], gates[part], expert)
             held_out = problem.inputs.held_out[token[part]].to(hidden.device)
-            yield hidden, targets[token[part]].to(hidden.device), held_out
+            yield hidden, targets[part].to(hidden.device), held_out
 
     return rows
 

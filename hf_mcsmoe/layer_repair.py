@@ -98,7 +98,7 @@ def _per_expert(problem: Problem, solve: Callable[[RowSource, torch.Tensor], Sol
     solutions = []
     for expert in range(problem.experts.num_experts):
         members = [m for m, target in enumerate(problem.experts.expert_map_values) if target == expert]
-        targets = original_sum(problem, members, normed=False)
+        targets = original_sum(problem, members, problem.tokens_of(expert)[0])
         solution = solve(expert_rows(problem, expert, targets), output_weight(problem.experts, expert))
         write_output_weight(problem.experts, expert, solution.weight)
         solutions.append(solution)
@@ -114,16 +114,21 @@ def leave_layer(problem: Problem, config: RepairConfig) -> Repaired:
 @REPAIR.register("refit")
 def refit_layer(problem: Problem, config: RepairConfig) -> Repaired:
     """Refit the output matrices in closed form, each expert by itself or, with `joint`, all of them together."""
+    return Repaired.of(_refitted(problem, config, final=True))
+
+
+def _refitted(problem: Problem, config: RepairConfig, *, final: bool) -> list[Solution]:
+    """Refit and store the output matrices; unless `final`, the held-out tokens stay unseen."""
     if config.is_joint:
-        return Repaired.of(_refit_jointly(problem, config))
-    return Repaired.of(_per_expert(problem, lambda rows, start: _refit(rows, start, config)))
+        return _refit_jointly(problem, config, final)
+    return _per_expert(problem, lambda rows, start: _refit(rows, start, config, final))
 
 
-def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig, final: bool = True) -> Solution:
+def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig, final: bool) -> Solution:
     return refit(rows, start, config.ridges, memory_limit=config.memory_limit, final=final)
 
 
-def _refit_jointly(problem: Problem, config: RepairConfig) -> list[Solution]:
+def _refit_jointly(problem: Problem, config: RepairConfig, final: bool) -> list[Solution]:
     """Fit the layer's whole output: one expert after the other what the others leave over, a few times round.
 
     Raises:
@@ -132,7 +137,7 @@ def _refit_jointly(problem: Problem, config: RepairConfig) -> list[Solution]:
     experts = problem.experts
     if experts.has_post_expert_norm:
         raise ValueError(f"{problem.name} has a norm behind each expert; refit its experts with joint=False.")
-    residual = original_sum(problem, list(range(len(problem.originals))), normed=False)
+    residual = original_sum(problem)
     starts = [output_weight(experts, expert) for expert in range(experts.num_experts)]
     solutions = {expert: Solution(start, None, 0, 0.0, 0.0, 0.0) for expert, start in enumerate(starts)}
     for expert, start in enumerate(starts):
@@ -140,8 +145,8 @@ def _refit_jointly(problem: Problem, config: RepairConfig) -> list[Solution]:
     for sweep in range(config.sweeps):
         for expert, start in enumerate(starts):
             _subtract(problem, expert, -solutions[expert].weight, residual)
-            rows, is_last = expert_rows(problem, expert, residual), sweep == config.sweeps - 1
-            solutions[expert] = _refit(rows, start, config, is_last)
+            rows = expert_rows(problem, expert, residual[problem.tokens_of(expert)[0]])
+            solutions[expert] = _refit(rows, start, config, final and sweep == config.sweeps - 1)
             _subtract(problem, expert, solutions[expert].weight, residual)
     for expert, solution in solutions.items():
         write_output_weight(experts, expert, solution.weight)
@@ -169,20 +174,24 @@ def distil_layer(problem: Problem, config: RepairConfig) -> Repaired:
 
     Experts that no closed form can refit are trained from where they are.
     """
-    target = original_sum(problem, list(range(len(problem.originals))), normed=True)
+    target = original_sum(problem, normed=True)
     judge = problem.inputs.held_out.nonzero()[:, 0]
     before = layer_error(problem, problem.experts, target, judge)
-    solutions = refit_layer(problem, config).solutions if _can_refit(problem, config) else []
+    error, state = before, _values(problem.experts)
+    # From a fit that left the held-out tokens aside, or none of the steps would look better than the start.
+    solutions = _refitted(problem, config, final=False) if _can_refit(problem, config) else []
     work = copy.deepcopy(problem.experts).float().requires_grad_(True)
-    error, state = before, None
     for reached in _trained(problem, work, target, judge, config):
         if reached < error:
-            error, state = reached, {name: value.detach().clone() for name, value in work.named_parameters()}
+            error, state = reached, _values(work)
     for name, parameter in problem.experts.named_parameters():
-        if state is not None:
-            parameter.copy_(state[name])
+        parameter.copy_(state[name])
     energy = target[judge].square().sum().item()
     return Repaired(solutions, relative(before, energy), relative(error, energy))
+
+
+def _values(experts: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in experts.named_parameters()}
 
 
 def _can_refit(problem: Problem, config: RepairConfig) -> bool:

@@ -13,8 +13,8 @@ import torch
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 RowSource = Callable[[], Iterable[Rows]]
 
-MAX_ITERATIONS = 200
-TOLERANCE = 1e-8
+MAX_ITERATIONS = 100
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)

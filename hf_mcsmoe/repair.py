@@ -114,6 +114,10 @@ def matching_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> list[
     merged = [layer for layer in moe_layers(student) if layer.merged]
     if not merged:
         raise ValueError(f"{type(student).__name__} has no merged layer to repair; pass what merge_experts returned.")
+    if not isinstance(student, type(teacher)):
+        raise ValueError(
+            f"{type(student).__name__} is no compressed {type(teacher).__name__}: it was made of another model."
+        )
     groups = []
     for shared in tied_layers(merged):
         groups.append([(layer, _original(layer, originals)) for layer in shared])

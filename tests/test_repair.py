@@ -102,7 +102,7 @@ def test_every_layout(method: str, name: str) -> None:
     case = example(name)
     student, teacher = copy.deepcopy(case.merged), copy.deepcopy(case.base)
     before = state(teacher)
-    data = batches(name, case.base, number=4)
+    data = batches(name, case.base, number=8)
     report = repair_experts(student, teacher, data, RepairConfig(method=method, steps=25))
     assert state(teacher) == before
     assert report.layers

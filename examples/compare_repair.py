@@ -1,0 +1,94 @@
+"""Compare repairs of merged models on held-out text: divergence from the original, and what each costs.
+
+    python examples/compare_repair.py MODEL --text FILE --experts 8 4
+
+The first half of the text calibrates, the second evaluates. Figures: the divergence (KL, nats per token) of the merged
+model's predictions from the original's over the tokens that count, its share of the unrepaired model's, and seconds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from compare_methods import Batches, figures, predictions
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
+from hf_mcsmoe.denoising import denoising_batches
+from hf_mcsmoe.layer_repair import RepairConfig
+from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.repair import repair_experts
+
+METHODS: dict[str, RepairConfig] = {
+    "refit": RepairConfig(),
+    "refit, joint": RepairConfig(joint=True),
+    "refit, sequential": RepairConfig(sequential=True),
+    "local": RepairConfig(method="local"),
+    "local, sequential": RepairConfig(method="local", sequential=True),
+    "mean_shift": RepairConfig(method="mean_shift"),
+}
+
+
+def texts_of(path: Path) -> list[str]:
+    """Return the texts of a file: the values of a JSON object, or the whole of a text file."""
+    return list(json.loads(path.read_text()).values()) if path.suffix == ".json" else [path.read_text()]
+
+
+def halves(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int
+) -> tuple[Batches, Batches]:
+    """Return batches of the first and of the second half of each text, in rows of `max_length` tokens."""
+    rows: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for text in texts_of(path):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = [ids[start : start + max_length] for start in range(0, len(ids) - max_length + 1, max_length)]
+        rows[0].extend(whole[: len(whole) // 2])
+        rows[1].extend(whole[len(whole) // 2 :])
+    first, second = (_batches(model, tokenizer, half, max_length) for half in rows)
+    return first, second
+
+
+def _batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_length: int
+) -> Batches:
+    if model.config.is_encoder_decoder:
+        texts = [tokenizer.decode(row) for row in rows]
+        return denoising_batches(texts, tokenizer, batch_size=16, max_length=max_length, seed=0)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.tensor(rows).split(16)]
+
+
+def main() -> None:
+    """Print a markdown table: a row per number of experts, budget and repair."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--text", type=Path, required=True, help="text file, or JSON object of texts")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8], help="experts per layer on average")
+    parser.add_argument("--budgets", nargs="+", default=["adaptive", "uniform"], help="how layers share the experts")
+    parser.add_argument("--methods", nargs="+", default=["refit", "local"], choices=METHODS, help="repairs")
+    parser.add_argument("--batches", type=int, help="calibration batches of 16 rows; all by default")
+    parser.add_argument("--max-length", type=int, default=96, help="tokens a row")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    calibration, evaluation = halves(model, tokenizer, arguments.text, arguments.max_length)
+    calibration = calibration[: arguments.batches]
+    statistics, reference = collect_statistics(model, calibration), predictions(model, evaluation)
+    print("| experts | budget | repair | KL | of plain | seconds |\n|---:|---|---|---:|---:|---:|")
+    for count in arguments.experts:
+        for budget in arguments.budgets:
+            plan = plan_merge(model, statistics, MergeConfig(experts=count, budget=budget))
+            plain = figures(merge_experts(model, plan), evaluation, reference)[1]
+            print(f"| {count} | {budget} | none | {plain:.5f} | 1.00 | |", flush=True)
+            for name in arguments.methods:
+                student = merge_experts(model, plan)
+                seconds = repair_experts(student, model, calibration, METHODS[name]).seconds
+                found = figures(student, evaluation, reference)[1]
+                print(
+                    f"| {count} | {budget} | {name} | {found:.5f} | {found / plain:.2f} | {seconds:.1f} |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
