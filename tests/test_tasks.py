@@ -162,7 +162,7 @@ def test_tasks_are_found_in_any_spelling(spelling: str, name: str) -> None:
 
 
 def test_an_unknown_task_is_told_the_nearest() -> None:
-    with pytest.raises(ValueError, match="Unknown task 'winogrand'. Did you mean 'winogrande'"):
+    with pytest.raises(ValueError, match=r"Unknown task 'winogrand'\. Did you mean 'winogrande'"):
         get_task("winogrand")
 
 
