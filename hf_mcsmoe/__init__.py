@@ -5,20 +5,37 @@ from transformers import AutoConfig
 from hf_mcsmoe.adapters import MoELayer, moe_layers
 from hf_mcsmoe.calibration import collect_statistics
 from hf_mcsmoe.compress import compress, merge_experts
-from hf_mcsmoe.config import MergeConfig
+from hf_mcsmoe.config import LoSparseConfig, MergeConfig
+from hf_mcsmoe.decompose import compact, decompose_experts
+from hf_mcsmoe.distillation import (
+    DistillationArguments,
+    DistillationSeq2SeqArguments,
+    DistillationSeq2SeqTrainer,
+    DistillationTrainer,
+)
 from hf_mcsmoe.modeling.auto import RegisteredConfig
-from hf_mcsmoe.modeling.modeling_mcsmoe import MergedSwitchSparseMLP
+from hf_mcsmoe.modeling.modeling_mcsmoe import LoSparseLinear, MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.sparsification import SparsificationCallback
 from hf_mcsmoe.statistics import RoutingStatistics
 
 __all__ = [
+    "DistillationArguments",
+    "DistillationSeq2SeqArguments",
+    "DistillationSeq2SeqTrainer",
+    "DistillationTrainer",
+    "LoSparseConfig",
+    "LoSparseLinear",
     "MergeConfig",
     "MergePlan",
     "MergedSwitchSparseMLP",
     "MoELayer",
     "RoutingStatistics",
+    "SparsificationCallback",
     "collect_statistics",
+    "compact",
     "compress",
+    "decompose_experts",
     "merge_experts",
     "moe_layers",
     "plan_merge",

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ Batch = Mapping[str, Any]
 
 
 def collect_statistics(
-    model: PreTrainedModel, batches: Iterable[Batch], *, methods: Sequence[str] | None = None
+    model: PreTrainedModel, batches: Iterable[Batch], *, methods: Sequence[str | Callable] | None = None
 ) -> RoutingStatistics:
     """Run `model` once over `batches` and sum what its routers do (paper, section 3.1).
 
@@ -28,7 +28,9 @@ def collect_statistics(
 
     Args:
         batches: dictionaries for `model(**batch)`; masks [batch, length].
-        methods: names of the methods that will use the statistics, checked here, before the first forward.
+        methods: the methods that will use the statistics, by name or as callables. Sums beyond the usual ones are to
+            be collected only for methods that declare them, which none does now; names are checked all the same,
+            before the first forward.
 
     Raises:
         ValueError: no batches, an unknown method, a model without experts or one that is compressed already, or
@@ -36,7 +38,7 @@ def collect_statistics(
     """
     known = [name for registry in REGISTRIES.values() for name in registry]
     for method in methods or ():
-        if method not in known:
+        if not callable(method) and method not in known:
             raise ValueError(unknown("method", method, known))
     layers = uncompressed_layers(model)
     statistics = RoutingStatistics(
@@ -44,11 +46,11 @@ def collect_statistics(
     )
     masks: dict[str, torch.Tensor] = {}
     count = 0
-    with torch.no_grad(), _as_it_was(model), _observed(layers, statistics, masks):
+    with torch.no_grad(), as_it_was(model), _observed(layers, statistics, masks):
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             masks.clear()
             masks.update(token_masks(model, batch))
-            model(**_on_device(batch, model))
+            model(**on_device(batch, model))
     if count == 0:
         raise ValueError("The calibration set is empty: pass at least one batch.")
     check_finite(statistics)
@@ -131,22 +133,29 @@ def _observed(layers: list[MoELayer], statistics: RoutingStatistics, masks: dict
 
 
 def _observer(layer: MoELayer, sums: LayerStatistics, masks: dict[str, torch.Tensor]) -> Any:
-    side = "encoder" if "encoder" in layer.name.split(".") else "decoder"
-
     def observe(logits: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        mask = masks.get(side)
-        if mask is not None and len(mask) != len(logits):
-            raise ValueError(
-                f"{layer.name} saw {len(logits)} tokens, the batch's mask has {len(mask)}: pass masks of the shape of "
-                "the layer's input."
-            )
-        sums.update(logits, index, weights, mask)
+        sums.update(logits, index, weights, mask_of(layer, masks, len(logits)))
 
     return observe
 
 
+def mask_of(layer: MoELayer, masks: dict[str, torch.Tensor], tokens: int) -> torch.Tensor | None:
+    """Return which of the tokens that a layer saw count, bool [T]; None for all.
+
+    Raises:
+        ValueError: the batch's mask, see `token_masks`, has another number of tokens.
+    """
+    mask = masks.get("encoder" if "encoder" in layer.name.split(".") else "decoder")
+    if mask is not None and len(mask) != tokens:
+        raise ValueError(
+            f"{layer.name} saw {tokens} tokens, the batch's mask has {len(mask)}: pass masks of the shape of the "
+            "layer's input."
+        )
+    return mask
+
+
 @contextlib.contextmanager
-def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+def as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into evaluation mode (no router noise, no dropout) and back afterwards, module by module.
 
     Switch casts its routers to float32 in the first forward; that is undone as well.
@@ -164,7 +173,8 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _on_device(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+def on_device(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the batch with its tensors where the model is."""
     device = model.device if model.device.type != "meta" else torch.device("cpu")
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 

@@ -29,13 +29,19 @@ from hf_mcsmoe.plan import MergePlan, check_request, plan_merge, selected_layers
 from hf_mcsmoe.statistics import RoutingStatistics
 
 app = typer.Typer(
-    help="Merge the experts of Mixture-of-Experts models (M-SMoE) into checkpoints that load anywhere.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console()
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
+
+
+@app.callback()
+def _options_of_all(
+    debug: Annotated[bool, typer.Option("--debug", help="show where an error arose; goes with every command")] = False,
+) -> None:
+    """Merge the experts of Mixture-of-Experts models (M-SMoE) into checkpoints that load anywhere."""
 
 
 def _option(name: str, *declarations: str) -> Any:

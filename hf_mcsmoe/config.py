@@ -1,10 +1,11 @@
-"""Options of a merge. Each is described once, here; the command line reads the descriptions."""
+"""Options of a merge and of a decomposition. Each is described once, here; the command line reads the descriptions."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hf_mcsmoe.alignment import ALIGNMENT
+from hf_mcsmoe.decomposition import FACTORISATION
 from hf_mcsmoe.grouping import BUDGET, GROUPING
 from hf_mcsmoe.merging import MERGING
 from hf_mcsmoe.registry import method_name, unknown
@@ -70,6 +71,51 @@ class MergeConfig:
         return {**values, "skip": list(self.skip)}
 
 
-def option_help(name: str) -> str:
-    """Return the description of an option of `MergeConfig`."""
-    return next(item.metadata["help"] for item in fields(MergeConfig) if item.name == name)
+SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class LoSparseConfig:
+    """How MC-SMoE stores merged experts as `W = U V + S`; the rank is given by exactly one of three options.
+
+    Raises:
+        ValueError: a number out of range, none or several of the ways to give the rank, an unknown name.
+    """
+
+    rank: int | None = _option(None, "rank of U V, 32 unless given otherwise")
+    parameter_ratio: float | None = _option(None, "stored share of each matrix, U, V and kept rows together")
+    energy: float | None = _option(None, "share of the squared singular values that U V holds")
+    scope: str = _option("layer", "whether weights get their ranks one by one (layer) or compete (global)")
+    keep: float = _option(0.10, "share of the rows of S that are kept in the end")
+    factorisation: str | Callable = _option("weighted_svd", "how U and V are found: weighted_svd (needs data) or svd")
+    skip: tuple[str, ...] = _option((), "layers to leave dense: patterns of layer names")
+    allow_dense: bool = _option(False, "leave a weight dense where its factors would be larger, instead of refusing")
+
+    def __post_init__(self) -> None:
+        FACTORISATION[self.factorisation]
+        if self.scope not in SCOPES:
+            raise ValueError(unknown("scope", self.scope, list(SCOPES)))
+        if isinstance(self.skip, str):
+            object.__setattr__(self, "skip", (self.skip,))
+        given = [name for name in ("rank", "parameter_ratio", "energy") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; the rank follows from one of them.")
+        if not given:
+            object.__setattr__(self, "rank", 32)
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank={self.rank!r} must be a whole number, at least 1.")
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep={self.keep!r} must be a share in [0, 1].")
+        for name in ("parameter_ratio", "energy"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value!r} must be a share in (0, 1].")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values; a callable is written as its name."""
+        values = {key: method_name(value) if callable(value) else value for key, value in asdict(self).items()}
+        return {**values, "skip": list(self.skip)}
+
+
+def option_help(name: str, config: type = MergeConfig) -> str:
+    """Return the description of an option of `MergeConfig`, or of another class of options."""
+    return next(item.metadata["help"] for item in fields(config) if item.name == name)

@@ -1,5 +1,6 @@
 """Calibration data: from a text file, a table or a data set of the Hub to batches for a model, with masks."""
 
+import copy
 import gzip
 import json
 import random
@@ -53,7 +54,8 @@ def calibration_batches(
     samples = random.Random(seed).sample(samples, min(num_samples, len(samples)))
     # Of like length side by side: less padding, so less of the pass is spent on nothing.
     samples.sort(key=lambda sample: len(sample[0]))
-    batches = _encode(samples, tokenizer, model, max_length, batch_size, seed)
+    # A copy: padding, truncation and the padding token stay set in a tokenizer that was called with them.
+    batches = _encode(samples, copy.deepcopy(tokenizer), model, max_length, batch_size, seed)
     vocabulary = len(cast(torch.Tensor, model.get_input_embeddings().weight))
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if largest >= vocabulary:

@@ -78,7 +78,7 @@ def predict(
 def check_labels(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
     """Raise ValueError where the tokenizer cannot write one of the task's labels: no answer could ever be right."""
     for label in task.labels:
-        written = tokenizer.decode(tokenizer(text_target=label)["input_ids"], skip_special_tokens=True).strip()
+        written = str(tokenizer.decode(tokenizer(text_target=label)["input_ids"], skip_special_tokens=True)).strip()
         if written != label:
             raise ValueError(
                 f"The tokenizer turns the label {label!r} of task {task.name!r} into {written!r}: it is another "

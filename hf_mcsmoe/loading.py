@@ -58,13 +58,19 @@ def load_model(name_or_path: str, *, dtype: str = "auto", device_map: str | None
         device_map: as in `from_pretrained`: "cpu", "cuda", "auto" ...
 
     Raises:
-        ValueError: no such model, a damaged file, or one that lacks weights (Transformers would invent them).
+        ValueError: no such model, a damaged file, one that lacks weights (Transformers would invent them), or too
+            little memory.
     """
     config = load_config(name_or_path)
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
     try:
         model, info = cast(Any, model_class(config)).from_pretrained(name_or_path, **arguments)
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+    except (SafetensorError, OSError, RuntimeError, EOFError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            raise ValueError(
+                f"There is too little memory for {name_or_path} ({error}). Spread it over what there is with "
+                "--device-map auto (device_map), or load it in a smaller --dtype (bfloat16)."
+            ) from None
         raise ValueError(f"Cannot load {name_or_path}: {error}. If a file is damaged, download it again.") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -73,6 +79,11 @@ def load_model(name_or_path: str, *, dtype: str = "auto", device_map: str | None
             "incomplete or the checkpoint belongs to another class."
         )
     return model
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    told = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -1,6 +1,7 @@
 """The model card of a merged model, generated from what was done."""
 
-from typing import Any
+import re
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
@@ -92,7 +93,7 @@ def model_card(
         layers: experts before and after, per layer name.
         before: parameters and bytes of the original model.
     """
-    after = (model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters()))
+    after = _sizes(model)
     source = model.name_or_path or ""
     auto_class = loading_class(model)
     text = TEMPLATE.render(
@@ -106,12 +107,35 @@ def model_card(
         saved=[f"{1 - new / old:.1%}" for old, new in zip(before, after, strict=True)],
         auto_class=auto_class,
         model_id=MODEL_ID,
-        steps=_steps(plan.config),
+        steps=method_steps(plan.config),
         tokens=max(plan.provenance["tokens"].values()),
         layers=layers,
         whole=[f"`{name}`" for name in plan.provenance["tokens"] if name not in layers],
     )
     return f"---\n{_metadata(source, auto_class).to_yaml()}\n---\n{text}"
+
+
+def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
+    """Let the card that `model` is saved with say what was done after the merge, and how large the model is now.
+
+    A section of the same title is replaced. A model without a card of its own (loaded from a folder) keeps that one.
+    """
+    files = cast(Any, model).mcsmoe_files
+    if "README.md" not in files:
+        return
+    card = re.sub(rf"^## {re.escape(title)}\n.*?(?=^## )", "", files["README.md"], flags=re.MULTILINE | re.DOTALL)
+    card = card.replace("## Citation\n", f"## {title}\n\n{text.strip()}\n\n## Citation\n")
+    for label, after in zip(("parameters", "bytes"), _sizes(model), strict=True):
+        found = re.search(rf"^\| {label} \| ([\d,]+) \|.*$", card, flags=re.MULTILINE)
+        if found:
+            before = int(found[1].replace(",", ""))
+            card = card.replace(found[0], f"| {label} | {before:,} | {after:,} | {1 - after / before:.1%} |")
+    vars(model)["mcsmoe_files"] = {**files, "README.md": card}
+
+
+def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the parameters of a model and their bytes."""
+    return model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def loading_class(model: PreTrainedModel) -> str:
@@ -144,7 +168,8 @@ def source_licence(source: str) -> dict[str, Any]:
     return {key: declared[key] for key in ("license", "license_name", "license_link") if key in declared}
 
 
-def _steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+def method_steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return step, method and link to the method's paper, a row each, of a plan's options."""
     steps = []
     for stage, registry in REGISTRIES.items():
         method = registry.methods.get(config[stage])

@@ -20,6 +20,7 @@ from hf_mcsmoe.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.grouping import budget_total
 from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
+from hf_mcsmoe.registry import method_name
 from hf_mcsmoe.statistics import RoutingStatistics
 
 FORMAT = "mcsmoe-plan"
@@ -42,7 +43,9 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         numbers = list(range(len(self.dominant)))
-        if sorted(set(self.expert_map)) != numbers or [self.expert_map[expert] for expert in self.dominant] != numbers:
+        known = all(expert in range(len(self.expert_map)) for expert in self.dominant)
+        groups = [self.expert_map[expert] for expert in self.dominant] if known else None
+        if sorted(set(self.expert_map)) != numbers or groups != numbers:
             raise ValueError(
                 f"expert_map={self.expert_map} must send experts to the groups 0 to {len(numbers) - 1}, and each of "
                 f"dominant={self.dominant} to its own."
@@ -136,6 +139,7 @@ def plan_merge(model: PreTrainedModel, statistics: RoutingStatistics, config: Me
     sums = [reduce(add, (statistics[layer.name] for layer in layers)) for layers in shared]
     saliency = [chosen["saliency"](layer) for layer in sums]
     counts = chosen["budget"](saliency, config.experts, config.min_experts)
+    _check_counts(counts, [len(scores) for scores in saliency], method_name(config.budget))
     plans: dict[str, LayerPlan] = {}
     for layers, layer, scores, count in zip(shared, sums, saliency, counts, strict=True):
         groups = chosen["grouping"](scores, chosen["similarity"](layer, config.seed), count)
@@ -196,6 +200,17 @@ def check_request(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]
             "lower it or raise `experts`."
         )
     return layers
+
+
+def _check_counts(counts: list[int], sizes: list[int], name: str) -> None:
+    """Raise ValueError where a budget's answer is not a number of experts, 1 to E, for each layer."""
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+    fits = whole and len(counts) == len(sizes)
+    if not fits or not all(1 <= count <= size for count, size in zip(counts, sizes, strict=True)):
+        raise ValueError(
+            f"The budget {name} answered {counts!r}; it must return whole numbers of experts to keep, one for each of "
+            f"the {len(sizes)} layers, from 1 to {sizes}."
+        )
 
 
 def _warn_if_few_tokens(layers: list[MoELayer], statistics: RoutingStatistics) -> None:

@@ -55,5 +55,11 @@ def unknown(what: str, value: object, known: list[str]) -> str:
 
 
 def method_name(method: str | Callable[..., Any]) -> str:
-    """Return the name to write into a plan for a method given by name or as a callable."""
-    return method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
+    """Return the name to write into a plan for a method given by name or as a callable.
+
+    A callable's is `module.qualname`, of its type where it has none: never the name of a method of a registry.
+    """
+    if isinstance(method, str):
+        return method
+    named = method if hasattr(method, "__qualname__") else type(method)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = "mcsmoe-statistics"
+FORMAT_VERSION = 1
 
 
 @dataclass
@@ -16,7 +17,8 @@ class LayerStatistics:
     """Sums over the counted tokens of one layer.
 
     `counts` int64 [E] tokens that reached each expert; `gate_sum` float64 [E] sum of their weights; `logit_gram`
-    float64 [E, E] sum over tokens of `h h^T` for router logits `h` [E]; `tokens` int64 [] tokens seen.
+    float64 [E, E] sum over tokens of `h h^T` for router logits `h` [E]; `tokens` int64 [] tokens seen. A token that
+    the capacity of its expert turned away enters none of them.
     """
 
     counts: torch.Tensor
@@ -48,13 +50,14 @@ class LayerStatistics:
 
         Args:
             logits: router logits [T, E].
-            index: picked experts int [T, K]; an index from E on is no expert.
-            weights: their weights [T, K]; a pick of weight 0 reached no expert (over capacity, skipped).
+            index: picked experts int [T, K]; an index from E on is no expert, -1 that of a token over capacity.
+            weights: their weights [T, K]; a pick of weight 0 reached no expert (skipped).
             mask: bool [T], the tokens that count; None for all.
         """
+        counted = (index >= 0).all(-1)
         if mask is not None:
-            mask = mask.to(logits.device)
-            logits, index, weights = logits[mask], index[mask.to(index.device)], weights[mask.to(weights.device)]
+            counted &= mask.to(counted.device)
+        logits, index, weights = logits[counted.to(logits.device)], index[counted], weights[counted.to(weights.device)]
         logits = logits.double()
         reached = (weights != 0) & (index < self.num_experts)
         picks = index[reached]
@@ -94,7 +97,8 @@ class RoutingStatistics:
         """Write a safetensors file: tensors `<layer name>/<sum>`, the fingerprint among the metadata."""
         tensors = {f"{name}/{key}": value for name, layer in self.layers.items() for key, value in vars(layer).items()}
         metadata = {
-            "format": "mcsmoe-statistics",
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
             "fingerprint": self.fingerprint,
             "layers": json.dumps([*self.layers]),
         }
@@ -105,13 +109,19 @@ class RoutingStatistics:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is not such a file, or is damaged.
+            ValueError: the file is not such a file, of a later format, or damaged.
         """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} holds no routing statistics; make them with collect_statistics.")
+                version = metadata.get("format_version", "1")
+                if not version.isdecimal() or int(version) > FORMAT_VERSION:
+                    raise ValueError(
+                        f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade hf_mcsmoe "
+                        "or collect the statistics anew."
+                    )
                 keys = LayerStatistics.__dataclass_fields__
                 layers = {
                     name: LayerStatistics(**{key: file.get_tensor(f"{name}/{key}") for key in keys})

@@ -51,10 +51,11 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Token:
-    """One token at one router: its logits, and its picks (expert, weight) that reached their expert."""
+    """One token at one router: its logits, its picks (expert, weight), and whether its expert was full already."""
 
     logits: list[float]
     picks: list[tuple[int, float]]
+    dropped: bool
 
 
 @torch.no_grad()
@@ -90,12 +91,10 @@ def _route(sequence: list[list[float]], family: Family) -> list[Token]:
     tokens, load = [], [0] * len(sequence[0])
     for logits in sequence:
         picks = sorted(range(len(logits)), key=lambda expert: -logits[expert])[: family.top_k]
-        reached = []
-        for pick, weight in zip(picks, family.gates(logits, picks), strict=True):
+        for pick in picks:
             load[pick] += 1
-            if family.capacity is None or load[pick] <= family.capacity:
-                reached.append((pick, weight))
-        tokens.append(Token(logits, reached))
+        dropped = family.capacity is not None and load[picks[0]] > family.capacity
+        tokens.append(Token(logits, list(zip(picks, family.gates(logits, picks), strict=True)), dropped))
     return tokens
 
 
@@ -114,9 +113,9 @@ class Sums:
 
 
 def sums(tokens: list[Token], keep: Iterable[Any] | None = None) -> Sums:
-    """Sum over the tokens that `keep` (one truth value a token) says count."""
-    if keep is not None:
-        tokens = [token for token, kept in zip(tokens, keep, strict=True) if kept]
+    """Sum over the tokens that were not dropped and that `keep` (one truth value a token) says count."""
+    kept = [True] * len(tokens) if keep is None else list(keep)
+    tokens = [token for token, counts in zip(tokens, kept, strict=True) if counts and not token.dropped]
     size = len(tokens[0].logits)
     counts, gates, gram = [0] * size, [0.0] * size, [[0.0] * size for _ in range(size)]
     for token in tokens:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from families import build
 from test_data import tokenizer  # noqa: F401
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from hf_mcsmoe import cli
 
@@ -153,6 +154,40 @@ def test_a_dense_model_a_damaged_and_an_incomplete_one_are_refused(source: Path,
         assert not (tmp_path / "out").exists()
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_too_little_memory_is_told_from_a_damaged_file(
+    error: Exception, source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MixtralForCausalLM, "from_pretrained", fail)
+    code, _, err = run("compress", source, "--data", source.parent / "text.txt", "--output", tmp_path / "out")
+    assert code == 1
+    assert f"too little memory for {source}" in err
+    assert "--device-map auto" in err
+    assert "damaged" not in err
+
+
+def test_a_quantized_model_is_refused_before_its_weights_are_loaded(source: Path, tmp_path: Path, run: Run) -> None:
+    quantized = shutil.copytree(source, tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    (quantized / "model.safetensors").unlink()
+    options = ["--data", source.parent / "text.txt", "--output", tmp_path / "out"]
+    for arguments in (["inspect", quantized], ["compress", quantized, *options]):
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert "is quantized (mxfp4)" in err
+
+
 def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path) -> None:
     many = tmp_path / "many.txt"
     many.write_text(TEXT * 50)
@@ -174,3 +209,7 @@ def test_help_explains_every_option(run: Run) -> None:
     assert code == 0
     for option in ("--experts", "--budget", "--skip", "--similarity", "--alignment", "--overwrite"):
         assert option in out
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "--debug" in out
+    assert "M-SMoE" in out

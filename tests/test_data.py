@@ -115,6 +115,21 @@ def test_samples_are_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast, tmp_p
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
+def test_the_tokenizer_is_left_as_it_was(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.pad_token = None
+    before = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer("what is it 1 2 3"))
+    batches = calibration_batches(
+        write(tmp_path / "text.txt", "what is 1\nit"), tokenizer, build(name), max_length=2, batch_size=2
+    )
+    assert batches[0]["attention_mask"].sum() == 3
+    assert before == (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        tokenizer("what is it 1 2 3"),
+    )
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = build("mixtral")
     model.resize_token_embeddings(5)

@@ -160,8 +160,9 @@ def test_defect_07_tokens_over_capacity_are_credited_to_expert_0() -> None:
     for layer in moe_layers(model):
         layer.router.classifier.register_forward_hook(lambda module, arguments, output: output + 1e3 * torch.eye(8)[5])
     batch = inputs("switch_transformers", model)
-    for counts in _counts("switch_transformers", model, batch).values():
-        assert counts.tolist() == [0, 0, 0, 0, 0, 2 * 3, 0, 0]
+    for layer in collect_statistics(model, [batch]).layers.values():
+        assert layer.counts.tolist() == [0, 0, 0, 0, 0, 2 * 3, 0, 0]
+        assert layer.tokens == 2 * 3
 
 
 def test_defect_07_router_noise_is_left_on() -> None:

@@ -210,6 +210,8 @@ INCONSISTENT = [
         [1, 0.5, 0.5],
         "must send experts to the groups 0 to 1, and each of dominant=[1, 0] to its own",
     ),
+    ([0, 1], [0, 2], [1, 1], "each of dominant=[0, 2] to its own"),
+    ([0, 1], [0, -1], [1, 1], "each of dominant=[0, -1] to its own"),
     ([0, 0], [0], [1], "must have one entry for each of 2 experts"),
     ([0, 0], [0], [0.5, 0.4], "must sum to 1 in each group"),
     ([0, 0, 1], [0, 2], [0, 0, 1], "must sum to 1 in each group"),
@@ -224,8 +226,25 @@ def test_a_layer_plan_that_does_not_fit_together_is_refused(
         LayerPlan(expert_map, dominant, weights)
 
 
+def test_a_loaded_plan_whose_dominant_expert_is_not_there_is_refused(tmp_path: Path) -> None:
+    head = {"format": "mcsmoe-plan", "format_version": 1}
+    layer = {"expert_map": [0, 1], "dominant": [0, 5], "weights": [1, 1]}
+    (tmp_path / "plan.json").write_text(json.dumps({**head, "layers": {"a": layer}}))
+    with pytest.raises(ValueError, match=re.escape("dominant=[0, 5] to its own")):
+        MergePlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("counts", [[2, 2, 2], [2] * 5, [2, 2, 2, 0], [9, 1, 1, 1], [2.0] * 4, [True] * 4, ["2"] * 4])
+def test_what_a_budget_of_ones_own_answers_is_checked(counts: list[Any]) -> None:
+    message = f"answered {counts!r}; it must return whole numbers of experts to keep, one for each of the 4 layers"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _plan(experts=2, budget=lambda saliency, experts, min_experts: counts)
+
+
 def test_few_tokens_are_a_warning_that_names_the_layer() -> None:
     model = build("switch_transformers")
+    for layer in moe_layers(model):
+        layer.router.expert_capacity = 99
     batch = inputs("switch_transformers", model, batch_size=6)
     statistics = collect_statistics(model, [batch])  # 69 tokens in the encoder, 72 in the decoder
     plan_merge(model, statistics)
@@ -281,7 +300,7 @@ def test_methods_may_be_callables_and_are_written_by_name() -> None:
     assert plan.layers["model.layers.0.mlp.experts"].weights == pytest.approx(
         [0, 1 / 6, 2 / 6, 3 / 6] + [x / 22 for x in range(4, 8)]
     )
-    assert plan.config["alignment"].endswith("backwards")
+    assert plan.config["alignment"] == f"{__name__}.{backwards.__qualname__}"
     merge_experts(_model(), plan)
     assert used.count("alignment") == 4 * (2 + 3), "members of weight other than 0, without the dominant ones"
 

@@ -1,12 +1,14 @@
 """Models whose experts cannot be merged are refused, and the reasons given still hold."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
 from families import build, inputs
 from helpers import batches
 from torch import nn
+from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 
 from hf_mcsmoe import collect_statistics, moe_layers
 from hf_mcsmoe.adapters.other import REFUSED
@@ -16,6 +18,24 @@ def test_a_dense_model_has_no_layer() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Sequential has no Mixture-of-Experts layer"):
         moe_layers(model)
+
+
+QUANTIZED = [
+    ({"quant_method": "mxfp4"}, "mxfp4"),
+    (BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes"),
+    (FineGrainedFP8Config(), "fp8"),
+]
+
+
+@pytest.mark.parametrize(("settings", "method"), QUANTIZED)
+def test_a_quantized_model_is_to_be_loaded_dequantized(settings: Any, method: str) -> None:
+    model = build("mixtral")
+    model.config.quantization_config = settings
+    for refused in (moe_layers, lambda model: collect_statistics(model, [])):
+        with pytest.raises(ValueError, match=rf"is quantized \({method}\).*Load it dequantized"):
+            refused(model)
+    del model.config.quantization_config  # as Transformers leaves a model that it dequantized
+    assert moe_layers(model)
 
 
 @pytest.mark.parametrize(("name", "container"), [("nllb_moe", "NllbMoeExperts"), ("doge", "DogeCDMoE")])

@@ -2,11 +2,14 @@
 
 import re
 from dataclasses import fields
+from functools import partial
+from typing import Any
 
 import pytest
 
 from hf_mcsmoe import MergeConfig
 from hf_mcsmoe.config import REGISTRIES, option_help
+from hf_mcsmoe.model_card import method_steps
 from hf_mcsmoe.registry import Registry, method_name
 
 METHODS = [(stage, name) for stage, registry in REGISTRIES.items() for name in registry]
@@ -51,6 +54,24 @@ def test_every_option_is_described_and_every_stage_has_its_option() -> None:
     assert REGISTRIES.keys() <= {item.name for item in fields(MergeConfig)}
 
 
-@pytest.mark.parametrize(("method", "name"), [("frequency", "frequency"), (_registry, "_registry")])
-def test_a_plan_names_a_method_given_either_way(method: object, name: str) -> None:
+def frequency(statistics: object) -> None:
+    """Stand for a user's method that has a built-in one's name."""
+
+
+NAMED = [
+    ("frequency", "frequency"),
+    (frequency, f"{__name__}.frequency"),
+    (partial(frequency, 1), "functools.partial"),
+]
+
+
+@pytest.mark.parametrize(("method", "name"), NAMED)
+def test_a_plan_names_a_method_given_either_way(method: Any, name: str) -> None:
     assert method_name(method) == name
+
+
+def test_the_card_credits_the_paper_for_its_own_methods_only() -> None:
+    ours, theirs = MergeConfig(), MergeConfig(saliency=frequency)
+    rows = [next(row for row in method_steps(config.to_dict()) if row[0] == "saliency") for config in (ours, theirs)]
+    assert "2310.01334" in rows[0][2]
+    assert rows[1] == ("saliency", f"{__name__}.frequency", "")

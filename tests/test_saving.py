@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, m
 
 FILES = {
     *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "model.safetensors"),
-    *("configuration_mcsmoe.py", "experts_mcsmoe.py", "modeling_mcsmoe.py", "saving_mcsmoe.py"),
+    *("configuration_mcsmoe.py", "experts_mcsmoe.py", "losparse_mcsmoe.py", "modeling_mcsmoe.py", "saving_mcsmoe.py"),
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
@@ -103,6 +103,30 @@ def test_a_save_replaces_the_weights_that_are_there(case: Example, tmp_path: Pat
     case.merged.save_pretrained(folder)
     assert {file.name for file in folder.iterdir()} == FILES | {"notes.txt", "model.other.safetensors"}
     assert torch.equal(logits(_reloaded(folder), case.batch), logits(case.merged, case.batch))
+
+
+def test_arguments_are_taken_in_the_librarys_order(case: Example, tmp_path: Path) -> None:
+    case.merged.save_pretrained(tmp_path / "saved", True, None, False, "100KB", "other")
+    assert len(list((tmp_path / "saved").glob("model.other-*.safetensors"))) > 2
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    case.merged.save_pretrained(tmp_path / "not here", False)
+    assert not (tmp_path / "not here").exists()
+    with pytest.raises(TypeError, match="multiple values for argument 'is_main_process'"):
+        case.merged.save_pretrained(tmp_path / "not here", False, is_main_process=True)
+
+
+def test_tags_join_those_of_the_card(case: Example, tmp_path: Path) -> None:
+    case.merged.save_pretrained(tmp_path / "plain")
+    before = ModelCard.load(tmp_path / "plain" / "README.md")
+    case.merged.save_pretrained(tmp_path / "saved", tags=["mine", "mcsmoe"])
+    after = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert after.data.tags == [*before.data.tags, "mine"]
+    assert after.text.replace('"saved"', '"plain"') == before.text
+    loaded = _reloaded(tmp_path / "saved")
+    loaded.add_model_tags("told before")
+    (tmp_path / "saved" / "README.md").unlink()
+    loaded.save_pretrained(tmp_path / "without card", tags="one")
+    assert ModelCard.load(tmp_path / "without card" / "README.md").data.tags == ["told before", "one"]
 
 
 def test_other_processes_write_nothing(case: Example, tmp_path: Path) -> None:
@@ -206,9 +230,10 @@ import sys, torch, transformers
 folder, scratch = sys.argv[1:]
 expected = torch.load(f"{folder}.pt")
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-model.push_to_hub("first", private=True, max_shard_size="100KB", commit_message="Small", token="secret", revision="v1")
+commit = {"commit_message": "Small", "token": "secret", "revision": "v1"}
+model.push_to_hub("first", private=True, max_shard_size="100KB", tags=["mine"], **commit)
 model.save_pretrained(f"{scratch}/kept", push_to_hub=True, repo_id="team/second", private=True, token="secret")
-model.save_pretrained(f"{scratch}/third", push_to_hub=True, token="secret")
+model.save_pretrained(f"{scratch}/third", True, None, True, token="secret")
 for repo_id in ("me/first", "team/second", "me/third"):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)
     assert torch.equal(loaded(**expected["batch"]).logits, expected["logits"]), repo_id
@@ -241,5 +266,7 @@ def _check_uploads(hub: Hub) -> None:
     assert (FILES | TOKENIZER_FILES) - {"model.safetensors"} <= first.keys()
     assert len([name for name in first if name.endswith(".safetensors")]) > 2
     assert hub.files["me/third"].keys() == FILES | TOKENIZER_FILES
+    tags = {repo_id: ModelCard(files["README.md"].decode()).data.tags for repo_id, files in hub.files.items()}
+    assert tags["me/first"] == [*tags["me/third"], "mine"]
     for repo_id, files in hub.files.items():
         assert f'from_pretrained("{repo_id}"' in files["README.md"].decode()

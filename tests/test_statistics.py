@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_mcsmoe import RoutingStatistics
@@ -132,3 +133,26 @@ def test_a_file_without_one_of_the_sums_is_refused(tmp_path: Path) -> None:
     save_file({"model.1/counts": torch.ones(2)}, tmp_path / "s", metadata)
     with pytest.raises(ValueError, match="is damaged"):
         RoutingStatistics.load(tmp_path / "s")
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    _statistics().save(tmp_path / "s")
+    with safe_open(tmp_path / "s", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert metadata["format_version"] == "1"
+    for version, message in (("2", "has format 2; this version reads up to 1"), ("x", "has format x")):
+        save_file(tensors, tmp_path / "later", metadata | {"format_version": version})
+        with pytest.raises(ValueError, match=message):
+            RoutingStatistics.load(tmp_path / "later")
+
+
+def test_tokens_over_capacity_count_nowhere_and_skipped_ones_as_tokens() -> None:
+    logits, index, weights = _tokens(12)
+    index, weights = index[:, :1], weights[:, :1]
+    dropped, skipped = torch.arange(12) % 3 == 0, torch.arange(12) % 3 == 1
+    index[dropped], weights[dropped | skipped] = -1, 0
+    layer, rest = _layer((logits, index, weights)), _layer((logits[~dropped], index[~dropped], weights[~dropped]))
+    assert layer.tokens == 8
+    assert layer.counts.sum() <= 4
+    assert _same(layer, rest)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters.base import MoELayer, find_router
-from hf_mcsmoe.adapters.fused import FusedLayer, fused_views, is_fused
+from hf_mcsmoe.adapters.fused import FusedLayer, fused_sizes, fused_views, is_fused
 from hf_mcsmoe.adapters.other import REFUSED, DbrxLayer, JetMoeLayer, Llama4Layer
 from hf_mcsmoe.adapters.switch import SwitchLayer
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
@@ -35,8 +35,9 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     layers have `merged` set, and `num_experts` counts the stored experts.
 
     Raises:
-        ValueError: the model has no experts, or experts of a kind that cannot be merged; the message says why.
+        ValueError: the model is quantized, has no experts, or experts of a kind that cannot be merged.
     """
+    _check_not_quantized(model)
     layers = [_layer(model, name, module) for name, module in model.named_modules() if _is_text_experts(name, module)]
     if not layers:
         raise ValueError(
@@ -44,6 +45,17 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             "sparse models (Mixtral, Qwen3-MoE, OLMoE, gpt-oss, Switch Transformers ...); a dense model has none."
         )
     return layers
+
+
+def _check_not_quantized(model: nn.Module) -> None:
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        raise ValueError(
+            f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}), and packed weights cannot be "
+            "averaged. Load it dequantized (the original checkpoint, or a `quantization_config` with "
+            "`dequantize=True`, where its method has that), save it, merge it, and quantize the result."
+        )
 
 
 def _is_text_experts(name: str, module: nn.Module) -> bool:
@@ -62,8 +74,7 @@ def _layer(model: PreTrainedModel, name: str, module: nn.Module) -> MoELayer:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)
     else:
-        adapter, down = FusedLayer, fused_views(module).tensors["down"]
-        sizes = (len(down), *down[0].shape)
+        adapter, sizes = FusedLayer, fused_sizes(module)
     return adapter(name, model, module, sizes[0], _top_k(model, name), *sizes[1:], merged)
 
 

@@ -13,8 +13,12 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.experts import ExpertWeights
 
 # Called once per forward with router logits [T, E], picked experts int [T, K] and their final weights [T, K]. A pick
-# of weight 0, or of an index from E on, reached no expert.
+# of weight 0, or of an index from E on, reached no expert; the index -1 is that of a token which the capacity of its
+# expert turned away, and which counts nowhere.
 Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+# Called once per forward with the experts' inputs [T, D], picked experts int [T, K] and their final weights [T, K].
+Sink = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,21 @@ class MoELayer:
     def observe(self, observer: Observer) -> list[RemovableHandle]:
         """Call `observer` in every forward of the layer until the returned handles are removed."""
         raise NotImplementedError
+
+    def record(self, sink: Sink) -> list[RemovableHandle]:
+        """Call `sink` with what the experts see in every forward of the layer until the handles are removed.
+
+        The index is the router's, of a merged layer too. A pick of weight 0 reached no expert.
+        """
+
+        def on_experts(module: nn.Module, arguments: tuple, keywords: dict) -> None:
+            hidden_states, index, weights = call_arguments(module, arguments, keywords)[:3]
+            known = len(self.container.expert_map) if self.merged else self.num_experts
+            beyond = index >= known
+            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            sink(rows, index.masked_fill(beyond, 0), weights.masked_fill(beyond, 0))
+
+        return [self.container.register_forward_pre_hook(on_experts, with_kwargs=True)]
 
 
 def record_logits(layer: MoELayer, sink: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:

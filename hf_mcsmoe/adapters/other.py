@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_mcsmoe.adapters.base import MoELayer, Observer, record_logits
+from hf_mcsmoe.adapters.base import MoELayer, Observer, Sink, record_logits
 from hf_mcsmoe.adapters.fused import FusedLayer
 from hf_mcsmoe.experts import ExpertWeights
 
@@ -24,7 +24,10 @@ REFUSED = {
 
 
 class Llama4Layer(MoELayer):
-    """Llama 4: transposed, gated; sigmoid scores multiply the experts' inputs."""
+    """Llama 4: transposed, gated; sigmoid scores multiply the experts' inputs.
+
+    So `record` has a row for each pick of a token, scaled, with weight 1.
+    """
 
     def read(self) -> ExpertWeights:
         gate, up = self.container.gate_up_proj.detach().mT.chunk(2, dim=1)
@@ -36,6 +39,15 @@ class Llama4Layer(MoELayer):
             observer(logits, index, values.float().sigmoid())
 
         return record_logits(self, picked)
+
+    def record(self, sink: Sink) -> list[RemovableHandle]:
+        def on_router(module: Any, arguments: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            scores, logits = output
+            index = logits.topk(module.top_k, dim=1).indices  # [T, K]
+            scaled = arguments[0][:, None, :] * scores.gather(1, index)[:, :, None]  # [T, K, D]
+            sink(scaled.flatten(0, 1), index.reshape(-1, 1), scaled.new_ones(index.numel(), 1))
+
+        return [self.router.register_forward_hook(on_router)]
 
 
 class JetMoeLayer(MoELayer):
@@ -55,10 +67,22 @@ class JetMoeLayer(MoELayer):
 
     def observe(self, observer: Observer) -> list[RemovableHandle]:
         def on_router(module: Any, arguments: tuple, output: tuple) -> None:
-            values, index = output[-1].topk(module.top_k, dim=1)
-            observer(output[-1], index, values.softmax(1))
+            observer(output[-1], *_picks(module, output))
 
         return [self.router.register_forward_hook(on_router)]
+
+    def record(self, sink: Sink) -> list[RemovableHandle]:
+        def on_router(module: Any, arguments: tuple, output: tuple) -> None:
+            index, weights = _picks(module, output)
+            sink(arguments[0], index, weights.type_as(arguments[0]))
+
+        return [self.router.register_forward_hook(on_router)]
+
+
+def _picks(router: Any, output: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return JetMoE's picks int [T, K] and their weights [T, K]."""
+    values, index = output[-1].topk(router.top_k, dim=1)
+    return index, values.softmax(1)
 
 
 class DbrxLayer(FusedLayer):

@@ -1,7 +1,7 @@
 """Weights stored as low rank + structured sparse, `W = U V + S`. This file travels with every checkpoint.
 
-A weight called `name` of a module becomes `<name>_u` [*, out, R], `<name>_v` [*, R, in] and S, where * is the number of
-experts of a stack or nothing. S has two forms:
+A weight called `name` of a module becomes `<name>_u` [*, out, R], `<name>_v` [*, R, in] and S, where * is the number
+of experts of a stack or nothing. S has two forms:
 
 - training: `<name>_s` [*, out, in] and `<name>_kept` bool [*, out], the rows that are not pruned;
 - compact: `<name>_s` [N, in], the N kept rows of all experts one after another, and `<name>_rows` int [N], the row of
@@ -10,6 +10,7 @@ experts of a stack or nothing. S has two forms:
 Neither form ever multiplies U by V (LoSparse, arXiv 2306.11222; Merge, Then Compress, section 3.2).
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +29,10 @@ class SparsePart:
 
 @dataclass(frozen=True)
 class Factors:
-    """One matrix `W = U V + S`: `u` [out, R], `v` [R, in], and S as in `SparsePart` or as kept rows and their places."""
+    """One matrix `W = U V + S`: `u` [out, R], `v` [R, in], and S as in `SparsePart` or as kept rows and their places.
+
+    `s` [out, in] and `kept` bool [out] in the training form, `s` [N, in] and `rows` int [N] in the compact one.
+    """
 
     u: torch.Tensor
     v: torch.Tensor
@@ -38,13 +42,14 @@ class Factors:
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` [..., in] to [..., out] without a matrix of the size of W, but for S in its training form."""
-        states = states.to(self.v.dtype)
-        output = nn.functional.linear(nn.functional.linear(states, self.v), self.u)
+        # Tokens in columns: the rows of S are then rows in memory, which are added several times as fast as columns.
+        columns = states.reshape(-1, states.shape[-1]).to(self.v.dtype).mT
+        output = self.u @ (self.v @ columns)
         if self.rows is None:
-            return output + nn.functional.linear(states, self.s) * self.kept
-        if len(self.rows) == 0:
-            return output
-        return output.index_add(-1, self.rows, nn.functional.linear(states, self.s))
+            output = output + (self.s @ columns) * self.kept[:, None]
+        elif len(self.rows):
+            output.index_add_(0, self.rows, self.s @ columns)
+        return output.mT.reshape(*states.shape[:-1], -1)
 
     def dense(self) -> torch.Tensor:
         """Return W [out, in]: for inspection and for further compression, never in a forward."""
@@ -58,6 +63,20 @@ class LowRankSparse(nn.Module):
     # Per such weight its rank and, in the compact form, the kept rows per expert: an entry of `config.mcsmoe`.
     low_rank: dict[str, dict]
 
+    def set_factors(self, name: str, expert: int, u: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> None:
+        """Write one expert's factors of a weight in its training form: `u` [out, R], `v` [R, in], `s` [out, in]."""
+        for part, value in (("u", u), ("v", v), ("s", s)):
+            getattr(self, f"{name}_{part}").data[expert].copy_(value)
+
+    def compact_weight(self, name: str, kept: torch.Tensor) -> None:
+        """Turn a weight's S from the training form into the compact one, with the rows `kept` bool [*, out]."""
+        s = getattr(self, f"{name}_s")
+        values, rows, counts = compact_rows(SparsePart(s, kept), kept)
+        setattr(self, f"{name}_s", nn.Parameter(values, s.requires_grad))
+        delattr(self, f"{name}_kept")
+        self.register_buffer(f"{name}_rows", rows)
+        self.low_rank = {**self.low_rank, name: {**self.low_rank[name], "kept_rows": counts}}
+
     def install_low_rank(self, name: str, rank: int, kept_rows: list[int] | None) -> None:
         """Replace the parameter `name` [*, out, in] by empty factors of its dtype, on its device.
 
@@ -66,12 +85,11 @@ class LowRankSparse(nn.Module):
         """
         dense = getattr(self, name)
         *stack, out, width = self.dense_shape(name)
-        empty = dense.new_empty if isinstance(dense, torch.Tensor) else torch.empty
         del self._parameters[name]
         for part, shape in (("u", (*stack, out, rank)), ("v", (*stack, rank, width))):
-            setattr(self, f"{name}_{part}", nn.Parameter(empty(shape), dense.requires_grad))
+            setattr(self, f"{name}_{part}", nn.Parameter(dense.new_empty(shape), dense.requires_grad))
         shape = (*stack, out, width) if kept_rows is None else (sum(kept_rows), width)
-        setattr(self, f"{name}_s", nn.Parameter(empty(shape), dense.requires_grad))
+        setattr(self, f"{name}_s", nn.Parameter(dense.new_empty(shape), dense.requires_grad))
         if kept_rows is None:
             self.register_buffer(f"{name}_kept", torch.ones((*stack, out), dtype=torch.bool, device=dense.device))
         else:
@@ -110,7 +128,9 @@ class LowRankSparse(nn.Module):
 class LoSparseLinear(LowRankSparse):
     """An `nn.Linear` whose weight is `U V + S` with few rows in S; maps [..., in] to [..., out]."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rank: int, kept_rows: int | None):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, rank: int, kept_rows: int | None = None
+    ) -> None:
         """Make an empty layer.
 
         Args:
@@ -121,6 +141,20 @@ class LoSparseLinear(LowRankSparse):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
         self.install_low_rank("weight", rank, None if kept_rows is None else [kept_rows])
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, u: torch.Tensor, v: torch.Tensor) -> "LoSparseLinear":
+        """Return the training form of a dense layer with the factors `u` [out, R] and `v` [R, in]: S is the rest."""
+        out, width = linear.weight.shape
+        layer = cls(width, out, linear.bias is not None, rank=len(v), kept_rows=None)
+        layer.to(linear.weight.device, linear.weight.dtype)
+        with torch.no_grad():
+            layer.weight_u.copy_(u)
+            layer.weight_v.copy_(v)
+            layer.weight_s.copy_(linear.weight - layer.weight_u @ layer.weight_v)
+            if linear.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` [..., in] to [..., out]."""
@@ -133,7 +167,7 @@ class LoSparseLinear(LowRankSparse):
         return f"{self.in_features}, {self.out_features}, rank={entry['rank']}, kept_rows={entry['kept_rows']}"
 
 
-def low_rank_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def low_rank_modules(model: nn.Module) -> Iterator[tuple[str, LowRankSparse]]:
     """Yield the modules, and their paths, that store weights as low rank + sparse; each once."""
     for path, module in model.named_modules():
         # By name: a model loaded through remote code has a class of its own copy of this file.
@@ -149,6 +183,34 @@ def sparse_parts(model: nn.Module) -> dict[str, SparsePart]:
         for name, entry in module.low_rank.items()
         if entry["kept_rows"] is None
     }
+
+
+def final_rows(model: nn.Module, keep: float | None) -> dict[str, torch.Tensor]:
+    """Return the rows of S, bool [*, out], that the compact form of each weight in training form will hold.
+
+    These are the kept rows; while they are more than the share `keep` of all rows of the model, those of the largest
+    magnitude, under one threshold over all weights.
+    """
+    parts = sparse_parts(model)
+    kept = {name: part.kept.clone() for name, part in parts.items()}
+    total, held = sum(rows.numel() for rows in kept.values()), sum(int(rows.sum()) for rows in kept.values())
+    allowed = total if keep is None else round(keep * total)
+    matrices = sum(rows[..., 0].numel() for rows in kept.values())
+    if held > allowed + matrices / 2:  # by more than the share of each matrix can be off by rounding
+        warnings.warn(
+            f"{held / total:.0%} of the rows of S are still kept, {keep:.0%} are to remain: the others are pruned by "
+            "magnitude. Train with SparsificationCallback, or decompose with calibration data, to choose better.",
+            stacklevel=3,
+        )
+        scores = [
+            part.weight.detach().float().abs().mean(-1).masked_fill(~part.kept, -1).flatten().cpu()
+            for part in parts.values()
+        ]
+        chosen = torch.zeros(total, dtype=torch.bool)
+        chosen[torch.cat(scores).argsort(descending=True, stable=True)[:allowed]] = True
+        shares = chosen.split([rows.numel() for rows in kept.values()])
+        kept = {name: share.view(rows.shape) for (name, rows), share in zip(kept.items(), shares, strict=True)}
+    return kept
 
 
 def compact_rows(part: SparsePart, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

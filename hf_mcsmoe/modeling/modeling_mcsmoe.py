@@ -6,7 +6,9 @@ and its siblings only.
 """
 
 import contextlib
+import copy
 import importlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -25,9 +27,10 @@ from .experts_mcsmoe import (
     StackedExperts,
     install_merged_experts,
 )
+from .losparse_mcsmoe import LoSparseLinear, LowRankSparse, SparsePart, compact_rows, final_rows
 from .saving_mcsmoe import SavedWhole
 
-__all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "merged_class"]
+__all__ = ["LoSparseLinear", "MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "merged_class"]
 
 
 class MCSMoEModel(SavedWhole):
@@ -38,19 +41,33 @@ class MCSMoEModel(SavedWhole):
         _serve_generic_heads(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
-            install_layer(self, name, layer["expert_map"])
+            experts = install_layer(self, name, layer["expert_map"])
+            for weight, entry in layer.get("low_rank", {}).items():
+                if weight not in experts.low_rank:  # installed by the base model inside a head
+                    experts.install_low_rank(weight, entry["rank"], entry["kept_rows"])
         adopt_inner_models(self)
         self.init_weights()  # of the new experts, and their ties
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MergedExperts):
             init.copy_(module.expert_map, torch.tensor(module.expert_map_values, device=module.expert_map.device))
-        if isinstance(module, StackedExperts):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(
-                    parameter, mean=0.0, std=getattr(self.config.get_text_config(), "initializer_range", 0.02)
-                )
-        super()._init_weights(module)
+        if isinstance(module, LowRankSparse) and (module.low_rank or isinstance(module, StackedExperts)):
+            module.init_low_rank(getattr(self.config.get_text_config(), "initializer_range", 0.02))
+        else:
+            super()._init_weights(module)
+
+    def _compact_state(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
+        """Return the state dictionary and `config.mcsmoe` with S in its compact form."""
+        mcsmoe, state = copy.deepcopy(self.config.mcsmoe), dict(state)
+        kept = final_rows(self, mcsmoe.get("keep"))
+        for layer, path, _ in merged_layers(self):
+            for name, entry in mcsmoe["layers"][layer].get("low_rank", {}).items():
+                if entry["kept_rows"] is None:
+                    part = SparsePart(state[f"{path}.{name}_s"], state.pop(f"{path}.{name}_kept"))
+                    values, rows, counts = compact_rows(part, kept[f"{path}.{name}"])
+                    state |= {f"{path}.{name}_s": values, f"{path}.{name}_rows": rows}
+                    entry["kept_rows"] = counts
+        return state, mcsmoe
 
 
 def _serve_generic_heads(config: Any) -> None:
@@ -86,10 +103,20 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> MergedE
     path = layer_path(model, name)
     experts = model.get_submodule(path)
     if isinstance(experts, MergedExperts | MergedJetMoeMoE):  # by the base model inside a head
-        return experts
+        return experts.experts if isinstance(experts, MergedJetMoeMoE) else experts
     if type(experts).__name__ not in INSTALLERS:
         experts.__class__ = merged_class(type(experts))
     return install_merged_experts(model, path, expert_map)
+
+
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, str, MergedExperts]]:
+    """Yield the layers of merged experts: name in the configuration, path of the experts in the model, experts."""
+    for name in model.config.mcsmoe["layers"]:
+        path = layer_path(model, name)
+        experts = model.get_submodule(path)
+        if isinstance(experts, MergedJetMoeMoE):
+            path, experts = f"{path}.experts", experts.experts
+        yield name, path, experts
 
 
 def adopt_inner_models(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Saving a merged model as a folder that is complete and loads anywhere. This file travels with every checkpoint."""
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -10,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, metadata_load, metadata_save, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .configuration_mcsmoe import source_files
+from .losparse_mcsmoe import sparse_parts
 
 # What a merged checkpoint takes over from its source.
 TOKENIZER = (
@@ -36,21 +38,30 @@ class SavedWhole:
     # Text files that `save_pretrained` writes beside the weights: the plan and the card of the merge.
     mcsmoe_files: ClassVar[dict[str, str]] = {}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
 
+        Low rank + sparse experts are saved in the compact form, but for a Trainer's `checkpoint-<step>` folders.
+
         Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint
-        in a new folder. A tokenizer that was saved to the folder before stays. Takes the keyword arguments of
-        `PreTrainedModel.save_pretrained`.
+        in a new folder. A tokenizer that was saved to the folder before stays. Takes the arguments of
+        `PreTrainedModel.save_pretrained`, and `tags` for the card.
         """
+        given = (
+            inspect.signature(PreTrainedModel.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+        )
+        kwargs = {key: value for key, value in given.items() if key not in ("self", "save_directory", "kwargs")}
+        kwargs |= given.get("kwargs", {})
         target = Path(save_directory).resolve()
         push_to_hub = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
         repo_id, private = kwargs.pop("repo_id", target.name), kwargs.pop("private", None)
         commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
         if push_to_hub:
             api, repo_id = _repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
+        # Trainer's own name for what it resumes from, where S keeps its training form.
+        resumable = re.fullmatch(r"checkpoint-\d+", target.name) is not None
         with completed_folder(target) as folder:
-            self._save_folder(folder, repo_id, **kwargs)
+            self._save_folder(folder, repo_id, resumable=resumable, **kwargs)
             if target.is_dir() and not (target / "config.json").exists():  # no older model's: its companions stay
                 for file in folder.iterdir():
                     if _matches(file, COMPANIONS) and (target / file.name).exists():
@@ -59,9 +70,25 @@ class SavedWhole:
         if push_to_hub:
             api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
 
-    def _save_folder(self, folder: Path, model_id: str, **kwargs: Any) -> None:
+    def _save_folder(
+        self,
+        folder: Path,
+        model_id: str,
+        *,
+        resumable: bool = False,
+        tags: list[str] | str | None = None,
+        **kwargs: Any,
+    ) -> None:
         # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
-        super().save_pretrained(folder, **{**kwargs, "save_original_format": False})
+        kwargs |= {"save_original_format": False}
+        mcsmoe = self.config.mcsmoe
+        try:
+            if not resumable and any(sparse_parts(self)):
+                state = kwargs.get("state_dict") or self.state_dict()
+                kwargs["state_dict"], self.config.mcsmoe = self._compact_state(state)
+            super().save_pretrained(folder, **kwargs)
+        finally:
+            self.config.mcsmoe = mcsmoe
         if not any(folder.iterdir()):  # another process writes
             return
         for file in source_files():
@@ -72,6 +99,7 @@ class SavedWhole:
             (folder / name).write_text(text, encoding="utf-8")
         loaded_from = Path(self.name_or_path).name if Path(self.name_or_path).is_dir() else self.name_or_path
         _rename_in_card(folder / "README.md", MODEL_ID if self.mcsmoe_files else loaded_from, model_id)
+        _add_tags(folder / "README.md", [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs: Any
@@ -140,6 +168,13 @@ def _rename_in_card(card: Path, old: str, new: str) -> None:
     if card.is_file():
         text = card.read_text(encoding="utf-8")
         card.write_text(text.replace(f'from_pretrained("{old}"', f'from_pretrained("{new}"'), encoding="utf-8")
+
+
+def _add_tags(card: Path, tags: list[str]) -> None:
+    """Add tags to those of the card's metadata, which is made where there is none."""
+    if tags:
+        metadata = (metadata_load(card) if card.is_file() else None) or {}
+        metadata_save(card, {**metadata, "tags": list(dict.fromkeys([*(metadata.get("tags") or []), *tags]))})
 
 
 @contextlib.contextmanager

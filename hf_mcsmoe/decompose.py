@@ -1,0 +1,258 @@
+"""MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.activations import LayerInputs, stream_inputs
+from hf_mcsmoe.adapters import MoELayer, moe_layers
+from hf_mcsmoe.calibration import Batch
+from hf_mcsmoe.config import LoSparseConfig
+from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, stored_share
+from hf_mcsmoe.modeling.experts_mcsmoe import expert_hidden, merge_picks, unstacked
+from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
+from hf_mcsmoe.modeling.modeling_mcsmoe import merged_layers
+from hf_mcsmoe.plan import tied_layers
+
+Weights = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def decompose_experts(
+    model: PreTrainedModel,
+    config: LoSparseConfig | None = None,
+    batches: Iterable[Batch] | None = None,
+    *,
+    prune: bool = False,
+) -> PreTrainedModel:
+    """Turn each merged expert's matrices, in place, into `W = U V + S` in the training form, and return the model.
+
+    Without `prune` the weights are exactly those before: S is what U V lacks, to be pruned while training. With it
+    the rows of S are chosen now, by what they mean to the outputs, and W_out is fitted to what W_in has become; give
+    `batches` for that. `compact` then drops the pruned rows.
+
+    Args:
+        batches: calibration data. The factors then err least on the experts' inputs instead of least by themselves.
+
+    Raises:
+        ValueError: a model without merged experts or decomposed already, a rank larger than a matrix, factors that
+            are larger than the matrix, a pattern of `skip` that matches nothing.
+    """
+    config = config or LoSparseConfig()
+    layers = _chosen_layers(model, config)
+    experts = {layer.name: dict(_merged(model))[layer.name] for layer in layers}
+    ranks = _ranks(experts, config)
+    if batches is None:
+        for name, module in experts.items():
+            _decompose_layer(module, ranks[name], config, None, prune)
+    else:
+        # All inputs are taken before the first layer changes, as far as they fit into memory.
+        for (layer,), inputs in stream_inputs(model, [[layer] for layer in layers], list(batches)):
+            _decompose_layer(experts[layer.name], ranks[layer.name], config, inputs, prune)
+    model.config.mcsmoe["keep"] = config.keep
+    _write_entries(model)
+    return model
+
+
+@torch.no_grad()
+def compact(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn every S from the training form into the compact one, in place: kept rows and their places. Returns `model`.
+
+    Rows over the share `keep` that was asked for are pruned by magnitude, with a warning.
+
+    Raises:
+        ValueError: the model has no weight in the training form.
+    """
+    kept = final_rows(model, model.config.mcsmoe.get("keep") if getattr(model.config, "mcsmoe", None) else None)
+    if not kept:
+        raise ValueError("The model holds no low rank + sparse weight in its training form; decompose_experts first.")
+    for path, module in list(low_rank_modules(model)):
+        for name, entry in list(module.low_rank.items()):
+            if entry["kept_rows"] is None:
+                module.compact_weight(name, kept[f"{path}.{name}"])
+    _write_entries(model)
+    return model
+
+
+def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
+    """Check before any work that the experts of `layers` can be stored as `config` says, and would be smaller.
+
+    Raises:
+        ValueError: they cannot, or would not.
+    """
+    for layer in layers:
+        out = layer.intermediate_size * (2 if "gate" in layer.read().tensors else 1)
+        for name, shape in (
+            ("W_in", (out, layer.hidden_size)),
+            ("W_out", (layer.hidden_size, layer.intermediate_size)),
+        ):
+            _check_rank(f"{name} of {layer.name}", shape, config.rank, config)
+
+
+def _check_rank(what: str, shape: tuple[int, int], rank: int | None, config: LoSparseConfig) -> bool:
+    """Return whether a matrix is to be stored in factors of `rank`; False where it is to stay dense.
+
+    Raises:
+        ValueError: the rank is larger than the matrix, or its factors would be and `allow_dense` is not set.
+    """
+    if rank is not None and rank > min(shape):
+        raise ValueError(f"rank={rank} is larger than {what} allows, which is {shape[0]} x {shape[1]}.")
+    if rank is None or stored_share(rank, config.keep, *shape) < 1:
+        return True
+    if config.allow_dense:
+        return False
+    raise ValueError(
+        f"Rank {rank} and keep={config.keep} make {what} ({shape[0]} x {shape[1]}) larger than it is: lower them, or "
+        "allow such weights to stay dense (allow_dense)."
+    )
+
+
+def _merged(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """Yield the merged experts by their path in the model."""
+    if not getattr(model.config, "mcsmoe", None):
+        raise ValueError("The model is not compressed: merge its experts first, with `compress` or `merge_experts`.")
+    for _, path, experts in merged_layers(model):
+        yield path, experts
+
+
+def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[MoELayer]:
+    merged = dict(_merged(model))
+    layers = [layer for layer in moe_layers(model) if layer.name in merged]
+    if any(len(shared) > 1 for shared in tied_layers(layers)):
+        raise ValueError("Layers that share their experts cannot be decomposed; leave them merged.")
+    if any(merged[layer.name].low_rank for layer in layers):
+        raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
+    for pattern in config.skip:
+        if not fnmatch.filter(merged, pattern):
+            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(merged)}.")
+    skipped = {name for pattern in config.skip for name in fnmatch.filter(merged, pattern)}
+    if len(skipped) == len(layers):
+        raise ValueError(f"No merged layer is left to decompose with skip={list(config.skip)}.")
+    return [layer for layer in layers if layer.name not in skipped]
+
+
+def _weight_names(experts: Any) -> list[str]:
+    return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+
+
+def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:
+    """Return one expert's dense weight as [out, in]."""
+    weight = getattr(experts, name).detach()[expert]
+    return weight.mT if experts.is_transposed else weight
+
+
+def _ranks(experts: dict[str, Any], config: LoSparseConfig) -> dict[str, dict[str, int]]:
+    """Return the rank per layer and weight, after checking that it fits and saves something.
+
+    Raises:
+        ValueError: it does not.
+    """
+    keys = [(layer, name) for layer, module in experts.items() for name in _weight_names(module)]
+    shapes = [experts[layer].dense_shape(name)[1:] for layer, name in keys]
+    for (layer, name), shape in zip(keys, shapes, strict=True):
+        _check_rank(f"{name} of {layer}", shape, config.rank, config)
+    spectra = [torch.ones(min(shape)) for shape in shapes]
+    if config.energy is not None or config.scope == "global":
+        spectra = [_spectrum(experts[layer], name) for layer, name in keys]
+    chosen = choose_ranks(
+        spectra,
+        shapes,
+        rank=config.rank,
+        parameter_ratio=config.parameter_ratio,
+        energy=config.energy,
+        keep=config.keep,
+        scope=config.scope,
+    )
+    ranks: dict[str, dict[str, int]] = {layer: {} for layer in experts}
+    for (layer, name), shape, rank in zip(keys, shapes, chosen, strict=True):
+        if _check_rank(f"{name} of {layer}", shape, rank, config):
+            ranks[layer][name] = rank
+    return ranks
+
+
+def _spectrum(experts: Any, name: str) -> torch.Tensor:
+    weights = (_matrix(experts, name, expert).double() for expert in range(experts.num_experts))
+    return torch.stack([torch.linalg.svdvals(weight) ** 2 for weight in weights]).sum(0).cpu()
+
+
+def _decompose_layer(
+    experts: Any, ranks: dict[str, int], config: LoSparseConfig, inputs: LayerInputs | None, prune: bool
+) -> None:
+    """Decompose one layer's experts: W_in, then W_out against the hidden states that are left of it."""
+    first, second = _weight_names(experts)
+    tokens = None if inputs is None else _tokens(experts, inputs)
+    moments = None if tokens is None else [_cross(states * gates, states * gates) for states, gates in tokens]
+    original = [[_matrix(experts, name, expert).clone() for expert in range(experts.num_experts)] for name in ranks]
+    weights = dict(zip(ranks, original, strict=True))
+    if tokens is not None and second in ranks:
+        before = _hidden(experts, tokens)
+    if first in ranks:
+        _install(experts, first, ranks[first], weights[first], config, moments, prune)
+    if second not in ranks:
+        return
+    if tokens is not None:
+        after = _hidden(experts, tokens)
+        moments = [_cross(states, states) for states in after]
+        if prune:
+            pairs = zip(weights[second], before, after, moments, strict=True)
+            weights[second] = [refit_output(weight, _cross(old, new), mean) for weight, old, new, mean in pairs]
+    _install(experts, second, ranks[second], weights[second], config, moments, prune)
+
+
+def _install(
+    experts: Any,
+    name: str,
+    rank: int,
+    weights: list[torch.Tensor],
+    config: LoSparseConfig,
+    moments: list[torch.Tensor] | None,
+    prune: bool,
+) -> None:
+    """Store a stacked weight as factors; S is all that U V lacks, or with `prune` only some of its rows."""
+    kept_rows = round(config.keep * len(weights[0]))
+    experts.install_low_rank(name, rank, None)
+    for expert, weight in enumerate(weights):
+        mean = None if moments is None else moments[expert]
+        kept = None
+        if prune:
+            u, v, kept = split(weight, rank, kept_rows, mean, config.factorisation)
+        else:
+            u, v = FACTORISATION[config.factorisation](weight, rank, mean)
+        u, v = u.to(weight.dtype), v.to(weight.dtype)
+        rest = weight.float() - u.float() @ v.float()
+        if kept is not None:
+            rest = rest * kept[:, None]
+            getattr(experts, f"{name}_kept")[expert] = kept
+        experts.set_factors(name, expert, u, v, rest)
+
+
+def _tokens(experts: Any, inputs: LayerInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return per merged expert the inputs [n, D] that reach it and their gates [n, 1]."""
+    known = inputs.index < len(experts.expert_map)  # the others are experts without weights, which stay
+    index, weights = inputs.index.masked_fill(~known, 0), inputs.weights.masked_fill(~known, 0)
+    index, weights = merge_picks(experts.expert_map.cpu(), index, weights, experts.num_experts)
+    device, picked = experts.expert_map.device, [index == expert for expert in range(experts.num_experts)]
+    chosen = [(inputs.hidden[here.any(-1)], weights[here][:, None]) for here in picked]
+    return [(states.to(device), gates.to(device)) for states, gates in chosen]
+
+
+def _hidden(experts: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Return per merged expert its hidden states [n, F] times the gates: a token counts as much as its output does."""
+    matrices = unstacked(experts)
+    return [expert_hidden(experts, states, expert, matrices) * gates for expert, (states, gates) in enumerate(tokens)]
+
+
+def _cross(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return `E[x y^T]` [D, D'] of `left` [n, D] and `right` [n, D']."""
+    return (left.float().mT @ right.float()).double() / max(len(left), 1)
+
+
+def _write_entries(model: PreTrainedModel) -> None:
+    """Write into the configuration what each layer's experts hold."""
+    for name, _, experts in merged_layers(model):
+        if experts.low_rank:
+            entries = {key: dict(entry) for key, entry in experts.low_rank.items()}
+            model.config.mcsmoe["layers"][name]["low_rank"] = entries

@@ -1,0 +1,187 @@
+"""Splitting a matrix into low rank + sparse rows, `W = U V + S`: factors, rows, ranks, refit of the next matrix."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hf_mcsmoe.registry import Registry
+
+FACTORISATION = Registry("factorisation")
+Factors = tuple[torch.Tensor, torch.Tensor]
+# Added to the diagonal of second moments, as a share of its mean.
+RIDGE = 1e-3
+
+
+@FACTORISATION.register("svd", paper="2306.11222")
+def svd(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None) -> Factors:
+    """Return `U = U_r sqrt(Sigma_r)` [out, R] and `V = sqrt(Sigma_r) V_r^T` [R, in]: the nearest product of rank R.
+
+    Args:
+        weight: [out, in].
+        moment: not used.
+    """
+    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+@FACTORISATION.register("weighted_svd", paper="2403.07378")
+def weighted_svd(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None) -> Factors:
+    """Return the U and V of rank R whose product errs least on the inputs: `min E ||(W - U V) x||^2`.
+
+    Args:
+        weight: [out, in].
+        moment: second moment of the inputs, `E[x x^T]` [in, in]; without it this is `svd`.
+    """
+    if moment is None or not moment.any():
+        return svd(weight, rank)
+    root = torch.linalg.cholesky(damped(moment)).float()  # L of L L^T
+    left, right = svd(weight.float() @ root, rank)
+    return left, torch.linalg.solve_triangular(root, right, upper=False, left=False)
+
+
+def damped(moment: torch.Tensor) -> torch.Tensor:
+    """Return a second moment [in, in] in float64 with a small ridge, so that it can be inverted."""
+    moment = moment.double()
+    return moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), device=moment.device)
+
+
+def row_errors(residual: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """Return what each row [in] of `residual` [out, in] costs if it is dropped: `E (r x)^2`, or `|r|^2`, as [out]."""
+    residual = residual.double()
+    weighted = residual if moment is None else residual @ moment.double()
+    return (weighted * residual).sum(-1)
+
+
+def split(
+    weight: torch.Tensor,
+    rank: int,
+    kept_rows: int,
+    moment: torch.Tensor | None = None,
+    factorise: str | Callable[..., Factors] = "weighted_svd",
+    rounds: int = 3,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `u` [out, R], `v` [R, in] and `kept` bool [out]: the rows that S restores exactly.
+
+    The rows that U V fits worst are kept; since S holds them whole, U V is fitted again to the others, and so on.
+
+    Args:
+        weight: [out, in].
+        kept_rows: how many rows S keeps.
+        moment: see `weighted_svd`.
+    """
+    moment = None if moment is None or not moment.any() else moment
+    kept = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+    method = FACTORISATION[factorise]
+    weight = weight.float()
+    for _ in range(rounds if kept_rows else 1):
+        _, v = method(weight.masked_fill(kept[:, None], 0), rank, moment)
+        u = project(weight, v, moment)
+        kept = torch.zeros_like(kept)
+        kept[row_errors(weight - u @ v, moment).topk(kept_rows).indices] = True
+    return u, v, kept
+
+
+def project(weight: torch.Tensor, v: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """Return the `u` [out, R] with which `u v` errs least against `weight` [out, in] for a given `v` [R, in]."""
+    weighted = v.double() if moment is None else v.double() @ moment.double()
+    gram = weighted @ v.double().T
+    ridge = 1e-9 * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(v), dtype=torch.float64, device=v.device)
+    return torch.linalg.solve(gram + ridge, weighted @ weight.double().T).T.float()
+
+
+def refit_output(weight: torch.Tensor, cross: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Return W' [out, in] with which hidden states h' err least against those of the original, W h.
+
+    Args:
+        weight: W [out, in].
+        cross: `E[h h'^T]` [in, in].
+        moment: `E[h' h'^T]` [in, in]; where it is zero, W stays.
+    """
+    if not moment.any():
+        return weight
+    gram = damped(moment)
+    # The ridge pulls towards W, not towards 0.
+    pull = (gram - moment.double()).diagonal().diag()
+    return torch.linalg.solve(gram, (weight.double() @ (cross.double() + pull)).T).T.to(weight.dtype)
+
+
+def stored_share(rank: int, keep: float, out: int, width: int) -> float:
+    """Return the parameters of U, V and the kept rows of S over those of the dense matrix [out, in]."""
+    return rank * (out + width) / (out * width) + keep
+
+
+def choose_ranks(
+    spectra: Sequence[torch.Tensor],
+    shapes: Sequence[tuple[int, int]],
+    *,
+    rank: int | None = None,
+    parameter_ratio: float | None = None,
+    energy: float | None = None,
+    keep: float = 0.0,
+    scope: str = "layer",
+) -> list[int]:
+    """Return the rank of each weight, by exactly one of `rank`, `parameter_ratio` and `energy`.
+
+    Args:
+        spectra: squared singular values per weight, descending, summed over the experts of a stack.
+        shapes: (out, in) per weight.
+        rank: the same for all; of scope "global", its parameters are shared out to where they save most.
+        parameter_ratio: of U, V and the kept rows over the dense weight.
+        energy: share of the sum of the squared singular values that U V holds.
+        keep: share of the rows of S that is kept.
+        scope: "layer" treats each weight by itself, "global" lets the weights compete.
+
+    Raises:
+        ValueError: a ratio that leaves nothing for U and V.
+    """
+    shares = [values / values.sum().clamp(min=1e-30) for values in spectra]
+    if energy is not None and scope == "layer":
+        return [_first_above(values, energy) for values in shares]
+    costs = [out + width for out, width in shapes]
+    if energy is not None:
+        return _compete(shares, costs, energy_goal=energy * len(shares))
+    if parameter_ratio is not None:
+        ranks = [
+            int((parameter_ratio - keep) * out * width / cost)
+            for (out, width), cost in zip(shapes, costs, strict=True)
+        ]
+        if min(ranks) < 1:
+            raise ValueError(
+                f"parameter_ratio={parameter_ratio} with keep={keep} leaves no parameters for the low-rank part: "
+                "raise the ratio or lower keep."
+            )
+    else:
+        ranks = [int(rank or 0)] * len(shares)
+    if scope == "layer":
+        return ranks
+    return _compete(shares, costs, budget=sum(one * cost for one, cost in zip(ranks, costs, strict=True)))
+
+
+def _first_above(shares: torch.Tensor, energy: float) -> int:
+    return min(int((shares.cumsum(0) < energy - 1e-12).sum()) + 1, len(shares))
+
+
+def _compete(
+    shares: Sequence[torch.Tensor],
+    costs: Sequence[int],
+    *,
+    budget: int | None = None,
+    energy_goal: float | None = None,
+) -> list[int]:
+    """Give ranks one by one to the weight that gains most energy per parameter; each gets at least one."""
+    ranks = [1] * len(shares)
+    spent, reached = sum(costs), sum(float(values[0]) for values in shares)
+    steps = sorted(
+        (-float(value) / cost, index, position)
+        for index, (values, cost) in enumerate(zip(shares, costs, strict=True))
+        for position, value in enumerate(values[1:].tolist())
+    )
+    for gain, index, _ in steps:
+        if energy_goal is not None and reached >= energy_goal:
+            break
+        if budget is not None and spent + costs[index] > budget:
+            continue
+        ranks[index] += 1
+        spent, reached = spent + costs[index], reached - gain * costs[index]
+    return ranks

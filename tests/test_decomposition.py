@@ -1,0 +1,119 @@
+"""Splitting matrices: the best product of a rank, on the inputs or by itself, the rows kept, and the ranks chosen."""
+
+import pytest
+import torch
+from helpers import relative_error
+
+from hf_mcsmoe.decomposition import choose_ranks, project, refit_output, row_errors, split, svd, weighted_svd
+
+OUT, IN, TOKENS = 20, 12, 400
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def states() -> torch.Tensor:
+    """Inputs [TOKENS, IN] that vary much more in some directions than in others."""
+    return _random(TOKENS, IN, seed=1) * torch.logspace(1, -2, IN) @ _random(IN, IN, seed=2)
+
+
+def _moment(states: torch.Tensor) -> torch.Tensor:
+    return states.double().T @ states.double() / len(states)
+
+
+def test_svd_is_the_nearest_product_of_its_rank() -> None:
+    weight = _random(OUT, IN)
+    u, v = svd(weight, 5)
+    values = torch.linalg.eigvalsh(weight.double().T @ weight.double()).flip(0)
+    assert (u.shape, v.shape) == ((OUT, 5), (5, IN))
+    assert float((weight - u @ v).double().square().sum()) == pytest.approx(float(values[5:].sum()), rel=1e-4)
+    torch.testing.assert_close(u.T @ u, v @ v.T, atol=1e-4, rtol=1e-4)  # sqrt(Sigma) on both sides
+
+
+def test_the_weighted_factors_err_least_on_the_inputs(states: torch.Tensor) -> None:
+    weight = _random(OUT, IN)
+    u, v = weighted_svd(weight, 4, _moment(states))
+    # The best product of rank 4 on data: the outputs projected on their own leading directions.
+    outputs = states.double() @ weight.double().T
+    leading = torch.linalg.svd(outputs, full_matrices=False)[2][:4]
+    best = float((outputs - outputs @ leading.T @ leading).norm())
+    found = float((outputs - states.double() @ (u @ v).double().T).norm())
+    assert best <= found < 1.05 * best
+    plain_u, plain_v = svd(weight, 4)
+    assert found < 0.8 * float((outputs - states.double() @ (plain_u @ plain_v).double().T).norm())
+
+
+def test_without_tokens_the_weighted_factors_are_the_plain_ones() -> None:
+    weight = _random(OUT, IN)
+    for moment in (None, torch.zeros(IN, IN)):
+        u, v = weighted_svd(weight, 4, moment)
+        plain_u, plain_v = svd(weight, 4)
+        torch.testing.assert_close(u @ v, plain_u @ plain_v, atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_costs_what_its_loss_does_to_the_outputs(states: torch.Tensor) -> None:
+    residual = _random(OUT, IN)
+    expected = [float((states.double() @ row.double()).square().mean()) for row in residual]
+    torch.testing.assert_close(
+        row_errors(residual, _moment(states)), torch.tensor(expected).double(), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(row_errors(residual, None), residual.double().square().sum(1))
+
+
+def test_the_rows_that_fit_no_common_subspace_are_kept_and_the_others_fitted_without_them() -> None:
+    common = _random(OUT, 2) @ _random(2, IN, seed=1)
+    odd = [3, 7, 11]
+    weight = common.clone()
+    weight[odd] = 5 * _random(3, IN, seed=2)
+    u, v, kept = split(weight, 2, 3, factorise="svd")
+    assert kept.nonzero().flatten().tolist() == odd
+    assert relative_error((u @ v)[~kept], common[~kept]) < 1e-5
+    plain_u, plain_v = svd(weight, 2)
+    assert relative_error((plain_u @ plain_v)[~kept], common[~kept]) > 0.1
+
+
+def test_projection_is_the_least_squares_solution(states: torch.Tensor) -> None:
+    weight, v = _random(OUT, IN), _random(4, IN, seed=3)
+    expected = torch.linalg.lstsq(states.double() @ v.double().T, states.double() @ weight.double().T).solution.T
+    assert relative_error(project(weight, v, _moment(states)), expected) < 1e-4
+
+
+def test_the_next_matrix_makes_up_for_hidden_states_that_changed(states: torch.Tensor) -> None:
+    weight, mixing = _random(OUT, IN), _random(IN, IN, seed=4)
+    changed = states @ mixing
+    refitted = refit_output(weight, states.double().T @ changed.double() / TOKENS, _moment(changed))
+    target = states @ weight.T
+    assert relative_error(changed @ refitted.T, target) < 0.05 < relative_error(changed @ weight.T, target)
+
+
+def test_without_tokens_the_next_matrix_stays() -> None:
+    weight, zero = _random(OUT, IN), torch.zeros(IN, IN).double()
+    torch.testing.assert_close(refit_output(weight, zero, zero), weight)
+
+
+SPECTRA = [torch.tensor([8.0, 1, 1]), torch.tensor([4.0, 4, 2])]
+SHAPES = [(30, 10), (30, 10)]
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({"rank": 3}, [3, 3]),
+        # (0.5 - 0.1) * 300 / 40
+        ({"parameter_ratio": 0.5, "keep": 0.1}, [3, 3]),
+        ({"energy": 0.8}, [1, 2]),
+        ({"energy": 0.81}, [2, 3]),
+        # Shares .8 .1 .1 and .4 .4 .2: after one each, the next best are .4 and .2 of the second.
+        ({"rank": 2, "scope": "global"}, [1, 3]),
+        ({"energy": 0.8, "scope": "global"}, [1, 2]),
+    ],
+)
+def test_ranks(options: dict, ranks: list[int]) -> None:
+    assert choose_ranks(SPECTRA, SHAPES, **options) == ranks
+
+
+def test_a_ratio_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="leaves no parameters"):
+        choose_ranks(SPECTRA, SHAPES, parameter_ratio=0.1, keep=0.1)
