@@ -13,9 +13,11 @@ from hf_mcsmoe.distillation import (
     DistillationSeq2SeqTrainer,
     DistillationTrainer,
 )
+from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.modeling.auto import RegisteredConfig
 from hf_mcsmoe.modeling.modeling_mcsmoe import LoSparseLinear, MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.repair import repair_experts
 from hf_mcsmoe.sparsification import SparsificationCallback
 from hf_mcsmoe.statistics import RoutingStatistics
 
@@ -30,6 +32,7 @@ __all__ = [
     "MergePlan",
     "MergedSwitchSparseMLP",
     "MoELayer",
+    "RepairConfig",
     "RoutingStatistics",
     "SparsificationCallback",
     "collect_statistics",
@@ -39,6 +42,7 @@ __all__ = [
     "merge_experts",
     "moe_layers",
     "plan_merge",
+    "repair_experts",
 ]
 
 AutoConfig.register("mcsmoe", RegisteredConfig, exist_ok=True)

@@ -96,6 +96,8 @@ def _rows_per_token(layer: MoELayer, index: torch.Tensor, masks: dict[str, torch
 
 
 def _joined(name: str, parts: list[tuple[torch.Tensor, ...]]) -> LayerInputs:
+    if not any(len(part[0]) for part in parts):
+        raise ValueError(f"No token of the calibration set that counts reaches {name}.")
     hidden, index, weights, sequence = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if not (hidden.isfinite().all() and weights.isfinite().all()):
         raise ValueError(f"The inputs of {name} are not finite: the model holds NaN or overflows.")
@@ -144,7 +146,8 @@ def stream_inputs(
 
 
 def _num_bytes(group: Sequence[MoELayer], batches: Sequence[Batch]) -> int:
-    tensors = ([value for value in batch.values() if isinstance(value, torch.Tensor)] for batch in batches)
-    tokens = sum(max((value.shape[:2].numel() for value in of_batch), default=0) for of_batch in tensors)
-    layer = group[0]
+    layer, tokens = group[0], 0
+    for batch in batches:
+        sizes = (value.shape[:2].numel() for value in batch.values() if isinstance(value, torch.Tensor))
+        tokens += max(sizes, default=0)
     return len(group) * tokens * (layer.hidden_size * layer.model.dtype.itemsize + 12 * (layer.top_k or 1))

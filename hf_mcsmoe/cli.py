@@ -20,10 +20,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mcsmoe.adapters import MoELayer, moe_layers
 from hf_mcsmoe.calibration import collect_statistics, uncompressed_layers
-from hf_mcsmoe.compress import merge_experts
-from hf_mcsmoe.config import MergeConfig, option_help
+from hf_mcsmoe.compress import merge_experts, refine
+from hf_mcsmoe.config import LoSparseConfig, MergeConfig, option_help
 from hf_mcsmoe.data import calibration_batches, read_samples
+from hf_mcsmoe.decompose import check_low_rank
 from hf_mcsmoe.grouping import budget_total
+from hf_mcsmoe.layer_repair import REPAIR, RepairConfig
 from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
 from hf_mcsmoe.plan import MergePlan, check_request, plan_merge, selected_layers, tied_layers
 from hf_mcsmoe.statistics import RoutingStatistics
@@ -100,6 +102,11 @@ def compress(
     alignment: Annotated[str, _option("alignment")] = "weight_matching",
     reference: Annotated[str, _option("reference")] = "dominant",
     merging: Annotated[str, _option("merging")] = "frequency",
+    repair: Annotated[str, typer.Option(help="fit merged layers to the original ones: " + ", ".join(REPAIR))] = "none",
+    rank: Annotated[
+        int | None, typer.Option(help="store merged experts as low rank + sparse (MC-SMoE), e.g. 32")
+    ] = None,
+    keep: Annotated[float, typer.Option(help=option_help("keep", LoSparseConfig))] = 0.1,
     seed: Annotated[int, typer.Option(help="seed of the samples drawn and of random methods")] = 0,
     column: Annotated[str | None, typer.Option(help="column of the data with the text")] = None,
     target_column: Annotated[str | None, typer.Option(help="column with the target, for encoder-decoders")] = None,
@@ -118,23 +125,32 @@ def compress(
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
     config = _config(locals())
-    output = _check(model, config, output, dtype, overwrite, statistics)
+    steps: dict[str, Any] = {
+        "repair": None if repair == "none" else RepairConfig(method=repair),
+        "low_rank": None if rank is None else LoSparseConfig(rank=rank, keep=keep),
+    }
+    output = _check(model, config, output, dtype, overwrite, statistics, steps["low_rank"])
     source_tokenizer, reuse = load_tokenizer(tokenizer or model), statistics is not None and statistics.exists()
-    samples = [] if reuse else read_samples(data, column=column, target_column=target_column, split=split)
+    reads = not reuse or any(steps.values())
+    samples = read_samples(data, column=column, target_column=target_column, split=split) if reads else []
     started = time.perf_counter()
     loaded = load_model(model, dtype=dtype, device_map=device_map)
     before = (loaded.num_parameters(), _bytes(loaded))
+    sampling: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "batch_size": batch_size}
+    batches = calibration_batches(samples, source_tokenizer, loaded, **sampling, seed=seed) if reads else []
     if statistics and reuse:
-        console.print(f"statistics read from {escape(str(statistics))}; --data is not used")
+        console.print(f"statistics read from {escape(str(statistics))}" + ("" if reads else "; --data is not used"))
         sums = RoutingStatistics.load(statistics)
     else:
-        sampling: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "batch_size": batch_size}
-        sums = _statistics(loaded, calibration_batches(samples, source_tokenizer, loaded, **sampling, seed=seed))
+        sums = _statistics(loaded, batches)
         if statistics:
             sums.save(statistics)
     plan = plan_merge(loaded, sums, config)
     with _progress("merge", len(plan.layers)) as advance:
-        merged = merge_experts(loaded, plan, consume=True, progress=advance.layer)
+        merged = merge_experts(loaded, plan, consume=not steps["repair"], progress=advance.layer)
+    if any(steps.values()):
+        with console.status("repair and decomposition, layer by layer"):
+            merged = refine(merged, loaded, batches, **steps)
     merged.save_pretrained(output)
     if tokenizer:
         load_tokenizer(tokenizer).save_pretrained(output)
@@ -154,7 +170,13 @@ def _config(given: dict[str, Any]) -> MergeConfig:
 
 
 def _check(
-    model: str, config: MergeConfig, output: Path, dtype: str, overwrite: bool, statistics: Path | None
+    model: str,
+    config: MergeConfig,
+    output: Path,
+    dtype: str,
+    overwrite: bool,
+    statistics: Path | None,
+    low_rank: LoSparseConfig | None,
 ) -> Path:
     """Check all that can be checked before weights are loaded; returns the folder to write."""
     if statistics and not (statistics.is_file() or os.access(statistics.absolute().parent, os.W_OK)):
@@ -163,7 +185,9 @@ def _check(
         )
     empty = empty_model(model)
     layers = uncompressed_layers(empty)
-    check_request(layers, config)
+    chosen = check_request(layers, config)
+    if low_rank:
+        check_low_rank(chosen, low_rank)
     parameters = empty.num_parameters() - _saved_parameters(layers, config)
     return check_output(output, overwrite=overwrite, needed_bytes=parameters * _itemsize(dtype, empty))
 

@@ -1,4 +1,7 @@
-"""M-SMoE from top to bottom: statistics, plan, then layer by layer read, align, merge, write (paper, section 3.1)."""
+"""M-SMoE from top to bottom: statistics, plan, then layer by layer read, align, merge, write (paper, section 3.1).
+
+`refine` then repairs the merged layers and stores them as low rank + sparse (section 3.2).
+"""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -12,17 +15,27 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.adapters import MoELayer, fused_views
 from hf_mcsmoe.alignment import ALIGNMENT
 from hf_mcsmoe.calibration import Batch, collect_statistics, fingerprint, uncompressed_layers
-from hf_mcsmoe.config import MergeConfig
+from hf_mcsmoe.config import LoSparseConfig, MergeConfig
+from hf_mcsmoe.decompose import check_low_rank, compact, decompose_experts
 from hf_mcsmoe.experts import ExpertWeights
+from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.merging import merge_group
-from hf_mcsmoe.model_card import model_card
+from hf_mcsmoe.model_card import add_to_card, model_card
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
 from hf_mcsmoe.offloading import detach, detach_all, is_hooked, onloaded, unhooked_copies
 from hf_mcsmoe.plan import LayerPlan, MergePlan, check_request, plan_merge, tied_layers
+from hf_mcsmoe.repair import repair_experts
 
 PLAN_FILE = "mcsmoe_plan.json"
+REPAIR_TEXT = (
+    "Each merged layer was fitted to the original one on the calibration data, layer by layer (method `{method}`)."
+)
+LOW_RANK_TEXT = (
+    "Each matrix of a merged expert is stored as `U V + S` (MC-SMoE): ranks {ranks}, and the share {keep} of the\n"
+    "rows of S. The factors err least on the calibration data; no dense matrix is kept or rebuilt."
+)
 Progress = Callable[[str, int, int], None]
 
 
@@ -31,22 +44,60 @@ def compress(
     batches: Iterable[Batch],
     config: MergeConfig | None = None,
     *,
+    repair: RepairConfig | None = None,
+    low_rank: LoSparseConfig | None = None,
     consume: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Return `model` with merged experts: statistics over `batches`, plan, merge.
+    """Return `model` with merged experts: statistics over `batches`, plan, merge; then what `refine` adds.
 
     Args:
-        consume: see `merge_experts`.
+        repair: how merged layers are fitted to the original ones; None leaves them as merged.
+        low_rank: how merged experts are stored as low rank + sparse; None leaves them dense.
+        consume: see `merge_experts`; not together with `repair`, which needs the original.
         progress: called as `progress(layer name, layers done, layers)` while merging.
 
     Raises:
-        ValueError: see `collect_statistics`, `plan_merge` and `merge_experts`. Options are checked before any forward.
+        ValueError: see `collect_statistics`, `plan_merge`, `merge_experts` and `refine`. Options are checked before
+            any forward.
     """
-    config = config or MergeConfig()
-    check_request(uncompressed_layers(model), config)
+    config, layers = config or MergeConfig(), uncompressed_layers(model)
+    chosen = check_request(layers, config)
+    if low_rank:
+        check_low_rank(chosen, low_rank)
+    if repair and consume:
+        raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
+    batches = list(batches) if repair or low_rank else batches
     statistics = collect_statistics(model, batches)
-    return merge_experts(model, plan_merge(model, statistics, config), consume=consume, progress=progress)
+    merged = merge_experts(model, plan_merge(model, statistics, config), consume=consume, progress=progress)
+    return refine(merged, model, batches, repair=repair, low_rank=low_rank)
+
+
+def refine(
+    merged: PreTrainedModel,
+    original: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    repair: RepairConfig | None = None,
+    low_rank: LoSparseConfig | None = None,
+) -> PreTrainedModel:
+    """Repair a merged model against the original and store its experts as low rank + sparse, in place; return it.
+
+    Raises:
+        ValueError: see `repair_experts` and `decompose_experts`.
+    """
+    batches = list(batches) if repair or low_rank else []
+    if repair:
+        repair_experts(merged, original, batches, repair)
+        add_to_card(merged, "Repair", REPAIR_TEXT.format(method=repair.method))
+    if low_rank:
+        compact(decompose_experts(merged, low_rank, batches, prune=True))
+        if repair and repair.method == "local":  # once more, with what is stored now
+            repair_experts(merged, original, batches, repair)
+        entries = [entry for layer in merged.config.mcsmoe["layers"].values() for entry in layer["low_rank"].values()]
+        ranks = sorted({entry["rank"] for entry in entries})
+        add_to_card(merged, "Low rank + sparse", LOW_RANK_TEXT.format(ranks=ranks, keep=low_rank.keep))
+    return merged
 
 
 def merge_experts(

@@ -23,7 +23,8 @@ REGISTRIES = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with its description, which the command line shows."""
     return field(default=default, metadata={"help": text})
 
 
@@ -35,17 +36,17 @@ class MergeConfig:
         ValueError: a name that no method has, or a number out of range.
     """
 
-    experts: int | float = _option(0.5, "experts to keep: a whole number per layer on average, or a share in (0, 1]")
-    budget: str | Callable = _option("adaptive", "how layers share the experts: adaptive or uniform")
-    min_experts: int = _option(1, "experts that every layer keeps at least")
-    skip: tuple[str, ...] = _option((), "layers to leave whole: patterns of layer names, e.g. 'encoder.block.1.*'")
-    saliency: str | Callable = _option("frequency", "what makes an expert dominant: frequency or gate")
-    similarity: str | Callable = _option("router_logits", "which experts belong together: router_logits or random")
-    grouping: str | Callable = _option("dominant", "how groups form: dominant")
-    alignment: str | Callable = _option("weight_matching", "how neurons are aligned: weight_matching or none")
-    reference: str = _option("dominant", "what members are aligned to: their group's dominant expert, or first")
-    merging: str | Callable = _option("frequency", "weights of the average: frequency, uniform or dominant (prunes)")
-    seed: int = _option(0, "seed of the random similarity")
+    experts: int | float = option(0.5, "experts to keep: a whole number per layer on average, or a share in (0, 1]")
+    budget: str | Callable = option("adaptive", "how layers share the experts: adaptive or uniform")
+    min_experts: int = option(1, "experts that every layer keeps at least")
+    skip: tuple[str, ...] = option((), "layers to leave whole: patterns of layer names, e.g. 'encoder.block.1.*'")
+    saliency: str | Callable = option("frequency", "what makes an expert dominant: frequency or gate")
+    similarity: str | Callable = option("router_logits", "which experts belong together: router_logits or random")
+    grouping: str | Callable = option("dominant", "how groups form: dominant")
+    alignment: str | Callable = option("weight_matching", "how neurons are aligned: weight_matching or none")
+    reference: str = option("dominant", "what members are aligned to: their group's dominant expert, or first")
+    merging: str | Callable = option("frequency", "weights of the average: frequency, uniform or dominant (prunes)")
+    seed: int = option(0, "seed of the random similarity")
 
     def __post_init__(self) -> None:
         for name, registry in REGISTRIES.items():
@@ -82,14 +83,14 @@ class LoSparseConfig:
         ValueError: a number out of range, none or several of the ways to give the rank, an unknown name.
     """
 
-    rank: int | None = _option(None, "rank of U V, 32 unless given otherwise")
-    parameter_ratio: float | None = _option(None, "stored share of each matrix, U, V and kept rows together")
-    energy: float | None = _option(None, "share of the squared singular values that U V holds")
-    scope: str = _option("layer", "whether weights get their ranks one by one (layer) or compete (global)")
-    keep: float = _option(0.10, "share of the rows of S that are kept in the end")
-    factorisation: str | Callable = _option("weighted_svd", "how U and V are found: weighted_svd (needs data) or svd")
-    skip: tuple[str, ...] = _option((), "layers to leave dense: patterns of layer names")
-    allow_dense: bool = _option(False, "leave a weight dense where its factors would be larger, instead of refusing")
+    rank: int | None = option(None, "rank of U V, 32 unless given otherwise")
+    parameter_ratio: float | None = option(None, "stored share of each matrix, U, V and kept rows together")
+    energy: float | None = option(None, "share of the squared singular values that U V holds")
+    scope: str = option("layer", "whether weights get their ranks one by one (layer) or compete (global)")
+    keep: float = option(0.10, "share of the rows of S that are kept in the end")
+    factorisation: str | Callable = option("weighted_svd", "how U and V are found: weighted_svd (needs data) or svd")
+    skip: tuple[str, ...] = option((), "layers to leave dense: patterns of layer names")
+    allow_dense: bool = option(False, "leave a weight dense where its factors would be larger, instead of refusing")
 
     def __post_init__(self) -> None:
         FACTORISATION[self.factorisation]

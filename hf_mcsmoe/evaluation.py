@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.calibration import Batch, _as_it_was, _on_device
+from hf_mcsmoe.calibration import Batch, as_it_was, on_device
 from hf_mcsmoe.metrics import METRICS, mean
 from hf_mcsmoe.registry import unknown
 from hf_mcsmoe.tasks import Example, Row, Task
@@ -116,7 +116,7 @@ def generate_answers(
     """Return what an encoder-decoder writes, greedily, to each source; texts of like length share a batch."""
     order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
     answers = [""] * len(sources)
-    with _as_it_was(model):
+    with as_it_was(model):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             batch = tokenizer(
@@ -128,7 +128,7 @@ def generate_answers(
             )
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             written = cast(Any, model).generate(
-                **_on_device(inputs, model), max_new_tokens=max_target_length, do_sample=False, num_beams=1
+                **on_device(inputs, model), max_new_tokens=max_target_length, do_sample=False, num_beams=1
             )
             for index, text in zip(part, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 answers[index] = text
@@ -156,11 +156,11 @@ def answer_scores(
     encoded = [encode(tokenizer, context, answer, max_length) for context, answer in pairs]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))
     scores = [0.0] * len(encoded)
-    with _as_it_was(model):
+    with as_it_was(model):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             batch = _padded([encoded[index] for index in part], tokenizer.pad_token_id or 0)
-            losses = token_losses(model, _on_device(batch, model)).sum(1).tolist()
+            losses = token_losses(model, on_device(batch, model)).sum(1).tolist()
             for index, loss in zip(part, losses, strict=True):
                 scores[index] = -loss
     return scores
@@ -231,9 +231,9 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
         ValueError: no token counts, or the model's loss is not finite.
     """
     total, tokens = 0.0, 0
-    with _as_it_was(model):
+    with as_it_was(model):
         for batch in batches:
-            losses = token_losses(model, _on_device(batch, model))
+            losses = token_losses(model, on_device(batch, model))
             counted = batch.get("labels", batch.get("attention_mask"))
             counts = torch.ones_like(batch["input_ids"]) if counted is None else counted
             counts = counts != (-100 if "labels" in batch else 0)

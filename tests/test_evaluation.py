@@ -55,7 +55,7 @@ def test_correlations_of_stsb() -> None:
     # Centred: (-2, -1, 0, 3) and (-1.5, -.5, 1.5, .5); 5 / sqrt(14 * 5). Ranks 1 2 3 4 and 1 2 4 3.
     assert rounded(figures) == {"pearson": 59.76, "spearman": 80.0, "examples": 4}
     assert rounded(score(TASKS["stsb"], ["2"] * 4, gold))["pearson"] == 0.0
-    # What is no number counts as -1: centred (-2.75, -.75, .25, 3.25), so 16 / sqrt(14 * 18.75).
+    # What is no number counts as -1: (-1, 1, 2, 5) against (0, 1, 2, 5), centred 16 / sqrt(18.75 * 14).
     figures = score(TASKS["stsb"], ["none", "1", "2", "5"], gold)
     assert rounded(figures) == {"pearson": 98.75, "spearman": 100.0, "examples": 4}
 
@@ -122,7 +122,7 @@ def switch() -> PreTrainedModel:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     sources = words([row["text"] for row in ROWS], padding=True, return_tensors="pt")
     labels = words([f"w{50 + row['label']}" for row in ROWS], return_tensors="pt")["input_ids"]
-    for _ in range(100):
+    for _ in range(150):
         loss = model(input_ids=sources.input_ids, attention_mask=sources.attention_mask, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -141,7 +141,6 @@ def test_a_model_that_knows_the_answers_is_told_so_and_one_that_is_asked_the_rev
         figures = evaluate_task(switch, tokenizer(), TOY, rows, batch_size=3, by=by)
         assert figures == {"accuracy": accuracy, "no_label": 0.0, "examples": len(rows)}
     assert switch.training, "or the model was not left as it was"
-    switch.eval()
 
 
 def test_answers_do_not_depend_on_the_batch_and_keep_the_order(switch: PreTrainedModel) -> None:

@@ -1,0 +1,244 @@
+"""Least squares for an expert's output matrix: streamed normal equations, ridge towards the weights it has.
+
+Letters as elsewhere, with F counting a column of ones where a bias is fitted along: `hidden` [n, F] are the expert's
+hidden states times the weights that the router gave it, `target` [n, D] what its output should be.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Hidden states [n, F], targets [n, D], and bool [n] which of them are held out to judge.
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+RowSource = Callable[[], Iterable[Rows]]
+
+MAX_ITERATIONS = 200
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What became of one expert.
+
+    `weight` float64 [D, F]; `ridge` that was chosen, None where the weight stays as it was; `tokens` that it was
+    fitted to; `before` and `after`, squared errors on held-out tokens, and `energy`, the squared norm of their
+    targets. `after` is that of a fit without these tokens, which the weight then includes.
+    """
+
+    weight: torch.Tensor
+    ridge: float | None
+    tokens: int
+    before: float
+    after: float
+    energy: float
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens in float64: `gram` [F, F] of `h h^T`, `cross` [D, F] of `y h^T`, `energy` of `y^T y`."""
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def empty(cls, like: torch.Tensor) -> "NormalEquations":
+        """Return the sums over no token, for an output matrix `like` [D, F]."""
+        return cls(like.new_zeros(like.shape[1], like.shape[1]), torch.zeros_like(like))
+
+    def add(self, hidden: torch.Tensor, target: torch.Tensor) -> None:
+        """Add tokens: hidden states [n, F] and targets [n, D]."""
+        hidden, target = hidden.to(self.gram), target.to(self.gram)
+        self.gram.addmm_(hidden.T, hidden)
+        self.cross.addmm_(target.T, hidden)
+        self.energy += target.square().sum().item()
+        self.count += len(hidden)
+
+    def __add__(self, other: "NormalEquations") -> "NormalEquations":
+        return NormalEquations(*(getattr(self, key) + getattr(other, key) for key in vars(self)))
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Return `sum ||W h - y||^2` of a matrix [D, F]."""
+        return ((weight @ self.gram - 2 * self.cross) * weight).sum().item() + self.energy
+
+    def solve(self, start: torch.Tensor, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
+        """Yield, per ridge, the `W` [D, F] that minimises `error(W) + ridge * mean(diag A) * ||W - start||^2`.
+
+        One eigendecomposition serves all ridges: `W = start + (B - start A) (A + ridge m I)^-1`.
+        """
+        values, vectors = torch.linalg.eigh(self.gram)
+        residual = (self.cross - start @ self.gram) @ vectors
+        scale = self.gram.diagonal().mean()
+        for ridge in ridges:
+            yield start + residual / (values.clamp(min=0) + ridge * scale) @ vectors.T
+
+
+def refit(
+    rows: RowSource, start: torch.Tensor, ridges: Sequence[float], *, memory_limit: int, final: bool = True
+) -> Solution:
+    """Return the output matrix that fits the targets best, as held-out tokens judge; `start` itself is a candidate.
+
+    Args:
+        rows: gives the expert's tokens, as often as it is called.
+        start: the weights that the ridge pulls to, float64 [D, F].
+        ridges: in multiples of the mean of the Gram matrix's diagonal.
+        memory_limit: bytes; a wider expert is solved by conjugate gradients, which need no matrix [F, F].
+        final: whether the weight is fitted to the held-out tokens too once they have chosen the ridge.
+    """
+    # Two sums [F, F] and what their eigendecomposition takes.
+    if 6 * 8 * start.shape[1] ** 2 > memory_limit:
+        return _refit_wide(rows, start, sorted(ridges, reverse=True), memory_limit, final)
+    fit, judge = NormalEquations.empty(start), NormalEquations.empty(start)
+    for hidden, target, held_out in rows():
+        fit.add(hidden[~held_out], target[~held_out])
+        judge.add(hidden[held_out], target[held_out])
+    before = judge.error(start)
+    kept = Solution(start, None, fit.count, before, before, judge.energy)
+    if not (fit.count and judge.count and fit.gram.diagonal().sum() > 0):
+        return kept
+    best = min(zip(fit.solve(start, ridges), ridges, strict=True), key=lambda item: judge.error(item[0]))
+    weight, ridge = best
+    after = judge.error(weight)
+    if not after < before:
+        return kept
+    if final:
+        weight = next((fit + judge).solve(start, [ridge]))
+    return Solution(weight, ridge, fit.count, before, after, judge.energy)
+
+
+def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool) -> Solution:
+    """Return the output matrix moved as little as it takes for the mean output to be the targets' mean.
+
+    With `has_bias` the last column alone moves, else it is a change of rank one along the mean hidden state.
+    """
+    fit, judge = _Means.empty(start), _Means.empty(start)
+    for hidden, target, held_out in rows():
+        fit = fit + _Means.of(hidden[~held_out].to(start), target[~held_out].to(start), start)
+        judge = judge + _Means.of(hidden[held_out].to(start), target[held_out].to(start), start)
+    before, after, energy = errors(rows, [start, fit.moved(start, has_bias)])
+    if not after < before:
+        return Solution(start, None, fit.count, before, before, energy)
+    return Solution((fit + judge).moved(start, has_bias), 0.0, fit.count, before, after, energy)
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Sums over `count` tokens: hidden states [F], and what the outputs miss of their targets [D]."""
+
+    hidden: torch.Tensor
+    missing: torch.Tensor
+    count: int
+
+    @classmethod
+    def empty(cls, like: torch.Tensor) -> "_Means":
+        return cls(like.new_zeros(like.shape[1]), like.new_zeros(like.shape[0]), 0)
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> "_Means":
+        return cls(hidden.sum(0), (target - hidden @ weight.T).sum(0), len(hidden))
+
+    def __add__(self, other: "_Means") -> "_Means":
+        return _Means(self.hidden + other.hidden, self.missing + other.missing, self.count + other.count)
+
+    def moved(self, weight: torch.Tensor, has_bias: bool) -> torch.Tensor:
+        """Return the weight whose summed outputs miss nothing."""
+        direction = torch.zeros_like(self.hidden)
+        direction[-1] = 1
+        direction = direction if has_bias else self.hidden
+        reach = self.hidden @ direction
+        return weight + torch.outer(self.missing, direction) / reach if reach != 0 else weight
+
+
+def errors(rows: RowSource, weights: Sequence[torch.Tensor]) -> list[float]:
+    """Return the squared error of each matrix [D, F] on held-out tokens, and the squared norm of their targets."""
+    sums = [0.0] * (len(weights) + 1)
+    for hidden, target, held_out in rows():
+        states, wanted = hidden[held_out].to(weights[0]), target[held_out].to(weights[0])
+        misses = [states @ weight.T - wanted for weight in weights]
+        for position, value in enumerate([*misses, wanted]):
+            sums[position] += value.square().sum().item()
+    return sums
+
+
+def _refit_wide(
+    rows: RowSource, start: torch.Tensor, ridges: Sequence[float], memory_limit: int, final: bool
+) -> Solution:
+    """Do what `refit` does without a matrix [F, F], for as many rows of the output matrix at a time as memory holds.
+
+    Args:
+        ridges: from the largest to the smallest, each of which starts where the one before it ended.
+    """
+    # About eight matrices of a block in float64 are alive during the iterations.
+    size = max(1, memory_limit // (8 * 8 * start.shape[1]))
+    blocks = [slice(first, first + size) for first in range(0, len(start), size)]
+    judged = [0.0] * (len(ridges) + 2)
+    for block in blocks:
+        weights = [start[block], *(weight.clone() for weight in _solve_wide(rows, block, start[block], ridges, False))]
+        for position, value in enumerate(errors(_columns(rows, block), weights)):
+            judged[position] += value
+    counts = [int((held_out == part).sum()) for _, _, held_out in rows() for part in (False, True)]
+    before, after, energy = judged[0], min(judged[1:-1]), judged[-1]
+    if not (sum(counts[::2]) and sum(counts[1::2]) and after < before):
+        return Solution(start, None, sum(counts[::2]), before, before, energy)
+    ridge = ridges[judged[1:-1].index(after)]
+    weight = torch.cat([next(_solve_wide(rows, block, start[block], [ridge], final)) for block in blocks])
+    return Solution(weight, ridge, sum(counts[::2]), before, after, energy)
+
+
+def _columns(rows: RowSource, block: slice) -> RowSource:
+    return lambda: ((hidden, target[:, block], held_out) for hidden, target, held_out in rows())
+
+
+def _solve_wide(
+    rows: RowSource, block: slice, start: torch.Tensor, ridges: Sequence[float], all_tokens: bool
+) -> Iterator[torch.Tensor]:
+    """Yield, per ridge, the rows `block` of the output matrix, by conjugate gradients with diagonal preconditioner."""
+
+    def chosen() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for hidden, target, held_out in rows():
+            used = slice(None) if all_tokens else ~held_out
+            yield hidden[used].to(start), target[used][:, block].to(start)
+
+    def times_gram(matrix: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(matrix)
+        for hidden, _ in chosen():
+            total.addmm_((hidden @ matrix.T).T, hidden)
+        return total
+
+    missing, diagonal = torch.zeros_like(start), start.new_zeros(start.shape[1])
+    for hidden, target in chosen():
+        missing.addmm_((target - hidden @ start.T).T, hidden)
+        diagonal += hidden.square().sum(0)
+    change = torch.zeros_like(start)
+    for ridge in ridges:
+        change = _conjugate_gradients(times_gram, missing, diagonal, ridge * diagonal.mean(), change)
+        yield start + change
+
+
+def _conjugate_gradients(
+    times_gram: Callable[[torch.Tensor], torch.Tensor],
+    missing: torch.Tensor,
+    diagonal: torch.Tensor,
+    ridge: torch.Tensor,
+    guess: torch.Tensor,
+) -> torch.Tensor:
+    """Solve `X (A + ridge I) = missing` [D, F], every row by itself, from a guess."""
+    scale = (diagonal + ridge).clamp(min=torch.finfo(diagonal.dtype).tiny)
+    solution = guess
+    residual = missing - times_gram(guess) - ridge * guess
+    direction = residual / scale
+    product = (residual * direction).sum(1, keepdim=True)
+    for _ in range(MAX_ITERATIONS):
+        if residual.norm() <= TOLERANCE * missing.norm():
+            break
+        image = times_gram(direction) + ridge * direction
+        # A row that is solved has a direction of zero.
+        step = product / (direction * image).sum(1, keepdim=True).clamp(min=torch.finfo(scale.dtype).tiny)
+        solution = solution + step * direction
+        residual = residual - step * image
+        previous, product = product, (residual * residual / scale).sum(1, keepdim=True)
+        turn = product / previous.clamp(min=torch.finfo(scale.dtype).tiny)
+        direction = residual / scale + turn * direction
+    return solution
