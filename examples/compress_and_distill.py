@@ -12,10 +12,15 @@ from dataclasses import dataclass, field
 
 from recipe import TaskArguments, calibration_samples, evaluate, load, load_model, parse, train, trainer_data
 
-from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
+from hf_mcsmoe import (
+    DistillationSeq2SeqArguments,
+    DistillationSeq2SeqTrainer,
+    LoSparseConfig,
+    SparsificationCallback,
+    compact,
+    decompose_experts,
+)
 from hf_mcsmoe.data import calibration_batches
-from hf_mcsmoe.distillation import DistillationSeq2SeqArguments, DistillationSeq2SeqTrainer
-from hf_mcsmoe.sparsification import SparsificationCallback
 
 
 @dataclass

@@ -21,9 +21,14 @@ from recipe import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
+from hf_mcsmoe import (
+    DistillationSeq2SeqArguments,
+    DistillationSeq2SeqTrainer,
+    MergeConfig,
+    RepairConfig,
+    compress,
+)
 from hf_mcsmoe.data import calibration_batches
-from hf_mcsmoe.distillation import DistillationSeq2SeqArguments, DistillationSeq2SeqTrainer
 
 
 def merge(
@@ -47,7 +52,8 @@ def merge(
     )
     sampling = {"num_samples": choice.num_samples, "max_length": max_length, "batch_size": choice.merge_batch_size}
     batches = calibration_batches(samples, tokenizer, teacher, **sampling, seed=seed)
-    return merge_experts(teacher, plan_merge(teacher, collect_statistics(teacher, batches), config))
+    repair = None if choice.repair == "none" else RepairConfig(method=choice.repair)
+    return compress(teacher, batches, config, repair=repair)
 
 
 def main() -> None:

@@ -141,6 +141,7 @@ def test_a_model_that_knows_the_answers_is_told_so_and_one_that_is_asked_the_rev
         figures = evaluate_task(switch, tokenizer(), TOY, rows, batch_size=3, by=by)
         assert figures == {"accuracy": accuracy, "no_label": 0.0, "examples": len(rows)}
     assert switch.training, "or the model was not left as it was"
+    switch.eval()
 
 
 def test_answers_do_not_depend_on_the_batch_and_keep_the_order(switch: PreTrainedModel) -> None:
