@@ -2,8 +2,9 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# The CPU build where pip finds one; the plain name would fetch gigabytes of CUDA libraries.
-TORCH := torch==2.13.0
+# What pip makes of this: on Linux x86 PyPI serves the CUDA build (gigabytes), and a local mirror that has a CPU build the
+# latter. To choose: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
 
 .PHONY: help demo test lint types unit slow bench clean
 
@@ -13,7 +14,7 @@ help: ## show what there is
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	@touch $@
 

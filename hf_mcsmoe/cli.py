@@ -3,9 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hf_mcsmoe.accounting import Account, account, bytes_on_disk, cost_rows
 from hf_mcsmoe.adapters import MoELayer, moe_layers
 from hf_mcsmoe.calibration import collect_statistics, uncompressed_layers
 from hf_mcsmoe.compress import merge_experts, refine
@@ -27,6 +28,7 @@ from hf_mcsmoe.decompose import check_low_rank
 from hf_mcsmoe.grouping import budget_total
 from hf_mcsmoe.layer_repair import REPAIR, RepairConfig
 from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
+from hf_mcsmoe.model_card import describe_costs
 from hf_mcsmoe.plan import MergePlan, check_request, plan_merge, selected_layers, tied_layers
 from hf_mcsmoe.statistics import RoutingStatistics
 
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 console = Console()
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
 
 
 @app.callback()
@@ -120,7 +123,7 @@ def compress(
     statistics: Annotated[
         Path | None, typer.Option(help="file of routing statistics: read if it is there, else written")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")] = False,
+    overwrite: Overwrite = False,
     push_to_hub: Annotated[str | None, typer.Option(help="also upload, to this repository of the Hub")] = None,
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
@@ -135,9 +138,9 @@ def compress(
     samples = read_samples(data, column=column, target_column=target_column, split=split) if reads else []
     started = time.perf_counter()
     loaded = load_model(model, dtype=dtype, device_map=device_map)
-    before = (loaded.num_parameters(), _bytes(loaded))
     sampling: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "batch_size": batch_size}
     batches = calibration_batches(samples, source_tokenizer, loaded, **sampling, seed=seed) if reads else []
+    batch = batches[len(batches) // 2] if batches else None  # of middling length
     if statistics and reuse:
         console.print(f"statistics read from {escape(str(statistics))}" + ("" if reads else "; --data is not used"))
         sums = RoutingStatistics.load(statistics)
@@ -145,17 +148,21 @@ def compress(
         sums = _statistics(loaded, batches)
         if statistics:
             sums.save(statistics)
+    before, on_disk = account(loaded, batch), _bytes_on_disk(model)
     plan = plan_merge(loaded, sums, config)
     with _progress("merge", len(plan.layers)) as advance:
         merged = merge_experts(loaded, plan, consume=not steps["repair"], progress=advance.layer)
     if any(steps.values()):
         with console.status("repair and decomposition, layer by layer"):
             merged = refine(merged, loaded, batches, **steps)
+    after = account(merged, batch)
+    describe_costs(merged, {"before": before, "after": after})
     merged.save_pretrained(output)
     if tokenizer:
         load_tokenizer(tokenizer).save_pretrained(output)
     console.print(_plan_table(plan))
-    console.print(_size_table(before, (merged.num_parameters(), _bytes(merged))))
+    before, after = replace(before, bytes_on_disk=on_disk), replace(after, bytes_on_disk=_bytes_on_disk(output))
+    console.print(cost_table({"before": before, "merged": after}))
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
     if push_to_hub:
         console.print(f"uploaded: {cast(Any, merged).push_to_hub(push_to_hub)}")
@@ -201,12 +208,13 @@ def _statistics(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) 
 def demo(
     experts: Annotated[str, _option("experts")] = "0.5",
     output: Annotated[Path | None, typer.Option(help="keep the merged model in this folder")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge the small trained Switch Transformer that comes with the package, in four ways, and compare them."""
     from hf_mcsmoe.demo import compare
 
     if output is not None:
-        output = check_output(output, overwrite=False, needed_bytes=0)
+        output = check_output(output, overwrite=overwrite, needed_bytes=0)
     console.print(compare(parse_experts(experts), output))
 
 
@@ -254,10 +262,6 @@ def _itemsize(dtype: str, model: PreTrainedModel) -> int:
     return found.itemsize
 
 
-def _bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
 _NAME = Column("layer", overflow="fold")
 
 
@@ -277,10 +281,17 @@ def _plan_table(plan: MergePlan) -> Table:
     return table
 
 
-def _size_table(before: tuple[int, int], after: tuple[int, int]) -> Table:
-    table = Table("", "before", "after", "saved", box=None)
-    for label, old, new in zip(("parameters", "bytes"), before, after, strict=True):
-        table.add_row(label, f"{old:,}", f"{new:,}", f"{1 - new / old:.1%}")
+def _bytes_on_disk(model: str | Path) -> int | None:
+    """Return the bytes of a folder's safetensors; None for a Hub id and for weights in another format."""
+    return bytes_on_disk(model) if any(Path(model).glob("*.safetensors")) else None
+
+
+def cost_table(accounts: Mapping[str, Account]) -> Table:
+    """Return the costs of a model in its stages, a column each, for the terminal."""
+    head, *rows = cost_rows(accounts)
+    table = Table(*head, box=None)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

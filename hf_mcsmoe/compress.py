@@ -12,6 +12,7 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.accounting import account
 from hf_mcsmoe.adapters import MoELayer, fused_views
 from hf_mcsmoe.alignment import ALIGNMENT
 from hf_mcsmoe.calibration import Batch, collect_statistics, fingerprint, uncompressed_layers
@@ -116,7 +117,7 @@ def merge_experts(
     """
     layers = {layer.name: layer for layer in uncompressed_layers(model)}
     _check_plan(layers, plan)
-    before = (model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters()))
+    before = account(model)
     tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     result, done = _prepare(model, [layers[name] for name in merged], consume), 0

@@ -5,7 +5,7 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ def calibration_batches(
     target_column: str | None = None,
     split: str = "train",
     seed: int = 0,
+    noise: Mapping[str, Any] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Return batches of random samples of `source` for `model(**batch)`, padded, with masks [batch, length].
 
@@ -44,6 +45,7 @@ def calibration_batches(
     Args:
         source: see `read_samples`, or its result.
         num_samples: the paper uses 256.
+        noise: `noise_density`, `mean_span` and `fixed_spans` of `denoising_batches`, where the text is corrupted.
 
     Raises:
         ValueError: see `read_samples`; a tokenizer with more tokens than the model has embeddings.
@@ -55,7 +57,7 @@ def calibration_batches(
     # Of like length side by side: less padding, so less of the pass is spent on nothing.
     samples.sort(key=lambda sample: len(sample[0]))
     # A copy: padding, truncation and the padding token stay set in a tokenizer that was called with them.
-    batches = _encode(samples, copy.deepcopy(tokenizer), model, max_length, batch_size, seed)
+    batches = _encode(samples, copy.deepcopy(tokenizer), model, max_length, batch_size, seed, noise or {})
     vocabulary = len(cast(torch.Tensor, model.get_input_embeddings().weight))
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if largest >= vocabulary:
@@ -178,6 +180,7 @@ def _encode(
     max_length: int,
     batch_size: int,
     seed: int,
+    noise: Mapping[str, Any],
 ) -> list[dict[str, torch.Tensor]]:
     """Tokenise samples into padded batches with `input_ids`, `attention_mask` and, encoder-decoder, `labels`."""
     if tokenizer.pad_token is None:
@@ -185,7 +188,7 @@ def _encode(
     sequence_to_sequence = getattr(model.config, "is_encoder_decoder", False)
     texts = [text for text, _ in samples]
     if sequence_to_sequence and samples[0][1] is None and sentinel_token_ids(tokenizer):
-        return denoising_batches(texts, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed)
+        return denoising_batches(texts, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, **noise)
     options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     batches = []
     for start in range(0, len(samples), batch_size):

@@ -12,8 +12,9 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration import collect_statistics
-from hf_mcsmoe.compress import merge_experts
-from hf_mcsmoe.config import MergeConfig
+from hf_mcsmoe.compress import merge_experts, refine
+from hf_mcsmoe.config import LoSparseConfig, MergeConfig
+from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.loading import load_model, load_tokenizer
 from hf_mcsmoe.plan import plan_merge
 
@@ -25,6 +26,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain averaging": {"alignment": "none", "merging": "uniform"},
     "random groups": {"similarity": "random"},
     "pruning to the dominant": {"merging": "dominant"},
+}
+# What is done to the M-SMoE model in further rows.
+REFINEMENTS: dict[str, dict[str, Any]] = {
+    "M-SMoE, refit": {"repair": RepairConfig()},
+    "MC-SMoE, refit": {"repair": RepairConfig(), "low_rank": LoSparseConfig(rank=16, keep=0.1)},
 }
 
 
@@ -94,10 +100,14 @@ class Result:
 def run(experts: int | float = 0.5, output: Path | None = None) -> list[Result]:
     """Return the original's row and one for each of `METHODS`; the M-SMoE model is saved to `output`."""
     model, tokenizer = load_model(str(ASSETS / "model"), dtype="float32"), load_tokenizer(str(ASSETS / "model"))
-    statistics = collect_statistics(model, demo_batches(tokenizer, "calibration"))
+    calibration = demo_batches(tokenizer, "calibration")
+    statistics = collect_statistics(model, calibration)
     models = {"original": model}
     for name, changes in METHODS.items():
         models[name] = merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=experts, **changes)))
+    for name, steps in REFINEMENTS.items():
+        merged = merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=experts)))
+        models[name] = refine(merged, model, calibration, **steps)
     if output is not None:
         models["M-SMoE"].save_pretrained(output)
     examples = demo_examples("evaluation")

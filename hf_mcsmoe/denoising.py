@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ def _random_parts(total: int, parts: int, rng: RandomGenerator) -> list[int]:
     return [end - start for start, end in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
+def _equal_parts(total: int, parts: int) -> list[int]:
+    """Split `total` into `parts` integers that differ by one at most."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
 def corrupt_spans(
     token_ids: list[int],
     sentinel_ids: Sequence[int],
@@ -38,6 +44,7 @@ def corrupt_spans(
     noise_density: float,
     mean_span: float,
     rng: RandomGenerator,
+    fixed_spans: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Replace random spans of a text by sentinels and gather what they held, as T5 is trained.
 
@@ -45,13 +52,20 @@ def corrupt_spans(
     `len(token_ids) - masked + spans`, and the target, of length `masked + spans`: every sentinel followed by its
     span. Neither has an end-of-sequence token. A text of fewer than two tokens has nothing to predict from and comes
     back whole, with an empty target.
+
+    Args:
+        fixed_spans: make all spans equally long (`mean_span` tokens, to which the number masked is rounded) instead of
+            drawing their lengths around the mean; where the text is too short for that, as equal as can be.
     """
     length = len(token_ids)
     if length < 2 or not sentinel_ids:
         return list(token_ids), []
     masked = min(max(round(length * noise_density), 1), length - 1)
-    spans = min(max(round(masked / mean_span), 1), masked, len(sentinel_ids), length - masked + 1)
-    span_lengths = _random_parts(masked, spans, rng)
+    spans = max(round(masked / mean_span), 1)
+    if fixed_spans:
+        masked = min(round(spans * mean_span), length - 1)
+    spans = min(spans, masked, len(sentinel_ids), length - masked + 1)
+    span_lengths = _equal_parts(masked, spans) if fixed_spans else _random_parts(masked, spans, rng)
     # Text has to stand between two spans but need not before the first and after the last one: the two extra tokens
     # shared out here are taken from these ends again.
     gaps = _random_parts(length - masked + 2, spans + 1, rng)
@@ -92,6 +106,7 @@ def denoising_batches(
     seed: int,
     noise_density: float = NOISE_DENSITY,
     mean_span: float = MEAN_SPAN,
+    fixed_spans: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Corrupt `texts` and batch them in their order for an encoder-decoder model.
 
@@ -99,12 +114,13 @@ def denoising_batches(
     (batch, source) and `labels` (padded with -100) and `decoder_attention_mask` of shape (batch, target).
     """
     sentinels, end = sentinel_token_ids(tokenizer), [tokenizer.eos_token_id]
+    noise: dict[str, Any] = {"noise_density": noise_density, "mean_span": mean_span, "fixed_spans": fixed_spans}
     pairs = []
     for text in texts:
         token_ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
         # Seeded by the text itself: its masks are the same in any subset, order and batch size.
         rng = random.Random(f"{seed}:{text}")
-        source, target = corrupt_spans(token_ids, sentinels, noise_density=noise_density, mean_span=mean_span, rng=rng)
+        source, target = corrupt_spans(token_ids, sentinels, **noise, rng=rng)
         pairs.append((source + end, target + end))
     starts = range(0, len(pairs), batch_size)
     return [_collate(pairs[start : start + batch_size], tokenizer.pad_token_id) for start in starts]

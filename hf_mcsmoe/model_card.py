@@ -1,6 +1,7 @@
 """The model card of a merged model, generated from what was done."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -8,6 +9,7 @@ from jinja2 import Template
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
+from hf_mcsmoe.accounting import Account, account, cost_rows
 from hf_mcsmoe.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
 from hf_mcsmoe.modeling.saving_mcsmoe import MODEL_ID, source_folder
@@ -23,6 +25,9 @@ PIPELINES = {
     "AutoModelForSeq2SeqLM": None,  # the Hub dropped the name
 }
 
+# What the table of costs stands between, so that it can be renewed.
+COSTS = ("<!-- costs -->", "<!-- /costs -->")
+
 TEMPLATE = Template(
     """
 # {{ title }}
@@ -32,10 +37,7 @@ TEMPLATE = Template(
 `hf_mcsmoe` {{ versions.hf_mcsmoe }}. The router is the original one; a map sends
 its choice among the original experts to the stored ones.
 
-| | before | after | saved |
-|---|---:|---:|---:|
-| parameters | {{ "{:,}".format(before[0]) }} | {{ "{:,}".format(after[0]) }} | {{ saved[0] }} |
-| bytes | {{ "{:,}".format(before[1]) }} | {{ "{:,}".format(after[1]) }} | {{ saved[1] }} |
+{{ costs }}
 
 ## How to load
 
@@ -83,17 +85,14 @@ Left whole: {{ whole | join(", ") }}.
 )
 
 
-def model_card(
-    model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], before: tuple[int, int]
-) -> str:
+def model_card(model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], before: Account) -> str:
     """Return the card's text, with the metadata that the Hub reads.
 
     Args:
         model: the merged model.
         layers: experts before and after, per layer name.
-        before: parameters and bytes of the original model.
+        before: costs of the original model.
     """
-    after = _sizes(model)
     source = model.name_or_path or ""
     auto_class = loading_class(model)
     text = TEMPLATE.render(
@@ -102,9 +101,7 @@ def model_card(
         if is_repo_id(source)
         else f"A model of type `{plan.provenance['model_type']}`",
         versions=plan.provenance["versions"],
-        before=before,
-        after=after,
-        saved=[f"{1 - new / old:.1%}" for old, new in zip(before, after, strict=True)],
+        costs=_cost_table({"before": before, "after": account(model)}),
         auto_class=auto_class,
         model_id=MODEL_ID,
         steps=method_steps(plan.config),
@@ -136,6 +133,26 @@ def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
 def _sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Return the parameters of a model and their bytes."""
     return model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def describe_costs(model: PreTrainedModel, accounts: Mapping[str, Account]) -> None:
+    """Put a table of costs, a column per account, into the card that is saved with `model`, for the one that is there.
+
+    Raises:
+        ValueError: the model has no card, because it was loaded and not made here.
+    """
+    files = vars(model).get("mcsmoe_files", {})
+    if "README.md" not in files:
+        raise ValueError("The model carries no card to describe its costs in; merge_experts makes one that does.")
+    start, end = (files["README.md"].index(mark) for mark in COSTS)
+    card = files["README.md"][:start] + _cost_table(accounts) + files["README.md"][end + len(COSTS[1]) :]
+    vars(model)["mcsmoe_files"] = {**files, "README.md": card}
+
+
+def _cost_table(accounts: Mapping[str, Account]) -> str:
+    head, *rows = ("| " + " | ".join(cells) + " |" for cells in cost_rows(accounts))
+    columns = "|---|" + "---:|" * (len(accounts) + 1)
+    return "\n".join([COSTS[0], head, columns, *rows, COSTS[1]])
 
 
 def loading_class(model: PreTrainedModel) -> str:

@@ -72,12 +72,20 @@ def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
     statistics, output = tmp_path / "statistics.safetensors", tmp_path / "out"
     code, out, err = run(*arguments, "--output", output, "--statistics", statistics)
     assert code == 0, err
-    assert "saved" in out
+    sizes = {row[0]: row[-3:] for row in (re.split("  +", line.strip()) for line in out.splitlines()) if len(row) > 3}
+    assert sizes.keys() >= {"parameters", "bytes", "bytes on disk", "FLOPs per token", "of them in experts"}
+    on_disk = [sum(file.stat().st_size for file in each.glob("*.safetensors")) for each in (source, output)]
+    assert sizes["bytes on disk"] == [*(f"{size:,}" for size in on_disk), f"{1 - on_disk[1] / on_disk[0]:.1%}"]
+    assert sizes["parameters"][0] == f"{build('mixtral').num_parameters():,}"
+    card = (output / "README.md").read_text()
+    for row in ("parameters", "bytes", "FLOPs per token"):
+        assert f"| {row} | {' | '.join(sizes[row])} |" in card
     names = {file.name for file in output.iterdir()}
     assert {"config.json", "README.md", "mcsmoe_plan.json", "tokenizer.json", "modeling_mcsmoe.py"} <= names
     code, out, err = run(*arguments, "--output", tmp_path / "again", "--statistics", statistics)
     assert code == 0, err
     assert "statistics read from" in out
+    assert "FLOPs" not in out, "there is no batch to count them on"
     plans = [json.loads((tmp_path / name / "mcsmoe_plan.json").read_text())["layers"] for name in ("out", "again")]
     assert plans[0] == plans[1]
     code, out, err = run("inspect", output)
@@ -186,6 +194,32 @@ def test_a_quantized_model_is_refused_before_its_weights_are_loaded(source: Path
         code, _, err = run(*arguments)
         assert code == 1
         assert "is quantized (mxfp4)" in err
+
+
+def test_a_source_in_another_format_has_no_bytes_to_compare(source: Path, tmp_path: Path, run: Run) -> None:
+    old = shutil.copytree(source, tmp_path / "old")
+    (old / "model.safetensors").unlink()
+    torch.save(build("mixtral").state_dict(), old / "pytorch_model.bin")
+    data = ["--data", source.parent / "text.txt", "--max-length", 8]
+    code, out, err = run("compress", old, *data, "--output", tmp_path / "out")
+    assert code == 0, err
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert re.search(rf"bytes on disk +{size:,}\s", out)
+
+
+def test_the_demos_output_is_checked_before_it_runs(
+    source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path | None] = []
+    monkeypatch.setattr("hf_mcsmoe.demo.compare", lambda experts, output: written.append(output) or "table")
+    for output, message in ((source, "pass --overwrite"), (source.parent / "text.txt", "is a file")):
+        code, _, err = run("demo", "--output", output)
+        assert code == 1
+        assert message in err
+    assert not written
+    for arguments in (["--output", source, "--overwrite"], ["--output", tmp_path / "new"], []):
+        assert run("demo", *arguments)[0] == 0
+    assert written == [source, tmp_path / "new", None]
 
 
 def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path) -> None:

@@ -102,6 +102,17 @@ def test_batches_of_an_encoder_decoder_have_targets(tokenizer: PreTrainedTokeniz
     assert {tuple(token for token in row if token != -100) for row in batch["labels"].tolist()} == answers
 
 
+def test_the_text_is_corrupted_as_asked_for(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    words = [*tokenizer.get_vocab(), *(f"<extra_id_{number}>" for number in range(8))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    sentinels = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    path = write(tmp_path / "text.txt", " ".join(str(number % 10) for number in range(40)))
+    for noise, masked in ((None, 6), ({"noise_density": 0.5}, 20), ({"mean_span": 4, "fixed_spans": True}, 8)):
+        (batch,) = calibration_batches(path, sentinels, build("switch_transformers"), noise=noise)
+        assert (batch["labels"] < len(words) - 8).sum() == masked + 1, "and the end"
+
+
 def test_samples_are_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write(tmp_path / "text.txt", "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10)))
     drawn = [

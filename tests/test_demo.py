@@ -24,10 +24,19 @@ def test_the_original_has_the_figures_that_its_folder_states(results: dict[str, 
 def test_msmoe_is_better_than_averaging_random_groups_and_pruning(results: dict[str, demo.Result]) -> None:
     msmoe = results["M-SMoE"]
     assert results["original"].accuracy > msmoe.accuracy
-    for other in (row for row in results.values() if row.name not in ("original", "M-SMoE")):
+    for other in (results[name] for name in demo.METHODS if name != "M-SMoE"):
         assert msmoe.accuracy > other.accuracy + 0.02, other.name
         assert msmoe.loss < 0.9 * other.loss, other.name
         assert other.parameters == msmoe.parameters
+
+
+def test_the_refit_recovers_most_of_what_the_merge_cost(results: dict[str, demo.Result]) -> None:
+    original, merged, refitted = (results[name] for name in ("original", "M-SMoE", "M-SMoE, refit"))
+    assert original.accuracy - refitted.accuracy < 0.25 * (original.accuracy - merged.accuracy)
+    assert refitted.parameters == merged.parameters
+    small = results["MC-SMoE, refit"]
+    assert small.parameters < 0.6 * merged.parameters
+    assert small.accuracy > results["plain averaging"].accuracy
 
 
 def test_the_readme_shows_these_figures(results: dict[str, demo.Result]) -> None:
@@ -39,7 +48,7 @@ def test_the_readme_shows_these_figures(results: dict[str, demo.Result]) -> None
 def test_half_of_the_experts_are_gone(results: dict[str, demo.Result]) -> None:
     model = load_model(str(demo.ASSETS / "model"), dtype="float32")
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    for row in results.values():
+    for row in (results[name] for name in ("original", *demo.METHODS)):
         assert row.parameters == model.num_parameters() - (experts // 2 if row.name != "original" else 0)
         assert row.bytes == 4 * row.parameters
 

@@ -1,5 +1,6 @@
 """Span corruption: what is taken out can be put back, in the stated amount, the same in every run."""
 
+import itertools
 import random
 
 import numpy as np
@@ -37,6 +38,29 @@ def test_spans_can_be_put_back_and_have_the_stated_number_and_length(length: int
         masked = min(max(round(length * density), 1), length - 1)
         assert len(target) - len(spans) == masked
         assert len(spans) == min(max(round(masked / 3), 1), len(SENTINELS), length - masked + 1)
+
+
+def span_lengths(target: list[int]) -> list[int]:
+    """Return the lengths of a target's spans."""
+    starts = [place for place, token in enumerate(target) if token in SENTINELS] + [len(target)]
+    return [end - start - 1 for start, end in itertools.pairwise(starts)]
+
+
+@pytest.mark.parametrize("span", [2, 3, 5])
+@pytest.mark.parametrize("length", [40, 96, 200])
+def test_spans_of_fixed_length(span: int, length: int) -> None:
+    tokens = list(range(length))
+    for seed in range(20):
+        source, target = corrupt_spans(
+            tokens, SENTINELS, noise_density=0.15, mean_span=span, rng=random.Random(seed), fixed_spans=True
+        )
+        assert restore(source, target) == tokens
+        assert span_lengths(target) == [span] * max(round(round(0.15 * length) / span), 1)
+    source, target = corrupt_spans(
+        tokens[:3], SENTINELS, noise_density=0.15, mean_span=span, rng=random.Random(0), fixed_spans=True
+    )
+    assert restore(source, target) == tokens[:3]
+    assert span_lengths(target) == [2]
 
 
 def test_generators_of_python_and_numpy_are_both_taken() -> None:

@@ -1,11 +1,15 @@
 """What the README shows is what happens."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -34,9 +38,17 @@ def test_the_steps_one_by_one_run(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").is_file()
 
 
+@pytest.mark.parametrize("given", ["argument", "environment"])
+def test_make_installs_the_build_of_torch_that_one_asks_for(given: str, tmp_path: Path) -> None:
+    wanted = "torch==2.13.0 --index-url https://example.org/cpu"
+    command = ["make", "--dry-run", "--always-make", f"VENV={tmp_path}", f"{tmp_path}/.ready"]
+    command += [f"TORCH={wanted}"] if given == "argument" else []
+    options = {"env": {**os.environ, "TORCH": wanted}, "cwd": ROOT, "capture_output": True, "text": True}
+    assert f"pip install --quiet {wanted}\n" in subprocess.run(command, check=True, **options).stdout
+
+
 def test_commands_and_files_that_it_names_exist() -> None:
-    root = Path(__file__).parent.parent
     for target in re.findall(r"`?make ([a-z]+)", README):
-        assert re.search(rf"^{target}:", (root / "Makefile").read_text(), re.MULTILINE), target
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for path in re.findall(r"(?:examples|tests)/[a-z_/0-9]+\.py", README):
-        assert (root / path).is_file(), path
+        assert (ROOT / path).is_file(), path
