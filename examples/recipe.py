@@ -84,6 +84,10 @@ class MergeArguments:
     similarity: str = field(default="router_logits", metadata={"help": "which experts belong together"})
     alignment: str = field(default="weight_matching", metadata={"help": "how neurons are aligned, or none"})
     merging: str = field(default="frequency", metadata={"help": "frequency, uniform, or dominant, which prunes"})
+    repair: str = field(
+        default="none",
+        metadata={"help": "fit merged layers to the original before training: none (paper), refit, local"},
+    )
 
 
 @dataclass
