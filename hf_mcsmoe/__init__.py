@@ -20,6 +20,7 @@ from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.repair import repair_experts
 from hf_mcsmoe.sparsification import SparsificationCallback
 from hf_mcsmoe.statistics import RoutingStatistics
+from hf_mcsmoe.teacher_outputs import store_teacher_outputs
 
 __all__ = [
     "DistillationArguments",
@@ -43,6 +44,7 @@ __all__ = [
     "moe_layers",
     "plan_merge",
     "repair_experts",
+    "store_teacher_outputs",
 ]
 
 AutoConfig.register("mcsmoe", RegisteredConfig, exist_ok=True)

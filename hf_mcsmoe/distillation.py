@@ -1,101 +1,77 @@
 """Distillation of a compressed model from its original: Trainer subclasses with a KD loss (paper, section 3.1)."""
 
-import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sized
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Seq2SeqTrainer
+from transformers.trainer_utils import EvalLoopOutput
 
-from hf_mcsmoe.adapters import moe_layers
-from hf_mcsmoe.loading import load_model
-from hf_mcsmoe.losses import cross_entropy, kl_divergence, reference_kl_divergence, squared_error
+from hf_mcsmoe.calibration import Batch
+from hf_mcsmoe.compressed_trainer import CompressedModelTrainer
+from hf_mcsmoe.distillation_arguments import (
+    DistillationArguments,
+    DistillationOptions,
+    DistillationSeq2SeqArguments,
+)
+from hf_mcsmoe.distillation_loss import TERMS, DistillationLoss, Divisors
+from hf_mcsmoe.expert_outputs import SCALE_ROWS
 from hf_mcsmoe.model_card import add_to_card
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import public_name
-from hf_mcsmoe.registry import unknown
+from hf_mcsmoe.teacher import load_teacher
+from hf_mcsmoe.teacher_outputs import (
+    ROW,
+    CollatorWithOutputs,
+    NumberedRows,
+    TeacherOutputs,
+    store_teacher_outputs,
+)
+from hf_mcsmoe.trainable import add_lora, choose_parameters
 
-TRAIN_PARTS = ("all", "experts", "routers")
+__all__ = [
+    "DistillationArguments",
+    "DistillationSeq2SeqArguments",
+    "DistillationSeq2SeqTrainer",
+    "DistillationTrainer",
+]
+
+# What the card tells of the last entry of the log.
+LOGGED = (*TERMS, "kept_share")
 CARD_TEXT = (
     "Trained for {steps} steps on the task's loss and `{weight} x T^2 x KL` from {teacher} at temperature T = "
     "{temperature}\n(trained: {parts}; routers {routers}). Last losses: {losses}."
 )
 
 
-@dataclass
-class DistillationOptions:
-    """What distillation adds to the arguments of a Trainer, with the paper's optimiser as defaults."""
-
-    kd_weight: float = field(default=0.2, metadata={"help": "weight of the divergence from the teacher"})
-    kd_temperature: float = field(default=2.0, metadata={"help": "temperature T of both distributions"})
-    hidden_weight: float = field(default=0.0, metadata={"help": "weight of the error of the last hidden states"})
-    reference_kd: bool = field(
-        default=False, metadata={"help": "the KL of the paper's released code: no T^2, no mask"}
-    )
-    train_parts: str = field(default="all", metadata={"help": f"what is trained: {', '.join(TRAIN_PARTS)}"})
-    freeze_routers: bool = field(default=True, metadata={"help": "leave routers as they are, as in the paper"})
-    teacher_dtype: str = field(default="auto", metadata={"help": "dtype of a teacher given by name"})
-    teacher_device_map: str | None = field(default=None, metadata={"help": "device map of a teacher given by name"})
-    allow_uncompressed: bool = field(default=False, metadata={"help": "accept a student that is not compressed"})
-
-    def check(self) -> None:
-        """Raise ValueError for a number out of range or a name that does not exist."""
-        if self.train_parts not in TRAIN_PARTS:
-            raise ValueError(unknown("train_parts", self.train_parts, list(TRAIN_PARTS)))
-        for name in ("kd_weight", "hidden_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        if self.kd_temperature <= 0:
-            raise ValueError(f"kd_temperature={self.kd_temperature} must be positive.")
-
-
-@dataclass
-class DistillationArguments(DistillationOptions, TrainingArguments):
-    """`TrainingArguments` with the options of distillation; AdamW as in the paper (eps 1e-6, betas 0.9 and 0.98)."""
-
-    adam_beta2: float = 0.98
-    adam_epsilon: float = 1e-6
-    weight_decay: float = 0.01
-    warmup_steps: float = 16
-
-    def __post_init__(self) -> None:
-        self.check()
-        super().__post_init__()
-
-
-@dataclass
-class DistillationSeq2SeqArguments(DistillationOptions, Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with the options of distillation and the paper's optimiser."""
-
-    adam_beta2: float = 0.98
-    adam_epsilon: float = 1e-6
-    weight_decay: float = 0.01
-    warmup_steps: float = 16
-
-    def __post_init__(self) -> None:
-        self.check()
-        super().__post_init__()
-
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(CompressedModelTrainer):
     """A `Trainer` that distils a compressed model from its original.
 
     loss = cross entropy + kd_weight * T^2 * KL(teacher || student) [+ hidden_weight * error of the last hidden
-    states], each a mean over the labels that count, over all of an accumulated batch and all processes. A library
-    model's own router losses are left out: routers are frozen as a rule.
+    states] [+ expert_weight * error of the layers of experts], each a mean over the labels or tokens that count, over
+    all of an accumulated batch and all processes. A library model's own router losses are left out: routers are frozen
+    as a rule.
+
+    An evaluation reports each term as well; with stored teacher outputs it has the task's loss alone, since they are
+    of the rows to train on. With train_parts="lora" the model becomes a `PeftModel`: its checkpoints hold the adapters
+    alone, to resume from; `save_model` merges them into the weights of a compressed checkpoint.
     """
 
-    args: Any
-    model: Any
-
-    def __init__(self, model: PreTrainedModel, *args: Any, teacher: PreTrainedModel | str, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *args: Any, teacher: PreTrainedModel | str | Path | None = None, **kwargs: Any
+    ) -> None:
         """Take the arguments of the Trainer, and the teacher: a model, a folder or a Hub id.
 
+        It may be left out, and is not kept in memory, where `teacher_outputs` names a folder that is there already.
+
         Raises:
-            ValueError: a student that is not compressed, or a teacher with another vocabulary.
+            ValueError: a student that is not compressed, no teacher or one with another vocabulary or tokenizer,
+                stored outputs of another data set, vocabulary or temperature.
         """
         options = kwargs.get("args") or (args[0] if args else None)
         if not isinstance(options, DistillationOptions):
@@ -104,19 +80,85 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"{type(model).__name__} is not compressed: merge its experts first, or set allow_uncompressed."
             )
-        if isinstance(teacher, str):
-            teacher = load_model(teacher, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
-        check_vocabulary(model, teacher)
-        self.teacher = teacher.eval().requires_grad_(False)
-        choose_parameters(model, options.train_parts, options.freeze_routers)
-        super().__init__(model, *args, **kwargs)
-        if not getattr(teacher, "hf_device_map", None):
-            nn.Module.to(self.teacher, self.args.device)
+        outputs = _stored_before(options.teacher_outputs)
+        if outputs is None and teacher is None:
+            raise ValueError("A distillation needs a teacher, or teacher_outputs that were stored before.")
+        self._loss = DistillationLoss(options, model, None)
+        if outputs is None:
+            dtype, device_map = options.teacher_dtype, options.teacher_device_map
+            loaded = load_teacher(cast(Any, teacher), model, kwargs.get("processing_class"), dtype, device_map)
+            self._loss = DistillationLoss(options, model, loaded)
+        if options.train_parts == "lora":
+            trained: Any = add_lora(model, options.lora_rank, options.lora_alpha, options.lora_targets)
+        else:
+            trained = choose_parameters(model, options.train_parts, options.freeze_routers)
+        super().__init__(trained, *args, **kwargs)
         # The loss below divides by the labels of the whole accumulated batch, which Trainer counts for such models.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = not model.config.is_encoder_decoder
+        self._loss_shifts_labels = self._loss.shifted
         self._terms: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._evaluated: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._tokens: dict[str, torch.Tensor] = {}
         self._logged_step = 0
+        self._outputs = outputs
+        if self.teacher is not None and not getattr(self.teacher, "hf_device_map", None):
+            nn.Module.to(self.teacher, self.args.device)
+        if options.teacher_outputs is not None:
+            self._use_outputs(options.teacher_outputs)
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The teacher; None where its stored outputs are used."""
+        return self._loss.teacher
+
+    def _use_outputs(self, folder: str) -> None:
+        """Store the teacher's outputs if they are not there yet, and let the teacher go."""
+        if self._outputs is None:
+            if self.args.world_size > 1:
+                raise ValueError(
+                    f"teacher_outputs={folder!r} is not there yet: call store_teacher_outputs in one process, before "
+                    "several train with it."
+                )
+            store_teacher_outputs(
+                cast(PreTrainedModel, self.teacher),
+                self.train_dataset,
+                folder,
+                data_collator=self._get_collator_with_removed_columns(self.data_collator),
+                temperature=self.args.kd_temperature,
+                top_k=self.args.teacher_top_k,
+                batch_size=self.args.per_device_train_batch_size,
+            )
+            self._outputs = TeacherOutputs(folder)
+        self._outputs.check(self.train_dataset, self.student, self.args.kd_temperature)
+        self._loss.teacher = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches, with what is stored of the teacher where that is used."""
+        if self._outputs is None:
+            return super().get_train_dataloader()
+        dataset, collator = self.train_dataset, self.data_collator
+        self.train_dataset = NumberedRows(dataset)
+        self.data_collator = CollatorWithOutputs(collator, self._outputs, self._loss.shifted)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)
+        if ROW not in columns:
+            columns.append(ROW)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
+        """Return the batches to accumulate, and count the tokens of all of them for the expert loss."""
+        batches, labels = super().get_batch_samples(*args, **kwargs)
+        if self._loss.experts is not None:
+            counts = self._loss.experts.count_tokens(batches)
+            self._tokens = {side: count.to(self.args.device) for side, count in counts.items()}
+            if self.args.average_tokens_across_devices:
+                self._tokens = {side: self.accelerator.reduce(count) for side, count in self._tokens.items()}
+        return batches, labels
 
     def compute_loss(
         self,
@@ -132,57 +174,50 @@ class DistillationTrainer(Trainer):
         """
         if "labels" not in inputs:
             raise ValueError(f"Distillation needs labels; the batch has {', '.join(inputs)}.")
-        options = self.args
-        more = {"output_hidden_states": True} if options.hidden_weight else {}
-        outputs = model(**inputs, **more)
-        with torch.no_grad():
-            theirs = self.teacher(**inputs, **more)
-        labels, shift = inputs["labels"], not self.model.config.is_encoder_decoder
-        student, teacher = outputs.logits, theirs.logits.to(outputs.logits.device)
-        if shift:
-            student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
-        counted = labels != -100
-        total = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        if not total and model.training:
-            raise ValueError("No label of the batch counts (all are -100): the loss would be empty. Check the data.")
-        share = 1 / total.to(student.device).clamp(min=1)
-        if num_items_in_batch is not None and options.average_tokens_across_devices:
-            share = share * self.accelerator.num_processes  # gradients are averaged over processes afterwards
-        terms = {"task_loss": cross_entropy(student, labels) * share}
-        if options.reference_kd:
-            kd = reference_kl_divergence(student, teacher, options.kd_temperature)
-            terms["kd_loss"] = kd / (self.current_gradient_accumulation_steps if model.training else 1)
-        else:
-            terms["kd_loss"] = kl_divergence(student, teacher, counted, options.kd_temperature) * share
-        if options.hidden_weight:
-            ours, reference = (
-                _last_hidden(item)[:, :-1] if shift else _last_hidden(item) for item in (outputs, theirs)
-            )
-            terms["hidden_loss"] = squared_error(ours, reference.to(ours.device), counted) * share
-        weights = {"task_loss": 1.0, "kd_loss": options.kd_weight, "hidden_loss": options.hidden_weight}
-        loss = sum(weights[name] * value for name, value in terms.items())
-        if model.training:
-            for name, value in terms.items():
-                self._terms[name] += value.detach()
+        self._measure_experts(inputs)
+        divisors = self._divisors(inputs, num_items_in_batch, model.training)
+        terms, outputs = self._loss(model, self.student, inputs, divisors)
+        rows = 1 if model.training else len(inputs["labels"])
+        sums = self._terms if model.training else self._evaluated
+        for name, value in terms.items():
+            sums[name] += value.detach() * rows
+        if not model.training:
+            sums["rows"] += rows
+        loss = self._loss.total(terms)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a step.
+    def _divisors(self, inputs: Batch, num_items: torch.Tensor | int | None, training: bool) -> Divisors:
+        labels = inputs["labels"][:, 1:] if self._loss.shifted else inputs["labels"]
+        total = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items)
+        if not total and training:
+            raise ValueError("No label of the batch counts (all are -100): the loss would be empty. Check the data.")
+        tokens = {}
+        if self._loss.experts is not None:
+            whole = training and num_items is not None and self._tokens
+            tokens = self._tokens if whole else self._loss.experts.count_tokens([inputs])
+        if num_items is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes afterwards.
+            total = total / self.accelerator.num_processes
+            tokens = {side: count / self.accelerator.num_processes for side, count in tokens.items()}
+        return Divisors(total, tokens, self.current_gradient_accumulation_steps if training else 1)
 
-        Raises:
-            RuntimeError: the loss is not finite; the message names the last checkpoint.
+    def _measure_experts(self, batch: Batch | None = None) -> None:
+        """Measure the scales of the teacher's layers on the first rows to train on, in every process the same.
+
+        Where there are none, as in an evaluation alone, on a batch.
         """
-        if not self._terms:  # the first step since the last log, or after a resume
-            self._logged_step = self.state.global_step
-        loss = super().training_step(model, *args, **kwargs)
-        if not torch.isfinite(loss):
-            saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
-            raise RuntimeError(
-                f"The loss is {loss.item()} at step {self.state.global_step}; {last}. Lower the learning rate, or "
-                "train in float32 or bfloat16 instead of float16."
-            )
-        return loss
+        if self._loss.experts is None or self._loss.experts.scales:
+            return
+        if self.train_dataset is None:
+            self._loss.experts.measure([] if batch is None else [batch])
+            return
+        dataset, size = cast(Any, self.train_dataset), self.args.per_device_train_batch_size
+        collator = self._get_collator_with_removed_columns(self.data_collator)
+        sized = isinstance(dataset, Sized)
+        chosen = (dataset[row] for row in range(min(SCALE_ROWS, len(dataset)))) if sized else iter(dataset)
+        rows = list(islice(chosen, SCALE_ROWS))
+        batches = (collator(rows[first : first + size]) for first in range(0, len(rows), size))
+        self._loss.experts.measure(self._prepare_inputs(batch) for batch in batches)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log each term of the loss, a mean over the steps since the last time, and the kept share of rows of S."""
@@ -192,92 +227,73 @@ class DistillationTrainer(Trainer):
                 logs[name] = float(self.accelerator.gather(value).mean()) / steps
             self._terms.clear()
             self._logged_step = self.state.global_step
-            parts = sparse_parts(self.accelerator.unwrap_model(self.model)).values()
+            parts = sparse_parts(self.student).values()
             if parts:
                 kept, rows = sum(int(part.kept.sum()) for part in parts), sum(part.kept.numel() for part in parts)
                 logs["kept_share"] = kept / rows
         super().log(logs, *args, **kwargs)
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, and report each term of the loss, a mean over the rows as the loss is."""
+        self._evaluated.clear()
+        result = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        sums = {name: float(self.accelerator.reduce(value)) for name, value in self._evaluated.items()}
+        rows = sums.pop("rows", 0)
+        terms = {f"{metric_key_prefix}_{name}": value / rows for name, value in sums.items()}
+        return result._replace(metrics={**(result.metrics or {}), **terms})
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a step; see `CompressedModelTrainer`."""
+        if not self._terms:  # the first step since the last log, or after a resume
+            self._logged_step = self.state.global_step
+        return super().training_step(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and let the student's card say how."""
+        """Train, and let the student's card say how; see `CompressedModelTrainer`."""
         self._terms.clear()
-        resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
-        if isinstance(resumed, str | Path):  # for callbacks, which are not told
-            self.args.resume_from_checkpoint = str(resumed)
+        self._measure_experts()
         result = super().train(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
-        if getattr(model.config, "mcsmoe", None):
-            add_to_card(model, "Distillation", self._card_text())
+        if self.is_compressed:
+            add_to_card(self.student, "Distillation", self._card_text())
         return result
 
     def _card_text(self) -> str:
         history = [entry for entry in self.state.log_history if "task_loss" in entry]
-        names = ("task_loss", "kd_loss", "hidden_loss", "kept_share")
-        last = {name: value for name, value in (history[-1] if history else {}).items() if name in names}
+        last = {name: value for name, value in (history[-1] if history else {}).items() if name in LOGGED}
         frozen = self.args.freeze_routers and self.args.train_parts != "routers"
+        name = cast(Any, self.teacher).name_or_path if self._outputs is None else self._outputs.description["teacher"]
+        lora = f"adapters of rank {self.args.lora_rank} (LoRA), merged into the weights"
         return CARD_TEXT.format(
             steps=self.state.global_step,
             weight=self.args.kd_weight,
             temperature=self.args.kd_temperature,
-            teacher=public_name(self.teacher.name_or_path) or "the original model",
-            parts=self.args.train_parts,
+            teacher=public_name(name) or "the original model",
+            parts=lora if self.args.train_parts == "lora" else self.args.train_parts,
             routers="frozen" if frozen else "trained",
             losses=", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "not logged",
         )
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave a compressed model its own card, which saving it has written; others get the Trainer's."""
-        if not getattr(self.accelerator.unwrap_model(self.model).config, "mcsmoe", None):
-            super().create_model_card(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+def _stored_before(folder: str | None) -> TeacherOutputs | None:
+    return TeacherOutputs(folder) if folder is not None and Path(folder).exists() else None
 
 
 class DistillationSeq2SeqTrainer(DistillationTrainer, Seq2SeqTrainer):
     """A `Seq2SeqTrainer` that distils a compressed encoder-decoder from its original."""
 
-
-def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise ValueError where the two models do not speak of the same tokens."""
-    ours, theirs = (len(model.get_output_embeddings().weight) for model in (student, teacher))
-    if ours != theirs:
-        raise ValueError(
-            f"The teacher has {theirs} tokens in its vocabulary, the student {ours}: a teacher must be the original "
-            "model of the student, or one with the same tokenizer."
-        )
-
-
-def choose_parameters(model: PreTrainedModel, parts: str, freeze_routers: bool) -> None:
-    """Let only the chosen parts of a model be trained: "all", its "experts" or its "routers"."""
-    layers = moe_layers(model)
-    routers = {id(parameter) for layer in layers for parameter in layer.router.parameters()}
-    experts = {id(parameter) for layer in layers for _, parameter in layer.parameters}
-    for parameter in model.parameters():
-        is_router = id(parameter) in routers
-        if parts == "routers":
-            chosen = is_router
-        elif parts == "experts":
-            chosen = id(parameter) in experts
-        else:
-            chosen = not (is_router and freeze_routers)
-        parameter.requires_grad_(chosen and parameter.is_floating_point())
-
-
-def check_checkpoint(folder: Path, model: PreTrainedModel) -> None:
-    """Raise ValueError where a Trainer's checkpoint was not written by this model."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return
-    written = json.loads(file.read_text(encoding="utf-8"))
-    ours = getattr(model.config, "mcsmoe", None) or {"layers": {}}
-    theirs = written.get("mcsmoe") or {"layers": {}}
-    maps = [{name: layer["expert_map"] for name, layer in item["layers"].items()} for item in (ours, theirs)]
-    if maps[0] != maps[1]:
-        raise ValueError(f"{folder} holds a checkpoint of another model: its experts are grouped differently.")
-
-
-def _last_hidden(outputs: Any) -> torch.Tensor:
-    states = outputs.get("decoder_hidden_states")
-    return (states if states is not None else outputs["hidden_states"])[-1]
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Evaluate a batch; where it is generated from, its loss is that of the training as well, not the model's."""
+        loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        if self.args.predict_with_generate and not prediction_loss_only and "labels" in inputs:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
+        return loss, predictions, labels

@@ -4,9 +4,15 @@ import torch
 from torch.nn import functional as F
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross entropy, in float32, of `logits` [..., V] at `labels` int [...]; -100 does not count."""
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Return the summed cross entropy, in float32, of `logits` [..., V] at `labels` int [...]; -100 does not count.
+
+    Args:
+        smoothing: share of the target's probability that goes to all of the vocabulary alike.
+    """
+    return F.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=smoothing
+    )
 
 
 def kl_divergence(
@@ -24,6 +30,43 @@ def kl_divergence(
     ours = (student[counted].float() / temperature).log_softmax(-1)
     theirs = (teacher[counted].float() / temperature).log_softmax(-1)
     return F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+
+
+def top_log_probs(
+    teacher: torch.Tensor, temperature: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what is kept of a distribution: k log-probabilities [n, k], their ids [n, k], and the rest's log [n].
+
+    The rest is the mass of all other tokens, -inf where there are none.
+
+    Args:
+        teacher: logits [n, V].
+    """
+    logs = (teacher.float() / temperature).log_softmax(-1)
+    top, ids = logs.topk(top_k, dim=-1)
+    return top, ids, logs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+
+
+def top_kl_divergence(
+    student: torch.Tensor, top: torch.Tensor, ids: torch.Tensor, rest: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return the sum of `T^2 KL` over k tokens and one bucket for all others, in float32.
+
+    Exact where k is the whole vocabulary. Else a lower bound of `kl_divergence`: joining outcomes loses what
+    distinguishes them.
+
+    Args:
+        student: logits [n, V].
+        top: the teacher's log-probabilities at temperature T [n, k]; `ids` their tokens [n, k].
+        rest: log of the teacher's mass outside them [n].
+    """
+    logs = (student.float() / temperature).log_softmax(-1)
+    total = F.kl_div(logs.gather(-1, ids), top.float(), reduction="sum", log_target=True)
+    if ids.shape[-1] < logs.shape[-1]:
+        ours = logs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        # A rest too small for float32 adds nothing, but 0 times -inf would be NaN.
+        total = total + F.kl_div(ours, rest.float().clamp(min=-100), reduction="sum", log_target=True)
+    return total * temperature**2
 
 
 def reference_kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

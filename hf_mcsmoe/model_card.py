@@ -1,9 +1,12 @@
 """The model card of a merged model, generated from what was done."""
 
 import re
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedModel
@@ -12,7 +15,8 @@ from yaml import YAMLError
 from hf_mcsmoe.accounting import Account, account, cost_rows
 from hf_mcsmoe.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
-from hf_mcsmoe.modeling.saving_mcsmoe import MODEL_ID, source_folder
+from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, sparse_parts
+from hf_mcsmoe.modeling.saving_mcsmoe import DOCUMENTS, MODEL_ID, source_folder
 from hf_mcsmoe.plan import MergePlan, is_repo_id, public_name
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
@@ -115,24 +119,50 @@ def model_card(model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[
 def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
     """Let the card that `model` is saved with say what was done after the merge, and how large the model is now.
 
-    A section of the same title is replaced. A model without a card of its own (loaded from a folder) keeps that one.
+    A section of the same title is replaced. A model that was loaded goes on with the card of its folder or repository;
+    where that has none, nothing is written.
     """
-    files = cast(Any, model).mcsmoe_files
+    files = cast(Any, model).mcsmoe_files or _loaded_files(model)
     if "README.md" not in files:
         return
-    card = re.sub(rf"^## {re.escape(title)}\n.*?(?=^## )", "", files["README.md"], flags=re.MULTILINE | re.DOTALL)
-    card = card.replace("## Citation\n", f"## {title}\n\n{text.strip()}\n\n## Citation\n")
-    for label, after in zip(("parameters", "bytes"), _sizes(model), strict=True):
+    heading = f"## {title}\n"
+    card = re.sub(rf"^{re.escape(heading)}.*?(?=^## |\Z)", "", files["README.md"], flags=re.MULTILINE | re.DOTALL)
+    before, citation, after = card.partition("## Citation\n")
+    card = f"{before.rstrip()}\n\n{heading}\n{text.strip()}\n\n{citation}{after}".rstrip() + "\n"
+    for label, size in zip(("parameters", "bytes"), _sizes(model), strict=True):
         found = re.search(rf"^\| {label} \| ([\d,]+) \|.*$", card, flags=re.MULTILINE)
         if found:
-            before = int(found[1].replace(",", ""))
-            card = card.replace(found[0], f"| {label} | {before:,} | {after:,} | {1 - after / before:.1%} |")
+            old = int(found[1].replace(",", ""))
+            card = card.replace(found[0], f"| {label} | {old:,} | {size:,} | {1 - size / old:.1%} |")
     vars(model)["mcsmoe_files"] = {**files, "README.md": card}
 
 
+def _loaded_files(model: PreTrainedModel) -> dict[str, str]:
+    """Return the card and the plan beside the weights that a model was loaded from, as if it had been made here."""
+    loaded_from = model.name_or_path or ""
+    source = source_folder(loaded_from, vars(model.config).get("_commit_hash"))
+    if source is None:
+        return {}
+    files = {name: (source / name).read_text("utf-8") for name in DOCUMENTS if (source / name).is_file()}
+    name = source.name if Path(loaded_from).is_dir() else loaded_from
+    card = files.get("README.md", "").replace(f'from_pretrained("{name}"', f'from_pretrained("{MODEL_ID}"')
+    return files | ({"README.md": card} if card else {})
+
+
 def _sizes(model: PreTrainedModel) -> tuple[int, int]:
-    """Return the parameters of a model and their bytes."""
-    return model.num_parameters(), sum(p.numel() * p.element_size() for p in model.parameters())
+    """Return the parameters of a model as it is saved, S compact and without adapters, and its bytes with buffers."""
+    own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]
+    parameters = sum(tensor.numel() for _, tensor in own)
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in [*own, *model.named_buffers()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rows yet to be pruned are spoken of when they are
+        kept = final_rows(model, model.config.mcsmoe.get("keep"))
+    for name, part in sparse_parts(model).items():
+        rows = int(kept[name].sum())
+        gone = (kept[name].numel() - rows) * part.weight.shape[-1]
+        parameters -= gone
+        size += rows * torch.int32.itemsize - kept[name].numel() - gone * part.weight.element_size()
+    return parameters, size
 
 
 def describe_costs(model: PreTrainedModel, accounts: Mapping[str, Account]) -> None:

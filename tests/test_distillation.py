@@ -6,87 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from distilled import KINDS, make_rows, make_student, make_trainer, other_vocabulary, stacked
 from families import build
 from merged import example
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import (
-    DistillationArguments,
-    DistillationSeq2SeqArguments,
-    DistillationSeq2SeqTrainer,
-    DistillationTrainer,
-    LoSparseConfig,
-    decompose_experts,
-    moe_layers,
-)
+from hf_mcsmoe import LoSparseConfig, decompose_experts, moe_layers
 from hf_mcsmoe.losses import cross_entropy, kl_divergence
-
-KINDS: dict[str, tuple[Any, Any]] = {
-    "mixtral": (DistillationTrainer, DistillationArguments),
-    "switch_transformers": (DistillationSeq2SeqTrainer, DistillationSeq2SeqArguments),
-}
-ROWS, LENGTH = 8, 6
-Row = dict[str, torch.Tensor]
-
-
-def _rows(padding: int = 0) -> list[Row]:
-    """Make rows of text whose labels count at more positions from row to row, padded at the end."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for number in range(ROWS):
-        ids = torch.randint(3, 60, (LENGTH,), generator=generator)
-        labels = torch.where(torch.arange(LENGTH) < 2 + number % 4, ids, -100)
-        zeros = torch.zeros(padding, dtype=torch.long)
-        rows.append(
-            {
-                "input_ids": torch.cat([ids, zeros]),
-                "attention_mask": torch.cat([torch.ones_like(ids), zeros]),
-                "labels": torch.cat([labels, zeros - 100]),
-            }
-        )
-    return rows
-
-
-def _student(name: str) -> PreTrainedModel:
-    """Return a merged model without dropout and router noise, which fall otherwise where batches are cut otherwise."""
-    model = copy.deepcopy(example(name).merged)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-        if hasattr(module, "jitter_noise"):
-            module.jitter_noise = 0.0
-    return model
-
-
-def _other_vocabulary() -> PreTrainedModel:
-    model = build("mixtral")
-    model.resize_token_embeddings(40)
-    return model
-
-
-def _trainer(
-    name: str, folder: Path, *, model: Any = None, teacher: Any = None, rows: Any = None, **options: Any
-) -> Any:
-    trainer_class, arguments_class = KINDS[name]
-    options = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 1} | options
-    args = arguments_class(
-        output_dir=str(folder), report_to="none", logging_steps=1, use_cpu=True, disable_tqdm=True, **options
-    )
-    model = _student(name) if model is None else model
-    teacher = example(name).base if teacher is None else teacher
-    return trainer_class(model, args=args, teacher=teacher, train_dataset=_rows() if rows is None else rows)
-
-
-def _stacked(rows: list[Row]) -> Row:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_loss_is_the_mean_over_all_labels_that_count(name: str, tmp_path: Path) -> None:
-    trainer, batch, case = _trainer(name, tmp_path), _stacked(_rows()), example(name)
+    trainer, batch, case = make_trainer(name, tmp_path), stacked(make_rows()), example(name)
     with torch.no_grad():
         found = float(trainer.compute_loss(trainer.model.eval(), batch))
         student, teacher = (model(**batch).logits for model in (case.merged, case.base))
@@ -99,7 +30,7 @@ def test_the_loss_is_the_mean_over_all_labels_that_count(name: str, tmp_path: Pa
 
 
 def _trained(name: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
-    trainer = _trainer(name, folder, save_strategy="no", max_grad_norm=0, warmup_steps=0, **options)
+    trainer = make_trainer(name, folder, save_strategy="no", max_grad_norm=0, warmup_steps=0, **options)
     trainer.train()
     return dict(trainer.model.named_parameters())
 
@@ -107,7 +38,7 @@ def _trained(name: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     "options",
-    [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {"rows": _rows(padding=3)}],
+    [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {"rows": make_rows(padding=3)}],
     ids=["accumulated", "padded"],
 )
 def test_neither_accumulation_nor_padding_changes_a_step(name: str, options: dict, tmp_path: Path) -> None:
@@ -123,7 +54,7 @@ def test_neither_accumulation_nor_padding_changes_a_step(name: str, options: dic
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("parts", "routers"), [("all", False), ("experts", False), ("routers", True)])
 def test_only_the_chosen_parts_change(name: str, parts: str, routers: bool, tmp_path: Path) -> None:
-    trainer = _trainer(name, tmp_path, train_parts=parts, save_strategy="no")
+    trainer = make_trainer(name, tmp_path, train_parts=parts, save_strategy="no")
     trainer.train()
     before = dict(example(name).merged.named_parameters())
     changed = {key for key, value in trainer.model.named_parameters() if not torch.equal(value, before[key])}
@@ -139,10 +70,10 @@ def test_only_the_chosen_parts_change(name: str, parts: str, routers: bool, tmp_
     assert bool(changed - of_experts - of_routers) == (parts == "all")
 
 
-def test_the_teacher_stays_and_the_student_comes_nearer(tmp_path: Path) -> None:
+def test_the_teacher_stays_and_themake_student_comes_nearer(tmp_path: Path) -> None:
     teacher = build("mixtral")
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    trainer = _trainer("mixtral", tmp_path, teacher=teacher, max_steps=30, kd_weight=1e4, save_strategy="no")
+    trainer = make_trainer("mixtral", tmp_path, teacher=teacher, max_steps=30, kd_weight=1e4, save_strategy="no")
     trainer.train()
     losses = [entry["kd_loss"] for entry in trainer.state.log_history if "kd_loss" in entry]
     assert len(losses) == 30
@@ -154,11 +85,11 @@ def test_the_teacher_stays_and_the_student_comes_nearer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_killed_run_resumes_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
     def student() -> PreTrainedModel:
-        return decompose_experts(_student(name), LoSparseConfig(rank=2, keep=0.5))
+        return decompose_experts(make_student(name), LoSparseConfig(rank=2, keep=0.5))
 
-    whole = _trainer(name, tmp_path / "whole", model=student(), max_steps=4)
+    whole = make_trainer(name, tmp_path / "whole", model=student(), max_steps=4)
     whole.train()
-    again = _trainer(name, tmp_path / "again", model=student(), max_steps=4)
+    again = make_trainer(name, tmp_path / "again", model=student(), max_steps=4)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected = dict(whole.model.named_parameters())
     assert all(torch.equal(value, expected[key]) for key, value in again.model.named_parameters())
@@ -170,7 +101,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(name: str, tmp_path: Pa
 
 
 def test_the_saved_folder_loads_and_its_card_tells_of_the_distillation(tmp_path: Path) -> None:
-    trainer = _trainer("mixtral", tmp_path / "out")
+    trainer = make_trainer("mixtral", tmp_path / "out")
     trainer.train()
     trainer.save_model(tmp_path / "final")
     trainer.create_model_card()
@@ -184,35 +115,35 @@ def test_the_saved_folder_loads_and_its_card_tells_of_the_distillation(tmp_path:
 
 
 def _of_another_model(folder: Path) -> None:
-    first = _trainer("mixtral", folder / "first", max_steps=1)
+    first = make_trainer("mixtral", folder / "first", max_steps=1)
     first.train()
     other = copy.deepcopy(example("mixtral").merged)
     layer = next(iter(other.config.mcsmoe["layers"].values()))
     layer["expert_map"] = layer["expert_map"][::-1]
-    _trainer("mixtral", folder / "second", model=other).train(
+    make_trainer("mixtral", folder / "second", model=other).train(
         resume_from_checkpoint=str(folder / "first" / "checkpoint-1")
     )
 
 
 def _with_broken_weights(folder: Path) -> None:
-    model = _student("mixtral")
+    model = make_student("mixtral")
     model.lm_head.weight.data[0, 0] = float("nan")
-    _trainer("mixtral", folder, model=model).train()
+    make_trainer("mixtral", folder, model=model).train()
 
 
 def _masked(folder: Path) -> None:
-    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in _rows()]
-    _trainer("mixtral", folder, rows=rows).train()
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in make_rows()]
+    make_trainer("mixtral", folder, rows=rows).train()
 
 
 @pytest.mark.parametrize(
     ("attempt", "error", "message"),
     [
-        (lambda folder: _trainer("mixtral", folder, model=build("mixtral")), ValueError, "is not compressed"),
-        (lambda folder: _trainer("mixtral", folder, teacher=_other_vocabulary()), ValueError, "vocabulary"),
-        (lambda folder: _trainer("mixtral", folder, train_parts="expert"), ValueError, "Did you mean 'experts'"),
-        (lambda folder: _trainer("mixtral", folder, kd_temperature=0.0), ValueError, "must be positive"),
-        (lambda folder: _trainer("mixtral", folder, teacher=str(folder / "none")), ValueError, "is no folder"),
+        (lambda folder: make_trainer("mixtral", folder, model=build("mixtral")), ValueError, "is not compressed"),
+        (lambda folder: make_trainer("mixtral", folder, teacher=other_vocabulary()), ValueError, "vocabulary"),
+        (lambda folder: make_trainer("mixtral", folder, train_parts="expert"), ValueError, "Did you mean 'experts'"),
+        (lambda folder: make_trainer("mixtral", folder, kd_temperature=0.0), ValueError, "must be positive"),
+        (lambda folder: make_trainer("mixtral", folder, teacher=str(folder / "none")), ValueError, "is no folder"),
         (_masked, ValueError, "No label of the batch counts"),
         (_with_broken_weights, RuntimeError, "no checkpoint was saved yet"),
         (_of_another_model, ValueError, "another model"),

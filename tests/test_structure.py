@@ -12,7 +12,9 @@ LEVELS = [
     "modeling registry experts",
     "adapters denoising data loading offloading tasks",
     "statistics saliency similarity grouping alignment merging decomposition refit losses metrics",
-    "config calibration plan model_card compress activations layer_outputs layer_repair repair decompose distillation "
+    "config calibration plan model_card compress activations layer_outputs layer_repair repair decompose "
+    "distillation_arguments expert_outputs teacher teacher_outputs distillation_loss trainable trainer_checkpoints "
+    "compressed_trainer distillation "
     "sparsification evaluation accounting",
     "demo cli",
 ]

@@ -45,6 +45,11 @@ class MoELayer:
         return find_router(self.model, self.name)
 
     @property
+    def output_name(self) -> str:
+        """The path of the module that returns the layer's output, of the original and of the merged model alike."""
+        return self.name
+
+    @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of the experts alone, by their path in the container."""
         return list(self.container.named_parameters())

@@ -26,8 +26,12 @@ REFUSED = {
 class Llama4Layer(MoELayer):
     """Llama 4: transposed, gated; sigmoid scores multiply the experts' inputs.
 
-    So `record` has a row for each pick of a token, scaled, with weight 1.
+    So `record` has a row for each pick of a token, scaled, with weight 1, and only the block sums over the picks.
     """
+
+    @property
+    def output_name(self) -> str:
+        return self.name.rpartition(".")[0]
 
     def read(self) -> ExpertWeights:
         gate, up = self.container.gate_up_proj.detach().mT.chunk(2, dim=1)

@@ -81,6 +81,11 @@ class SavedWhole:
     ) -> None:
         # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
         kwargs |= {"save_original_format": False}
+        if kwargs.get("state_dict") is None and any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise ValueError(
+                "The model carries adapters of PEFT, whose names no load would know: save it with the Trainer's "
+                "save_model, which merges them into the weights, or call merge_and_unload() of the PEFT model first."
+            )
         mcsmoe = self.config.mcsmoe
         try:
             if not resumable and any(sparse_parts(self)):

@@ -1,0 +1,124 @@
+"""The terms of a distillation's loss, from one forward of the student and what there is of the teacher."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.calibration import Batch
+from hf_mcsmoe.expert_outputs import ExpertOutputs, Outputs, observed_outputs
+from hf_mcsmoe.losses import (
+    cross_entropy,
+    kl_divergence,
+    reference_kl_divergence,
+    squared_error,
+    top_kl_divergence,
+)
+from hf_mcsmoe.teacher_outputs import STORED, counted_labels
+
+# Per term of the loss the argument that weighs it.
+TERMS = {"task_loss": None, "kd_loss": "kd_weight", "hidden_loss": "hidden_weight", "expert_loss": "expert_weight"}
+HIDDEN_STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+Terms = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Divisors:
+    """What the sums over a batch are divided by, so that the terms of an accumulated batch add up to its mean.
+
+    `labels` that count; `tokens` on each side, see `ExpertOutputs`; `batches` that the accumulated one is cut into.
+    """
+
+    labels: torch.Tensor
+    tokens: dict[str, torch.Tensor]
+    batches: int
+
+
+class DistillationLoss:
+    """`cross entropy + kd_weight * T^2 * KL(teacher || student) + hidden_weight * ... + expert_weight * ...`."""
+
+    def __init__(self, options: Any, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Take the arguments of the trainer, and the teacher; None where its outputs come with the batches."""
+        self.options, self.teacher = options, teacher
+        self.shifted = not student.config.is_encoder_decoder
+        self.experts = ExpertOutputs(student, teacher) if teacher is not None and options.expert_weight else None
+
+    def __call__(self, model: nn.Module, student: nn.Module, batch: Batch, divisors: Divisors) -> tuple[Terms, Any]:
+        """Return the terms and the student's outputs.
+
+        Args:
+            model: what is called; `student` is the model inside it, whatever it is wrapped in.
+            batch: inputs of the model with labels, and what is stored of the teacher.
+
+        Raises:
+            ValueError: an expert loss without a gradient.
+        """
+        inputs = {name: value for name, value in batch.items() if name not in STORED}
+        outputs, layers = self._run(model, student, inputs)
+        theirs: Any = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                theirs, their_layers = self._run(self.teacher, self.teacher, inputs)
+        counted = counted_labels(batch["labels"], self.shifted)
+        logits = outputs.logits[counted.to(outputs.logits.device)]
+        share = 1 / divisors.labels.to(logits.device).clamp(min=1)
+        targets = batch["labels"][:, 1:] if self.shifted else batch["labels"]
+        targets = targets[targets != -100].to(logits.device)
+        terms = {"task_loss": cross_entropy(logits, targets, self.options.label_smoothing_factor) * share}
+        if theirs is not None and self.options.reference_kd:
+            terms["kd_loss"] = self._reference(outputs, theirs) / divisors.batches
+        elif theirs is not None:
+            wanted = theirs.logits[counted.to(theirs.logits.device)].to(logits.device)
+            everywhere = torch.ones_like(targets, dtype=torch.bool)
+            terms["kd_loss"] = kl_divergence(logits, wanted, everywhere, self.options.kd_temperature) * share
+        elif STORED[0] in batch:
+            top, ids, rest = (batch[name].to(logits.device) for name in STORED)
+            terms["kd_loss"] = top_kl_divergence(logits, top, ids, rest, self.options.kd_temperature) * share
+        if theirs is not None and self.options.hidden_weight:
+            ours, wanted = _last_hidden(outputs), _last_hidden(theirs)
+            terms["hidden_loss"] = squared_error(ours, wanted.to(ours.device), counted.to(ours.device)) * share
+        if self.experts is not None:
+            self._check_gradient(outputs, layers)
+            terms["expert_loss"] = self.experts.error(inputs, layers, their_layers, divisors.tokens).to(logits.device)
+        return terms, self._without_hidden_states(outputs)
+
+    def total(self, terms: Terms) -> torch.Tensor:
+        """Return the weighted sum of the terms."""
+        weights = {name: 1.0 if weight is None else vars(self.options)[weight] for name, weight in TERMS.items()}
+        return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+
+    def _run(self, model: nn.Module, inside: nn.Module, inputs: Batch) -> tuple[Any, Outputs]:
+        """Return the outputs of a model and of its layers of experts, as far as they are needed."""
+        # Only encoder-decoders need labels, to make their decoder's inputs; no model is to compute a loss of its own.
+        inputs = {name: value for name, value in inputs.items() if name != "labels" or not self.shifted}
+        more = {"output_hidden_states": True} if self.options.hidden_weight else {}
+        if self.experts is None:
+            return model(**inputs, **more), {}
+        with observed_outputs(inside, self.experts.layers) as layers:
+            return model(**inputs, **more), layers
+
+    def _reference(self, ours: Any, theirs: Any) -> torch.Tensor:
+        student, teacher = ours.logits, theirs.logits.to(ours.logits.device)
+        if self.shifted:
+            student, teacher = student[:, :-1], teacher[:, :-1]
+        return reference_kl_divergence(student, teacher, self.options.kd_temperature)
+
+    def _check_gradient(self, outputs: Any, layers: Outputs) -> None:
+        if outputs.logits.requires_grad and not any(states.requires_grad for states in layers.values()):
+            raise ValueError(
+                "expert_weight trains nothing: no part before or in the layers of experts is trained, or gradient "
+                "checkpointing is of the reentrant kind; pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+    def _without_hidden_states(self, outputs: Any) -> Any:
+        """Drop the hidden states that were asked for here, or an evaluation would gather those of all rows."""
+        if not self.options.hidden_weight:
+            return outputs
+        return type(outputs)(**{name: value for name, value in outputs.items() if name not in HIDDEN_STATES})
+
+
+def _last_hidden(outputs: Any) -> torch.Tensor:
+    states = outputs.get("decoder_hidden_states")
+    return (states if states is not None else outputs["hidden_states"])[-1]

@@ -1,0 +1,100 @@
+"""What of a student is trained: all of it, its experts, its routers, or adapters (LoRA) beside its weights."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.adapters import moe_layers
+from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
+
+
+def choose_parameters(model: PreTrainedModel, parts: str, freeze_routers: bool) -> PreTrainedModel:
+    """Let only the chosen parts of a model be trained: "all", its "experts" or its "routers". Returns `model`."""
+    layers = moe_layers(model)
+    routers = {id(parameter) for layer in layers for parameter in layer.router.parameters()}
+    experts = {id(parameter) for layer in layers for _, parameter in layer.parameters}
+    for parameter in model.parameters():
+        is_router = id(parameter) in routers
+        if parts == "routers":
+            chosen = is_router
+        elif parts == "experts":
+            chosen = id(parameter) in experts
+        else:
+            chosen = not (is_router and freeze_routers)
+        parameter.requires_grad_(chosen and parameter.is_floating_point())
+    return model
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str] | None = None) -> PeftModel:
+    """Put adapters beside the weights of a student, in place, and freeze all else.
+
+    By default on every linear layer but the routers, which keep to the original's choice, and on the experts' stacked
+    matrices. Experts that are stored as low rank + sparse are left as they are.
+
+    Args:
+        targets: names of linear layers, as in `LoraConfig.target_modules`; the experts' matrices are then left out.
+
+    Raises:
+        ValueError: S in its training form, which nothing would train or prune, or targets that match no layer.
+    """
+    if sparse_parts(model):
+        raise ValueError(
+            "With train_parts='lora' S stays frozen, so nothing tells which of its rows to prune: call compact first, "
+            "or train all or the experts."
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a ratio of numbers; PEFT declares int and takes both
+        target_modules="all-linear" if targets is None else list(targets),
+        exclude_modules=_linear_in_routers(model) or None,
+        target_parameters=_stacked_matrices(model) if targets is None else None,
+    )
+    return get_peft_model(model, config)
+
+
+def _linear_in_routers(model: PreTrainedModel) -> list[str]:
+    routers = {id(module) for layer in moe_layers(model) for module in layer.router.modules()}
+    modules = model.named_modules()
+    return [name for name, module in modules if id(module) in routers and isinstance(module, nn.Linear)]
+
+
+def _stacked_matrices(model: PreTrainedModel) -> list[str]:
+    """Return the paths of the experts' matrices that lie in one parameter [E, ...], not in a module each."""
+    return [
+        f"{layer.name}.{name}"
+        for layer in moe_layers(model)
+        for name, parameter in layer.parameters
+        if parameter.ndim == 3 and name in ("gate_up_proj", "up_proj", "down_proj")
+    ]
+
+
+def student_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the model itself, or the one that adapters were put into."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+@torch.no_grad()
+def merged_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the student's weights with the adapters' products added, by their own names, on the CPU.
+
+    The model itself is not touched: adding and subtracting in place, as `merge_adapter` and `unmerge_adapter` do,
+    would leave its weights rounded.
+    """
+    student = student_of(model)
+    state = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in student.state_dict().items()
+        if not any(part.startswith("lora_") for part in name.split("."))
+    }
+    for path, module in student.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            name = f"{path.replace('.base_layer', '')}.{weight}"
+            for adapter in module.active_adapters:
+                state[name] = state[name] + cast(Any, module).get_delta_weight(adapter)
+    return {name: tensor.cpu() for name, tensor in state.items()}

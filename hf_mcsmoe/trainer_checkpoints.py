@@ -1,0 +1,120 @@
+"""Checkpoints of a Trainer: whether a model can resume from one, and which is the last that holds no NaN."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+WEIGHTS = {True: "adapter_model*.safetensors", False: "model*.safetensors"}
+
+
+def check_checkpoint(folder: Path, model: PreTrainedModel | PeftModel) -> None:
+    """Check, before anything is loaded, that a Trainer wrote `folder` for a model such as this one.
+
+    Raises:
+        ValueError: it is no such folder, or its model is of another family, with other experts, other low-rank
+            factors, other sizes or other adapters.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint {folder} to resume from.")
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"{folder} is no checkpoint of a Trainer (it has no trainer_state.json), so nothing resumes.")
+    written = _read(folder / "config.json")
+    adapted = isinstance(model, PeftModel)
+    if adapted != (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} was written {'without' if adapted else 'with'} adapters (train_parts='lora'), this run has "
+            f"{'them' if adapted else 'none'}: resume with the train_parts that the run began with."
+        )
+    if found := _other_model(written, model) or _other_adapters(folder, model) or _other_shape(folder, model):
+        raise ValueError(f"{folder} holds a checkpoint of another model: {found}.")
+
+
+def last_good_checkpoint(output_dir: Path) -> Path | None:
+    """Return the checkpoint of the most steps whose weights are all finite and readable; None where there is none."""
+    found = [(int(name[1]), path) for path in output_dir.glob("*") if (name := _checkpoint_name(path))]
+    return next((path for _, path in sorted(found, reverse=True) if _is_finite(path)), None)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder has the name that a Trainer gives to what it resumes from."""
+    return _checkpoint_name(folder) is not None
+
+
+def _checkpoint_name(folder: Path) -> re.Match | None:
+    return re.fullmatch(r"checkpoint-(\d+)", folder.name)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _other_model(written: dict[str, Any], model: PreTrainedModel | PeftModel) -> str:
+    """Say how the configuration in a checkpoint differs from the model's, as far as weights depend on it; or ""."""
+    ours = model.config.to_dict()
+    families = [item.get("base_model_type") or item.get("model_type") for item in (written, ours)]
+    if not written or families[0] != families[1]:
+        return f"it is of type {families[0]!r}, not {families[1]!r}"
+    layers = [(item.get("mcsmoe") or {"layers": {}})["layers"] for item in (written, ours)]
+    maps = [{name: layer["expert_map"] for name, layer in item.items()} for item in layers]
+    if maps[0] != maps[1]:
+        return "its experts are grouped differently"
+    for name in layers[1]:
+        theirs, mine = (item[name].get("low_rank", {}) for item in layers)
+        if theirs != mine:
+            return f"{name} is stored as {_low_rank(theirs)} there and as {_low_rank(mine)} here"
+    return ""
+
+
+def _low_rank(entry: dict[str, dict[str, Any]]) -> str:
+    """Describe how a layer's weights are stored."""
+    parts = []
+    for name, item in entry.items():
+        rows = "all" if item["kept_rows"] is None else sum(item["kept_rows"])
+        parts.append(f"{name} of rank {item['rank']} with {rows} rows of S")
+    return " and ".join(parts) or "dense experts"
+
+
+def _other_adapters(folder: Path, model: PreTrainedModel | PeftModel) -> str:
+    if not isinstance(model, PeftModel):
+        return ""
+    written, ours = _read(folder / "adapter_config.json"), model.active_peft_config
+    for name, value in (("r", ours.r), ("lora_alpha", ours.lora_alpha)):
+        if written.get(name) != value:
+            return f"its adapters have {name}={written.get(name)}, those here {value}"
+    return ""
+
+
+def _other_shape(folder: Path, model: PreTrainedModel | PeftModel) -> str:
+    """Say which weight of a checkpoint has another shape than the model's; or ""."""
+    adapted = isinstance(model, PeftModel)
+    state = get_peft_model_state_dict(model) if adapted else model.state_dict()
+    for name, part in _weights(folder, adapted):
+        shape = tuple(part.get_slice(name).get_shape())
+        if name in state and shape != tuple(state[name].shape):
+            return f"{name} has the shape {shape} there and {tuple(state[name].shape)} here"
+        if adapted and name not in state:
+            return f"it adapts {name}, which is not adapted here"
+    return ""
+
+
+def _weights(folder: Path, adapted: bool) -> Iterator[tuple[str, Any]]:
+    """Yield the names of the weights in a checkpoint, each with its open file."""
+    for file in sorted(folder.glob(WEIGHTS[adapted])):
+        with safe_open(file, framework="pt") as part:
+            for name in part.keys():  # noqa: SIM118, it is no dictionary
+                yield name, part
+
+
+def _is_finite(folder: Path) -> bool:
+    adapted = (folder / "adapter_config.json").is_file()
+    try:
+        finite = [bool(part.get_tensor(name).isfinite().all()) for name, part in _weights(folder, adapted)]
+    except (SafetensorError, OSError):
+        return False
+    return bool(finite) and all(finite)
