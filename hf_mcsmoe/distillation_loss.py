@@ -109,7 +109,7 @@ class DistillationLoss:
         if outputs.logits.requires_grad and not any(states.requires_grad for states in layers.values()):
             raise ValueError(
                 "expert_weight trains nothing: no part before or in the layers of experts is trained, or gradient "
-                "checkpointing is of the reentrant kind; pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "checkpointing is of the reentrant kind; set its use_reentrant to False."
             )
 
     def _without_hidden_states(self, outputs: Any) -> Any:

@@ -64,17 +64,34 @@ def other_vocabulary() -> PreTrainedModel:
 
 
 def make_trainer(
-    name: str, folder: Path, *, model: Any = None, teacher: Any = None, rows: Any = None, **options: Any
+    name: str,
+    folder: Path,
+    *,
+    model: Any = None,
+    teacher: Any = None,
+    rows: Any = None,
+    data_collator: Any = None,
+    processing_class: Any = None,
+    **options: Any,
 ) -> Any:
-    """Return a trainer of two steps on the processor, which learns from the original model unless told otherwise."""
+    """Return a trainer of two steps on the processor.
+
+    Args:
+        teacher: by default the original model; False for none.
+    """
     trainer_class, arguments_class = KINDS[name]
     options = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 1} | options
     args = arguments_class(
         output_dir=str(folder), report_to="none", logging_steps=1, use_cpu=True, disable_tqdm=True, **options
     )
-    model = make_student(name) if model is None else model
-    teacher = example(name).base if teacher is None else teacher
-    return trainer_class(model, args=args, teacher=teacher, train_dataset=make_rows() if rows is None else rows)
+    return trainer_class(
+        make_student(name) if model is None else model,
+        args=args,
+        teacher=example(name).base if teacher is None else teacher or None,
+        train_dataset=make_rows() if rows is None else rows,
+        data_collator=data_collator,
+        processing_class=processing_class,
+    )
 
 
 def stacked(rows: list[Row]) -> Row:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from distilled import make_rows as _rows
+from distilled import make_student as _student
+from distilled import make_trainer as _trainer
+from distilled import stacked as _stacked
 from merged import example
-from test_distillation import _rows, _stacked, _student, _trainer
 from torch import nn
 
 from hf_mcsmoe import LoSparseConfig, LoSparseLinear, SparsificationCallback, decompose_experts
