@@ -241,7 +241,7 @@ class DistillationTrainer(CompressedModelTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate, and report each term of the loss, a mean over the rows as the loss is."""
+        """Evaluate, and report each term of the loss, a mean over the rows."""
         self._evaluated.clear()
         result = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums = {name: float(self.accelerator.reduce(value)) for name, value in self._evaluated.items()}

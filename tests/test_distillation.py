@@ -10,6 +10,7 @@ from distilled import KINDS, make_rows, make_student, make_trainer, other_vocabu
 from families import build
 from merged import example
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_mcsmoe import LoSparseConfig, decompose_experts, moe_layers
 from hf_mcsmoe.losses import cross_entropy, kl_divergence
@@ -36,19 +37,17 @@ def _trained(name: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(
-    "options",
-    [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {"rows": make_rows(padding=3)}],
-    ids=["accumulated", "padded"],
-)
-def test_neither_accumulation_nor_padding_changes_a_step(name: str, options: dict, tmp_path: Path) -> None:
-    plain = {"max_steps": 1, "per_device_train_batch_size": 8, "optim": "sgd"}
+@pytest.mark.parametrize("term", ["kd_weight", "hidden_weight", "expert_weight"])
+def test_neither_accumulation_nor_padding_changes_a_step(name: str, term: str, tmp_path: Path) -> None:
+    weights = {"kd_weight": 0.0, "hidden_weight": 0.0, "expert_weight": 0.0, term: 20.0}
+    plain = {"max_steps": 1, "per_device_train_batch_size": 8, "optim": "sgd", **weights}
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     expected = _trained(name, tmp_path / "a", **plain)
-    found = _trained(name, tmp_path / "b", **plain | options)
-    before = dict(example(name).merged.named_parameters())
-    assert any(not torch.equal(value, before[key]) for key, value in expected.items())
-    for key, value in found.items():
-        torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-4)
+    without = _trained(name, tmp_path / "b", **plain | {term: 0.0})
+    assert any(not torch.allclose(value, without[key], atol=1e-4) for key, value in expected.items())
+    for number, options in enumerate([halves, {"rows": make_rows(padding=3)}]):
+        for key, value in _trained(name, tmp_path / str(number), **plain | options).items():
+            torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -70,7 +69,7 @@ def test_only_the_chosen_parts_change(name: str, parts: str, routers: bool, tmp_
     assert bool(changed - of_experts - of_routers) == (parts == "all")
 
 
-def test_the_teacher_stays_and_themake_student_comes_nearer(tmp_path: Path) -> None:
+def test_the_teacher_stays_and_the_student_comes_nearer(tmp_path: Path) -> None:
     teacher = build("mixtral")
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     trainer = make_trainer("mixtral", tmp_path, teacher=teacher, max_steps=30, kd_weight=1e4, save_strategy="no")
@@ -112,6 +111,74 @@ def test_the_saved_folder_loads_and_its_card_tells_of_the_distillation(tmp_path:
     loaded = type(trainer.model).from_pretrained(tmp_path / "final")
     batch = example("mixtral").batch
     assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_evaluation_reports_each_term_and_predicts_the_logits_alone(name: str, tmp_path: Path) -> None:
+    options = {"kd_weight": 3.0, "hidden_weight": 0.5, "expert_weight": 0.25, "per_device_eval_batch_size": 4}
+    trainer = make_trainer(name, tmp_path, **options)
+    metrics = trainer.evaluate(make_rows())
+    terms = {term: metrics[f"eval_{term}"] for term in ("task_loss", "kd_loss", "hidden_loss", "expert_loss")}
+    weights = {"task_loss": 1.0, "kd_loss": 3.0, "hidden_loss": 0.5, "expert_loss": 0.25}
+    assert min(terms.values()) > 0
+    assert metrics["eval_loss"] == pytest.approx(sum(weights[term] * value for term, value in terms.items()), rel=1e-4)
+    predicted = trainer.predict(make_rows())
+    assert predicted.metrics.keys() >= {f"test_{term}" for term in terms}
+    found = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    with torch.no_grad():
+        expected = trainer.student(**stacked(make_rows())).logits
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
+    shapes = [part.shape for part in (predicted.predictions if isinstance(predicted.predictions, tuple) else [found])]
+    assert len(shapes) <= 2  # a seq2seq model returns the encoder's output as well
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_term_of_an_evaluation_is_the_mean_over_rows_of_unequal_batches(name: str, tmp_path: Path) -> None:
+    trainer = make_trainer(name, tmp_path, per_device_eval_batch_size=3)
+    found, total = trainer.evaluate(make_rows())["eval_task_loss"], 0.0
+    for first in (0, 3, 6):
+        rows = make_rows()[first : first + 3]
+        with torch.no_grad():
+            total += len(rows) * float(trainer.student(**stacked(rows)).loss)
+    assert found == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_an_evaluation_that_generates_has_the_loss_of_the_training(tmp_path: Path) -> None:
+    options = {"predict_with_generate": True, "generation_max_length": 5, "label_smoothing_factor": 0.1}
+    found = make_trainer("switch_transformers", tmp_path, **options).evaluate(make_rows())
+    expected = make_trainer("switch_transformers", tmp_path, label_smoothing_factor=0.1).evaluate(make_rows())
+    for key in ("eval_loss", "eval_task_loss", "eval_kd_loss"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_label_smoothing_is_that_of_the_trainer(name: str, tmp_path: Path) -> None:
+    trainer = make_trainer(name, tmp_path, label_smoothing_factor=0.2, kd_weight=0.0)
+    batch = stacked(make_rows())
+    with torch.no_grad():
+        found = float(trainer.compute_loss(trainer.model.eval(), batch))
+        outputs = trainer.model(**batch)
+    expected = LabelSmoother(0.2)(outputs, batch["labels"], shift_labels=name == "mixtral")
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert found != pytest.approx(float(outputs.loss), rel=1e-4)
+
+
+def test_a_teacher_may_be_a_path_and_of_another_dtype(tmp_path: Path) -> None:
+    case = example("mixtral")
+    copy.deepcopy(case.base).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    trainers = {
+        "path": make_trainer("mixtral", tmp_path / "a", teacher=str(tmp_path / "teacher"), teacher_dtype="float32"),
+        "folder": make_trainer("mixtral", tmp_path / "b", teacher=tmp_path / "teacher"),
+        "model": make_trainer("mixtral", tmp_path / "c", teacher=copy.deepcopy(case.base).to(torch.bfloat16)),
+    }
+    assert trainers["path"].teacher.dtype == torch.float32
+    assert trainers["folder"].teacher.dtype == trainers["model"].teacher.dtype == torch.bfloat16
+    for trainer in trainers.values():
+        trainer.train()
+        assert trainer.student.dtype == torch.float32
+        assert {value.dtype for value in trainer.student.parameters()} == {torch.float32}
+    losses = {key: trainer.state.log_history[0]["kd_loss"] for key, trainer in trainers.items()}
+    assert list(losses.values()) == pytest.approx([losses["path"]] * 3, rel=0.05)
 
 
 def _of_another_model(folder: Path) -> None:

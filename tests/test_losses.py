@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from hf_mcsmoe.losses import cross_entropy, kl_divergence, reference_kl_divergence, squared_error
+from hf_mcsmoe.losses import (
+    cross_entropy,
+    kl_divergence,
+    reference_kl_divergence,
+    squared_error,
+    top_kl_divergence,
+    top_log_probs,
+)
 
 STUDENT, TEACHER = (torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 LABELS = torch.tensor([[1, -100, 4], [0, 2, -100]])
@@ -25,6 +32,45 @@ def _kl(row: int, position: int, temperature: float) -> float:
 def test_cross_entropy_is_summed_over_the_labels_that_count() -> None:
     expected = -sum(math.log(_softmax(STUDENT[at], 1)[LABELS[at]]) for at in COUNTED)
     assert float(cross_entropy(STUDENT, LABELS)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_smoothing_gives_a_share_of_the_target_to_all_tokens_alike(smoothing: float) -> None:
+    expected = 0.0
+    for at in COUNTED:
+        logs = [math.log(share) for share in _softmax(STUDENT[at], 1)]
+        expected -= (1 - smoothing) * logs[LABELS[at]] + smoothing * sum(logs) / len(logs)
+    assert float(cross_entropy(STUDENT, LABELS, smoothing)) == pytest.approx(expected, rel=1e-5)
+
+
+def _joined(shares: list[float], kept: list[int]) -> list[float]:
+    return [shares[token] for token in kept] + [sum(share for token, share in enumerate(shares) if token not in kept)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 5])
+def test_kept_tokens_and_a_bucket_diverge_by_no_more_than_all_tokens(top_k: int, temperature: float) -> None:
+    counted = LABELS != -100
+    found = top_kl_divergence(STUDENT[counted], *top_log_probs(TEACHER[counted], temperature, top_k), temperature)
+    expected = 0.0
+    for at in COUNTED:
+        theirs, ours = (_softmax(logits[at], temperature) for logits in (TEACHER, STUDENT))
+        kept = sorted(range(5), key=lambda token, theirs=theirs: -theirs[token])[:top_k]
+        pairs = zip(_joined(theirs, kept), _joined(ours, kept), strict=True)
+        expected += sum(p * math.log(p / q) for p, q in pairs if p > 0)
+    assert float(found) == pytest.approx(temperature**2 * expected, rel=1e-4)
+    whole = float(kl_divergence(STUDENT, TEACHER, counted, temperature))
+    assert float(found) == pytest.approx(whole, rel=1e-4) if top_k == 5 else float(found) < whole
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_a_rest_of_nothing_gives_a_finite_gradient(top_k: int) -> None:
+    student = STUDENT[0].clone().requires_grad_()
+    certain = torch.tensor([400.0, 399.0, 0.0, 0.0, 0.0]).repeat(3, 1)
+    top_kl_divergence(student, *top_log_probs(certain, 1.0, top_k), 1.0).backward()
+    expected = STUDENT[0].clone().requires_grad_()
+    kl_divergence(expected, certain, torch.ones(3, dtype=torch.bool), 1.0).backward()
+    torch.testing.assert_close(student.grad, expected.grad)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
