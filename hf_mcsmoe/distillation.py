@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Seq2SeqTrainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_mcsmoe.calibration import Batch
@@ -27,6 +27,7 @@ from hf_mcsmoe.plan import public_name
 from hf_mcsmoe.teacher import load_teacher
 from hf_mcsmoe.teacher_outputs import (
     ROW,
+    STORED,
     CollatorWithOutputs,
     NumberedRows,
     TeacherOutputs,
@@ -89,6 +90,7 @@ class DistillationTrainer(CompressedModelTrainer):
             loaded = load_teacher(cast(Any, teacher), model, kwargs.get("processing_class"), dtype, device_map)
             self._loss = DistillationLoss(options, model, loaded)
         if options.train_parts == "lora":
+            set_seed(cast(Any, options).seed)  # the Trainer's own comes after, and adapters begin at random
             trained: Any = add_lora(model, options.lora_rank, options.lora_alpha, options.lora_targets)
         else:
             trained = choose_parameters(model, options.train_parts, options.freeze_routers)
@@ -156,8 +158,10 @@ class DistillationTrainer(CompressedModelTrainer):
         if self._loss.experts is not None:
             counts = self._loss.experts.count_tokens(batches)
             self._tokens = {side: count.to(self.args.device) for side, count in counts.items()}
-            if self.args.average_tokens_across_devices:
-                self._tokens = {side: self.accelerator.reduce(count) for side, count in self._tokens.items()}
+            if self.args.average_tokens_across_devices:  # a mean over the processes, as of their gradients
+                self._tokens = {
+                    side: self.accelerator.reduce(count.float(), "mean") for side, count in self._tokens.items()
+                }
         return batches, labels
 
     def compute_loss(
@@ -170,10 +174,12 @@ class DistillationTrainer(CompressedModelTrainer):
         """Return the loss, and the student's outputs where asked for.
 
         Raises:
-            ValueError: inputs without labels, or none that counts in the whole batch.
+            ValueError: inputs without labels, none that counts in the whole batch, or nothing of the teacher.
         """
         if "labels" not in inputs:
             raise ValueError(f"Distillation needs labels; the batch has {', '.join(inputs)}.")
+        if model.training and self.teacher is None and STORED[0] not in inputs:
+            raise ValueError("The batch brings no stored teacher outputs: take it from get_train_dataloader().")
         self._measure_experts(inputs)
         divisors = self._divisors(inputs, num_items_in_batch, model.training)
         terms, outputs = self._loss(model, self.student, inputs, divisors)
@@ -193,12 +199,11 @@ class DistillationTrainer(CompressedModelTrainer):
             raise ValueError("No label of the batch counts (all are -100): the loss would be empty. Check the data.")
         tokens = {}
         if self._loss.experts is not None:
-            whole = training and num_items is not None and self._tokens
-            tokens = self._tokens if whole else self._loss.experts.count_tokens([inputs])
+            accumulated = training and num_items is not None and self._tokens
+            tokens = self._tokens if accumulated else self._loss.experts.count_tokens([inputs])
         if num_items is not None and self.args.average_tokens_across_devices:
-            # Gradients are averaged over processes afterwards.
+            # Counted over all processes, over which gradients, or losses, are averaged afterwards.
             total = total / self.accelerator.num_processes
-            tokens = {side: count / self.accelerator.num_processes for side, count in tokens.items()}
         return Divisors(total, tokens, self.current_gradient_accumulation_steps if training else 1)
 
     def _measure_experts(self, batch: Batch | None = None) -> None:

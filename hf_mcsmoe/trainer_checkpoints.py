@@ -57,8 +57,10 @@ def _read(file: Path) -> dict[str, Any]:
 def _other_model(written: dict[str, Any], model: PreTrainedModel | PeftModel) -> str:
     """Say how the configuration in a checkpoint differs from the model's, as far as weights depend on it; or ""."""
     ours = model.config.to_dict()
+    if not written:  # in parts, one per process, each of which is checked when it is loaded
+        return ""
     families = [item.get("base_model_type") or item.get("model_type") for item in (written, ours)]
-    if not written or families[0] != families[1]:
+    if families[0] != families[1]:
         return f"it is of type {families[0]!r}, not {families[1]!r}"
     layers = [(item.get("mcsmoe") or {"layers": {}})["layers"] for item in (written, ours)]
     maps = [{name: layer["expert_map"] for name, layer in item.items()} for item in layers]
@@ -96,7 +98,8 @@ def _other_shape(folder: Path, model: PreTrainedModel | PeftModel) -> str:
     state = get_peft_model_state_dict(model) if adapted else model.state_dict()
     for name, part in _weights(folder, adapted):
         shape = tuple(part.get_slice(name).get_shape())
-        if name in state and shape != tuple(state[name].shape):
+        is_here = name in state and state[name].numel() > 0  # not in another process
+        if is_here and shape != tuple(state[name].shape):
             return f"{name} has the shape {shape} there and {tuple(state[name].shape)} here"
         if adapted and name not in state:
             return f"it adapts {name}, which is not adapted here"

@@ -11,9 +11,9 @@ from helpers import logits
 from merged import example
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, HfArgumentParser, PreTrainedModel
 
-from hf_mcsmoe import LoSparseConfig, compact, decompose_experts, moe_layers
+from hf_mcsmoe import DistillationArguments, LoSparseConfig, compact, decompose_experts, moe_layers
 
 # PEFT asks for it by the name that Transformers has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -93,6 +93,23 @@ def test_targets_may_be_named(tmp_path: Path) -> None:
     layers = example("mixtral").base.config.num_hidden_layers
     assert {key.rpartition(".")[2] for key in adapted} == {"q_proj", "v_proj"}
     assert len(adapted) == 2 * layers
+
+
+def test_the_seed_alone_says_where_adapters_begin(tmp_path: Path) -> None:
+    begun = []
+    for number, seed in enumerate((5, 5, 6)):
+        torch.manual_seed(number)
+        trainer = make_trainer("mixtral", tmp_path, **LORA, seed=seed)
+        begun.append({key: value for key, value in trainer.model.named_parameters() if ".lora_A." in key})
+    assert all(torch.equal(value, begun[1][key]) for key, value in begun[0].items())
+    assert not any(torch.equal(value, begun[2][key]) for key, value in begun[0].items())
+
+
+def test_options_are_read_from_a_command_line(tmp_path: Path) -> None:
+    given = "--train_parts lora --lora_targets q_proj v_proj --lora_alpha 8"
+    parser = HfArgumentParser([DistillationArguments])
+    options = parser.parse_args_into_dataclasses([*given.split(), "--output_dir", str(tmp_path)])[0]
+    assert (options.lora_targets, options.lora_rank, options.lora_alpha) == (["q_proj", "v_proj"], 16, 8.0)
 
 
 def _saved_directly(folder: Path) -> None:
