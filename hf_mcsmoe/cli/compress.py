@@ -45,9 +45,10 @@ def compress_command(
     model: Model,
     data: Annotated[str, typer.Option(help="calibration text: a file (txt, json, jsonl, csv, parquet) or a data set")],
     output: Annotated[Path, typer.Option(help="folder to write the merged model to")],
-    merge: MergeConfig,
     experts: Experts = "0.5",
     skip: Skip = None,
+    *,
+    merge: MergeConfig,
     repair: Annotated[str, typer.Option(help="fit merged layers to the original ones: " + ", ".join(REPAIR))] = "none",
     rank: Annotated[
         int | None, typer.Option(help="store merged experts as low rank + sparse (MC-SMoE), e.g. 32")

@@ -25,9 +25,10 @@ class Advance:
 
     def __call__(self, items: list[Any]) -> Iterator[Any]:
         """Yield the items; each is a step once it is done with."""
-        for item in items:
+        self.to(0, len(items))
+        for done, item in enumerate(items, start=1):
             yield item
-            self.progress.advance(self.task)
+            self.to(done, len(items))
 
     def layer(self, name: str, done: int, total: int) -> None:
         """Show that `done` of `total` layers are done."""

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, field, fields
 from typing import Annotated, Any, get_type_hints
 
 import torch
@@ -18,6 +18,11 @@ Skip = Annotated[list[str] | None, typer.Option(help=option_help("skip"))]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own")]
 DeviceMap = Annotated[str | None, typer.Option(help="where to load the model: cpu, cuda, auto ...")]
+
+
+def described(default: Any, text: str, **settings: Any) -> Any:
+    """Return a field that becomes an option of the command line, with its description and settings of Typer."""
+    return field(default=default, metadata={"help": text, "typer": settings})
 
 
 def options_of(config: type, into: str, names: list[str] | None = None) -> Callable[[Callable], Callable]:
@@ -39,16 +44,13 @@ def options_of(config: type, into: str, names: list[str] | None = None) -> Calla
             command(**given, **{into: config(**values)})
 
         own = inspect.signature(command)
-        kept = [parameter for parameter in own.parameters.values() if parameter.name != into]
-        run.__signature__ = own.replace(parameters=[*_keywords(kept), *added])  # type: ignore[attr-defined]
+        parameters = [[item] if name != into else added for name, item in own.parameters.items()]
+        # By name only, for then those without a default may stand behind others.
+        named = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in parameters for item in part]
+        run.__signature__ = own.replace(parameters=named)  # type: ignore[attr-defined]
         return run
 
     return decorate
-
-
-def _keywords(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-    """Return the parameters as such by name, whose order is free of their defaults."""
-    return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
 
 def _parameter(item: Field, hint: Any) -> inspect.Parameter:
