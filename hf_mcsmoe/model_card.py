@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,7 +13,7 @@ from yaml import YAMLError
 from hf_mcsmoe.accounting import Account, account, cost_rows
 from hf_mcsmoe.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
-from hf_mcsmoe.modeling.saving_mcsmoe import MODEL_ID, source_folder
+from hf_mcsmoe.modeling.saving_mcsmoe import DOCUMENTS, MODEL_ID, source_folder
 from hf_mcsmoe.plan import MergePlan, is_repo_id, public_name
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
@@ -110,6 +111,26 @@ def model_card(model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[
         whole=[f"`{name}`" for name in plan.provenance["tokens"] if name not in layers],
     )
     return f"---\n{_metadata(source, auto_class).to_yaml()}\n---\n{text}"
+
+
+def adopt_card(model: PreTrainedModel) -> bool:
+    """Let a compressed model that was loaded carry the card and the other documents that lay beside its weights.
+
+    They can then be added to, and are saved with it. Returns whether there is a card that was made here.
+    """
+    source = model.name_or_path or ""
+    folder = source_folder(source)
+    if folder is None:
+        return False
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in DOCUMENTS if (folder / name).is_file()}
+    if not all(mark in texts.get("README.md", "") for mark in COSTS):
+        return False
+    loaded_from = Path(source).name if Path(source).is_dir() else source
+    texts["README.md"] = texts["README.md"].replace(
+        f'from_pretrained("{loaded_from}"', f'from_pretrained("{MODEL_ID}"'
+    )
+    vars(model)["mcsmoe_files"] = texts
+    return True
 
 
 def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:

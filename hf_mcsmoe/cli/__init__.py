@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mcsmoe.cli.compress import compress_command
 from hf_mcsmoe.cli.demo import demo_command
+from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.inspect import inspect_command
 
@@ -29,6 +30,7 @@ def _options_of_all(
 
 app.command("inspect")(inspect_command)
 app.command("compress")(compress_command)
+app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
 app.command("demo")(demo_command)
 

@@ -102,7 +102,7 @@ class Contents:
         # Not every family has a longest input.
         longest = config.get_text_config().to_dict().get("max_position_embeddings") or TEXT_LENGTH
         length = self.max_length or min(TEXT_LENGTH, longest)
-        noise = {"seed": seed, "fixed_spans": self.fixed_spans}
+        noise: dict[str, Any] = {"seed": seed, "fixed_spans": self.fixed_spans}
         features = text_features(self.samples, tokenizer, max_length=length, **noise, **kind)
         if not features:
             raise ValueError("The text holds nothing to predict: it is of one token at most.")
