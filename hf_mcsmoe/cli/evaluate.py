@@ -94,10 +94,10 @@ def _plan(
         return Evaluation(name, partial(_loss, batches=feature_batches(features, tokenizer, batch_size)))
     by = by or ("generation" if with_encoder else "likelihood")
     check_way(by, task, encoder_decoder=with_encoder)
-    check_labels(tokenizer, task)
     options: dict[str, Any] = {"tokenizer": tokenizer, "contents": contents, "batch_size": batch_size}
     if task.name in CHOICES and not with_encoder:
         return Evaluation(name, partial(_choose, make=CHOICES[task.name], **options))
+    check_labels(tokenizer, task)
     return Evaluation(name, partial(_answer, task=task, by=by, **options))
 
 
