@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
+from helpers import Run
 from merged import example
 from merged import tokenizer as word_tokenizer
-from test_cli import Run, run  # noqa: F401
 from test_examples import folder, rows  # noqa: F401
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
@@ -46,7 +46,7 @@ def loss(model: PreTrainedModel, blocks: list[list[int]]) -> float:
     return sum(losses) / len(losses)
 
 
-def test_perplexity_of_models_side_by_side(causal: Path, tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_perplexity_of_models_side_by_side(causal: Path, tmp_path: Path, run: Run) -> None:
     models, file = [causal / "full", causal / "merged"], tmp_path / "figures.json"
     options = ["--data", causal / "text.txt", "--max-length", 8, "--batch-size", 2, "--json", file]
     code, out, err = run("evaluate", *models, *options)
@@ -66,7 +66,7 @@ def test_perplexity_of_models_side_by_side(causal: Path, tmp_path: Path, run: Ru
 
 
 @torch.no_grad()
-def test_a_causal_model_chooses_by_likelihood(causal: Path, tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_a_causal_model_chooses_by_likelihood(causal: Path, tmp_path: Path, run: Run) -> None:
     made = [
         {"sentence": f"w{50 + n} _ w{60 + n} w70", "option1": f"w{80 + n}", "option2": f"w{90 + n}", "answer": "1"}
         for n in range(10)
@@ -182,7 +182,7 @@ def test_wrong_requests_are_one_sentence_before_any_model_is_loaded(
     causal: Path,
     files: dict[str, Path],
     tmp_path: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -196,7 +196,7 @@ def test_wrong_requests_are_one_sentence_before_any_model_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
-def test_figures_of_models_that_are_done_are_kept(causal: Path, tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_figures_of_models_that_are_done_are_kept(causal: Path, tmp_path: Path, run: Run) -> None:
     damaged = shutil.copytree(causal / "full", tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:1000])
     options = ["--data", causal / "text.txt", "--json", tmp_path / "figures.json"]

@@ -100,6 +100,11 @@ class TrainingProgress(TrainerCallback):
         if self.console.is_terminal:
             self.progress.start()
 
+    def stop(self) -> None:
+        """Leave what is shown as it is."""
+        if self.console.is_terminal:
+            self.progress.stop()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -137,7 +142,7 @@ def training_progress(shown_on: Console = console) -> Iterator[TrainingProgress]
     try:
         yield shown
     finally:
-        shown.progress.stop()
+        shown.stop()
 
 
 def working_folder(output: Path) -> Path:
