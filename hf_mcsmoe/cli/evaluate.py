@@ -140,10 +140,11 @@ def figure_table(found: dict[str, Figures]) -> Table:
     """
     names = list(dict.fromkeys(name for figures in found.values() for name in figures))
     numbers = [Column(name.replace("_", " "), justify="right") for name in names]
-    table = Table(Column("", overflow="fold"), *numbers, box=None)
-    short = {Path(model).name: model for model in found}
-    for model, figures in found.items():
-        label = Path(model).name if len(short) == len(found) and Path(model).is_dir() else model
+    unique = len({Path(model).name for model in found}) == len(found)
+    labels = [Path(model).name if unique and Path(model).is_dir() else model for model in found]
+    # Names give way last, but long ones do.
+    table = Table(Column("", overflow="fold", min_width=min(30, max(map(len, labels)))), *numbers, box=None)
+    for label, figures in zip(labels, found.values(), strict=True):
         table.add_row(escape(label), *(_shown(figures.get(name)) for name in names))
     return table
 

@@ -160,8 +160,13 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
     """Return the checkpoint to resume from, if there is one and it is asked for.
 
     Raises:
-        ValueError: a killed run's checkpoints would be lost, or it had other options.
+        ValueError: a killed run's checkpoints, or whatever else is in the folder, would be lost, or it had other
+            options.
     """
+    if folder.exists() and not (folder / OPTIONS).is_file():
+        raise ValueError(
+            f"{folder} is where checkpoints go, but was not made by a run: move it, or name another output."
+        )
     checkpoint = last_checkpoint(folder)
     if not resume:
         if checkpoint is not None and not overwrite:
@@ -171,8 +176,7 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
         return None
     if checkpoint is None:
         return None
-    file = folder / OPTIONS
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = json.loads((folder / OPTIONS).read_text(encoding="utf-8"))
     changed = [name for name in options if before.get(name) != options[name]]
     if changed:
         what = ", ".join(f"{name}: {before.get(name)!r} before, {options[name]!r} now" for name in changed)
