@@ -26,6 +26,7 @@ from hf_mcsmoe.adapters import moe_layers
 from hf_mcsmoe.data import Sample
 from hf_mcsmoe.evaluation import check_labels, predict, score
 from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.task_data import Feature, pair_features
 from hf_mcsmoe.tasks import TASKS, Example, Task, get_task, task_rows
 
 # The paper's optimiser (appendix on training): the same for all tasks.
@@ -166,17 +167,13 @@ def load_data(arguments: TaskArguments, seed: int, *, train: bool = True) -> Dat
 
 def features(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: Task, arguments: TaskArguments
-) -> list[dict[str, list[int]]]:
-    """Return the examples as tokens, for a Trainer: `input_ids`, `attention_mask` and `labels`."""
-    if not examples:
-        return []
+) -> list[Feature]:
+    """Return the examples as tokens, for a Trainer."""
     source_length = arguments.max_source_length or task.max_source_length
     target_length = arguments.max_target_length or task.max_target_length
-    sources = tokenizer([item.source for item in examples], truncation=True, max_length=source_length)
-    targets = [item.targets[0] for item in examples]
-    labels = tokenizer(text_target=targets, truncation=True, max_length=target_length)["input_ids"]
-    columns = zip(sources["input_ids"], sources["attention_mask"], labels, strict=True)
-    return [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in columns]
+    return pair_features(
+        [(item.source, item.targets[0]) for item in examples], tokenizer, source_length, target_length
+    )
 
 
 def trainer_data(

@@ -76,6 +76,11 @@ def bytes_on_disk(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def folder_bytes(model: str | Path) -> int | None:
+    """Return the bytes of a folder's safetensors; None for a Hub id and for weights in another format."""
+    return bytes_on_disk(model) if any(Path(model).glob("*.safetensors")) else None
+
+
 def expected_parameters(
     model: PreTrainedModel, stored: Mapping[str, int], *, rank: int | None = None, keep: float = 0.0
 ) -> int:

@@ -58,13 +58,7 @@ def calibration_batches(
     samples.sort(key=lambda sample: len(sample[0]))
     # A copy: padding, truncation and the padding token stay set in a tokenizer that was called with them.
     batches = _encode(samples, copy.deepcopy(tokenizer), model, max_length, batch_size, seed, noise or {})
-    vocabulary = len(cast(torch.Tensor, model.get_input_embeddings().weight))
-    largest = max(int(batch["input_ids"].max()) for batch in batches)
-    if largest >= vocabulary:
-        raise ValueError(
-            f"The tokenizer gives token {largest}, the model has {vocabulary} embeddings: this tokenizer belongs to "
-            "another model."
-        )
+    check_token_ids(max(int(batch["input_ids"].max()) for batch in batches), model)
     return batches
 
 
@@ -96,6 +90,16 @@ def read_samples(
     if not samples:
         raise ValueError(f"{source} holds no text.")
     return samples
+
+
+def check_token_ids(largest: int, model: PreTrainedModel) -> None:
+    """Raise ValueError where a tokenizer gives a token, `largest`, that the model has no embedding of."""
+    vocabulary = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+    if largest >= vocabulary:
+        raise ValueError(
+            f"The tokenizer gives token {largest}, the model has {vocabulary} embeddings: this tokenizer belongs to "
+            "another model."
+        )
 
 
 def _text(path: Path) -> str:

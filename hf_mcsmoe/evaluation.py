@@ -1,20 +1,21 @@
 """Quality of a model: tasks by generated text or by likelihood, perplexity and multiple choice."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration import Batch, as_it_was, on_device
+from hf_mcsmoe.choices import Choice, choice_pairs
 from hf_mcsmoe.metrics import METRICS, mean
 from hf_mcsmoe.registry import unknown
 from hf_mcsmoe.tasks import Example, Row, Task
 
-# A context, the texts that may follow it, and the index of the right one.
-Choice = tuple[str, Sequence[str], int]
 WAYS = ("generation", "likelihood")
+# Called as `progress(texts done, texts)`.
+Progress = Callable[[int, int], None]
 
 
 def evaluate_task(
@@ -53,26 +54,32 @@ def predict(
     batch_size: int = 32,
     by: str = "generation",
     max_source_length: int | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """Return the model's answer to each example; arguments and errors as in `evaluate_task`."""
-    if by not in WAYS:
-        raise ValueError(unknown("way of evaluating", by, list(WAYS)))
+    """Return the model's answer to each example; other arguments and errors as in `evaluate_task`."""
+    check_way(by, task, encoder_decoder=model.config.is_encoder_decoder)
     sources, length = [example.source for example in examples], max_source_length or task.max_source_length
     if by == "generation":
-        if not model.config.is_encoder_decoder:
-            raise ValueError(
-                f"{type(model).__name__} has no encoder: its answers would repeat the question. Evaluate it with "
-                'by="likelihood".'
-            )
         check_labels(tokenizer, task)
-        return generate_answers(model, tokenizer, sources, batch_size, length, task.max_target_length)
-    if not task.labels:
-        raise ValueError(f'Task {task.name!r} has free answers, no labels to choose from: evaluate by="generation".')
+        return generate_answers(model, tokenizer, sources, batch_size, length, task.max_target_length, progress)
     joined = task.labels if model.config.is_encoder_decoder else [f" {label}" for label in task.labels]
     pairs = [(source, label) for source in sources for label in joined]
-    scores = answer_scores(model, tokenizer, pairs, batch_size=batch_size, max_length=length)
+    scores = answer_scores(model, tokenizer, pairs, batch_size=batch_size, max_length=length, progress=progress)
     best = torch.tensor(scores).view(-1, len(task.labels)).argmax(1).tolist() if scores else []
     return [task.labels[index] for index in best]
+
+
+def check_way(by: str, task: Task, *, encoder_decoder: bool) -> None:
+    """Raise ValueError where a model of this kind cannot be evaluated on a task by "generation" or "likelihood"."""
+    if by not in WAYS:
+        raise ValueError(unknown("way of evaluating", by, list(WAYS)))
+    if by == "generation" and not encoder_decoder:
+        raise ValueError(
+            "A model without an encoder would repeat the question in its answers. Evaluate it with by="
+            '"likelihood", which asks for a task with labels or choices.'
+        )
+    if by == "likelihood" and not task.labels:
+        raise ValueError(f'Task {task.name!r} has free answers, no labels to choose from: evaluate by="generation".')
 
 
 def check_labels(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
@@ -112,6 +119,7 @@ def generate_answers(
     batch_size: int,
     max_source_length: int,
     max_target_length: int,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Return what an encoder-decoder writes, greedily, to each source; texts of like length share a batch."""
     order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
@@ -132,6 +140,8 @@ def generate_answers(
             )
             for index, text in zip(part, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 answers[index] = text
+            if progress:
+                progress(start + len(part), len(order))
     return answers
 
 
@@ -143,6 +153,7 @@ def answer_scores(
     *,
     batch_size: int = 32,
     max_length: int | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Return the log-likelihood of each answer after its context, summed over the answer's tokens.
 
@@ -152,7 +163,7 @@ def answer_scores(
     Raises:
         ValueError: an answer of no token.
     """
-    encode = _encode_pair if model.config.is_encoder_decoder else _append_pair
+    encode = _encode_pair if model.config.is_encoder_decoder else append_pair
     encoded = [encode(tokenizer, context, answer, max_length) for context, answer in pairs]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))
     scores = [0.0] * len(encoded)
@@ -163,6 +174,8 @@ def answer_scores(
             losses = token_losses(model, on_device(batch, model)).sum(1).tolist()
             for index, loss in zip(part, losses, strict=True):
                 scores[index] = -loss
+            if progress:
+                progress(start + len(part), len(order))
     return scores
 
 
@@ -173,7 +186,7 @@ def _encode_pair(
     return source, tokenizer(text_target=answer)["input_ids"]
 
 
-def _append_pair(
+def append_pair(
     tokenizer: PreTrainedTokenizerBase, context: str, answer: str, max_length: int | None
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of both texts in a row and, per token, itself as label or -100 where it is context."""
@@ -253,11 +266,11 @@ def multiple_choice(
     *,
     batch_size: int = 32,
     max_length: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Return how often, in percent, the right text is the likeliest to follow its context.
 
     `accuracy` compares whole texts, `accuracy_normalised` the likelihood per letter, which does not favour the short.
-    A choice is appended to its context as it stands, so it begins with a space where a space is due.
 
     Raises:
         ValueError: no rows, or a row whose right choice does not exist.
@@ -267,8 +280,9 @@ def multiple_choice(
     for number, (context, choices, right) in enumerate(rows):
         if not 0 <= right < len(choices):
             raise ValueError(f"Row {number} ({context[:60]!r}) has {len(choices)} choices, no number {right}.")
-    pairs = [(context, choice) for context, choices, _ in rows for choice in choices]
-    scores = iter(answer_scores(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length))
+    pairs = [pair for row in rows for pair in choice_pairs(row)]
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
+    scores = iter(answer_scores(model, tokenizer, pairs, **options))
     plain = normalised = 0
     for _, choices, right in rows:
         values = [next(scores) for _ in choices]

@@ -116,13 +116,25 @@ def model_card(model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[
     return f"---\n{_metadata(source, auto_class).to_yaml()}\n---\n{text}"
 
 
+def adopt_card(model: PreTrainedModel) -> bool:
+    """Let a model that was loaded carry the card and the plan that lay beside its weights, to be saved with it.
+
+    Returns whether it has a card with a table of costs, which can be renewed.
+    """
+    if not cast(Any, model).mcsmoe_files:
+        vars(model)["mcsmoe_files"] = _loaded_files(model)
+    card = cast(Any, model).mcsmoe_files.get("README.md", "")
+    return all(mark in card for mark in COSTS)
+
+
 def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
     """Let the card that `model` is saved with say what was done after the merge, and how large the model is now.
 
     A section of the same title is replaced. A model that was loaded goes on with the card of its folder or repository;
     where that has none, nothing is written.
     """
-    files = cast(Any, model).mcsmoe_files or _loaded_files(model)
+    adopt_card(model)
+    files = cast(Any, model).mcsmoe_files
     if "README.md" not in files:
         return
     heading = f"## {title}\n"

@@ -94,8 +94,8 @@ def task_rows(
         return list(islice(rows, limit))
     except ValueError as error:
         raise ValueError(
-            f"Task {task.name!r} has no split {split!r} here: {error} Another split is named with --train_split or "
-            "--evaluation_split, a file with --train_file or --evaluation_file."
+            f"Task {task.name!r} has no split {split!r} here: {error} Another split is named with --split (in scripts "
+            "--train_split, --evaluation_split), a file with --file (--train_file, --evaluation_file)."
         ) from None
 
 

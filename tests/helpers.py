@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.grouping import Groups
 
 Batch = dict[str, torch.Tensor]
+# The fixture that runs a command line and returns its exit code, standard output and error.
+Run = Callable[..., tuple[int, str, str]]
 
 
 def batches(name: str, model: PreTrainedModel, number: int = 2, batch_size: int = 8) -> list[Batch]:

@@ -7,36 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from families import build
+from helpers import Run
 from test_data import tokenizer  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from hf_mcsmoe import cli
 
 TEXT = "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10))
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs a command line and returns its exit code, standard output and error."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["hf-mcsmoe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, " ".join(captured.err.split())
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -201,3 +201,11 @@ def test_what_would_grow_stays_dense_where_allowed() -> None:
     model = copy.deepcopy(example("mixtral").merged)
     decompose_experts(model, LoSparseConfig(rank=12, keep=0.9, allow_dense=True))
     assert not sparse_parts(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
+def test_experts_that_no_calibration_token_reaches_are_decomposed_as_well(name: str) -> None:
+    case = example(name)
+    one = {key: value[:1, :1] for key, value in case.batch.items()}
+    model = decompose_experts(copy.deepcopy(case.merged), LoSparseConfig(**OPTIONS), [one])
+    torch.testing.assert_close(logits(model, case.batch), logits(case.merged, case.batch), atol=1e-4, rtol=1e-4)

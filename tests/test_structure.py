@@ -10,12 +10,12 @@ import hf_mcsmoe
 ROOT = Path(hf_mcsmoe.__file__).parent
 LEVELS = [
     "modeling registry experts",
-    "adapters denoising data loading offloading tasks",
+    "adapters choices denoising data loading offloading tasks",
     "statistics saliency similarity grouping alignment merging decomposition refit losses metrics",
     "config calibration plan model_card compress activations layer_outputs layer_repair repair decompose "
     "distillation_arguments expert_outputs teacher teacher_outputs distillation_loss trainable trainer_checkpoints "
     "compressed_trainer distillation "
-    "sparsification evaluation accounting",
+    "sparsification evaluation accounting task_data",
     "demo cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -49,7 +49,7 @@ class Factors:
             output = output + (self.s @ columns) * self.kept[:, None]
         elif len(self.rows):
             output.index_add_(0, self.rows, self.s @ columns)
-        return output.mT.reshape(*states.shape[:-1], -1)
+        return output.mT.reshape(*states.shape[:-1], len(self.u))
 
     def dense(self) -> torch.Tensor:
         """Return W [out, in]: for inspection and for further compression, never in a forward."""

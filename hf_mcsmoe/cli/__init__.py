@@ -1,0 +1,54 @@
+"""The command line: `hf-mcsmoe inspect`, `compress`, `distill`, `evaluate` and `demo`."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from transformers.utils import logging as transformers_logging
+
+from hf_mcsmoe.cli.compress import compress_command
+from hf_mcsmoe.cli.demo import demo_command
+from hf_mcsmoe.cli.distill import distill_command
+from hf_mcsmoe.cli.evaluate import evaluate_command
+from hf_mcsmoe.cli.inspect import inspect_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _options_of_all(
+    debug: Annotated[bool, typer.Option("--debug", help="show where an error arose; goes with every command")] = False,
+) -> None:
+    """Merge the experts of Mixture-of-Experts models (M-SMoE) into checkpoints that load anywhere."""
+
+
+app.command("inspect")(inspect_command)
+app.command("compress")(compress_command)
+app.command("distill")(distill_command)
+app.command("evaluate")(evaluate_command)
+app.command("demo")(demo_command)
+
+
+def main() -> None:
+    """Run the command line; an error is one sentence and exit code 1, with its traceback under `--debug`."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    try:
+        app(args=arguments, prog_name="hf-mcsmoe")
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        expected = isinstance(error, ValueError | TypeError | OSError)
+        hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
+        Console(stderr=True).print(f"[red]Error:[/] {escape(text)}{hint}", highlight=False)
+        sys.exit(1)

@@ -1,0 +1,277 @@
+"""`hf-mcsmoe distill`."""
+
+import random
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from rich.markup import escape
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+
+from hf_mcsmoe.accounting import Account, account, folder_bytes
+from hf_mcsmoe.adapters import moe_layers
+from hf_mcsmoe.cli.display import console, cost_table
+from hf_mcsmoe.cli.options import Overwrite, Tokenizer, described, itemsize, options_of
+from hf_mcsmoe.cli.sources import Source
+from hf_mcsmoe.cli.training import (
+    Training,
+    check_working_folder,
+    kept_until_complete,
+    training_progress,
+    working_folder,
+)
+from hf_mcsmoe.config import LoSparseConfig, option_help
+from hf_mcsmoe.data import check_token_ids
+from hf_mcsmoe.decompose import check_low_rank, compact, decompose_experts
+from hf_mcsmoe.distillation import (
+    DistillationArguments,
+    DistillationOptions,
+    DistillationSeq2SeqArguments,
+    DistillationSeq2SeqTrainer,
+    DistillationTrainer,
+)
+from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
+from hf_mcsmoe.model_card import add_to_card, adopt_card, describe_costs
+from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
+from hf_mcsmoe.sparsification import SparsificationCallback
+from hf_mcsmoe.task_data import Feature, collator, feature_batches
+from hf_mcsmoe.teacher import check_tokenizer, check_vocabulary, vocabulary_size
+
+# Fields of DistillationOptions that are options of the command; a new one needs its name here, and no more.
+DISTILLATION = [
+    "kd_weight",
+    "kd_temperature",
+    "hidden_weight",
+    "reference_kd",
+    "train_parts",
+    "freeze_routers",
+    "teacher_dtype",
+    "teacher_device_map",
+]
+KEEP = 0.1
+# Training rows by whose inputs experts are decomposed, and on which costs are counted.
+SAMPLE = 256
+CARD_TEXT = (
+    "Each matrix of a merged expert is stored as `U V + S` (MC-SMoE), with the share {keep} of the rows of S: those\n"
+    "of the highest {importance}, chosen while the model was distilled. No dense matrix is kept or rebuilt."
+)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How experts are stored as low rank + sparse while they learn."""
+
+    rank: int | None = described(None, "store merged experts as low rank + sparse (MC-SMoE) of this rank, e.g. 32")
+    keep: float | None = described(None, option_help("keep", LoSparseConfig) + f", {KEEP} unless given otherwise")
+    factorisation: str = described("weighted_svd", option_help("factorisation", LoSparseConfig))
+    start: float = described(0.04, "share of the steps before the first row of S is pruned")
+    end: float = described(0.16, "share of the steps after the last one was")
+    importance: str = described("sensitivity", "score of a row of S: sensitivity or magnitude")
+
+    def check(self, name: str, student: PreTrainedModel) -> LoSparseConfig | None:
+        """Return how the experts of a student, without weights, are to be decomposed; None where they are not.
+
+        Raises:
+            ValueError: it is decomposed already, the rank does not fit, or there is nothing that could be pruned.
+        """
+        if self.rank is None:
+            if self.keep is not None and not sparse_parts(student):
+                raise ValueError(
+                    f"--keep {self.keep} is a share of S, which {name} does not hold: give --rank as well."
+                )
+            return None
+        if any(low_rank_modules(student)):
+            raise ValueError(f"{name} is decomposed already: leave out --rank, or name the merged model.")
+        keep = KEEP if self.keep is None else self.keep
+        config = LoSparseConfig(rank=self.rank, keep=keep, factorisation=self.factorisation)
+        check_low_rank([layer for layer in moe_layers(student) if layer.merged], config)
+        return config
+
+    def callback(self, keep: float, steps: int) -> SparsificationCallback:
+        """Return what prunes down to `keep` in a training of so many steps.
+
+        Raises:
+            ValueError: a number out of range, an unknown name, or a schedule that leaves no step to prune in.
+        """
+        made = SparsificationCallback(keep, start=self.start, end=self.end, importance=self.importance)
+        schedule = made.options(steps)
+        if schedule["start"] + schedule["end"] >= steps:
+            raise ValueError(
+                f"--start {self.start} and --end {self.end} leave none of the {steps} steps of the training to prune "
+                "in: train longer, or lower them."
+            )
+        return made
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was checked: what it trains, by which teacher, on what, and how."""
+
+    student: str
+    teacher: str
+    tokenizer: PreTrainedTokenizerBase
+    features: list[Feature]
+    arguments: Any
+    low_rank: LoSparseConfig | None
+    pruning: SparsificationCallback | None
+    dtype: str
+    saved_dtype: torch.dtype
+
+    @property
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        """Some of the training rows, drawn by the seed, in batches of like length."""
+        rows = random.Random(self.arguments.seed).sample(self.features, min(SAMPLE, len(self.features)))
+        return feature_batches(rows, self.tokenizer, self.arguments.per_device_train_batch_size)
+
+
+@options_of(Source, "source")
+@options_of(Training, "training")
+@options_of(Pruning, "pruning")
+@options_of(DistillationOptions, "distillation", DISTILLATION)
+def distill_command(
+    student: Annotated[str, typer.Argument(help="folder or Hub id of the merged model", metavar="STUDENT")],
+    teacher: Annotated[str, typer.Option(help="folder or Hub id of the original model")],
+    output: Annotated[Path, typer.Option(help="folder to write the trained model to")],
+    source: Source,
+    training: Training,
+    distillation: DistillationOptions,
+    pruning: Pruning,
+    tokenizer: Tokenizer = None,
+    dtype: Annotated[str, typer.Option(help="dtype to train in; the result is saved in the student's")] = "float32",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with a run that was killed, if there is one")
+    ] = False,
+    overwrite: Overwrite = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="also upload, to this repository of the Hub")] = None,
+) -> None:
+    """Train a merged model on a task or text and on its teacher's outputs; with --rank, compress it further (MC-SMoE).
+
+    Checkpoints lie in OUTPUT.training until the result is complete.
+    """
+    started = time.perf_counter()
+    output = check_output(output, overwrite=overwrite, needed_bytes=0)
+    folder = working_folder(output)
+    parts = [asdict(part) for part in (source, training, pruning, distillation)]
+    asked = {name: str(value) if isinstance(value, Path) else value for part in parts for name, value in part.items()}
+    asked |= {"student": student, "teacher": teacher, "tokenizer": tokenizer, "dtype": dtype}
+    checkpoint = check_working_folder(folder, asked, resume=resume, overwrite=overwrite)
+    run = _check(student, teacher, source, training, pruning, distillation, tokenizer, dtype, folder)
+    with kept_until_complete(folder, asked, checkpoint):
+        model, accounts = _train(run, checkpoint)
+        model.save_pretrained(output)
+        if tokenizer:
+            run.tokenizer.save_pretrained(output)
+    places: dict[str, str | Path] = {"teacher": teacher, "student": student, "distilled": output}
+    accounts = {name: replace(item, bytes_on_disk=folder_bytes(places[name])) for name, item in accounts.items()}
+    console.print(cost_table(accounts))
+    console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
+    if push_to_hub:
+        console.print(f"uploaded: {cast(Any, model).push_to_hub(push_to_hub)}")
+        if tokenizer:
+            run.tokenizer.push_to_hub(push_to_hub)
+
+
+def _check(
+    student: str,
+    teacher: str,
+    source: Source,
+    training: Training,
+    pruning: Pruning,
+    distillation: DistillationOptions,
+    tokenizer_name: str | None,
+    dtype: str,
+    folder: Path,
+) -> Run:
+    """Check all that can be checked before weights are loaded.
+
+    Raises:
+        ValueError: any of it is wrong.
+    """
+    distillation.check()
+    ours, theirs = empty_model(student), empty_model(teacher)
+    check_pair(student, ours, teacher, theirs)
+    low_rank = pruning.check(student, ours)
+    # The result, and three checkpoints with the two moments of the optimiser: a new one is written before one goes.
+    needed = ours.num_parameters() * (ours.dtype.itemsize + 3 * (itemsize(dtype, ours) + 8))
+    check_output(folder, overwrite=True, needed_bytes=needed)
+    tokenizer = load_tokenizer(tokenizer_name or student)
+    check_tokenizer(ours, theirs, tokenizer)
+    contents = source.read(training=True)
+    features = contents.features(tokenizer, ours.config, seed=training.seed)
+    check_token_ids(max(max(feature["input_ids"]) for feature in features), ours)
+    settings = training.arguments(contents.task, len(features), folder)
+    kind = DistillationSeq2SeqArguments if ours.config.is_encoder_decoder else DistillationArguments
+    arguments = kind(**settings, **vars(distillation))
+    callback = None
+    if low_rank or sparse_parts(ours):
+        keep = low_rank.keep if low_rank else pruning.keep or ours.config.mcsmoe.get("keep", KEEP)
+        callback = pruning.callback(keep, settings["max_steps"])
+    return Run(student, teacher, tokenizer, features, arguments, low_rank, callback, dtype, ours.dtype)
+
+
+def check_pair(student_name: str, student: PreTrainedModel, teacher_name: str, teacher: PreTrainedModel) -> None:
+    """Raise ValueError where a model is not one that `teacher` can teach; neither needs weights."""
+    if not getattr(student.config, "mcsmoe", None):
+        raise ValueError(f"{student_name} is not compressed: merge its experts first, with hf-mcsmoe compress.")
+    if not type(student).can_generate():
+        raise ValueError(
+            f"{student_name} is a {type(student).__name__}, which writes no text; it cannot be distilled."
+        )
+    if student.config.is_encoder_decoder != teacher.config.is_encoder_decoder or not type(teacher).can_generate():
+        raise ValueError(
+            f"{teacher_name} is a {type(teacher).__name__}, {student_name} a {type(student).__name__}: a teacher must "
+            "be the original model of the student, or one of its kind."
+        )
+    check_vocabulary(vocabulary_size(student), vocabulary_size(teacher))
+
+
+def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str, Account]]:
+    """Load, decompose, train and compact; returns the result and the costs of teacher, student and result."""
+    options, batches = run.arguments, run.batches
+    batch = batches[len(batches) // 2]  # of middling length
+    model = load_model(run.student, dtype=run.dtype)
+    teacher = load_model(run.teacher, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
+    accounts = {"teacher": account(teacher, batch), "student": account(model, batch)}
+    has_card = adopt_card(model)
+    if run.low_rank:
+        with console.status("decomposition, layer by layer"):
+            _decompose(model, run.low_rank, batches, checkpoint)
+    if run.pruning:
+        model.config.mcsmoe["keep"] = run.pruning.keep
+    kind = DistillationSeq2SeqTrainer if model.config.is_encoder_decoder else DistillationTrainer
+    with training_progress() as shown:
+        callbacks = [*([run.pruning] if run.pruning else []), shown]
+        trainer = kind(
+            model,
+            args=options,
+            teacher=teacher,
+            train_dataset=run.features,
+            data_collator=collator(run.tokenizer),
+            callbacks=callbacks,
+        )
+        for own in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(own)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if run.pruning:
+        compact(model)
+    torch.nn.Module.to(model, run.saved_dtype)
+    accounts["distilled"] = account(model, batch)
+    if has_card:
+        if run.pruning:
+            text = CARD_TEXT.format(keep=run.pruning.keep, importance=run.pruning.importance)
+            add_to_card(model, "Low rank + sparse", text)
+        describe_costs(model, accounts)
+    return model, accounts
+
+
+def _decompose(
+    model: PreTrainedModel, config: LoSparseConfig, batches: list[dict[str, torch.Tensor]], checkpoint: Path | None
+) -> None:
+    """Decompose the experts; those of a run that goes on get their values from the checkpoint."""
+    weighted = config.factorisation != "svd" and checkpoint is None
+    decompose_experts(
+        model, config if weighted else replace(config, factorisation="svd"), batches if weighted else None
+    )

@@ -1,0 +1,208 @@
+"""What `distill` adds to a Trainer: the options of a training, its progress, and the checkpoints of a killed run."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_mcsmoe.cli.display import console
+from hf_mcsmoe.cli.options import described
+from hf_mcsmoe.tasks import Task
+
+EPOCHS, LEARNING_RATE, BATCH_SIZE, WARMUP_STEPS = 3.0, 5e-5, 8, 16
+# Losses are logged so often in a run.
+LOGS = 50
+COMPLETE, OPTIONS = "complete", "options.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast to train; where nothing is given, the paper's settings for the task."""
+
+    epochs: float | None = described(None, f"passes over the data, {EPOCHS:g} unless --max-steps is given")
+    max_steps: int | None = described(None, "optimiser steps, instead of --epochs", min=1)
+    learning_rate: float | None = described(
+        None, f"highest learning rate; by default the paper's for the task, else {LEARNING_RATE:g}"
+    )
+    batch_size: int | None = described(
+        None, f"rows in a forward; by default the paper's for the task, else {BATCH_SIZE}", min=1
+    )
+    gradient_accumulation_steps: int = described(1, "forwards per optimiser step", min=1)
+    warmup_steps: int | None = described(
+        None, f"steps until the highest learning rate; by default {WARMUP_STEPS} (paper), or a tenth of all if fewer"
+    )
+    seed: int = described(0, "seed of the order of the rows, of dropout and of masked spans")
+    bf16: bool = described(False, "compute in bfloat16 (weights stay as --dtype says)", names=("--bf16",))
+    save_steps: int = described(500, "steps between two checkpoints, from which --resume goes on", min=1)
+
+    def arguments(self, task: Task | None, rows: int, folder: Path) -> dict[str, Any]:
+        """Return these settings as arguments of a Trainer that keeps its checkpoints in `folder`.
+
+        Raises:
+            ValueError: both lengths are given.
+        """
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("--epochs and --max-steps both say how long to train: give one.")
+        batch_size = self.batch_size or (task.batch_size if task else BATCH_SIZE)
+        batches = math.ceil(rows / batch_size)
+        epochs = EPOCHS if self.epochs is None else self.epochs
+        steps = self.max_steps or math.ceil(epochs * math.ceil(batches / self.gradient_accumulation_steps))
+        if steps < 1:
+            raise ValueError(f"--epochs {self.epochs} is no training; it must be more than 0.")
+        warmup = min(WARMUP_STEPS, steps // 10) if self.warmup_steps is None else self.warmup_steps
+        if warmup >= steps:
+            raise ValueError(f"--warmup-steps {warmup} take all of the {steps} steps of the training: lower them.")
+        return {
+            "output_dir": str(folder),
+            "max_steps": steps,
+            "learning_rate": self.learning_rate or (task.learning_rate if task else LEARNING_RATE),
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "warmup_steps": warmup,
+            "seed": self.seed,
+            "bf16": self.bf16,
+            "save_strategy": "steps",
+            "save_steps": self.save_steps,
+            "save_total_limit": 2,
+            "logging_steps": max(1, steps // LOGS),
+            "logging_first_step": True,
+            "use_cpu": not torch.accelerator.is_available(),
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows how far a Trainer is, with the terms of its loss: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        """Show nothing yet."""
+        columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.console, self.progress = console, Progress(*columns, TextColumn("{task.fields[terms]}"), console=console)
+        self.task = self.progress.add_task("distil", total=None, terms="", visible=False)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start where a resumed run goes on."""
+        self.progress.update(self.task, completed=state.global_step, total=state.max_steps, visible=True)
+        if self.console.is_terminal:
+            self.progress.start()
+
+    def stop(self) -> None:
+        """Leave what is shown as it is."""
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move on."""
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the terms of the loss and the share of rows of S that are kept."""
+        terms = {name: value for name, value in (logs or {}).items() if name.endswith("_loss") or name == "kept_share"}
+        terms.pop("train_loss", None)  # the Trainer's own mean over all, at the end
+        if not terms:
+            return
+        text = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        self.progress.update(self.task, terms=text)
+        if not self.console.is_terminal:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False, soft_wrap=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark the checkpoint as complete; this callback is the last."""
+        if state.is_world_process_zero:
+            (Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
+
+
+@contextmanager
+def training_progress(shown_on: Console = console) -> Iterator[TrainingProgress]:
+    """Yield a callback for a Trainer; what it shows ends with the block, whatever happens in there."""
+    shown = TrainingProgress(shown_on)
+    try:
+        yield shown
+    finally:
+        shown.stop()
+
+
+def working_folder(output: Path) -> Path:
+    """Return the folder beside the output in which a run keeps its checkpoints until it is complete."""
+    return output.with_name(f"{output.name}.training")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the last checkpoint in a working folder that was written to the end."""
+    complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Return the checkpoint to resume from, if there is one and it is asked for.
+
+    Raises:
+        ValueError: a killed run's checkpoints, or whatever else is in the folder, would be lost, or it had other
+            options.
+    """
+    if folder.exists() and not (folder / OPTIONS).is_file():
+        raise ValueError(
+            f"{folder} is where checkpoints go, but was not made by a run: move it, or name another output."
+        )
+    checkpoint = last_checkpoint(folder)
+    if not resume:
+        if checkpoint is not None and not overwrite:
+            raise ValueError(
+                f"{checkpoint} is what a killed run left: go on from there with --resume, or lose it with --overwrite."
+            )
+        return None
+    if checkpoint is None:
+        return None
+    before = json.loads((folder / OPTIONS).read_text(encoding="utf-8"))
+    changed = [name for name in options if before.get(name) != options[name]]
+    if changed:
+        what = ", ".join(f"{name}: {before.get(name)!r} before, {options[name]!r} now" for name in changed)
+        raise ValueError(f"The run in {folder} had other options ({what}): resume with the same ones.")
+    return checkpoint
+
+
+@contextmanager
+def kept_until_complete(folder: Path, options: Mapping[str, Any], checkpoint: Path | None) -> Iterator[None]:
+    """Keep checkpoints in `folder` for the time of the block, and remove them once it is done without an error.
+
+    Args:
+        options: what the run is asked to do, for a resumed one to be compared with.
+        checkpoint: where it goes on; None where it begins anew.
+    """
+    if checkpoint is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    try:
+        yield
+    except BaseException:
+        left = last_checkpoint(folder)
+        if left is None:
+            shutil.rmtree(folder)
+        else:
+            console.print(f"{escape(str(left))} is kept: the same command with --resume goes on from there.")
+        raise
+    shutil.rmtree(folder)
