@@ -204,7 +204,9 @@ class DistillationTrainer(CompressedModelTrainer):
         if num_items is not None and self.args.average_tokens_across_devices:
             # Counted over all processes, over which gradients, or losses, are averaged afterwards.
             total = total / self.accelerator.num_processes
-        return Divisors(total, tokens, self.current_gradient_accumulation_steps if training else 1)
+        # Known within `train` only, and needed by the form that is no mean over labels.
+        batches = self.current_gradient_accumulation_steps if training and self.args.reference_kd else 1
+        return Divisors(total, tokens, batches)
 
     def _measure_experts(self, batch: Batch | None = None) -> None:
         """Measure the scales of the teacher's layers on the first rows to train on, in every process the same.

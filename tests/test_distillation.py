@@ -21,6 +21,7 @@ def test_the_loss_is_the_mean_over_all_labels_that_count(name: str, tmp_path: Pa
     trainer, batch, case = make_trainer(name, tmp_path), stacked(make_rows()), example(name)
     with torch.no_grad():
         found = float(trainer.compute_loss(trainer.model.eval(), batch))
+        assert float(trainer.compute_loss(trainer.model.train(), batch)) == pytest.approx(found, rel=1e-5)
         student, teacher = (model(**batch).logits for model in (case.merged, case.base))
     labels = batch["labels"]
     if name == "mixtral":
