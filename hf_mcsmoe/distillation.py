@@ -109,6 +109,10 @@ class DistillationTrainer(Trainer):
         check_vocabulary(model, teacher)
         self.teacher = teacher.eval().requires_grad_(False)
         choose_parameters(model, options.train_parts, options.freeze_routers)
+        if options.ddp_find_unused_parameters is None:
+            # An expert that no token of a process chose has no gradient there, and the others would wait for it. Trainer
+            # does not search for such under gradient checkpointing, whose reentrant kind (not the default) forbids it.
+            options.ddp_find_unused_parameters = True
         super().__init__(model, *args, **kwargs)
         if not getattr(teacher, "hf_device_map", None):
             nn.Module.to(self.teacher, self.args.device)

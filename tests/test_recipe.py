@@ -129,14 +129,3 @@ def test_merging_alone_and_a_wrong_number_of_experts(folder: Path) -> None:  # n
     result = run("merge_and_distill.py", *given, "--num_experts", "32")
     assert result.returncode != 0
     assert "--num_experts 32, but " in result.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_each_row_once(folder: Path) -> None:  # noqa: F811
-    given = ["--model_name_or_path", folder / "model", *data(folder)]
-    alone = run("evaluate_seq2seq.py", *given, "--output_dir", folder / "one")
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    both = run("evaluate_seq2seq.py", *given, "--output_dir", folder / "two", launcher=launcher)
-    assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
-    assert figures(folder / "one") == figures(folder / "two")
-    assert figures(folder / "two")["examples"] == 11
