@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 
 from hf_mcsmoe.adapters import moe_layers
 from hf_mcsmoe.loading import load_model
-from hf_mcsmoe.losses import cross_entropy, kl_divergence, reference_kl_divergence, squared_error
+from hf_mcsmoe.losses import cross_entropy, distillation_sums, reference_kl_divergence, squared_error
 from hf_mcsmoe.model_card import add_to_card
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import public_name
@@ -40,6 +40,10 @@ class DistillationOptions:
     teacher_dtype: str = field(default="auto", metadata={"help": "dtype of a teacher given by name"})
     teacher_device_map: str | None = field(default=None, metadata={"help": "device map of a teacher given by name"})
     allow_uncompressed: bool = field(default=False, metadata={"help": "accept a student that is not compressed"})
+    # Trainer does not look for such under gradient checkpointing, whose reentrant kind (not the default) forbids it.
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "do not wait for the gradient of an expert that no token of a process chose"}
+    )
 
     def check(self) -> None:
         """Raise ValueError for a number out of range or a name that does not exist."""
@@ -109,10 +113,6 @@ class DistillationTrainer(Trainer):
         check_vocabulary(model, teacher)
         self.teacher = teacher.eval().requires_grad_(False)
         choose_parameters(model, options.train_parts, options.freeze_routers)
-        if options.ddp_find_unused_parameters is None:
-            # An expert that no token of a process chose has no gradient there, and the others would wait for it. Trainer
-            # does not search for such under gradient checkpointing, whose reentrant kind (not the default) forbids it.
-            options.ddp_find_unused_parameters = True
         super().__init__(model, *args, **kwargs)
         if not getattr(teacher, "hf_device_map", None):
             nn.Module.to(self.teacher, self.args.device)
@@ -138,13 +138,13 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"Distillation needs labels; the batch has {', '.join(inputs)}.")
         options = self.args
         more = {"output_hidden_states": True} if options.hidden_weight else {}
+        labels, inputs = inputs["labels"], self._without_labels(inputs)
         outputs = model(**inputs, **more)
         with torch.no_grad():
             theirs = self.teacher(**inputs, **more)
-        labels, shift = inputs["labels"], not self.model.config.is_encoder_decoder
         student, teacher = outputs.logits, theirs.logits.to(outputs.logits.device)
-        if shift:
-            student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+        if not self.model.config.is_encoder_decoder:
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # slices of the logits would be copies
         counted = labels != -100
         total = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         if not total and model.training:
@@ -152,16 +152,15 @@ class DistillationTrainer(Trainer):
         share = 1 / total.to(student.device).clamp(min=1)
         if num_items_in_batch is not None and options.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # gradients are averaged over processes afterwards
-        terms = {"task_loss": cross_entropy(student, labels) * share}
         if options.reference_kd:
             kd = reference_kl_divergence(student, teacher, options.kd_temperature)
-            terms["kd_loss"] = kd / (self.current_gradient_accumulation_steps if model.training else 1)
+            kd = kd / (self.current_gradient_accumulation_steps if model.training else 1)
+            terms = {"task_loss": cross_entropy(student, labels) * share, "kd_loss": kd}
         else:
-            terms["kd_loss"] = kl_divergence(student, teacher, counted, options.kd_temperature) * share
+            task, kd = distillation_sums(student, teacher, labels, options.kd_temperature)
+            terms = {"task_loss": task * share, "kd_loss": kd * share}
         if options.hidden_weight:
-            ours, reference = (
-                _last_hidden(item)[:, :-1] if shift else _last_hidden(item) for item in (outputs, theirs)
-            )
+            ours, reference = (_last_hidden(item) for item in (outputs, theirs))
             terms["hidden_loss"] = squared_error(ours, reference.to(ours.device), counted) * share
         weights = {"task_loss": 1.0, "kd_loss": options.kd_weight, "hidden_loss": options.hidden_weight}
         loss = sum(weights[name] * value for name, value in terms.items())
@@ -169,6 +168,13 @@ class DistillationTrainer(Trainer):
             for name, value in terms.items():
                 self._terms[name] += value.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return what both models are given: with labels each would compute a loss of its own over its logits."""
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        if self.model.config.is_encoder_decoder and not rest.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+            rest["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        return rest
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a step.
