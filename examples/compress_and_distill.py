@@ -10,7 +10,17 @@ frozen routers; batch size and learning rate by task.
 
 from dataclasses import dataclass, field
 
-from recipe import TaskArguments, calibration_samples, evaluate, load, load_model, parse, train, trainer_data
+from recipe import (
+    TaskArguments,
+    calibration_samples,
+    evaluate,
+    load,
+    load_model,
+    mistakes_told_once,
+    parse,
+    train,
+    trainer_data,
+)
 
 from hf_mcsmoe import (
     DistillationSeq2SeqArguments,
@@ -43,8 +53,9 @@ class CompressArguments:
 def main() -> None:
     """Decompose, distil while pruning, store compactly, save and evaluate."""
     classes = (TaskArguments, CompressArguments, DistillationSeq2SeqArguments)
-    arguments, choice, training = parse(classes, __doc__ or "")
-    model, tokenizer, data = load(arguments, training)
+    with mistakes_told_once():
+        arguments, choice, training = parse(classes, __doc__ or "")
+        model, tokenizer, data = load(arguments, training)
     max_length = arguments.max_source_length or data.task.max_source_length
     batches = None
     if choice.factorisation != "svd":

@@ -15,6 +15,8 @@ from recipe import (
     check_num_experts,
     evaluate,
     load,
+    made_once,
+    mistakes_told_once,
     parse,
     train,
     trainer_data,
@@ -40,7 +42,6 @@ def merge(
     seed: int,
 ) -> PreTrainedModel:
     """Return the merged copy of a model, guided by its routers on training rows."""
-    check_num_experts(teacher, choice.num_experts)
     config = MergeConfig(
         experts=choice.num_groups,
         skip=tuple(pattern for pattern in choice.skip if pattern != "none"),
@@ -59,10 +60,15 @@ def merge(
 def main() -> None:
     """Merge, evaluate, distil, save and evaluate."""
     classes = (TaskArguments, MergeArguments, DistillationSeq2SeqArguments)
-    arguments, choice, training = parse(classes, __doc__ or "")
-    teacher, tokenizer, data = load(arguments, training)
+    with mistakes_told_once():
+        arguments, choice, training = parse(classes, __doc__ or "")
+        teacher, tokenizer, data = load(arguments, training)
+        check_num_experts(teacher, choice.num_experts)
     max_length = arguments.max_source_length or data.task.max_source_length
-    model = merge(teacher, tokenizer, calibration_samples(data), choice, max_length, training.seed)
+    samples = calibration_samples(data)
+    model = made_once(
+        lambda: merge(teacher, tokenizer, samples, choice, max_length, training.seed), training.output_dir
+    )
     batch_size, output_dir = training.per_device_eval_batch_size, training.output_dir
     evaluate(model, tokenizer, data, arguments, batch_size, output_dir, name="before_distillation")
     trainer = DistillationSeq2SeqTrainer(

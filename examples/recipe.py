@@ -1,11 +1,14 @@
 """What the scripts of the recipe share: their arguments, the paper's defaults, data, and the last evaluation."""
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import random
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,14 @@ from transformers import (
     Seq2SeqTrainer,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_mcsmoe import SparsificationCallback
 from hf_mcsmoe.adapters import moe_layers
 from hf_mcsmoe.data import Sample
 from hf_mcsmoe.evaluation import check_labels, predict, score
 from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.sparsification import OPTIONS_FILE
 from hf_mcsmoe.task_data import Feature, pair_features
 from hf_mcsmoe.tasks import TASKS, Example, Task, get_task, task_rows
 
@@ -38,8 +43,15 @@ PAPER = {
     "warmup_steps": 16,
     "lr_scheduler_type": "linear",
 }
-# Of Transformers' own arguments, what the scripts choose otherwise: no reports, one checkpoint an epoch, two kept.
-HOUSE = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 2, "output_dir": "out"}
+# Of Transformers' own arguments, what the scripts choose otherwise: no reports, one checkpoint an epoch, two kept, and
+# processes that do not wait for the gradient of an expert that no token of theirs chose.
+HOUSE = {
+    "report_to": "none",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "output_dir": "out",
+    "ddp_find_unused_parameters": True,
+}
 
 
 @dataclass
@@ -124,12 +136,35 @@ def parse(classes: Sequence[type], description: str, arguments: Sequence[str] | 
     return parser.parse_args_into_dataclasses(given)
 
 
+@contextlib.contextmanager
+def mistakes_told_once() -> Iterator[None]:
+    """End the script with one sentence, told by the first process, where the block finds a mistake of the user's.
+
+    For what each process does alike; an error that only one of them meets has to be told by that one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def check_processes() -> None:
+    """Raise ValueError where a launcher has started several processes and each of them would work alone."""
+    started, known = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    if known != started:
+        raise ValueError(
+            f"{started} processes were started, but there is no accelerator for which they could work together: pass "
+            "--use_cpu true."
+        )
+
+
 def load(arguments: TaskArguments, training: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Data]:
     """Return the model, its tokenizer and the data, in the order in which mistakes are cheapest.
 
     Raises:
         ValueError: no such model, task, split or file, or arguments that contradict each other.
     """
+    check_processes()
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     data = load_data(arguments, training.seed)
@@ -200,13 +235,41 @@ def check_num_experts(model: PreTrainedModel, expected: int | None) -> None:
             raise ValueError(f"--num_experts {expected}, but {layer.name} has {layer.num_experts}.")
 
 
+def made_once(make: Callable[[], PreTrainedModel], output_dir: str) -> PreTrainedModel:
+    """Return the model that `make` makes: of several processes the first one makes it, the others load what it saved.
+
+    So all of them hold the same groups of experts, whatever a device does to the last digit of a statistic, and only
+    one needs the memory and, where they share the cores, the time. `output_dir` has to be seen by all of them.
+    """
+    state, folder = PartialState(), Path(output_dir) / "made_once"
+    if state.num_processes == 1:
+        return make()
+    model = None
+    if state.is_main_process:
+        model = make()
+        model.save_pretrained(folder)
+    state.wait_for_everyone()
+    model = model or load_model(str(folder))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(folder)
+    return model
+
+
 def train(trainer: Seq2SeqTrainer) -> None:
     """Train, from where a killed run stopped with `--resume_from_checkpoint last` (or a folder)."""
     resume = trainer.args.resume_from_checkpoint
-    if resume == "last":
-        folder = trainer.args.output_dir
-        resume = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer) if resume == "last" else resume)
+
+
+def last_checkpoint(trainer: Seq2SeqTrainer) -> str | None:
+    """Return the newest checkpoint that was complete when the run was killed; None where there is none."""
+    callbacks = trainer.callback_handler.callbacks
+    pruned = any(isinstance(callback, SparsificationCallback) for callback in callbacks)
+    last = OPTIONS_FILE if pruned else TRAINER_STATE_NAME  # what is written after everything else
+    folders = Path(trainer.args.output_dir).glob("checkpoint-*/")
+    complete = [folder for folder in folders if (folder / last).is_file()]
+    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))) if complete else None
 
 
 def evaluate(

@@ -45,6 +45,10 @@ class DistillationOptions:
     )
     teacher_top_k: int = option(64, "tokens of the vocabulary kept per position where the outputs are written")
     allow_uncompressed: bool = option(False, "accept a student that is not compressed")
+    # Trainer does not look for such under gradient checkpointing, whose reentrant kind (not the default) forbids it.
+    ddp_find_unused_parameters: bool | None = option(
+        True, "do not wait for the gradient of an expert that no token of a process chose"
+    )
 
     def check(self) -> None:
         """Raise ValueError for a number out of range, a name that does not exist, or options that exclude others."""

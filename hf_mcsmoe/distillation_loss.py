@@ -1,7 +1,7 @@
 """The terms of a distillation's loss, from one forward of the student and what there is of the teacher."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,12 +11,13 @@ from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.expert_outputs import ExpertOutputs, Outputs, observed_outputs
 from hf_mcsmoe.losses import (
     cross_entropy,
+    distillation_sums,
     kl_divergence,
     reference_kl_divergence,
     squared_error,
     top_kl_divergence,
 )
-from hf_mcsmoe.teacher_outputs import STORED, counted_labels
+from hf_mcsmoe.teacher_outputs import STORED
 
 # Per term of the loss the argument that weighs it.
 TERMS = {"task_loss": None, "kd_loss": "kd_weight", "hidden_loss": "hidden_weight", "expert_loss": "expert_weight"}
@@ -55,33 +56,25 @@ class DistillationLoss:
         Raises:
             ValueError: an expert loss without a gradient.
         """
-        inputs = {name: value for name, value in batch.items() if name not in STORED}
+        inputs = self._inputs(student, batch)
         outputs, layers = self._run(model, student, inputs)
         theirs: Any = None
         if self.teacher is not None:
             with torch.no_grad():
                 theirs, their_layers = self._run(self.teacher, self.teacher, inputs)
-        counted = counted_labels(batch["labels"], self.shifted)
-        logits = outputs.logits[counted.to(outputs.logits.device)]
-        share = 1 / divisors.labels.to(logits.device).clamp(min=1)
-        targets = batch["labels"][:, 1:] if self.shifted else batch["labels"]
-        targets = targets[targets != -100].to(logits.device)
-        terms = {"task_loss": cross_entropy(logits, targets, self.options.label_smoothing_factor) * share}
+        labels = batch["labels"].to(outputs.logits.device)
+        if self.shifted:  # the labels, not the logits, whose slices would be copies
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        counted, share = labels != -100, 1 / divisors.labels.to(labels.device).clamp(min=1)
+        terms = {name: value * share for name, value in self._sums(outputs.logits, theirs, labels, batch).items()}
         if theirs is not None and self.options.reference_kd:
             terms["kd_loss"] = self._reference(outputs, theirs) / divisors.batches
-        elif theirs is not None:
-            wanted = theirs.logits[counted.to(theirs.logits.device)].to(logits.device)
-            everywhere = torch.ones_like(targets, dtype=torch.bool)
-            terms["kd_loss"] = kl_divergence(logits, wanted, everywhere, self.options.kd_temperature) * share
-        elif STORED[0] in batch:
-            top, ids, rest = (batch[name].to(logits.device) for name in STORED)
-            terms["kd_loss"] = top_kl_divergence(logits, top, ids, rest, self.options.kd_temperature) * share
         if theirs is not None and self.options.hidden_weight:
             ours, wanted = _last_hidden(outputs), _last_hidden(theirs)
             terms["hidden_loss"] = squared_error(ours, wanted.to(ours.device), counted.to(ours.device)) * share
         if self.experts is not None:
             self._check_gradient(outputs, layers)
-            terms["expert_loss"] = self.experts.error(inputs, layers, their_layers, divisors.tokens).to(logits.device)
+            terms["expert_loss"] = self.experts.error(batch, layers, their_layers, divisors.tokens).to(labels.device)
         return terms, self._without_hidden_states(outputs)
 
     def total(self, terms: Terms) -> torch.Tensor:
@@ -89,10 +82,31 @@ class DistillationLoss:
         weights = {name: 1.0 if weight is None else vars(self.options)[weight] for name, weight in TERMS.items()}
         return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
 
+    def _sums(self, logits: torch.Tensor, theirs: Any, labels: torch.Tensor, batch: Batch) -> Terms:
+        """Return the sums over the labels [B, T] that count: of the task, and of the divergence that needs a mask."""
+        counted, temperature = labels != -100, self.options.kd_temperature
+        smoothing, live = self.options.label_smoothing_factor, theirs is not None and not self.options.reference_kd
+        if live and not smoothing:
+            wanted = theirs.logits.to(logits.device)
+            return dict(zip(TERMS, distillation_sums(logits, wanted, labels, temperature), strict=False))
+        sums = {"task_loss": cross_entropy(logits[counted], labels[counted], smoothing)}
+        if live:
+            sums["kd_loss"] = kl_divergence(logits, theirs.logits.to(logits.device), counted, temperature)
+        elif theirs is None and STORED[0] in batch:
+            top, ids, rest = (batch[name].to(logits.device) for name in STORED)
+            sums["kd_loss"] = top_kl_divergence(logits[counted], top, ids, rest, temperature)
+        return sums
+
+    def _inputs(self, student: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return what both models are given: with labels each would compute a loss of its own over its logits."""
+        inputs = {name: value for name, value in batch.items() if name not in (*STORED, "labels")}
+        if not self.shifted and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+            make = cast(Any, student).prepare_decoder_input_ids_from_labels
+            inputs["decoder_input_ids"] = make(batch["labels"])
+        return inputs
+
     def _run(self, model: nn.Module, inside: nn.Module, inputs: Batch) -> tuple[Any, Outputs]:
         """Return the outputs of a model and of its layers of experts, as far as they are needed."""
-        # Only encoder-decoders need labels, to make their decoder's inputs; no model is to compute a loss of its own.
-        inputs = {name: value for name, value in inputs.items() if name != "labels" or not self.shifted}
         more = {"output_hidden_states": True} if self.options.hidden_weight else {}
         if self.experts is None:
             return model(**inputs, **more), {}

@@ -1,7 +1,13 @@
 """Losses of distillation, as sums over the positions that count; the caller divides."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch.nn import functional as F
+
+# Logits of a block of positions: what stays in a core's cache, or is enough work for an accelerator.
+CPU_BLOCK, BLOCK = 2**17, 2**25
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
@@ -67,6 +73,63 @@ def top_kl_divergence(
         # A rest too small for float32 adds nothing, but 0 times -inf would be NaN.
         total = total + F.kl_div(ours, rest.float().clamp(min=-100), reduction="sum", log_target=True)
     return total * temperature**2
+
+
+def distillation_sums(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `cross_entropy` and `kl_divergence` over the positions whose label is not -100, both in one go.
+
+    Works through blocks of positions and makes nothing of the size of the logits but their gradient: over a large
+    vocabulary the two functions spend more on moving memory than the teacher's forward takes.
+
+    Args:
+        student: logits [..., V].
+        teacher: logits [..., V].
+        labels: int [...].
+    """
+    return _DistillationSums.apply(student.flatten(0, -2), teacher.flatten(0, -2), labels.flatten(), temperature)
+
+
+class _DistillationSums(torch.autograd.Function):
+    """The sums over logits [N, V]; backward computes the distributions anew instead of keeping them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(student, teacher, labels)
+        ctx.temperature = temperature
+        task, kd = (torch.zeros((), device=student.device) for _ in range(2))
+        for block in _blocks(labels, student):
+            ours, theirs = student[block].float(), teacher[block].float()
+            task += F.cross_entropy(ours, labels[block], reduction="sum")
+            ours, theirs = (ours / temperature).log_softmax(-1), (theirs / temperature).log_softmax(-1)
+            kd += torch.linalg.vecdot(theirs.exp(), theirs - ours).sum()
+        return task, kd * temperature**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_task: torch.Tensor, of_kd: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, teacher, labels = ctx.saved_tensors
+        result = torch.zeros_like(student)
+        for block in _blocks(labels, student):
+            ours, theirs = student[block].float(), teacher[block].float()
+            slope = (ours / ctx.temperature).softmax(-1).sub_((theirs / ctx.temperature).softmax(-1))
+            slope.mul_(of_kd * ctx.temperature).addcmul_(ours.softmax(-1), of_task)
+            slope.scatter_add_(-1, labels[block][:, None], -of_task.expand(len(slope), 1))
+            result[block] = slope.to(result.dtype)
+        return result, None, None, None
+
+
+def _blocks(labels: torch.Tensor, logits: torch.Tensor) -> Iterator[slice | torch.Tensor]:
+    """Yield the positions [N] whose label counts in blocks, as slices (which copy nothing) where all of them do."""
+    rows = (labels != -100).nonzero().flatten()
+    size = max((CPU_BLOCK if logits.device.type == "cpu" else BLOCK) // logits.shape[-1], 1)
+    if len(rows) < len(labels):
+        yield from rows.split(size)
+        return
+    yield from (slice(start, start + size) for start in range(0, len(labels), size))
 
 
 def reference_kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import build
@@ -40,9 +41,8 @@ def rows(number: int, shift: int = 0) -> list[dict]:
     ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Write a tiny Switch with its tokenizer, and files to train and evaluate on."""
+def write_model(path: Path, **settings: Any) -> None:
+    """Write a tiny Switch with its tokenizer; `settings` are of its configuration."""
     words = {word: index for index, word in enumerate([*WORDS, "cause", "effect", "x", "y", *LETTERS])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -50,8 +50,15 @@ def folder(tmp_path: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     model = build("switch_transformers")
     model.config.eos_token_id = model.generation_config.eos_token_id = 1
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model.config.update(settings)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Write a tiny Switch with its tokenizer, and files to train and evaluate on."""
+    write_model(tmp_path / "model")
     for name, made in (("train", rows(40)), ("evaluation", rows(11, shift=4))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return tmp_path

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from hf_mcsmoe import losses
 from hf_mcsmoe.losses import (
     cross_entropy,
+    distillation_sums,
     kl_divergence,
     reference_kl_divergence,
     squared_error,
@@ -78,6 +80,40 @@ def test_divergence_is_the_teachers_times_the_squared_temperature(temperature: f
     expected = temperature**2 * sum(_kl(*at, temperature) for at in COUNTED)
     found = kl_divergence(STUDENT, TEACHER, LABELS != -100, temperature)
     assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("block", [5, 10, 1000], ids=["one row", "two rows", "all rows"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_in_blocks_are_those_of_the_whole(
+    block: int, masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CPU_BLOCK", block)
+    labels = LABELS if masked else LABELS.clamp(min=0)
+    teacher = TEACHER.to(dtype)
+    found, expected = (STUDENT.to(dtype, copy=True).requires_grad_() for _ in range(2))
+    task, kd = distillation_sums(found, teacher, labels, 2.0)
+    (0.7 * task + 0.2 * kd).backward()
+    wanted = cross_entropy(expected, labels), kl_divergence(expected, teacher, labels != -100, 2.0)
+    (0.7 * wanted[0] + 0.2 * wanted[1]).backward()
+    torch.testing.assert_close((task, kd), wanted)
+    # Of the two gradients that are added, autograd rounds each to bfloat16; here only their sum is rounded.
+    exact = {} if dtype == torch.float32 else {"atol": 8e-3, "rtol": 2e-2}
+    torch.testing.assert_close(found.grad, expected.grad, **exact)
+
+
+def test_sums_have_the_gradient_of_what_they_sum() -> None:
+    """By hand: softmax less the label, and T times the difference of both distributions at T."""
+    student = STUDENT.clone().requires_grad_()
+    task, kd = distillation_sums(student, TEACHER, LABELS, 2.0)
+    gradient = torch.autograd.grad(task + kd, student)[0]
+    assert not gradient[0, 1].any()
+    assert not gradient[1, 2].any()
+    for at in COUNTED:
+        ours, theirs = (torch.tensor(_softmax(logits[at], 2.0)) for logits in (STUDENT, TEACHER))
+        expected = torch.tensor(_softmax(STUDENT[at], 1.0)) + 2.0 * (ours - theirs)
+        expected[LABELS[at]] -= 1
+        torch.testing.assert_close(gradient[at], expected)
 
 
 def test_the_reference_form_masks_nothing_and_divides_by_the_batch() -> None:

@@ -3,13 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 from test_examples import EXAMPLES, data, folder, run, training  # noqa: F401
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
-from hf_mcsmoe import moe_layers
+from hf_mcsmoe import SparsificationCallback, moe_layers
 from hf_mcsmoe.loading import load_model
 
 sys.path.insert(0, str(EXAMPLES))
@@ -29,6 +30,38 @@ def test_settings_are_the_papers_for_the_task_unless_given() -> None:
     assert chosen.lr_scheduler_type == "linear"
     chosen = parsed("--task=sst2", "--learning_rate", "0.1")
     assert (chosen.learning_rate, chosen.per_device_train_batch_size) == (0.1, 64)
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", "error: no such thing"), ("1", 1)])
+def test_of_several_processes_the_first_tells_a_mistake(
+    rank: str, told: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as caught, recipe.mistakes_told_once():
+        raise ValueError("no such thing")
+    assert caught.value.code == told
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe.check_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started.*pass --use_cpu true"):
+        recipe.check_processes()
+
+
+def test_a_run_goes_on_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    def trainer(*callbacks: TrainerCallback) -> SimpleNamespace:
+        handler = SimpleNamespace(callbacks=callbacks)
+        return SimpleNamespace(callback_handler=handler, args=SimpleNamespace(output_dir=str(tmp_path)))
+
+    assert recipe.last_checkpoint(trainer()) is None
+    for step, files in ((9, 2), (100, 1), (110, 0)):  # 110 was killed early, 100 before the callback had written
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        for name in ("trainer_state.json", "sparsification.json")[:files]:
+            (path / name).write_text("{}")
+    assert recipe.last_checkpoint(trainer()) == str(tmp_path / "checkpoint-100")
+    assert recipe.last_checkpoint(trainer(SparsificationCallback())) == str(tmp_path / "checkpoint-9")
 
 
 @pytest.fixture
@@ -129,14 +162,3 @@ def test_merging_alone_and_a_wrong_number_of_experts(folder: Path) -> None:  # n
     result = run("merge_and_distill.py", *given, "--num_experts", "32")
     assert result.returncode != 0
     assert "--num_experts 32, but " in result.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_each_row_once(folder: Path) -> None:  # noqa: F811
-    given = ["--model_name_or_path", folder / "model", *data(folder)]
-    alone = run("evaluate_seq2seq.py", *given, "--output_dir", folder / "one")
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    both = run("evaluate_seq2seq.py", *given, "--output_dir", folder / "two", launcher=launcher)
-    assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
-    assert figures(folder / "one") == figures(folder / "two")
-    assert figures(folder / "two")["examples"] == 11

@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("statistics_pass.py", "merge_memory.py", "merged_forward.py")
+SCRIPTS = (
+    "statistics_pass.py",
+    "merge_memory.py",
+    "merged_forward.py",
+    "compact_forward.py",
+    "distillation_step.py",
+)
 
 
 def main() -> None:
