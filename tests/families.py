@@ -84,6 +84,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Glm4vMoeTextConfig": {"rope_parameters": MROPE},
     "Glm5NextTextConfig": {"index_kpool": 4},
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "HYV4VLTextConfig": {"rope_parameters": MROPE},
     "HunYuanMoEV1Config": {"head_dim": 8},
     "InklingVisionConfig": {"patch_size": 2},
     "JambaConfig": {"attn_layer_offset": 2, "attn_layer_period": 4},
