@@ -1,4 +1,4 @@
-"""`hf-mcsmoe distill` as a user types it: what it writes, killed and resumed, and what wrong requests are told."""
+"""`hf-mcsmoe distill` as a user types it: what it writes, what it shows, killed and resumed."""
 
 import copy
 import io
