@@ -12,7 +12,7 @@ from hf_mcsmoe.adapters import MoELayer, moe_layers
 from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.config import LoSparseConfig
 from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, stored_share
-from hf_mcsmoe.modeling.experts_mcsmoe import expert_hidden, merge_picks, unstacked
+from hf_mcsmoe.modeling.forward_mcsmoe import expert_hidden, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_layers
 from hf_mcsmoe.plan import tied_layers
