@@ -2,9 +2,10 @@
 
 import fnmatch
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.activations import LayerInputs, stream_inputs
@@ -17,7 +18,7 @@ from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
 from hf_mcsmoe.plan import tied_layers
 
-Weights = dict[str, torch.Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -66,23 +67,36 @@ def decompose_experts(
 
 
 @torch.no_grad()
-def compact(model: PreTrainedModel) -> PreTrainedModel:
+def compact(model: Model, keep: float | None = None) -> Model:
     """Turn every S from the training form into the compact one, in place: kept rows and their places. Returns `model`.
 
-    Rows over the share `keep` that was asked for are pruned by magnitude, with a warning.
+    Rows over the share `keep` are pruned by magnitude, with a warning.
+
+    Args:
+        model: a decomposed model, or any module that holds `LoSparseLinear` layers.
+        keep: None for the share that was asked for when the experts were decomposed; all kept rows of other modules.
 
     Raises:
-        ValueError: the model has no weight in the training form.
+        ValueError: the model has no weight in the training form, or `keep` is no share.
     """
-    kept = final_rows(model, model.config.mcsmoe.get("keep") if getattr(model.config, "mcsmoe", None) else None)
+    if keep is not None and not 0 <= keep <= 1:
+        raise ValueError(f"keep={keep!r} must be a share in [0, 1].")
+    entries = _entries(model)
+    kept = final_rows(model, (entries or {}).get("keep") if keep is None else keep)
     if not kept:
         raise ValueError("The model holds no low rank + sparse weight in its training form; decompose_experts first.")
     for path, module in list(low_rank_modules(model)):
         for name, entry in list(module.low_rank.items()):
             if entry["kept_rows"] is None:
                 module.compact_weight(name, kept[f"{path}.{name}"])
-    _write_entries(model)
+    if isinstance(model, PreTrainedModel) and entries:
+        _write_entries(model)
     return model
+
+
+def _entries(model: nn.Module) -> dict[str, Any] | None:
+    """Return `config.mcsmoe` of a compressed model; None for other modules."""
+    return getattr(model.config, "mcsmoe", None) if isinstance(model, PreTrainedModel) else None
 
 
 def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
@@ -99,7 +113,7 @@ def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
 
 def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
     """Return which of `moe_layers(model)` are to be decomposed: merged ones, and those the merge kept whole."""
-    mcsmoe = getattr(model.config, "mcsmoe", None)
+    mcsmoe = _entries(model)
     if not mcsmoe:
         raise ValueError(
             "The model is not compressed: merge its experts first, with `compress` or `merge_experts` "

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_factors
 from hf_mcsmoe.registry import Registry
 
 FACTORISATION = Registry("factorisation")
@@ -21,9 +22,7 @@ def svd(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None) -> 
         weight: [out, in].
         moment: not used.
     """
-    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    return low_rank_factors(weight, rank)
 
 
 @FACTORISATION.register("weighted_svd", paper="2403.07378")
@@ -36,9 +35,7 @@ def weighted_svd(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = 
     """
     if moment is None or not moment.any():
         return svd(weight, rank)
-    root = torch.linalg.cholesky(damped(moment)).float()  # L of L L^T
-    left, right = svd(weight.float() @ root, rank)
-    return left, torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    return low_rank_factors(weight, rank, damped(moment))
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ LEVELS = [
     "adapters denoising data loading offloading tasks",
     "statistics saliency similarity grouping alignment merging decomposition refit losses metrics",
     "config calibration plan model_card compress activations layer_outputs layer_repair repair decompose distillation "
-    "sparsification evaluation accounting",
+    "importance sparsification evaluation accounting",
     "demo cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
