@@ -31,10 +31,10 @@ from hf_mcsmoe.repair import repair_experts
 
 PLAN_FILE = "mcsmoe_plan.json"
 REPAIR_TEXT = (
-    "Each merged layer was fitted to the original one on the calibration data, layer by layer (method `{method}`)."
+    "Each changed layer was fitted to the original one on the calibration data, layer by layer (method `{method}`)."
 )
 LOW_RANK_TEXT = (
-    "Each matrix of a merged expert is stored as `U V + S` (MC-SMoE): ranks {ranks}, and the share {keep} of the\n"
+    "Each matrix of a stored expert is held as `U V + S` (MC-SMoE): ranks {ranks}, and the share {keep} of the\n"
     "rows of S. The factors err least on the calibration data; no dense matrix is kept or rebuilt."
 )
 Progress = Callable[[str, int, int], None]
@@ -88,14 +88,24 @@ def refine(
         ValueError: see `repair_experts` and `decompose_experts`.
     """
     batches = list(batches) if repair or low_rank else []
-    if repair:
+    is_merged = bool(merged.config.mcsmoe["layers"])
+    if repair and not is_merged and (low_rank is None or repair.method != "local"):
+        raise ValueError(
+            f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: leave it out. Where "
+            "the experts become low rank + sparse, method 'local' repairs that."
+        )
+    if repair and is_merged:
         repair_experts(merged, original, batches, repair)
-        add_to_card(merged, "Repair", REPAIR_TEXT.format(method=repair.method))
     if low_rank:
         compact(decompose_experts(merged, low_rank, batches, prune=True))
         if repair and repair.method == "local":  # once more, with what is stored now
             repair_experts(merged, original, batches, repair)
-        entries = [entry for layer in merged.config.mcsmoe["layers"].values() for entry in layer["low_rank"].values()]
+    if repair:
+        add_to_card(merged, "Repair", REPAIR_TEXT.format(method=repair.method))
+    if low_rank:
+        entries = [
+            entry for layer in merged.config.mcsmoe["layers"].values() for entry in layer.get("low_rank", {}).values()
+        ]
         ranks = sorted({entry["rank"] for entry in entries})
         add_to_card(merged, "Low rank + sparse", LOW_RANK_TEXT.format(ranks=ranks, keep=low_rank.keep))
     return merged
@@ -125,6 +135,7 @@ def merge_experts(
         result,
         {name: {"num_experts": len(item.expert_map), "expert_map": item.expert_map} for name, item in merged.items()},
     )
+    result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
     waiting = tied_layers([layers.pop(name) for name in merged])
     while waiting:  # taken off the list, which would keep the experts of the layers that are done
         first, *others = waiting.pop(0)

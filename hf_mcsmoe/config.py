@@ -103,13 +103,18 @@ class LoSparseConfig:
             raise ValueError(f"{' and '.join(given)} are given; the rank follows from one of them.")
         if not given:
             object.__setattr__(self, "rank", 32)
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ValueError(f"rank={self.rank!r} must be a whole number, at least 1.")
         if not 0 <= self.keep <= 1:
             raise ValueError(f"keep={self.keep!r} must be a share in [0, 1].")
         for name in ("parameter_ratio", "energy"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}={value!r} must be a share in (0, 1].")
+        if self.parameter_ratio is not None and self.parameter_ratio <= self.keep:
+            raise ValueError(
+                f"parameter_ratio={self.parameter_ratio} is no more than keep={self.keep}, which the rows of S alone "
+                "take: raise the ratio or lower keep."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; a callable is written as its name."""

@@ -1,23 +1,24 @@
 """MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
 
 import fnmatch
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.activations import LayerInputs, stream_inputs
-from hf_mcsmoe.adapters import MoELayer, moe_layers
+from hf_mcsmoe.adapters import MoELayer, fused_views, moe_layers
 from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.config import LoSparseConfig
 from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, stored_share
-from hf_mcsmoe.modeling.experts_mcsmoe import expert_hidden, merge_picks, unstacked
+from hf_mcsmoe.modeling.forward_mcsmoe import expert_hidden, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
-from hf_mcsmoe.modeling.modeling_mcsmoe import merged_layers
+from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
 from hf_mcsmoe.plan import tied_layers
 
-Weights = dict[str, torch.Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -34,6 +35,9 @@ def decompose_experts(
     the rows of S are chosen now, by what they mean to the outputs, and W_out is fitted to what W_in has become; give
     `batches` for that. `compact` then drops the pruned rows.
 
+    Layers whose experts the merge kept all (`MergeConfig(experts=1.0)`: low rank without merging) are decomposed as
+    well; those that `MergeConfig.skip` left out stay as they are.
+
     Args:
         batches: calibration data. The factors then err least on the experts' inputs instead of least by themselves.
 
@@ -42,65 +46,147 @@ def decompose_experts(
             are larger than the matrix, a pattern of `skip` that matches nothing.
     """
     config = config or LoSparseConfig()
-    layers = _chosen_layers(model, config)
-    experts = {layer.name: dict(_merged(model))[layer.name] for layer in layers}
-    ranks = _ranks(experts, config)
+    places = _chosen_layers(model, config)
+    layers = moe_layers(model)
+    ranks = _ranks([layers[place] for place in places], config)
+    for place in reversed(places):  # off the list, which would keep the experts that are replaced
+        if not layers[place].merged:
+            _convert_whole(model, layers.pop(place))
+    layers = [layer for place, layer in enumerate(moe_layers(model)) if place in places]
     if batches is None:
-        for name, module in experts.items():
-            _decompose_layer(module, ranks[name], config, None, prune)
+        for layer, chosen in zip(layers, ranks, strict=True):
+            _decompose_layer(layer.container, chosen, config, None, prune)
     else:
         # All inputs are taken before the first layer changes, as far as they fit into memory.
-        for (layer,), inputs in stream_inputs(model, [[layer] for layer in layers], list(batches)):
-            _decompose_layer(experts[layer.name], ranks[layer.name], config, inputs, prune)
+        streamed = stream_inputs(model, [[layer] for layer in layers], list(batches))
+        for (_, inputs), layer, chosen in zip(streamed, layers, ranks, strict=True):
+            _decompose_layer(layer.container, chosen, config, inputs, prune)
     model.config.mcsmoe["keep"] = config.keep
     _write_entries(model)
     return model
 
 
 @torch.no_grad()
-def compact(model: PreTrainedModel) -> PreTrainedModel:
+def compact(model: Model, keep: float | None = None) -> Model:
     """Turn every S from the training form into the compact one, in place: kept rows and their places. Returns `model`.
 
-    Rows over the share `keep` that was asked for are pruned by magnitude, with a warning.
+    Rows over the share `keep` are pruned by magnitude, with a warning.
+
+    Args:
+        model: a decomposed model, or any module that holds `LoSparseLinear` layers.
+        keep: None for the share that was asked for when the experts were decomposed; all kept rows of other modules.
 
     Raises:
-        ValueError: the model has no weight in the training form.
+        ValueError: the model has no weight in the training form, or `keep` is no share.
     """
-    kept = final_rows(model, model.config.mcsmoe.get("keep") if getattr(model.config, "mcsmoe", None) else None)
+    if keep is not None and not 0 <= keep <= 1:
+        raise ValueError(f"keep={keep!r} must be a share in [0, 1].")
+    entries = _entries(model)
+    kept = final_rows(model, (entries or {}).get("keep") if keep is None else keep)
     if not kept:
         raise ValueError("The model holds no low rank + sparse weight in its training form; decompose_experts first.")
     for path, module in list(low_rank_modules(model)):
         for name, entry in list(module.low_rank.items()):
             if entry["kept_rows"] is None:
                 module.compact_weight(name, kept[f"{path}.{name}"])
-    _write_entries(model)
+    if isinstance(model, PreTrainedModel) and entries:
+        _write_entries(model)
     return model
+
+
+def _entries(model: nn.Module) -> dict[str, Any] | None:
+    """Return `config.mcsmoe` of a compressed model; None for other modules."""
+    return getattr(model.config, "mcsmoe", None) if isinstance(model, PreTrainedModel) else None
 
 
 def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
     """Check before any work that the experts of `layers` can be stored as `config` says, and would be smaller.
 
+    Needs no weights, and so says nothing of ranks that follow from them (`energy`, scope "global").
+
     Raises:
         ValueError: they cannot, or would not.
     """
-    for layer in layers:
-        out = layer.intermediate_size * (2 if "gate" in layer.read().tensors else 1)
-        for name, shape in (
-            ("W_in", (out, layer.hidden_size)),
-            ("W_out", (layer.hidden_size, layer.intermediate_size)),
-        ):
-            _check_rank(f"{name} of {layer.name}", shape, config.rank, config)
+    skipped = {name for pattern in config.skip for name in fnmatch.filter([layer.name for layer in layers], pattern)}
+    _ranks([layer for layer in layers if layer.name not in skipped], config, weights=False)
 
 
-def _check_rank(what: str, shape: tuple[int, int], rank: int | None, config: LoSparseConfig) -> bool:
-    """Return whether a matrix is to be stored in factors of `rank`; False where it is to stay dense.
+def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
+    """Return which of `moe_layers(model)` are to be decomposed: merged ones, and those the merge kept whole."""
+    mcsmoe = _entries(model)
+    if not mcsmoe:
+        raise ValueError(
+            "The model is not compressed: merge its experts first, with `compress` or `merge_experts` "
+            "(MergeConfig(experts=1.0) keeps all of them)."
+        )
+    layers, whole = moe_layers(model), mcsmoe.get("whole", [])
+    known = {layer.name: place for place, layer in enumerate(layers) if layer.merged or layer.name in whole}
+    if any(getattr(layer.container, "low_rank", None) for layer in layers):
+        raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
+    for pattern in config.skip:
+        if not fnmatch.filter(known, pattern):
+            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(known)}.")
+    skipped = {name for pattern in config.skip for name in fnmatch.filter(known, pattern)}
+    places = [place for name, place in known.items() if name not in skipped]
+    if not places:
+        raise ValueError(f"No merged layer is left to decompose with skip={list(config.skip)}.")
+    chosen = [layers[place] for place in places]
+    if any(len(shared) > 1 for shared in tied_layers(chosen)):
+        raise ValueError("Layers that share their experts cannot be decomposed; leave them merged.")
+    return places
+
+
+def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
+    """Give a layer of library experts, in place, the merged experts' form with the identity as its map."""
+    identity, weights = list(range(layer.num_experts)), layer.read()
+    views = fused_views(install_layer(model, layer.name, identity))
+    for expert in identity:
+        views.set_expert(expert, weights.expert(expert))
+    mcsmoe = model.config.mcsmoe
+    mcsmoe["layers"][layer.name] = {"num_experts": layer.num_experts, "expert_map": identity}
+    mcsmoe["whole"] = [name for name in mcsmoe["whole"] if name != layer.name]
+
+
+def _ranks(layers: list[MoELayer], config: LoSparseConfig, *, weights: bool = True) -> list[dict[str, int]]:
+    """Return per layer the ranks of "W_in" and "W_out", without those that stay dense.
+
+    Args:
+        weights: whether to look at them; without, ranks that depend on them are not chosen, and none is returned.
 
     Raises:
-        ValueError: the rank is larger than the matrix, or its factors would be and `allow_dense` is not set.
+        ValueError: a rank larger than a matrix, factors larger than it (unless `allow_dense`), see `choose_ranks`.
     """
-    if rank is not None and rank > min(shape):
-        raise ValueError(f"rank={rank} is larger than {what} allows, which is {shape[0]} x {shape[1]}.")
-    if rank is None or stored_share(rank, config.keep, *shape) < 1:
+    stacks = [(layer, name, shape) for layer in layers for name, shape in _shapes(layer).items()]
+    for layer, name, shape in stacks:
+        if config.rank is not None and config.rank > min(shape):
+            size = f"{shape[0]} x {shape[1]}"
+            raise ValueError(f"rank={config.rank} is larger than {name} of {layer.name} allows, which is {size}.")
+        if config.rank is not None:
+            _is_smaller(f"{name} of {layer.name}", shape, config.rank, config)
+    spectra = [torch.ones(min(shape)) for _, _, shape in stacks]
+    if config.energy is not None or config.scope == "global":
+        if not weights:
+            return []
+        spectra = [_spectrum(layer, name) for layer, name, _ in stacks]
+    chosen = choose_ranks(
+        spectra,
+        [shape for _, _, shape in stacks],
+        rank=config.rank,
+        parameter_ratio=config.parameter_ratio,
+        energy=config.energy,
+        keep=config.keep,
+        scope=config.scope,
+    )
+    ranks: dict[str, dict[str, int]] = {layer.name: {} for layer in layers}
+    for (layer, name, shape), rank in zip(stacks, chosen, strict=True):
+        if _is_smaller(f"{name} of {layer.name}", shape, rank, config):
+            ranks[layer.name][name] = rank
+    return list(ranks.values())
+
+
+def _is_smaller(what: str, shape: tuple[int, int], rank: int, config: LoSparseConfig) -> bool:
+    """Return whether factors are smaller than their matrix; where not, raise ValueError unless `allow_dense`."""
+    if stored_share(rank, config.keep, *shape) < 1:
         return True
     if config.allow_dense:
         return False
@@ -110,32 +196,20 @@ def _check_rank(what: str, shape: tuple[int, int], rank: int | None, config: LoS
     )
 
 
-def _merged(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """Yield the merged experts by their path in the model."""
-    if not getattr(model.config, "mcsmoe", None):
-        raise ValueError("The model is not compressed: merge its experts first, with `compress` or `merge_experts`.")
-    for _, path, experts in merged_layers(model):
-        yield path, experts
+def _shapes(layer: MoELayer) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of one expert's matrices."""
+    rows = layer.intermediate_size * (2 if "gate" in layer.read().tensors else 1)
+    return {"W_in": (rows, layer.hidden_size), "W_out": (layer.hidden_size, layer.intermediate_size)}
 
 
-def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[MoELayer]:
-    merged = dict(_merged(model))
-    layers = [layer for layer in moe_layers(model) if layer.name in merged]
-    if any(len(shared) > 1 for shared in tied_layers(layers)):
-        raise ValueError("Layers that share their experts cannot be decomposed; leave them merged.")
-    if any(merged[layer.name].low_rank for layer in layers):
-        raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
-    for pattern in config.skip:
-        if not fnmatch.filter(merged, pattern):
-            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(merged)}.")
-    skipped = {name for pattern in config.skip for name in fnmatch.filter(merged, pattern)}
-    if len(skipped) == len(layers):
-        raise ValueError(f"No merged layer is left to decompose with skip={list(config.skip)}.")
-    return [layer for layer in layers if layer.name not in skipped]
-
-
-def _weight_names(experts: Any) -> list[str]:
-    return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+def _spectrum(layer: MoELayer, name: str) -> torch.Tensor:
+    """Return the squared singular values of a matrix, descending, summed over the layer's experts, in float64."""
+    weights, total = layer.read(), torch.zeros(min(_shapes(layer)[name]), dtype=torch.float64)
+    for expert in map(weights.expert, range(len(weights))):
+        # The order of the rows, which may be interleaved, does not matter.
+        parts = [expert["down"]] if name == "W_out" else [expert[role] for role in ("gate", "up") if role in expert]
+        total += (torch.linalg.svdvals(torch.cat(parts).double()) ** 2).cpu()
+    return total
 
 
 def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:
@@ -144,45 +218,12 @@ def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:
     return weight.mT if experts.is_transposed else weight
 
 
-def _ranks(experts: dict[str, Any], config: LoSparseConfig) -> dict[str, dict[str, int]]:
-    """Return the rank per layer and weight, after checking that it fits and saves something.
-
-    Raises:
-        ValueError: it does not.
-    """
-    keys = [(layer, name) for layer, module in experts.items() for name in _weight_names(module)]
-    shapes = [experts[layer].dense_shape(name)[1:] for layer, name in keys]
-    for (layer, name), shape in zip(keys, shapes, strict=True):
-        _check_rank(f"{name} of {layer}", shape, config.rank, config)
-    spectra = [torch.ones(min(shape)) for shape in shapes]
-    if config.energy is not None or config.scope == "global":
-        spectra = [_spectrum(experts[layer], name) for layer, name in keys]
-    chosen = choose_ranks(
-        spectra,
-        shapes,
-        rank=config.rank,
-        parameter_ratio=config.parameter_ratio,
-        energy=config.energy,
-        keep=config.keep,
-        scope=config.scope,
-    )
-    ranks: dict[str, dict[str, int]] = {layer: {} for layer in experts}
-    for (layer, name), shape, rank in zip(keys, shapes, chosen, strict=True):
-        if _check_rank(f"{name} of {layer}", shape, rank, config):
-            ranks[layer][name] = rank
-    return ranks
-
-
-def _spectrum(experts: Any, name: str) -> torch.Tensor:
-    weights = (_matrix(experts, name, expert).double() for expert in range(experts.num_experts))
-    return torch.stack([torch.linalg.svdvals(weight) ** 2 for weight in weights]).sum(0).cpu()
-
-
 def _decompose_layer(
     experts: Any, ranks: dict[str, int], config: LoSparseConfig, inputs: LayerInputs | None, prune: bool
 ) -> None:
     """Decompose one layer's experts: W_in, then W_out against the hidden states that are left of it."""
-    first, second = _weight_names(experts)
+    first, second = "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    ranks = {name: ranks[part] for part, name in (("W_in", first), ("W_out", second)) if part in ranks}
     tokens = None if inputs is None else _tokens(experts, inputs)
     moments = None if tokens is None else [_cross(states * gates, states * gates) for states, gates in tokens]
     original = [[_matrix(experts, name, expert).clone() for expert in range(experts.num_experts)] for name in ranks]

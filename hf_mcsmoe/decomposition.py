@@ -1,9 +1,11 @@
 """Splitting a matrix into low rank + sparse rows, `W = U V + S`: factors, rows, ranks, refit of the next matrix."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
+from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_factors
 from hf_mcsmoe.registry import Registry
 
 FACTORISATION = Registry("factorisation")
@@ -20,9 +22,7 @@ def svd(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None) -> 
         weight: [out, in].
         moment: not used.
     """
-    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    return low_rank_factors(weight, rank)
 
 
 @FACTORISATION.register("weighted_svd", paper="2403.07378")
@@ -35,9 +35,7 @@ def weighted_svd(weight: torch.Tensor, rank: int, moment: torch.Tensor | None = 
     """
     if moment is None or not moment.any():
         return svd(weight, rank)
-    root = torch.linalg.cholesky(damped(moment)).float()  # L of L L^T
-    left, right = svd(weight.float() @ root, rank)
-    return left, torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    return low_rank_factors(weight, rank, damped(moment))
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
@@ -142,20 +140,23 @@ def choose_ranks(
     if energy is not None:
         return _compete(shares, costs, energy_goal=energy * len(shares))
     if parameter_ratio is not None:
-        ranks = [
-            int((parameter_ratio - keep) * out * width / cost)
-            for (out, width), cost in zip(shapes, costs, strict=True)
-        ]
+        budgets = [(parameter_ratio - keep) * out * width for out, width in shapes]
+        ranks = [int(budget / cost + 1e-9) for budget, cost in zip(budgets, costs, strict=True)]
         if min(ranks) < 1:
             raise ValueError(
-                f"parameter_ratio={parameter_ratio} with keep={keep} leaves no parameters for the low-rank part: "
-                "raise the ratio or lower keep."
+                f"parameter_ratio={parameter_ratio} with keep={keep} leaves no parameters for the low-rank part of a "
+                "weight: raise the ratio or lower keep."
             )
     else:
         ranks = [int(rank or 0)] * len(shares)
+        budgets = [float(one * cost) for one, cost in zip(ranks, costs, strict=True)]
     if scope == "layer":
         return ranks
-    return _compete(shares, costs, budget=sum(one * cost for one, cost in zip(ranks, costs, strict=True)))
+    # No weight may win so many that it is no smaller than it was.
+    limits = [math.ceil((1 - keep) * out * width / (out + width)) - 1 for out, width in shapes]
+    return _compete(
+        [values[: max(limit, 1)] for values, limit in zip(shares, limits, strict=True)], costs, sum(budgets)
+    )
 
 
 def _first_above(shares: torch.Tensor, energy: float) -> int:
@@ -165,8 +166,7 @@ def _first_above(shares: torch.Tensor, energy: float) -> int:
 def _compete(
     shares: Sequence[torch.Tensor],
     costs: Sequence[int],
-    *,
-    budget: int | None = None,
+    budget: float | None = None,
     energy_goal: float | None = None,
 ) -> list[int]:
     """Give ranks one by one to the weight that gains most energy per parameter; each gets at least one."""
@@ -180,7 +180,7 @@ def _compete(
     for gain, index, _ in steps:
         if energy_goal is not None and reached >= energy_goal:
             break
-        if budget is not None and spent + costs[index] > budget:
+        if budget is not None and spent + costs[index] > budget + 1e-6:
             continue
         ranks[index] += 1
         spent, reached = spent + costs[index], reached - gain * costs[index]

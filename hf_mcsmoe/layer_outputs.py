@@ -8,7 +8,7 @@ import torch
 
 from hf_mcsmoe.activations import LayerInputs
 from hf_mcsmoe.experts import ExpertWeights
-from hf_mcsmoe.modeling.experts_mcsmoe import (
+from hf_mcsmoe.modeling.forward_mcsmoe import (
     eager_experts_forward,
     expert_hidden,
     merge_picks,

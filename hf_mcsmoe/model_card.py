@@ -36,10 +36,15 @@ TEMPLATE = Template(
     """
 # {{ title }}
 
+{% if fewer -%}
 {{ base }} with fewer experts: the experts of each layer were merged by **M-SMoE**
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024) with
 `hf_mcsmoe` {{ versions.hf_mcsmoe }}. The router is the original one; a map sends
 its choice among the original experts to the stored ones.
+{%- else -%}
+{{ base }}, all of its experts kept by `hf_mcsmoe` {{ versions.hf_mcsmoe }}
+([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024): none were merged.
+{%- endif %}
 
 {{ costs }}
 
@@ -97,10 +102,12 @@ def model_card(model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[
         layers: experts before and after, per layer name.
         before: costs of the original model.
     """
-    source = model.name_or_path or ""
+    source, fewer = model.name_or_path or "", any(new < old for old, new in layers.values())
     auto_class = loading_class(model)
     text = TEMPLATE.render(
-        title=f"{public_name(source).rpartition('/')[2] or plan.provenance['model_type']} with merged experts",
+        title=f"{public_name(source).rpartition('/')[2] or plan.provenance['model_type']} "
+        + ("with merged experts" if fewer else "with its own experts"),
+        fewer=fewer,
         base=f"[{source}](https://huggingface.co/{source})"
         if is_repo_id(source)
         else f"A model of type `{plan.provenance['model_type']}`",

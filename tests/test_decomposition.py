@@ -114,6 +114,41 @@ def test_ranks(options: dict, ranks: list[int]) -> None:
     assert choose_ranks(SPECTRA, SHAPES, **options) == ranks
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("ratio", [0.35, 0.5, 0.8])
+def test_a_ratio_is_met_to_one_rank(ratio: float, keep: float, scope: str) -> None:
+    shapes = [(96, 64), (64, 48), (128, 32), (40, 40)]
+    spectra = [torch.linspace(1 + number, 0, min(shape)) ** (2 + number) for number, shape in enumerate(shapes)]
+    ranks = choose_ranks(spectra, shapes, parameter_ratio=ratio, keep=keep, scope=scope)
+    held = [rank * (out + width) + keep * out * width for rank, (out, width) in zip(ranks, shapes, strict=True)]
+    dense, costs = [out * width for out, width in shapes], [out + width for out, width in shapes]
+    if scope == "layer":
+        for one, size, cost in zip(held, dense, costs, strict=True):
+            assert ratio * size - cost < one <= ratio * size + 1e-6
+    assert ratio * sum(dense) - sum(costs) < sum(held) <= ratio * sum(dense) + 1e-6
+    assert all(0 < one < size for one, size in zip(held, dense, strict=True))
+
+
+def test_what_competes_stays_smaller_than_it_was() -> None:
+    flat, steep = torch.ones(20), torch.tensor([1.0] + [1e-6] * 19)
+    ranks = choose_ranks([steep, flat], [(20, 20), (20, 20)], rank=8, keep=0.1, scope="global")
+    assert ranks[1] * 40 + 0.1 * 400 < 400 <= (ranks[1] + 1) * 40 + 0.1 * 400
+    assert sum(ranks) == 16
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_more_energy_takes_more_ranks_and_holds_it(scope: str) -> None:
+    spectra = [torch.logspace(0, -2 - number, 12) for number in range(3)]
+    before = [1, 1, 1]
+    for energy in (1e-9, 0.3, 0.6, 0.9, 0.99, 1.0):
+        ranks = choose_ranks(spectra, [(20, 12)] * 3, energy=energy, scope=scope)
+        assert all(old <= new <= 12 for old, new in zip(before, ranks, strict=True))
+        held = [float(values[:rank].sum() / values.sum()) for values, rank in zip(spectra, ranks, strict=True)]
+        assert (min(held) if scope == "layer" else sum(held) / 3) >= energy - 1e-6
+        before = ranks
+
+
 def test_a_ratio_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves no parameters"):
         choose_ranks(SPECTRA, SHAPES, parameter_ratio=0.1, keep=0.1)

@@ -17,8 +17,8 @@ from hf_mcsmoe.modeling.experts_mcsmoe import (
     MergedSwitchSparseMLP,
     StackedExperts,
     install_merged_experts,
-    merge_picks,
 )
+from hf_mcsmoe.modeling.forward_mcsmoe import merge_picks
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
 
 D, F, T = 32, 24, 7

@@ -1,6 +1,7 @@
 """Pruning rows of S: the schedule, scores, one threshold over all weights, and the callback in a Trainer."""
 
 import copy
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,20 @@ from distilled import make_trainer as _trainer
 from distilled import stacked as _stacked
 from merged import example
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_mcsmoe import LoSparseConfig, LoSparseLinear, SparsificationCallback, decompose_experts
+from hf_mcsmoe import (
+    LoSparseConfig,
+    LoSparseLinear,
+    SparsificationCallback,
+    compact,
+    decompose_experts,
+    importance,
+    sparsification,
+)
+from hf_mcsmoe.importance import RowAverages, row_scores
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.sparsification import kept_share, prune_rows, row_scores, zero_shot_importance
+from hf_mcsmoe.sparsification import kept_share, prune_rows, zero_shot_importance
 
 
 @pytest.mark.parametrize(
@@ -120,14 +131,177 @@ def test_scores_are_exponential_averages_over_the_steps(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
-    whole = _run("mixtral", tmp_path / "whole", SparsificationCallback(0.25, start=1, end=2))
+@pytest.mark.parametrize("uncertainty", [False, True])
+def test_a_killed_run_resumes_exactly(uncertainty: bool, tmp_path: Path) -> None:
+    def pruning(keep: float = 0.25) -> SparsificationCallback:
+        return SparsificationCallback(keep, start=1, end=2, uncertainty=uncertainty)
+
+    whole = _run("mixtral", tmp_path / "whole", pruning())
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")
-    again = _run("mixtral", tmp_path / "again", SparsificationCallback(0.25, start=1, end=2), checkpoint)
+    again = _run("mixtral", tmp_path / "again", pruning(), checkpoint)
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in again.model.state_dict().items())
     with pytest.raises(ValueError, match=r"another schedule \(keep 0.25 -> 0.5"):
-        _run("mixtral", tmp_path / "other", SparsificationCallback(0.5, start=1, end=2), checkpoint)
+        _run("mixtral", tmp_path / "other", pruning(0.5), checkpoint)
+    other = SparsificationCallback(0.25, start=1, end=2, uncertainty=not uncertainty)
+    with pytest.raises(ValueError, match=r"another schedule \(beta2"):
+        _run("mixtral", tmp_path / "other", other, checkpoint)
+
+
+def test_uncertainty_multiplies_the_importance_of_entries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, averages = _two_layers(), RowAverages("sensitivity", "mean", beta=0.6, beta2=0.8)
+    parts = sparse_parts(model)
+    mean = {name: [[0.0] * 6 for _ in part.weight] for name, part in parts.items()}
+    spread = copy.deepcopy(mean)
+    for _ in range(3):
+        for name, part in parts.items():
+            part.weight.grad = torch.randn(part.weight.shape, generator=generator)
+            entries = zip(part.weight.tolist(), part.weight.grad.tolist(), strict=True)
+            for row, (weights, gradients) in enumerate(entries):
+                for place, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+                    now, old = abs(weight * gradient), mean[name][row][place]
+                    new = 0.6 * old + 0.4 * now
+                    mean[name][row][place] = new
+                    spread[name][row][place] = 0.8 * spread[name][row][place] + 0.2 * abs(now - new)
+        averages.update(parts)
+    for name in parts:
+        expected = [
+            sum(i * u for i, u in zip(importance, uncertainty, strict=True)) / 6
+            for importance, uncertainty in zip(mean[name], spread[name], strict=True)
+        ]
+        torch.testing.assert_close(averages.scores[name], torch.tensor(expected), rtol=1e-5, atol=0)
+    # The order of rows by these scores is not that by importance alone, or the option would mean nothing.
+    plain = RowAverages("sensitivity", "mean", beta=0.6)
+    plain.update(parts)
+    assert not torch.allclose(plain.scores["0.weight"], averages.scores["0.weight"])
+
+
+@pytest.mark.parametrize("beta2", [None, 0.9])
+def test_a_gradient_that_is_not_finite_changes_no_average(beta2: float | None) -> None:
+    model, averages = _two_layers(), RowAverages("sensitivity", "max", beta=0.5, beta2=beta2)
+    parts = sparse_parts(model)
+    model(torch.randn(3, 6)).square().sum().backward()
+    averages.update(parts)
+    before = {name: score.clone() for name, score in averages.scores.items()}
+    for value in (torch.inf, torch.nan):
+        for part in parts.values():
+            part.weight.grad.fill_(value)
+        averages.update(parts)
+    for name, score in averages.scores.items():
+        torch.testing.assert_close(score, before[name])
+
+
+def test_large_weights_are_scored_in_pieces_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _two_layers()
+    model(torch.randn(3, 6)).square().sum().backward()
+    whole = row_scores(sparse_parts(model), "sensitivity")
+    monkeypatch.setattr(importance, "CHUNK", 13)  # two rows at a time
+    for name, score in row_scores(sparse_parts(model), "sensitivity").items():
+        assert torch.equal(score, whole[name])
+
+
+def test_all_processes_prune_what_the_first_one_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sent = _two_layers(), []
+
+    def broadcast(chosen: torch.Tensor, src: int) -> None:
+        sent.append((chosen.clone(), src))
+        chosen.copy_(torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 0, 0]))
+
+    for name, value in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "broadcast": broadcast}.items():
+        monkeypatch.setattr(sparsification.dist, name, value)
+    scores = {"0.weight": torch.arange(6.0), "1.weight": torch.arange(4.0)}
+    prune_rows(model, scores, 0.4)
+    parts = sparse_parts(model)
+    assert parts["0.weight"].kept.tolist() == [True, True, False, False, False, False]
+    assert parts["1.weight"].kept.tolist() == [True, True, False, False]
+    prune_rows(model, scores, 0.4)  # nothing left to choose, nothing to send
+    assert [(tensor.numel(), src) for tensor, src in sent] == [(10, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_momentum_nor_weight_decay_revives_a_row(dtype: torch.dtype, tmp_path: Path) -> None:
+    gradients = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            for part in sparse_parts(model).values():
+                gradients.append(part.weight.grad[~part.kept])
+                assert not part.weight[~part.kept].any()
+
+    # Scheduled to prune half of the steps and then to go on for as many, with momentum left over.
+    trainer = _trainer(
+        "mixtral",
+        tmp_path,
+        model=_decomposed("mixtral").to(dtype),
+        max_steps=10,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        max_grad_norm=0.1,
+        weight_decay=0.1,
+        bf16=dtype == torch.bfloat16,
+        save_strategy="no",
+    )
+    for callback in (SparsificationCallback(0.25, start=1, end=5), Watch()):
+        trainer.add_callback(callback)
+    trainer.train()
+    parts = sparse_parts(trainer.model)
+    assert sum(len(gradient) for gradient in gradients) > 0
+    assert not any(gradient.any() for gradient in gradients)
+    kept, rows = sum(int(part.kept.sum()) for part in parts.values()), sum(p.kept.numel() for p in parts.values())
+    assert kept == round(0.25 * rows)
+    assert all(not part.weight[~part.kept].any() for part in parts.values())
+    assert all(part.weight.dtype == dtype for part in parts.values())
+
+
+def _plain(folder: Path, max_steps: int = 4, **options: Any) -> Trainer:
+    """Return a Trainer of the library, which tells its callbacks nothing of where it resumes from."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        save_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    pruning = SparsificationCallback(0.25, start=1, end=1)
+    return Trainer(_decomposed("mixtral"), args=arguments, train_dataset=_rows(), callbacks=[pruning])
+
+
+def _same(ours: Trainer, expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, expected[key]) for key, value in ours.model.state_dict().items())
+
+
+def test_a_plain_trainer_resumes_where_it_finds_its_own_checkpoint(tmp_path: Path) -> None:
+    first = _plain(tmp_path / "first")
+    first.train()
+    expected, checkpoint = first.model.state_dict(), str(tmp_path / "first" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "first" / "checkpoint-4")
+    again = _plain(tmp_path / "first")
+    again.train(resume_from_checkpoint=True)
+    assert _same(again, expected)
+    elsewhere = _plain(tmp_path / "elsewhere", resume_from_checkpoint=checkpoint)
+    elsewhere.train(resume_from_checkpoint=checkpoint)
+    assert _same(elsewhere, expected)
+    with pytest.raises(ValueError, match="name it in `resume_from_checkpoint` of the training arguments"):
+        _plain(tmp_path / "unknown").train(resume_from_checkpoint=checkpoint)
+    # Another run's checkpoint of the same step lies where ours might.
+    _plain(tmp_path / "other", learning_rate=1e-2).train()
+    with pytest.raises(ValueError, match="Found no checkpoint of this run at step 2"):
+        _plain(tmp_path / "other").train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "first" / "checkpoint-2" / sparsification.OPTIONS_FILE).unlink()
+    with pytest.raises(ValueError, match="not saved with a SparsificationCallback"):
+        _plain(tmp_path / "first", resume_from_checkpoint=checkpoint).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_schedule_in_steps_is_that_in_shares() -> None:
+    steps, shares = SparsificationCallback(start=2, end=4), SparsificationCallback(start=0.1, end=0.2)
+    assert steps.options(20) == shares.options(20)
+    assert SparsificationCallback(start=1, end=0).options(20)["start"] == 1
+    assert SparsificationCallback(start=1.0, end=0.0).options(20)["start"] == 20
 
 
 def test_importance_without_training(tmp_path: Path) -> None:
@@ -144,11 +318,41 @@ def test_importance_without_training(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
+def test_rows_by_importance_without_training_make_a_compact_model(name: str) -> None:
+    model, data = _decomposed(name), [_stacked(_rows()[:4]), _stacked(_rows()[4:])]
+    rows = sum(part.kept.numel() for part in sparse_parts(model).values())
+    scores = zero_shot_importance(model, data)
+    prune_rows(model, scores, 0.25)
+    threshold = torch.cat([score.flatten() for score in scores.values()]).sort(descending=True).values
+    for path, part in sparse_parts(model).items():
+        assert torch.equal(part.kept, scores[path] >= threshold[round(0.25 * rows) - 1])
+    expected = model(**data[0]).logits
+    torch.testing.assert_close(compact(model)(**data[0]).logits, expected, atol=1e-5, rtol=1e-4)
+    entries = [entry for layer in model.config.mcsmoe["layers"].values() for entry in layer["low_rank"].values()]
+    assert sum(sum(entry["kept_rows"]) for entry in entries) == round(0.25 * rows)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [([], "calibration set is empty"), ([{"input_ids": torch.tensor([[5, 6]])}], "needs labels")],
+)
+def test_importance_needs_batches_with_labels(batches: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zero_shot_importance(_decomposed("mixtral"), batches)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"keep": 1.5}, "keep=1.5"),
+        ({"keep": -0.1}, "keep=-0.1"),
         ({"beta": 1.0}, "beta=1.0"),
+        ({"beta2": -0.5}, "beta2=-0.5"),
+        ({"start": -1}, "start=-1 must be a number of steps"),
+        ({"end": -0.1}, "end=-0.1 must be a number of steps"),
+        ({"start": 1.5}, "start=1.5 must be a number of steps"),
+        ({"start": True}, "start=True must be a number of steps"),
         ({"importance": "sensitivty"}, "Did you mean 'sensitivity'"),
         ({"aggregate": "median"}, "Unknown aggregate"),
     ],
@@ -159,8 +363,9 @@ def test_wrong_options(options: dict, message: str) -> None:
 
 
 def test_a_schedule_longer_than_training_and_a_model_without_s_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="leave none of the 8 training steps"):
-        _run("mixtral", tmp_path, SparsificationCallback(start=5, end=3))
+    for start, end in ((5, 3), (1.0, 0), (0.5, 0.5)):
+        with pytest.raises(ValueError, match="leave none of the 8 training steps"):
+            _run("mixtral", tmp_path, SparsificationCallback(start=start, end=end))
     trainer = _trainer("mixtral", tmp_path, model=copy.deepcopy(example("mixtral").merged))
     trainer.add_callback(SparsificationCallback())
     with pytest.raises(ValueError, match="call decompose_experts first"):

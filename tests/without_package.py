@@ -179,12 +179,6 @@ def pickles(saved: Saved) -> None:
 
 
 @check
-def compiles_with_breaks(saved: Saved) -> None:
-    model = torch.compile(saved.load(), backend="eager")
-    torch.testing.assert_close(saved.logits(model), saved.expected["logits"], atol=1e-5, rtol=1e-4)
-
-
-@check
 def compiles(saved: Saved) -> None:
     torch._dynamo.reset()
     model = torch.compile(saved.load(), backend="eager", fullgraph=True)

@@ -1,114 +1,13 @@
 """Merged experts: the modules that stand where a model's experts stood. This file travels with every checkpoint."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .losparse_mcsmoe import Factors, LowRankSparse
-
-
-def merge_picks(
-    expert_map: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Send a router's picks to the stored experts; picks of one token that meet in an expert become one.
-
-    The first of them carries the sum of their weights (`g_1 + g_2` times the merged expert). The others, and picks
-    whose weight is 0 (a token over capacity, a skipped expert), get the index `num_experts`, which is never computed.
-
-    Args:
-        expert_map: int [E] -> [G].
-        top_k_index: int [T, K], in [0, E).
-        top_k_weights: [T, K].
-        num_experts: G.
-    """
-    index = expert_map[top_k_index].masked_fill(top_k_weights == 0, num_experts)
-    if index.shape[-1] == 1:
-        return index, top_k_weights
-    same = index[:, :, None] == index[:, None, :]  # [T, K, K]
-    repeated = same.tril(-1).any(-1)  # [T, K]
-    summed = (same * top_k_weights[:, None, :]).sum(-1, dtype=top_k_weights.dtype)
-    return index.masked_fill(repeated, num_experts), summed.masked_fill(repeated, 0)
-
-
-def eager_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Run stacked experts one after another, for every layout of the experts interface of Transformers.
-
-    Args:
-        hidden_states: [T, D].
-        top_k_index: int [T, K]; the index `num_experts` means no expert.
-        top_k_weights: [T, K].
-    """
-    output = torch.zeros_like(hidden_states)
-    flat, weights = top_k_index.flatten(), top_k_weights.flatten()
-    # Sorted once; within an expert the picks stay in the order of the tokens.
-    counts = torch.bincount(flat, minlength=self.num_experts + 1)[: self.num_experts].tolist()
-    picks = flat.argsort(stable=True)[: sum(counts)].split(counts)
-    matrices = unstacked(self)
-    for expert in range(self.num_experts):
-        if counts[expert]:
-            token = picks[expert] // top_k_index.shape[-1]
-            hidden = expert_hidden(self, hidden_states[token], expert, matrices)
-            states = expert_output(self, hidden, expert, matrices)
-            output.index_add_(0, token, (states * weights[picks[expert], None]).to(output.dtype))
-    return output
-
-
-def unstacked(experts: nn.Module) -> dict[str, Any]:
-    """Return each weight of the experts as one entry per expert: a matrix, a bias, or the factors of a matrix.
-
-    Taken apart once, not at each use: the gradient of `weight[expert]` is a tensor of the size of all experts.
-    """
-    names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
-    biases = [name + "_bias" for name in names] if experts.has_bias else []
-    # By name, not from the list of parameters: PEFT turns those that it adapts into computed attributes.
-    dense = {name: getattr(experts, name).unbind(0) for name in names + biases if name not in experts.low_rank}
-    return dense | {name: experts.factors(name) for name in experts.low_rank}
-
-
-def expert_hidden(
-    experts: nn.Module, states: torch.Tensor, expert: int, matrices: dict[str, Any] | None = None
-) -> torch.Tensor:
-    """Return an expert's hidden states [n, F], after activation and gate, for `states` [n, D].
-
-    Args:
-        matrices: see `unstacked`; taken apart here where it is None.
-    """
-    matrices = unstacked(experts) if matrices is None else matrices
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    hidden = _expert_linear(experts, matrices, states, name, expert)
-    return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-
-
-def expert_output(
-    experts: nn.Module, hidden: torch.Tensor, expert: int, matrices: dict[str, Any] | None = None
-) -> torch.Tensor:
-    """Return an expert's output [n, D] for its `hidden` states [n, F]."""
-    matrices = unstacked(experts) if matrices is None else matrices
-    output = _expert_linear(experts, matrices, hidden, "down_proj", expert)
-    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
-
-
-def _expert_linear(
-    experts: nn.Module, matrices: dict[str, Any], states: torch.Tensor, name: str, expert: int
-) -> torch.Tensor:
-    matrix = matrices[name][expert]
-    bias = matrices[name + "_bias"][expert] if experts.has_bias else None
-    if isinstance(matrix, Factors):
-        return matrix(states) if bias is None else matrix(states) + bias
-    return nn.functional.linear(states.to(matrix.dtype), matrix.T if experts.is_transposed else matrix, bias)
-
-
-def _fastest(hidden_states: torch.Tensor) -> str:
-    """Return the experts implementation for families that have no choice of their own.
-
-    A loop over experts breaks the graph, and means many small launches on an accelerator; on the CPU it is faster.
-    """
-    looped = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-    return "eager" if looped else "grouped_mm"
+from .forward_mcsmoe import eager_experts_forward, grouped_experts_forward, merge_picks
+from .losparse_mcsmoe import LowRankSparse
 
 
 class MergedExperts(LowRankSparse):
@@ -134,9 +33,13 @@ class MergedExperts(LowRankSparse):
             top_k_weights: [T, K].
         """
         index, weights = merge_picks(self.expert_map, top_k_index, top_k_weights, self.num_experts)
+        # A loop over experts breaks a graph, and means many small launches on an accelerator; the CPU is faster so.
+        looped = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.low_rank:
-            return eager_experts_forward(self, hidden_states, index, weights)
-        implementation = self.config._experts_implementation if self.follows_config else _fastest(hidden_states)
+            product = eager_experts_forward if looped else grouped_experts_forward
+            return product(self, hidden_states, index, weights)
+        fastest = "eager" if looped else "grouped_mm"
+        implementation = self.config._experts_implementation if self.follows_config else fastest
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
         return run(self, hidden_states, index, weights)
 

@@ -143,18 +143,43 @@ class LoSparseLinear(LowRankSparse):
         self.install_low_rank("weight", rank, None if kept_rows is None else [kept_rows])
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, u: torch.Tensor, v: torch.Tensor) -> "LoSparseLinear":
-        """Return the training form of a dense layer with the factors `u` [out, R] and `v` [R, in]: S is the rest."""
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        u: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        *,
+        rank: int | None = None,
+        moment: torch.Tensor | None = None,
+    ) -> "LoSparseLinear":
+        """Return the training form of a dense layer: S is what `U V` lacks, so the outputs are the same.
+
+        Args:
+            u: [out, R]; with `v`, instead of `rank`.
+            v: [R, in].
+            rank: R, for the factors of the singular value decomposition.
+            moment: see `low_rank_factors`.
+
+        Raises:
+            ValueError: not exactly one of `rank` and both factors, or a rank that the layer does not have.
+        """
         out, width = linear.weight.shape
-        layer = cls(width, out, linear.bias is not None, rank=len(v), kept_rows=None)
-        layer.to(linear.weight.device, linear.weight.dtype)
+        if (rank is None) == (u is None or v is None):
+            raise ValueError("Give either rank=..., or both factors u and v.")
+        if rank is not None and not 1 <= rank <= min(out, width):
+            raise ValueError(f"rank={rank} must be from 1 to {min(out, width)} for a layer of {out} x {width}.")
         with torch.no_grad():
+            if u is None or v is None:
+                u, v = low_rank_factors(linear.weight, rank or 0, moment)
+            layer = cls(width, out, linear.bias is not None, rank=len(v), kept_rows=None)
+            layer.to(linear.weight.device, linear.weight.dtype)
             layer.weight_u.copy_(u)
             layer.weight_v.copy_(v)
-            layer.weight_s.copy_(linear.weight - layer.weight_u @ layer.weight_v)
+            rest = linear.weight.float() - layer.weight_u.float() @ layer.weight_v.float()
+            layer.weight_s.copy_(rest)
             if linear.bias is not None:
                 layer.bias.copy_(linear.bias)
-        return layer
+        return layer.train(linear.training)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` [..., in] to [..., out]."""
@@ -165,6 +190,25 @@ class LoSparseLinear(LowRankSparse):
         """Return the sizes, as `print(model)` shows them."""
         entry = self.low_rank["weight"]
         return f"{self.in_features}, {self.out_features}, rank={entry['rank']}, kept_rows={entry['kept_rows']}"
+
+
+def low_rank_factors(
+    weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `u` [out, R] and `v` [R, in], whose product is the nearest of rank R to `weight` [out, in].
+
+    `U_r sqrt(Sigma_r)` and `sqrt(Sigma_r) V_r^T` of the singular value decomposition (LoSparse, section 3.1).
+
+    Args:
+        moment: second moment of the inputs, `E[x x^T]` [in, in], positive definite: the product is then the one that
+            errs least on them, `min E ||(W - U V) x||^2`.
+    """
+    root = None if moment is None else torch.linalg.cholesky(moment.double()).float()  # L of L L^T
+    target = weight.float() if root is None else weight.float() @ root
+    left, values, right = torch.linalg.svd(target, full_matrices=False)
+    scale = values[:rank].sqrt()
+    u, v = left[:, :rank] * scale, scale[:, None] * right[:rank]
+    return u, v if root is None else torch.linalg.solve_triangular(root, v, upper=False, left=False)
 
 
 def low_rank_modules(model: nn.Module) -> Iterator[tuple[str, LowRankSparse]]:
