@@ -12,6 +12,7 @@ from hf_mcsmoe.distillation import (
     DistillationSeq2SeqArguments,
     DistillationSeq2SeqTrainer,
     DistillationTrainer,
+    store_teacher_outputs,
 )
 from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.modeling.auto import RegisteredConfig
@@ -20,7 +21,6 @@ from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.repair import repair_experts
 from hf_mcsmoe.sparsification import SparsificationCallback
 from hf_mcsmoe.statistics import RoutingStatistics
-from hf_mcsmoe.teacher_outputs import store_teacher_outputs
 
 __all__ = [
     "DistillationArguments",

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, decompose_experts
-from hf_mcsmoe.expert_outputs import ExpertOutputs, observed_outputs
+from hf_mcsmoe.distillation.expert_outputs import ExpertOutputs, observed_outputs
 
 
 def outputs_of(model: PreTrainedModel, paths: list[str], batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:

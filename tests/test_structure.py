@@ -13,9 +13,7 @@ LEVELS = [
     "adapters choices denoising data loading offloading tasks",
     "statistics saliency similarity grouping alignment merging decomposition refit losses metrics",
     "config calibration plan model_card compress activations layer_outputs layer_repair repair decompose "
-    "distillation_arguments expert_outputs teacher teacher_outputs distillation_loss trainable trainer_checkpoints "
-    "compressed_trainer distillation "
-    "importance sparsification evaluation accounting task_data",
+    "distillation importance sparsification evaluation accounting task_data",
     "demo cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -15,7 +15,7 @@ from merged import example, tokenizer
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from hf_mcsmoe import store_teacher_outputs
-from hf_mcsmoe.teacher_outputs import TeacherOutputs, data_fingerprint
+from hf_mcsmoe.distillation.teacher_outputs import TeacherOutputs, data_fingerprint
 
 # Two epochs of shuffled rows; the last batch of an epoch, and its last accumulated one, have fewer rows.
 RUN = {

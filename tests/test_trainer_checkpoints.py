@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
-from hf_mcsmoe.trainer_checkpoints import check_checkpoint, last_good_checkpoint
+from hf_mcsmoe.distillation.checkpoints import check_checkpoint, last_good_checkpoint
 
 # PEFT asks for it by the name that Transformers has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

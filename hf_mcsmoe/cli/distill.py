@@ -33,12 +33,12 @@ from hf_mcsmoe.distillation import (
     DistillationSeq2SeqTrainer,
     DistillationTrainer,
 )
+from hf_mcsmoe.distillation.teacher import check_tokenizer, check_vocabulary, vocabulary_size
 from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
 from hf_mcsmoe.model_card import add_to_card, adopt_card, describe_costs
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
 from hf_mcsmoe.sparsification import SparsificationCallback
 from hf_mcsmoe.task_data import Feature, collator, feature_batches
-from hf_mcsmoe.teacher import check_tokenizer, check_vocabulary, vocabulary_size
 
 # Fields of DistillationOptions that are options of the command; a new one needs its name here, and no more.
 DISTILLATION = [

@@ -13,19 +13,12 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_mcsmoe.calibration import Batch
-from hf_mcsmoe.compressed_trainer import CompressedModelTrainer
-from hf_mcsmoe.distillation_arguments import (
-    DistillationArguments,
-    DistillationOptions,
-    DistillationSeq2SeqArguments,
-)
-from hf_mcsmoe.distillation_loss import TERMS, DistillationLoss, Divisors
-from hf_mcsmoe.expert_outputs import SCALE_ROWS
-from hf_mcsmoe.model_card import add_to_card
-from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.plan import public_name
-from hf_mcsmoe.teacher import load_teacher
-from hf_mcsmoe.teacher_outputs import (
+from hf_mcsmoe.distillation.arguments import DistillationOptions
+from hf_mcsmoe.distillation.compressed_trainer import CompressedModelTrainer
+from hf_mcsmoe.distillation.expert_outputs import SCALE_ROWS
+from hf_mcsmoe.distillation.loss import TERMS, DistillationLoss, Divisors
+from hf_mcsmoe.distillation.teacher import load_teacher
+from hf_mcsmoe.distillation.teacher_outputs import (
     ROW,
     STORED,
     CollatorWithOutputs,
@@ -33,14 +26,10 @@ from hf_mcsmoe.teacher_outputs import (
     TeacherOutputs,
     store_teacher_outputs,
 )
-from hf_mcsmoe.trainable import add_lora, choose_parameters
-
-__all__ = [
-    "DistillationArguments",
-    "DistillationSeq2SeqArguments",
-    "DistillationSeq2SeqTrainer",
-    "DistillationTrainer",
-]
+from hf_mcsmoe.distillation.trainable import add_lora, choose_parameters
+from hf_mcsmoe.model_card import add_to_card
+from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
+from hf_mcsmoe.plan import public_name
 
 # What the card tells of the last entry of the log.
 LOGGED = (*TERMS, "kept_share")

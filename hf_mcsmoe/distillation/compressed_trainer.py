@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_mcsmoe.distillation.checkpoints import check_checkpoint, is_checkpoint, last_good_checkpoint
+from hf_mcsmoe.distillation.trainable import merged_state, student_of
 from hf_mcsmoe.modeling.saving_mcsmoe import DOCUMENTS
-from hf_mcsmoe.trainable import merged_state, student_of
-from hf_mcsmoe.trainer_checkpoints import check_checkpoint, is_checkpoint, last_good_checkpoint
 
 
 class CompressedModelTrainer(Trainer):

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from transformers.data.data_collator import default_data_collator
 
 from hf_mcsmoe.calibration import as_it_was, on_device
+from hf_mcsmoe.distillation.teacher import check_vocabulary, vocabulary_size
 from hf_mcsmoe.losses import top_log_probs
-from hf_mcsmoe.teacher import check_vocabulary, vocabulary_size
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 FORMAT_VERSION = 1
