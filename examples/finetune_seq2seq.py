@@ -5,9 +5,11 @@
 
 Batch size and learning rate are the paper's for the task unless given. The rows for evaluation are used once, at the
 end; to choose among checkpoints keep a part of the training rows: --holdout 0.05 --eval_strategy epoch
---load_best_model_at_end true.
+--load_best_model_at_end true. The routers' own losses (balance of load, z) are part of the loss: without them
+fine-tuning may send all tokens to a few experts, and merging the others shows nothing.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,26 +18,68 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_mcsmoe.losses import cross_entropy
 
+# The routers' losses in a model's outputs, on each of its sides, and where its configuration weighs them.
+ROUTER_LOSSES = {"z_loss": "router_z_loss_coef", "aux_loss": "router_aux_loss_coef"}
 
-def token_mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the cross entropy, a mean over the labels of the accumulated batch of all processes.
 
-    Switch's own loss is a mean over the labels of one process's part of it, which the Trainer takes for this one and
-    scales up by the number of processes and of accumulation steps (Transformers 5.24).
+@dataclass
+class FinetuneArguments:
+    """What counts in the loss."""
+
+    router_losses: bool = field(
+        default=True, metadata={"help": "add the routers' balance and z losses, weighted as the model's config says"}
+    )
+
+
+class FinetuneTrainer(Seq2SeqTrainer):
+    """A Trainer whose loss is a mean over the labels of the accumulated batch of all processes, plus the routers' own.
+
+    Switch's loss is a mean over the labels of one process's part of the batch, which the Trainer takes for this one
+    and scales up by the number of processes and of accumulation steps (Transformers 5.24); and it adds the losses of
+    the routers only where a forward asks for them.
     """
-    total = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return cross_entropy(outputs.logits, labels) / total
+
+    def __init__(self, *args: Any, router_losses: bool, **kwargs: Any) -> None:
+        """Take the arguments of the Trainer; routers' losses count where the model has them."""
+        super().__init__(*args, compute_loss_func=self.mean_loss, **kwargs)
+        self.coefficients = {name: self.model.config.to_dict().get(key) for name, key in ROUTER_LOSSES.items()}
+        self.router_losses = router_losses and None not in self.coefficients.values()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, with that of the routers in training."""
+        more = {"output_router_logits": True} if self.router_losses and model.training else {}
+        return super().compute_loss(model, {**inputs, **more}, *args, **kwargs)
+
+    def mean_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the loss of a part of the accumulated batch."""
+        total = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = cross_entropy(outputs.logits, labels, self.args.label_smoothing_factor) / total
+        if not (self.router_losses and self.model.training):
+            return loss
+        parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            parts *= self.accelerator.num_processes
+        routers = sum(
+            weight * outputs[f"{side}_{name}"]
+            for name, weight in self.coefficients.items()
+            for side in ("encoder", "decoder")
+        )
+        return loss + routers / parts
 
 
 def main() -> None:
     """Fine-tune, save and evaluate."""
     with mistakes_told_once():
-        arguments, training = parse((TaskArguments, Seq2SeqTrainingArguments), __doc__ or "")
+        arguments, choice, training = parse(
+            (TaskArguments, FinetuneArguments, Seq2SeqTrainingArguments), __doc__ or ""
+        )
         model, tokenizer, data = load(arguments, training)
-    trainer = Seq2SeqTrainer(
+    trainer = FinetuneTrainer(
         model=model,
         args=training,
-        compute_loss_func=None if training.label_smoothing_factor else token_mean,
+        router_losses=choice.router_losses,
         **trainer_data(data, model, tokenizer, arguments),
     )
     train(trainer)
