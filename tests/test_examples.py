@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+BENCHMARKS = {"distillation_step.py": ["--d-model", "64", "--experts", "4", "--batch-size", "2", "--length", "8"]}
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ["finetune_seq2seq.py", "evaluate_seq2seq.py"]
 WORDS = ["<pad>", "</s>", "<unk>", "choice1", "choice2", "copa", "choice1:", "choice2:", "premise:", "question:"]
@@ -124,3 +125,20 @@ def test_a_choice_of_checkpoint_needs_rows_kept_apart(folder: Path) -> None:
     assert result.returncode != 0
     assert "pass --holdout" in result.stderr
     assert not (folder / "full" / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", BENCHMARKS)
+def test_a_benchmark_prints_its_table(script: str) -> None:
+    result = run(f"benchmarks/{script}", "--repetitions", "1", "--threads", "1", *BENCHMARKS[script])
+    assert result.returncode == 0, result.stderr
+    head, _, *rows = result.stdout.splitlines()
+    assert head.split("|")[1:3] == [" measure ", " ratio "]
+    assert len(rows) == 2
+    assert all(float(row.split("|")[2]) > 0 for row in rows)
+
+
+def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> None:
+    listed = (EXAMPLES / "benchmarks" / "run_all.py").read_text()
+    scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py")} - {"common.py", "run_all.py"}
+    assert {name for name in scripts if f'"{name}"' not in listed} == {"merge_2b.py"}

@@ -35,7 +35,7 @@ Batch = dict[str, torch.Tensor]
 
 def main() -> None:
     """Print a table with a row per measure."""
-    options = parser(__doc__, repetitions=9)
+    options = parser(__doc__, repetitions=5)
     options.add_argument("--layers", type=int, default=2, help="layers of a model's side (default %(default)s)")
     options.add_argument("--d-model", type=int, default=512, help="width D; F is four times it (default %(default)s)")
     options.add_argument("--experts", type=int, default=32, help="of a teacher's layer (default %(default)s)")
