@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from families import build, inputs
 from safetensors.torch import load_file
 from test_examples import EXAMPLES, data, folder, run, training  # noqa: F401
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
@@ -14,6 +16,7 @@ from hf_mcsmoe import SparsificationCallback, moe_layers
 from hf_mcsmoe.loading import load_model
 
 sys.path.insert(0, str(EXAMPLES))
+import finetune_seq2seq
 import recipe
 
 
@@ -162,3 +165,20 @@ def test_merging_alone_and_a_wrong_number_of_experts(folder: Path) -> None:  # n
     result = run("merge_and_distill.py", *given, "--num_experts", "32")
     assert result.returncode != 0
     assert "--num_experts 32, but " in result.stderr
+
+
+def test_fine_tuning_counts_the_routers_losses(tmp_path: Path) -> None:
+    model = build("switch_transformers").train()
+    batch = inputs("switch_transformers", model)
+    batch["labels"] = batch.pop("decoder_input_ids")
+    batch["labels"][0, -2:] = -100
+    arguments = Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    losses = {}
+    for counted in (True, False):
+        trainer = finetune_seq2seq.FinetuneTrainer(model=model, args=arguments, router_losses=counted)
+        given = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
+        torch.manual_seed(0)  # of the routers' noise and of dropout
+        losses[counted] = trainer.compute_loss(model, given)
+        torch.manual_seed(0)
+        torch.testing.assert_close(losses[counted], model(**batch, output_router_logits=counted).loss)
+    assert losses[True] > losses[False] + 1e-4
