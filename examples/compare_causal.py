@@ -3,7 +3,8 @@
     python examples/compare_causal.py MODEL --train FILE --evaluation FILE --experts 8
 
 The model is merged in several ways, each merged model learns from the original for `--steps` steps, and M-SMoE is then
-stored as low rank + sparse while it learns for as many more. 256 random rows of the text to train on guide the merge.
+stored as low rank + sparse while it learns for as many more; or it is merged, repaired and stored as low rank + sparse
+in one go, and learns after that. 256 random rows of the text to train on guide the merge.
 Figures: perplexity on the text for evaluation, mean and standard deviation over the seeds (which draw the rows and
 their order), and what the models hold and execute.
 """
@@ -45,6 +46,7 @@ MERGES: dict[str, dict] = {
     "M-SMoE, uniform budget": {"budget": "uniform"},
     "M-SMoE, refit": {},
 }
+ONE_SHOT = "MC-SMoE in one shot"
 Rows = list[dict[str, torch.Tensor]]
 
 
@@ -92,7 +94,14 @@ def versions(
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:256].tolist()
     calibration = batches_of([train[index] for index in drawn])
     yield "original", model
-    for name in options.methods:
+    if ONE_SHOT in options.methods:
+        low_rank = LoSparseConfig(rank=options.rank, keep=options.keep)
+        config = MergeConfig(experts=options.experts)
+        student = compress(model, calibration, config, repair=RepairConfig(), low_rank=low_rank)
+        yield f"{ONE_SHOT}, not distilled", student
+        distil(student, model, train, seed, options, keep=1.0)
+        yield ONE_SHOT, student
+    for name in (name for name in options.methods if name != ONE_SHOT):
         repair = RepairConfig() if name.endswith("refit") else None
         student = compress(model, calibration, MergeConfig(experts=options.experts, **MERGES[name]), repair=repair)
         yield f"{name}, not distilled", student
@@ -115,7 +124,7 @@ def main() -> None:
     parser.add_argument("--train-share", type=float, default=1.0, help="use the first part of that text only")
     parser.add_argument("--evaluation", type=Path, required=True, help="text to evaluate on")
     parser.add_argument("--experts", type=int, default=8, help="experts per layer on average")
-    parser.add_argument("--methods", nargs="+", choices=MERGES, default=list(MERGES), help="ways to merge")
+    parser.add_argument("--methods", nargs="+", choices=[*MERGES, ONE_SHOT], default=[*MERGES, ONE_SHOT])
     parser.add_argument("--rank", type=int, default=16, help="rank of U V")
     parser.add_argument("--keep", type=float, default=0.1, help="share of the rows of S that is kept")
     parser.add_argument("--steps", type=int, default=300, help="of distillation, 16 rows each")
