@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
+from peft import PeftModel
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
@@ -45,9 +46,12 @@ DISTILLATION = [
     "kd_weight",
     "kd_temperature",
     "hidden_weight",
+    "expert_weight",
     "reference_kd",
     "train_parts",
     "freeze_routers",
+    "lora_rank",
+    "lora_alpha",
     "teacher_dtype",
     "teacher_device_map",
 ]
@@ -255,6 +259,8 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
         for own in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(own)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if isinstance(trainer.model, PeftModel):
+        model = trainer.model.merge_and_unload()
     if run.pruning:
         compact(model)
     torch.nn.Module.to(model, run.saved_dtype)
