@@ -2,12 +2,14 @@
 
     python examples/compare_repair.py MODEL --text FILE --experts 8 4
 
-The first half of the text calibrates, the second evaluates. Figures: the divergence (KL, nats per token) of the merged
+The first half of the text calibrates, the second evaluates; with several `--batches` the merge is guided by all of the
+first half, and the repair by so much of it. Figures: the divergence (KL, nats per token) of the merged
 model's predictions from the original's over the tokens that count, its share of the unrepaired model's, and seconds.
 """
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -66,28 +68,32 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8], help="experts per layer on average")
     parser.add_argument("--budgets", nargs="+", default=["adaptive", "uniform"], help="how layers share the experts")
     parser.add_argument("--methods", nargs="+", default=["refit", "local"], choices=METHODS, help="repairs")
-    parser.add_argument("--batches", type=int, help="calibration batches of 16 rows; all by default")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        help="calibration batches of 16 rows for the repair, e.g. 1 2 4 8; all by default",
+    )
     parser.add_argument("--max-length", type=int, default=96, help="tokens a row")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     calibration, evaluation = halves(model, tokenizer, arguments.text, arguments.max_length)
-    calibration = calibration[: arguments.batches]
     statistics, reference = collect_statistics(model, calibration), predictions(model, evaluation)
-    print("| experts | budget | repair | KL | of plain | seconds |\n|---:|---|---|---:|---:|---:|")
+    print("| experts | budget | repair | rows | KL | of plain | seconds |\n|---:|---|---|---:|---:|---:|---:|")
     for count in arguments.experts:
         for budget in arguments.budgets:
             plan = plan_merge(model, statistics, MergeConfig(experts=count, budget=budget))
             plain = figures(merge_experts(model, plan), evaluation, reference)[1]
-            print(f"| {count} | {budget} | none | {plain:.5f} | 1.00 | |", flush=True)
-            for name in arguments.methods:
-                student = merge_experts(model, plan)
-                seconds = repair_experts(student, model, calibration, METHODS[name]).seconds
+            print(f"| {count} | {budget} | none | | {plain:.5f} | 1.00 | |", flush=True)
+            for name, number in product(arguments.methods, arguments.batches or [len(calibration)]):
+                student, part = merge_experts(model, plan), calibration[:number]
+                seconds = repair_experts(student, model, part, METHODS[name]).seconds
                 found = figures(student, evaluation, reference)[1]
-                print(
-                    f"| {count} | {budget} | {name} | {found:.5f} | {found / plain:.2f} | {seconds:.1f} |", flush=True
-                )
+                rows = sum(len(batch["input_ids"]) for batch in part)
+                cells = [count, budget, name, rows, f"{found:.5f}", f"{found / plain:.2f}", f"{seconds:.1f}"]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
