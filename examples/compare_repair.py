@@ -9,6 +9,7 @@ model's predictions from the original's over the tokens that count, its share of
 
 import argparse
 import json
+import random
 from itertools import product
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def halves(
         whole = [ids[start : start + max_length] for start in range(0, len(ids) - max_length + 1, max_length)]
         rows[0].extend(whole[: len(whole) // 2])
         rows[1].extend(whole[len(whole) // 2 :])
+    random.Random(0).shuffle(rows[0])  # so that a part of them is of all texts
     first, second = (_batches(model, tokenizer, half, max_length) for half in rows)
     return first, second
 
