@@ -131,6 +131,7 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
         assert run(*command(folder, tmp_path / "again"), *pruning, "--resume")[0] == 1
     code, out, err = run(*command(folder, tmp_path / "again"), *pruning, "--resume")
     assert code == 0, err
+    assert "4 steps, resumed from checkpoint-4" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "unfinished", "whole"]
     whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert whole.keys() == again.keys()

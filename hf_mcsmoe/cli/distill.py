@@ -163,6 +163,8 @@ def distill_command(
     asked |= {"student": student, "teacher": teacher, "tokenizer": tokenizer, "dtype": dtype}
     checkpoint = check_working_folder(folder, asked, resume=resume, overwrite=overwrite)
     run = _check(student, teacher, source, training, pruning, distillation, tokenizer, dtype, folder)
+    begin = f"resumed from {checkpoint.name}" if checkpoint else "from the beginning"
+    console.print(f"{len(run.features):,} rows, {run.arguments.max_steps:,} steps, {begin}")
     with kept_until_complete(folder, asked, checkpoint):
         model, accounts = _train(run, checkpoint)
         model.save_pretrained(output)
