@@ -267,7 +267,7 @@ def last_checkpoint(trainer: Seq2SeqTrainer) -> str | None:
     callbacks = trainer.callback_handler.callbacks
     pruned = any(isinstance(callback, SparsificationCallback) for callback in callbacks)
     last = OPTIONS_FILE if pruned else TRAINER_STATE_NAME  # what is written after everything else
-    folders = Path(trainer.args.output_dir).glob("checkpoint-*/")
+    folders = Path(trainer.args.output_dir).glob("checkpoint-[0-9]*/")
     complete = [folder for folder in folders if (folder / last).is_file()]
     return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))) if complete else None
 

@@ -3,29 +3,25 @@
 python examples/benchmarks/run_all.py
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = (
-    "statistics_pass.py",
-    "merge_memory.py",
-    "merged_forward.py",
-    "compact_forward.py",
-    "distillation_step.py",
-)
+from common import parser
+
+TIMED = ("statistics_pass.py", "merged_forward.py", "compact_forward.py", "distillation_step.py")
+SCRIPTS = (*TIMED, "merge_memory.py")
 
 
 def main() -> None:
     """Run each script in a process of its own, so that none sees another's memory, and join their tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    dtype = parser.parse_args().dtype
+    arguments = parser(__doc__, repetitions=5).parse_args()
+    dtype = ["--dtype", arguments.dtype]
+    timing = ["--repetitions", arguments.repetitions, "--threads", arguments.threads, "--clock", arguments.clock]
     rows: list[str] = []
     for script in SCRIPTS:
-        command = [sys.executable, str(Path(__file__).parent / script), "--dtype", dtype]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        command = [sys.executable, Path(__file__).parent / script, *dtype, *(timing if script in TIMED else [])]
+        output = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True).stdout
         table = [line for line in output.splitlines() if line.startswith("|")]
         print(*(table[2:] if rows else table), sep="\n", flush=True)
         rows += table
