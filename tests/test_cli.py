@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -210,7 +211,10 @@ def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path)
     options = ["--data", many, "--num-samples", "5000", "--batch-size", "1", "--output", tmp_path / "out"]
     command = [sys.executable, "-m", "hf_mcsmoe.cli", "compress", *map(str, [source, *options])]
     watcher = threading.Event()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    # A run in the background of a script is born deaf to the signal.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, preexec_fn=hear, **streams) as process:
         # Statistics begin once the model is loaded and the text read; a killed run of seconds is caught in them.
         watcher.wait(25)
         process.send_signal(signal.SIGINT)
