@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mcsmoe-modules-")
 # Bit for bit means the same kernels, and MKL chooses some of them by where in memory a tensor lies, which for one
 # read from a file is elsewhere.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 import shutil
 
