@@ -25,7 +25,7 @@ def run(script: str, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> 
     """Run a script in a process of its own, on one core."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "119"}
     command = [sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def rows(number: int, shift: int = 0) -> list[dict]:
