@@ -96,8 +96,10 @@ def _check_alike(one: Path, two: Path, start: Path) -> None:
     """Compare what one and two processes saved, logged and measured; the weights must have moved away from `start`."""
     expected, found = (load_file(path / "model.safetensors") for path in (one, two))
     assert found.keys() == expected.keys()
-    for name, value in expected.items():  # kept rows of S, which are integers, must be the same
-        tolerance = 2e-5 if value.is_floating_point() else 0
+    # Adam divides by the gradient's size: what is rounding in a small one is much in the weight. Kept rows of S, which
+    # are integers, must be the same.
+    for name, value in expected.items():
+        tolerance = 1e-4 if value.is_floating_point() else 0
         torch.testing.assert_close(found[name], value, atol=tolerance, rtol=0)
     before = load_file(start / "model.safetensors")["shared.weight"]
     assert float((expected["shared.weight"] - before).abs().max()) > 1e-3
