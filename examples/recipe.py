@@ -170,8 +170,8 @@ def load(arguments: TaskArguments, training: Any) -> tuple[PreTrainedModel, PreT
     check_labels(tokenizer, data.task)
     if training.eval_strategy != "no" and not data.holdout:
         raise ValueError(
-            f"--eval_strategy {training.eval_strategy.value} needs rows to choose by: pass --holdout 0.05. The split for "
-            "evaluation is used once, at the end."
+            f"--eval_strategy {training.eval_strategy.value} needs rows to choose by: pass --holdout 0.05. The split "
+            "for evaluation is used once, at the end."
         )
     return load_model(arguments.model_name_or_path), tokenizer, data
 
