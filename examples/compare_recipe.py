@@ -148,6 +148,7 @@ def table(task: str, arguments: argparse.Namespace) -> list[str]:
     costs = costs_of(task, arguments)
     for label, name, evaluation in ROWS:
         files = [folder(name, task, seed, arguments) / f"{evaluation}.json" for seed in arguments.seeds]
+        files = list(dict.fromkeys(files))  # one model for all seeds has one
         found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
         if name not in arguments.runs or not found:
             continue

@@ -152,7 +152,9 @@ def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
         found = re.search(rf"^\| {label} \| ([\d,]+) \|.*$", card, flags=re.MULTILINE)
         if found:
             old = int(found[1].replace(",", ""))
-            card = card.replace(found[0], f"| {label} | {old:,} | {size:,} | {1 - size / old:.1%} |")
+            between = found[0].strip("| ").split(" | ")[2:-2]  # stages that a longer table has
+            row = [label, f"{old:,}", *between, f"{size:,}", f"{1 - size / old:.1%}"]
+            card = card.replace(found[0], f"| {' | '.join(row)} |")
     vars(model)["mcsmoe_files"] = {**files, "README.md": card}
 
 

@@ -187,6 +187,10 @@ class SparsificationCallback(TrainerCallback):
         start, end = (round(value * total) if isinstance(value, float) else value for value in (self.start, self.end))
         return start, end
 
+    def _scores_without_gradient(self, part: SparsePart) -> bool:
+        row = part.weight.detach().reshape(-1, part.weight.shape[-1])[:1].float()
+        return IMPORTANCE[self.importance](row, None) is not None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
@@ -195,7 +199,13 @@ class SparsificationCallback(TrainerCallback):
         Raises:
             ValueError: a schedule longer than training, another one than that of the checkpoint, nothing to prune.
         """
-        _parts(model)
+        parts = _parts(model).values()
+        scored = [part for part in parts if part.weight.requires_grad or self._scores_without_gradient(part)]
+        if not scored:
+            raise ValueError(
+                f"importance={method_name(self.importance)!r} needs the gradient of S, which is frozen: train all or "
+                "the experts (train_parts), or prune by importance='magnitude'."
+            )
         start, end = self._steps(state.max_steps)
         if start + end >= state.max_steps:
             raise ValueError(

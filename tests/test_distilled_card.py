@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, decompose_experts
+from hf_mcsmoe.accounting import account
+from hf_mcsmoe.model_card import add_to_card, describe_costs
 
 
 def sizes_on_card(card: str) -> dict[str, list[str]]:
@@ -61,6 +63,16 @@ def test_a_loaded_model_goes_on_with_its_card(form: str, tmp_path: Path) -> None
     trainer.train()
     trainer.save_model(target)  # over what it was loaded from
     check_card(target, 1)
+
+
+def test_a_longer_table_of_costs_keeps_its_columns() -> None:
+    student = make_student("mixtral")
+    accounts = {"teacher": account(example("mixtral").base), "student": account(student), "before": account(student)}
+    describe_costs(student, accounts)
+    add_to_card(student, "Distillation", "Done.")
+    found = next(line for line in student.mcsmoe_files["README.md"].splitlines() if line.startswith("| parameters |"))
+    old, new = example("mixtral").base.num_parameters(), student.num_parameters()
+    assert found == f"| parameters | {old:,} | {new:,} | {new:,} | {1 - new / old:.1%} |"
 
 
 def test_a_model_without_a_card_is_saved_without(tmp_path: Path) -> None:

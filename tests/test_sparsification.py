@@ -370,3 +370,12 @@ def test_a_schedule_longer_than_training_and_a_model_without_s_are_refused(tmp_p
     trainer.add_callback(SparsificationCallback())
     with pytest.raises(ValueError, match="call decompose_experts first"):
         trainer.train()
+
+
+def test_rows_of_a_frozen_s_cannot_be_scored_by_gradients(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs the gradient of S, which is frozen"):
+        _run("mixtral", tmp_path, SparsificationCallback(0.25, start=1, end=2), train_parts="routers")
+    callback = SparsificationCallback(0.25, start=1, end=2, importance="magnitude")
+    trainer = _run("mixtral", tmp_path, callback, train_parts="routers")
+    parts = sparse_parts(trainer.model).values()
+    assert sum(int(part.kept.sum()) for part in parts) == round(0.25 * sum(part.kept.numel() for part in parts))

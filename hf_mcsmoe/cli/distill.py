@@ -91,7 +91,8 @@ class Pruning:
             raise ValueError(f"{name} is decomposed already: leave out --rank, or name the merged model.")
         keep = KEEP if self.keep is None else self.keep
         config = LoSparseConfig(rank=self.rank, keep=keep, factorisation=self.factorisation)
-        check_low_rank([layer for layer in moe_layers(student) if layer.merged], config)
+        whole = student.config.mcsmoe.get("whole", [])
+        check_low_rank([layer for layer in moe_layers(student) if layer.merged or layer.name in whole], config)
         return config
 
     def callback(self, keep: float, steps: int) -> SparsificationCallback:
@@ -213,7 +214,13 @@ def _check(
     arguments = kind(**settings, **vars(distillation))
     callback = None
     if low_rank or sparse_parts(ours):
-        keep = low_rank.keep if low_rank else pruning.keep or ours.config.mcsmoe.get("keep", KEEP)
+        if distillation.train_parts in ("lora", "routers"):
+            raise ValueError(
+                f"--train-parts {distillation.train_parts} leaves S frozen, so nothing tells which of its rows to "
+                "prune: leave out --rank, or train all or the experts."
+            )
+        given = pruning.keep if low_rank is None else low_rank.keep
+        keep = ours.config.mcsmoe.get("keep", KEEP) if given is None else given
         callback = pruning.callback(keep, settings["max_steps"])
     return Run(student, teacher, tokenizer, features, arguments, low_rank, callback, dtype, ours.dtype)
 

@@ -68,6 +68,7 @@ def evaluate_command(
         size = folder_bytes(plan.model)
         figures |= {"parameters": model.num_parameters()} | ({} if size is None else {"bytes_on_disk": size})
         found[plan.model] = figures
+        del model  # before the next is loaded
         if json_file is not None:  # after each model: a run that is killed keeps what it has
             json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     console.print(figure_table(found))

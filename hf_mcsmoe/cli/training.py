@@ -60,13 +60,16 @@ class Training:
         steps = self.max_steps or math.ceil(epochs * math.ceil(batches / self.gradient_accumulation_steps))
         if steps < 1:
             raise ValueError(f"--epochs {self.epochs} is no training; it must be more than 0.")
+        rate = (task.learning_rate if task else LEARNING_RATE) if self.learning_rate is None else self.learning_rate
+        if rate <= 0:
+            raise ValueError(f"--learning-rate {rate} trains nothing; it must be more than 0.")
         warmup = min(WARMUP_STEPS, steps // 10) if self.warmup_steps is None else self.warmup_steps
         if warmup >= steps:
             raise ValueError(f"--warmup-steps {warmup} take all of the {steps} steps of the training: lower them.")
         return {
             "output_dir": str(folder),
             "max_steps": steps,
-            "learning_rate": self.learning_rate or (task.learning_rate if task else LEARNING_RATE),
+            "learning_rate": rate,
             "per_device_train_batch_size": batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "warmup_steps": warmup,
@@ -163,7 +166,7 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
         ValueError: a killed run's checkpoints, or whatever else is in the folder, would be lost, or it had other
             options.
     """
-    if folder.exists() and not (folder / OPTIONS).is_file():
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / OPTIONS).is_file():
         raise ValueError(
             f"{folder} is where checkpoints go, but was not made by a run: move it, or name another output."
         )
