@@ -92,7 +92,9 @@ def run_python(
 ) -> subprocess.CompletedProcess:
     """Run a fresh interpreter in `cwd`; unless `package`, one where `hf_mcsmoe` cannot be imported."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    variables |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_MODULES_CACHE": str(cwd / ".modules"), **environment}
+    # One thread, as in the tests: how many there are decides how sums are split, and so their last bits.
+    variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    variables |= {"HF_MODULES_CACHE": str(cwd / ".modules"), **environment}
     if not package:
         variables["PYTHONPATH"] = str(TESTS / "absent")
     command = [sys.executable, *arguments]
