@@ -139,13 +139,18 @@ def _observer(layer: MoELayer, sums: LayerStatistics, masks: dict[str, torch.Ten
     return observe
 
 
+def side_of(layer: MoELayer) -> str:
+    """Return the side that a layer is on, "encoder" or "decoder"; without an encoder all are on the latter."""
+    return "encoder" if "encoder" in layer.name.split(".") else "decoder"
+
+
 def mask_of(layer: MoELayer, masks: dict[str, torch.Tensor], tokens: int) -> torch.Tensor | None:
     """Return which of the tokens that a layer saw count, bool [T]; None for all.
 
     Raises:
         ValueError: the batch's mask, see `token_masks`, has another number of tokens.
     """
-    mask = masks.get("encoder" if "encoder" in layer.name.split(".") else "decoder")
+    mask = masks.get(side_of(layer))
     if mask is not None and len(mask) != tokens:
         raise ValueError(
             f"{layer.name} saw {tokens} tokens, the batch's mask has {len(mask)}: pass masks of the shape of the "

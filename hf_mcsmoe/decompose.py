@@ -121,7 +121,7 @@ def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
         )
     layers, whole = moe_layers(model), mcsmoe.get("whole", [])
     known = {layer.name: place for place, layer in enumerate(layers) if layer.merged or layer.name in whole}
-    if any(getattr(layer.container, "low_rank", None) for layer in layers):
+    if any(low_rank_modules(model)):
         raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
     for pattern in config.skip:
         if not fnmatch.filter(known, pattern):

@@ -10,6 +10,15 @@ from torch.nn import functional as F
 CPU_BLOCK, BLOCK = 2**17, 2**25
 
 
+def aligned_labels(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """Return labels int [B, T] as the logits stand: each position has the label that its logits are about, or -100.
+
+    Args:
+        shifted: whether the logits at a position are about the next one, as in a causal model.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=-100) if shifted else labels
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Return the summed cross entropy, in float32, of `logits` [..., V] at `labels` int [...]; -100 does not count.
 

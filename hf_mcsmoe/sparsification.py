@@ -71,6 +71,8 @@ def zero_shot_importance(
 ) -> Scores:
     """Return row scores [*, out] per weight from backward passes alone, a mean over the batches; no weight changes.
 
+    For a compact model without training: `prune_rows(model, scores, keep)`, then `compact(model)`.
+
     Args:
         batches: dictionaries for `model(**batch)`, with labels.
 

@@ -105,11 +105,33 @@ def test_it_executes_the_operations_of_the_loop_but_for_rows_of_zeros(form: str)
     more = sum(2 * routed * rank * (experts_part.shape[1] + width) for experts_part, width in _shapes(experts))
     if form == "compact":
         for weight, entry in experts.low_rank.items():
-            rows = entry["kept_rows"]
-            held = sum(rows[pick] for pick in index.flatten().tolist() if pick < experts.num_experts)
-            padded = max(rows) + -max(rows) % forward_mcsmoe.ALIGNMENT
-            more += 2 * (routed * padded - held) * getattr(experts, f"{weight}_v").shape[-1]
+            zeros = [-rows % forward_mcsmoe.ALIGNMENT for rows in entry["kept_rows"]]
+            filled = sum(zeros[pick] for pick in index.flatten().tolist() if pick < experts.num_experts)
+            more += 2 * filled * getattr(experts, f"{weight}_v").shape[-1]
     assert counts[1] == counts[0] + more
+
+
+@pytest.mark.parametrize("limit", [1, 2, 8])
+def test_few_levels_of_kept_rows_give_the_same_sums(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_mcsmoe, "MAX_LEVELS", limit)
+    experts = _experts("mixtral", "compact")
+    found, expected = (
+        forward(experts, *_routing(experts)).detach() for forward in (grouped_experts_forward, eager_experts_forward)
+    )
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("counts", "levels"),
+    [
+        ([0, 8, 9, 300], [0, 8, 16, 304]),
+        ([307] * 8, [312] * 8),
+        # More than eight numbers: 3072, 1536, 768, 384, 192, 96, 48, 24, 16, 8.
+        ([0, 1, 20, 30, 40, 90, 170, 370, 400, 1000, 3072], [0, 8, 24, 48, 48, 96, 192, 384, 768, 1536, 3072]),
+    ],
+)
+def test_levels_of_kept_rows(counts: list[int], levels: list[int]) -> None:
+    assert forward_mcsmoe.row_levels(counts) == levels
 
 
 def _shapes(experts: Any) -> list[tuple[torch.Tensor, int]]:

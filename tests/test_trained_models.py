@@ -13,7 +13,17 @@ from helpers import Batch, relative_error, shuffled
 from layouts import LAYOUTS
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe import (
+    LoSparseConfig,
+    MergeConfig,
+    collect_statistics,
+    compact,
+    decompose_experts,
+    merge_experts,
+    moe_layers,
+    plan_merge,
+)
+from hf_mcsmoe.sparsification import prune_rows, zero_shot_importance
 from hf_mcsmoe.statistics import LayerStatistics
 
 MODELS = Path(__file__).parents[2] / "shared" / "data" / "models"
@@ -147,3 +157,27 @@ def test_merging_adaptively_with_alignment_beats_random_groups_and_no_alignment(
         for name, choice in options.items()
     }
     assert _perplexity(model, batches[8:]) < after["paper"] < min(after["random"], after["unaligned"])
+
+
+@torch.no_grad()
+def _divergence(model: PreTrainedModel, original: PreTrainedModel, data: list[Batch]) -> float:
+    """Return the mean KL from the original's predictions over all labels that count."""
+    total, count = 0.0, 0
+    for batch in data:
+        ours, theirs = (one(**batch).logits.log_softmax(-1) for one in (model, original))
+        counted = batch["labels"] != -100
+        total += float((theirs.exp() * (theirs - ours)).sum(-1)[counted].sum())
+        count += int(counted.sum())
+    return total / count
+
+
+def test_rows_by_importance_keep_nearer_to_the_original_than_rows_by_magnitude() -> None:
+    model, data = _switch()
+    plan = plan_merge(model, collect_statistics(model, data), MergeConfig(experts=8, budget="uniform"))
+    start = decompose_experts(merge_experts(model, plan), LoSparseConfig(rank=8, keep=0.1, factorisation="svd"))
+    found = {}
+    for importance in ("sensitivity", "magnitude"):
+        student = copy.deepcopy(start)
+        prune_rows(student, zero_shot_importance(student, data[::2], importance=importance), 0.1)
+        found[importance] = _divergence(compact(student), model, data[1::2])
+    assert found["sensitivity"] < found["magnitude"]

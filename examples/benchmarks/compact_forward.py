@@ -8,6 +8,7 @@ python examples/benchmarks/compact_forward.py
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import Row, compare, parser, print_table, switch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
+from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, grouped_experts_forward
 
 AIM = 0.35
 
@@ -61,7 +63,17 @@ def _rows(
         compare(f"compact / original layer, {label}", run(ours), run(original), arguments, AIM),
         compare(f"compact / merged layer, {label}", run(ours), run(dense), arguments),
         Row(f"executed operations, compact / original layer, {label}", share),
+        compare(f"experts by grouped products / one after another, {label}", *_products(ours, hidden), arguments),
     ]
+
+
+def _products(block: nn.Module, hidden: torch.Tensor) -> list[Callable[[], object]]:
+    """Return the two ways to compute a block's experts: as under torch.compile and on accelerators, and as here."""
+    experts: Any = block.experts
+    states = hidden.flatten(0, 1)
+    index = torch.arange(len(states))[:, None] % experts.num_experts
+    arguments = (experts, states, index, torch.ones_like(index, dtype=states.dtype))
+    return [lambda: grouped_experts_forward(*arguments), lambda: eager_experts_forward(*arguments)]
 
 
 def flops(layer: nn.Module, hidden: torch.Tensor) -> int:

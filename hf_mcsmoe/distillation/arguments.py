@@ -19,7 +19,7 @@ LIVE_ONLY = {
 
 @dataclass
 class DistillationOptions:
-    """What distillation adds to the arguments of a Trainer, with the paper's optimiser as defaults."""
+    """What distillation adds to the arguments of a Trainer."""
 
     kd_weight: float = option(0.2, "weight of the divergence from the teacher")
     kd_temperature: float = option(2.0, "temperature T of both distributions")
@@ -71,8 +71,8 @@ class DistillationOptions:
 
 
 @dataclass
-class DistillationArguments(DistillationOptions, TrainingArguments):
-    """`TrainingArguments` with the options of distillation; AdamW as in the paper (eps 1e-6, betas 0.9 and 0.98)."""
+class _WithPaperOptimiser(DistillationOptions):
+    """What both kinds of arguments have otherwise than the Trainer: the paper's optimiser, and checked options."""
 
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
@@ -81,18 +81,14 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.check()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]  # of the Trainer's arguments, which are the next base
 
 
 @dataclass
-class DistillationSeq2SeqArguments(DistillationOptions, Seq2SeqTrainingArguments):
+class DistillationArguments(_WithPaperOptimiser, TrainingArguments):
+    """`TrainingArguments` with the options of distillation; AdamW as in the paper (eps 1e-6, betas 0.9 and 0.98)."""
+
+
+@dataclass
+class DistillationSeq2SeqArguments(_WithPaperOptimiser, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the options of distillation and the paper's optimiser."""
-
-    adam_beta2: float = 0.98
-    adam_epsilon: float = 1e-6
-    weight_decay: float = 0.01
-    warmup_steps: float = 16
-
-    def __post_init__(self) -> None:
-        self.check()
-        super().__post_init__()

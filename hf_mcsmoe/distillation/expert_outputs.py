@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.adapters import MoELayer, moe_layers
-from hf_mcsmoe.calibration import Batch, mask_of, token_masks
+from hf_mcsmoe.calibration import Batch, mask_of, side_of, token_masks
 from hf_mcsmoe.losses import squared_error
 
 Outputs = dict[str, torch.Tensor]
@@ -90,7 +90,7 @@ class ExpertOutputs:
         for layer, states, counted in self._counted(batch, ours):
             wanted = theirs[layer.name].to(states.device)
             error = squared_error(states, wanted, counted) / self.scales[layer.name]
-            errors.append((error / tokens[_side(layer)].to(states.device).clamp(min=1)).to(self.teacher.device))
+            errors.append((error / tokens[side_of(layer)].to(states.device).clamp(min=1)).to(self.teacher.device))
         return torch.stack(errors).mean()
 
     def count_tokens(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
@@ -115,7 +115,3 @@ class ExpertOutputs:
             mask = mask_of(layer, masks, len(states))
             everywhere = torch.ones(len(states), dtype=torch.bool)
             yield layer, states, (everywhere if mask is None else mask).to(states.device)
-
-
-def _side(layer: MoELayer) -> str:
-    return "encoder" if "encoder" in layer.name.split(".") else "decoder"

@@ -11,6 +11,7 @@ from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.distillation.expert_outputs import ExpertOutputs, Outputs, observed_outputs
 from hf_mcsmoe.distillation.teacher_outputs import STORED
 from hf_mcsmoe.losses import (
+    aligned_labels,
     cross_entropy,
     distillation_sums,
     kl_divergence,
@@ -62,9 +63,7 @@ class DistillationLoss:
         if self.teacher is not None:
             with torch.no_grad():
                 theirs, their_layers = self._run(self.teacher, self.teacher, inputs)
-        labels = batch["labels"].to(outputs.logits.device)
-        if self.shifted:  # the labels, not the logits, whose slices would be copies
-            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        labels = aligned_labels(batch["labels"].to(outputs.logits.device), self.shifted)
         counted, share = labels != -100, 1 / divisors.labels.to(labels.device).clamp(min=1)
         terms = {name: value * share for name, value in self._sums(outputs.logits, theirs, labels, batch).items()}
         if theirs is not None and self.options.reference_kd:

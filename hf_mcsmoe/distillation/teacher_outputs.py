@@ -26,7 +26,7 @@ from transformers.data.data_collator import default_data_collator
 
 from hf_mcsmoe.calibration import as_it_was, on_device
 from hf_mcsmoe.distillation.teacher import check_vocabulary, vocabulary_size
-from hf_mcsmoe.losses import top_log_probs
+from hf_mcsmoe.losses import aligned_labels, top_log_probs
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 FORMAT_VERSION = 1
@@ -115,19 +115,8 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else str(value)
 
 
-def counted_labels(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """Return which positions of the logits have a label that counts, bool [batch, length].
-
-    Args:
-        labels: int [batch, length].
-        shifted: whether the logits at a position are about the next one, as in a causal model.
-    """
-    counted = labels != -100
-    return torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1) if shifted else counted
-
-
-def _flat_labels(labels: torch.Tensor, shifted: bool) -> np.ndarray:
-    labels = labels[:, 1:] if shifted else labels
+def _flat_labels(labels: torch.Tensor) -> np.ndarray:
+    """Return those of some aligned labels that count, int32 [n]."""
     return labels[labels != -100].cpu().numpy().astype(np.int32)
 
 
@@ -135,7 +124,7 @@ def _row_labels(teacher: PreTrainedModel, dataset: Any, number: int, collator: C
     batch = collator([dataset[number]])
     if "labels" not in batch:
         raise ValueError(f"Distillation needs labels; a batch has {', '.join(batch)}.")
-    return _flat_labels(batch["labels"], not teacher.config.is_encoder_decoder)
+    return _flat_labels(aligned_labels(batch["labels"], not teacher.config.is_encoder_decoder))
 
 
 def _open_partial(
@@ -171,16 +160,15 @@ def _store_rows(
     arrays: dict[str, Any],
     description: dict[str, Any],
 ) -> None:
-    shifted = not teacher.config.is_encoder_decoder
+    labels = aligned_labels(batch["labels"], not teacher.config.is_encoder_decoder)
     here = slice(arrays["offsets"][rows.start], arrays["offsets"][rows.stop])
-    if not np.array_equal(_flat_labels(batch["labels"], shifted), arrays["labels"][here]):
+    if not np.array_equal(_flat_labels(labels), arrays["labels"][here]):
         raise ValueError(
             f"The labels of the rows {rows.start} to {rows.stop - 1} differ from one pass to the next: a collator "
             "that draws at random has no outputs that could be stored."
         )
-    batch = on_device(batch, teacher)
-    counted = counted_labels(batch["labels"], shifted)
-    kept = top_log_probs(teacher(**batch).logits[counted], description["temperature"], description["top_k"])
+    logits = teacher(**on_device(batch, teacher)).logits
+    kept = top_log_probs(logits[labels.to(logits.device) != -100], description["temperature"], description["top_k"])
     for name, values in zip(KEPT, kept, strict=True):
         arrays[name][here] = values.cpu().numpy()
 
@@ -269,7 +257,7 @@ class CollatorWithOutputs:
         batch = self.collator([{name: value for name, value in row.items() if name != ROW} for row in rows])
         if "labels" not in batch:
             raise ValueError(f"Distillation needs labels; the batch has {', '.join(batch)}.")
-        return {**batch, **self.outputs.of_rows(numbers, _flat_labels(batch["labels"], self.shifted))}
+        return {**batch, **self.outputs.of_rows(numbers, _flat_labels(aligned_labels(batch["labels"], self.shifted)))}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from hf_mcsmoe.distillation.teacher_outputs import (
     store_teacher_outputs,
 )
 from hf_mcsmoe.distillation.trainable import add_lora, choose_parameters
+from hf_mcsmoe.losses import aligned_labels
 from hf_mcsmoe.model_card import add_to_card
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import public_name
@@ -182,8 +183,8 @@ class DistillationTrainer(CompressedModelTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _divisors(self, inputs: Batch, num_items: torch.Tensor | int | None, training: bool) -> Divisors:
-        labels = inputs["labels"][:, 1:] if self._loss.shifted else inputs["labels"]
-        total = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items)
+        counted = aligned_labels(inputs["labels"], self._loss.shifted) != -100
+        total = counted.sum() if num_items is None else torch.as_tensor(num_items)
         if not total and training:
             raise ValueError("No label of the batch counts (all are -100): the loss would be empty. Check the data.")
         tokens = {}

@@ -1,17 +1,19 @@
 """How merged experts compute: one after another, or by grouped products. This file travels with every checkpoint."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import moe
 
 from .losparse_mcsmoe import Factors
 
 # Grouped products want rows of a multiple of 16 bytes: 8 values of bfloat16.
 ALIGNMENT = 8
+# Products that are launched for the kept rows of S of one weight, beyond which some rows of zeros are cheaper.
+MAX_LEVELS = 8
 
 
 def merge_picks(
@@ -68,7 +70,7 @@ def grouped_experts_forward(
     """Run stacked experts side by side, one grouped product per factor; nothing depends on counts on the host.
 
     The same sums as `eager_experts_forward`, for weights that are low rank + sparse or dense. It executes as many
-    operations, but for S: experts that keep fewer rows than another of their layer compute with zeros for the rest.
+    operations, but for rows of zeros that fill up ranks and kept rows (see `row_levels`).
 
     Args:
         hidden_states: [T, D].
@@ -85,8 +87,7 @@ def grouped_experts_forward(
     if self.has_post_expert_norm:
         output = self.post_expert_norm(output)
     weighted = output * top_k_weights.flatten()[picks.order, None]
-    back = torch.empty_like(picks.order).scatter_(0, picks.order, torch.arange(len(picks.order), device=output.device))
-    return weighted[back].view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+    return picks.restored(weighted).view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ class Picks:
         numbers = torch.arange(num_experts, device=index.device)
         ends = torch.searchsorted(expert, numbers, right=True).to(torch.int32)
         return cls(order, expert.clamp(max=num_experts - 1), (expert == num_experts)[:, None], ends)
+
+    def restored(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `values` [N, ...] in the order that the picks had before."""
+        places = torch.arange(len(self.order), device=values.device)
+        return values[torch.empty_like(self.order).scatter_(0, self.order, places)]
 
 
 def _grouped_linear(experts: nn.Module, states: torch.Tensor, name: str, picks: Picks) -> torch.Tensor:
@@ -136,13 +142,71 @@ def _grouped_low_rank(experts: nn.Module, states: torch.Tensor, name: str, picks
         return output + moe._grouped_linear(states, s, picks.ends) * kept
     if not sum(counts):
         return output
-    # Rows of zeros, which add nothing to row 0, make all experts keep as many.
-    padding = -max(counts) % ALIGNMENT
-    s = nn.functional.pad(pad_sequence(s.split(counts), batch_first=True), (0, 0, 0, padding))
-    rows = getattr(experts, f"{name}_rows").long().split(counts)
-    rows = nn.functional.pad(pad_sequence(rows, batch_first=True), (0, padding))
-    product = moe._grouped_linear(states, s, picks.ends)
-    return output.scatter_add(1, rows[picks.expert], product)
+    rows = getattr(experts, f"{name}_rows").long()
+    return _add_rows(output, s.split(counts), rows.split(counts), states, picks)
+
+
+def _add_rows(
+    output: torch.Tensor,
+    s: tuple[torch.Tensor, ...],
+    rows: tuple[torch.Tensor, ...],
+    states: torch.Tensor,
+    picks: Picks,
+) -> torch.Tensor:
+    """Return `output` [N, out] and what the kept rows of S add to it for `states` [N, in].
+
+    Experts stand by falling numbers of rows: those with at least so many then have the first picks, after which a
+    grouped product stops. So none computes the rows that only others have.
+
+    Args:
+        s: each expert's kept rows [n, in].
+        rows: their places, int [n].
+    """
+    levels = row_levels([len(one) for one in rows])
+    s, rows = _filled(s, rows, levels)
+    if len(set(levels)) == 1:  # they stand so already
+        product = moe._grouped_linear(states, torch.stack(s), picks.ends)
+        return output.scatter_add(1, torch.stack(rows)[picks.expert], product)
+    order = sorted(range(len(levels)), key=lambda expert: -levels[expert])
+    place = torch.tensor([order.index(expert) for expert in range(len(order))], device=states.device)
+    own = Picks.sort(place[picks.expert].masked_fill(picks.none[:, 0], len(order)), len(order))
+    states, result, start = states[own.order], torch.zeros_like(output), 0
+    for end in sorted(set(levels) - {0}):
+        members = [expert for expert in order if levels[expert] >= end]
+        # Picks after the product's last group: what it leaves there, forward and backward, counts nowhere.
+        others = (own.expert >= len(members))[:, None] | own.none
+        weight = torch.stack([s[expert][start:end] for expert in members])
+        product = moe._grouped_linear(states.masked_fill(others, 0), weight, own.ends[: len(members)])
+        target = torch.stack([rows[expert][start:end] for expert in members])[own.expert.clamp(max=len(members) - 1)]
+        result.scatter_add_(1, target, product.masked_fill(others, 0))
+        start = end
+    return output + own.restored(result)
+
+
+def _filled(
+    s: tuple[torch.Tensor, ...], rows: tuple[torch.Tensor, ...], levels: list[int]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Return as many rows per expert as `levels` says: rows of zeros, which add nothing to row 0, follow its own."""
+    missing = [level - len(one) for level, one in zip(levels, rows, strict=True)]
+    values = tuple(nn.functional.pad(one, (0, 0, 0, more)) for one, more in zip(s, missing, strict=True))
+    return values, tuple(nn.functional.pad(one, (0, more)) for one, more in zip(rows, missing, strict=True))
+
+
+def row_levels(counts: list[int]) -> list[int]:
+    """Return for each expert's number of kept rows the number that grouped products compute: a few values for all.
+
+    Multiples of `ALIGNMENT`; where that leaves more than `MAX_LEVELS`, the largest, its half, the half of that, and so
+    on, which is less than twice the rows (beyond alignment).
+    """
+
+    def aligned(number: float) -> int:
+        return math.ceil(number / ALIGNMENT) * ALIGNMENT
+
+    levels = [aligned(count) for count in counts]
+    if len(set(levels) - {0}) <= MAX_LEVELS:
+        return levels
+    steps = [aligned(max(levels) / 2**power) for power in range(max(levels).bit_length())]
+    return [min(step for step in steps if step >= level) if level else 0 for level in levels]
 
 
 def unstacked(experts: nn.Module) -> dict[str, Any]:
