@@ -23,14 +23,12 @@ from transformers import (
     Seq2SeqTrainer,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_mcsmoe import SparsificationCallback
 from hf_mcsmoe.adapters import moe_layers
 from hf_mcsmoe.data import Sample
+from hf_mcsmoe.distillation.checkpoints import last_checkpoint, written_last
 from hf_mcsmoe.evaluation import check_labels, predict, score
 from hf_mcsmoe.loading import load_model, load_tokenizer
-from hf_mcsmoe.sparsification import OPTIONS_FILE
 from hf_mcsmoe.task_data import Feature, pair_features
 from hf_mcsmoe.tasks import TASKS, Example, Task, get_task, task_rows
 
@@ -259,17 +257,10 @@ def made_once(make: Callable[[], PreTrainedModel], output_dir: str) -> PreTraine
 def train(trainer: Seq2SeqTrainer) -> None:
     """Train, from where a killed run stopped with `--resume_from_checkpoint last` (or a folder)."""
     resume = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer) if resume == "last" else resume)
-
-
-def last_checkpoint(trainer: Seq2SeqTrainer) -> str | None:
-    """Return the newest checkpoint that was complete when the run was killed; None where there is none."""
-    callbacks = trainer.callback_handler.callbacks
-    pruned = any(isinstance(callback, SparsificationCallback) for callback in callbacks)
-    last = OPTIONS_FILE if pruned else TRAINER_STATE_NAME  # what is written after everything else
-    folders = Path(trainer.args.output_dir).glob("checkpoint-[0-9]*/")
-    complete = [folder for folder in folders if (folder / last).is_file()]
-    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))) if complete else None
+    if resume == "last":
+        last = last_checkpoint(Path(trainer.args.output_dir), written_last(trainer.callback_handler.callbacks))
+        resume = None if last is None else str(last)
+    trainer.train(resume_from_checkpoint=resume)
 
 
 def evaluate(

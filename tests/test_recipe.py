@@ -3,16 +3,15 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from families import build, inputs
 from safetensors.torch import load_file
 from test_examples import EXAMPLES, data, folder, run, training  # noqa: F401
-from transformers import Seq2SeqTrainingArguments, TrainerCallback
+from transformers import Seq2SeqTrainingArguments
 
-from hf_mcsmoe import SparsificationCallback, moe_layers
+from hf_mcsmoe import moe_layers
 from hf_mcsmoe.loading import load_model
 
 sys.path.insert(0, str(EXAMPLES))
@@ -50,21 +49,6 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytes
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"2 processes were started.*pass --use_cpu true"):
         recipe.check_processes()
-
-
-def test_a_run_goes_on_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
-    def trainer(*callbacks: TrainerCallback) -> SimpleNamespace:
-        handler = SimpleNamespace(callbacks=callbacks)
-        return SimpleNamespace(callback_handler=handler, args=SimpleNamespace(output_dir=str(tmp_path)))
-
-    assert recipe.last_checkpoint(trainer()) is None
-    for step, files in ((9, 2), (100, 1), (110, 0)):  # 110 was killed early, 100 before the callback had written
-        path = tmp_path / f"checkpoint-{step}"
-        path.mkdir()
-        for name in ("trainer_state.json", "sparsification.json")[:files]:
-            (path / name).write_text("{}")
-    assert recipe.last_checkpoint(trainer()) == str(tmp_path / "checkpoint-100")
-    assert recipe.last_checkpoint(trainer(SparsificationCallback())) == str(tmp_path / "checkpoint-9")
 
 
 @pytest.fixture

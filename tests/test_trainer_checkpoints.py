@@ -14,8 +14,8 @@ from merged import example, merge
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
-from hf_mcsmoe.distillation.checkpoints import check_checkpoint, last_good_checkpoint
+from hf_mcsmoe import LoSparseConfig, SparsificationCallback, compact, decompose_experts
+from hf_mcsmoe.distillation.checkpoints import check_checkpoint, last_checkpoint, last_good_checkpoint, written_last
 
 # PEFT asks for it by the name that Transformers has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -120,6 +120,26 @@ def test_the_last_checkpoint_of_the_folder_is_checked_as_well(checkpoint: Path, 
     trainer = make_trainer("mixtral", tmp_path, model=_low_rank(2))
     with pytest.raises(ValueError, match="stored as dense experts there"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_half_written_checkpoint_is_none_to_resume_from(checkpoint: Path, tmp_path: Path) -> None:
+    trainer = make_trainer("mixtral", tmp_path, model=_low_rank(2))
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="none was written to its end"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_last_checkpoint_is_the_one_of_most_steps_that_is_complete(tmp_path: Path) -> None:
+    plain, pruned = written_last([]), written_last([SparsificationCallback()])
+    assert last_checkpoint(tmp_path, plain) is None
+    for step, files in ((9, 2), (100, 1), (110, 0)):  # 110 was killed early, 100 before the callback had written
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        for name in ("trainer_state.json", "sparsification.json")[:files]:
+            (path / name).write_text("{}")
+    assert last_checkpoint(tmp_path, plain) == tmp_path / "checkpoint-100"
+    assert last_checkpoint(tmp_path, pruned) == tmp_path / "checkpoint-9"
 
 
 def _spoil(folder: Path) -> None:

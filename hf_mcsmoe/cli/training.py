@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import described
+from hf_mcsmoe.distillation.checkpoints import last_checkpoint
 from hf_mcsmoe.tasks import Task
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE, WARMUP_STEPS = 3.0, 5e-5, 8, 16
@@ -153,12 +154,6 @@ def working_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.training")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint in a working folder that was written to the end."""
-    complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
     """Return the checkpoint to resume from, if there is one and it is asked for.
 
@@ -170,7 +165,7 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
         raise ValueError(
             f"{folder} is where checkpoints go, but was not made by a run: move it, or name another output."
         )
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, COMPLETE)
     if not resume:
         if checkpoint is not None and not overwrite:
             raise ValueError(
@@ -202,7 +197,7 @@ def kept_until_complete(folder: Path, options: Mapping[str, Any], checkpoint: Pa
     try:
         yield
     except BaseException:
-        left = last_checkpoint(folder)
+        left = last_checkpoint(folder, COMPLETE)
         if left is None:
             shutil.rmtree(folder)
         else:

@@ -1,14 +1,17 @@
-"""Checkpoints of a Trainer: whether a model can resume from one, and which is the last that holds no NaN."""
+"""Checkpoints of a Trainer: whether a model can resume from one, and which is the last complete or the last good."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_mcsmoe.sparsification import OPTIONS_FILE, SparsificationCallback
 
 WEIGHTS = {True: "adapter_model*.safetensors", False: "model*.safetensors"}
 
@@ -22,8 +25,8 @@ def check_checkpoint(folder: Path, model: PreTrainedModel | PeftModel) -> None:
     """
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint {folder} to resume from.")
-    if not (folder / "trainer_state.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint of a Trainer (it has no trainer_state.json), so nothing resumes.")
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"{folder} is no checkpoint of a Trainer (it has no {TRAINER_STATE_NAME}): nothing resumes.")
     written = _read(folder / "config.json")
     adapted = isinstance(model, PeftModel)
     if adapted != (folder / "adapter_config.json").is_file():
@@ -37,8 +40,27 @@ def check_checkpoint(folder: Path, model: PreTrainedModel | PeftModel) -> None:
 
 def last_good_checkpoint(output_dir: Path) -> Path | None:
     """Return the checkpoint of the most steps whose weights are all finite and readable; None where there is none."""
+    return next(filter(_is_finite, _newest_first(output_dir)), None)
+
+
+def last_checkpoint(output_dir: Path, complete: str) -> Path | None:
+    """Return the checkpoint of the most steps that was written to its end; None where there is none.
+
+    Args:
+        complete: the file that is written last, see `written_last`.
+    """
+    return next((path for path in _newest_first(output_dir) if (path / complete).is_file()), None)
+
+
+def written_last(callbacks: Iterable[TrainerCallback]) -> str:
+    """Return the file that a Trainer with these callbacks writes last into a checkpoint."""
+    pruned = any(isinstance(callback, SparsificationCallback) for callback in callbacks)
+    return OPTIONS_FILE if pruned else TRAINER_STATE_NAME
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
     found = [(int(name[1]), path) for path in output_dir.glob("*") if (name := _checkpoint_name(path))]
-    return next((path for _, path in sorted(found, reverse=True) if _is_finite(path)), None)
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -8,9 +8,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_mcsmoe.distillation.checkpoints import check_checkpoint, is_checkpoint, last_good_checkpoint
+from hf_mcsmoe.distillation.checkpoints import (
+    check_checkpoint,
+    is_checkpoint,
+    last_checkpoint,
+    last_good_checkpoint,
+    written_last,
+)
 from hf_mcsmoe.distillation.trainable import merged_state, student_of
 from hf_mcsmoe.modeling.saving_mcsmoe import DOCUMENTS
 
@@ -42,7 +47,13 @@ class CompressedModelTrainer(Trainer):
             RuntimeError: the loss or a gradient is not finite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # which is refused
+            last = last_checkpoint(Path(self.args.output_dir), written_last(self.callback_handler.callbacks))
+            if last is None:
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}): none was written to its "
+                    "end, so start without resume_from_checkpoint."
+                )
+            resume_from_checkpoint = last
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
