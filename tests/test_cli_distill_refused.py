@@ -92,40 +92,29 @@ def check_refused(case: list[Any], message: str, folder: Path, tmp_path: Path, r
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_requests_are_one_sentence_before_weights_are_loaded(
-    case: str,
-    folder: Path,
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture(autouse=True)
+def weights_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_mcsmoe.cli.distill.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-    check_refused([*command(folder, tmp_path / "out"), *WRONG[case][0]], WRONG[case][1], folder, tmp_path, run)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests_are_one_sentence_before_weights_are_loaded(
+    case: str, folder: Path, tmp_path: Path, run: Run
+) -> None:
+    more, message = WRONG[case]
+    check_refused([*command(folder, tmp_path / "out"), *more], message, folder, tmp_path, run)
 
 
 @pytest.mark.parametrize("case", STUDENTS)
-def test_wrong_students(
-    case: str,
-    folder: Path,
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_mcsmoe.cli.distill.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+def test_wrong_students(case: str, folder: Path, tmp_path: Path, run: Run) -> None:
     student, more, message = STUDENTS[case]
     arguments = [*command(folder, tmp_path / "out"), *more]
     arguments[1] = student
     check_refused(arguments, message, folder, tmp_path, run)
 
 
-def test_a_folder_of_the_users_own_is_not_taken_for_checkpoints(
-    folder: Path,
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_folder_of_the_users_own_is_not_taken_for_checkpoints(folder: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "out.training").mkdir()
     (tmp_path / "out.training" / "notes.txt").write_text("mine")
     for more in ([], ["--overwrite"], ["--resume"]):
