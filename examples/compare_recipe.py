@@ -22,6 +22,7 @@ from pathlib import Path
 from hf_mcsmoe.accounting import account
 from hf_mcsmoe.adapters import moe_layers
 from hf_mcsmoe.data import calibration_batches
+from hf_mcsmoe.evaluation import WAYS
 from hf_mcsmoe.loading import load_model, load_tokenizer
 from hf_mcsmoe.plan import tied_layers
 from hf_mcsmoe.tasks import get_task, task_rows
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--compress-steps", type=int, default=600, help="of distillation while rows are pruned")
     parser.add_argument("--batch-size", type=int, help="rows a step; by default the paper's for the task")
     parser.add_argument("--max-source-length", type=int, help="in tokens; by default the task's")
+    parser.add_argument("--by", choices=WAYS, default="generation", help="how to evaluate")
     parser.add_argument("--warmup-steps", type=int, default=16, help="of fine-tuning")
     parser.add_argument("--one-model", action="store_true", help="compress one fine-tuned model with every seed")
     parser.add_argument("--only-table", action="store_true", help="run nothing; show what is complete")
@@ -121,7 +123,7 @@ def flags(name: str, task: str, seed: int, arguments: argparse.Namespace) -> lis
     source = arguments.model if this.script == FINETUNE else str(folder(this.source, task, seed, arguments))
     given: list[object] = ["--model_name_or_path", source, "--task", task, "--seed", seed]
     given += ["--output_dir", folder(name, task, seed, arguments), "--save_strategy", "no", "--logging_steps", 50]
-    given += ["--train_sampling_strategy", "group_by_length", *this.flags]
+    given += ["--train_sampling_strategy", "group_by_length", "--by", arguments.by, *this.flags]
     if arguments.data_dir:
         given += ["--data_dir", arguments.data_dir]
     if arguments.batch_size:

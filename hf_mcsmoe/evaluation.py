@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration import Batch, as_it_was, on_device
 from hf_mcsmoe.choices import Choice, choice_pairs
-from hf_mcsmoe.metrics import METRICS, mean
+from hf_mcsmoe.metrics import METRICS, Answer, mean
 from hf_mcsmoe.registry import unknown
 from hf_mcsmoe.tasks import Example, Row, Task
 
@@ -55,18 +55,20 @@ def predict(
     by: str = "generation",
     max_source_length: int | None = None,
     progress: Progress | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """Return the model's answer to each example; other arguments and errors as in `evaluate_task`."""
     check_way(by, task, encoder_decoder=model.config.is_encoder_decoder)
     sources, length = [example.source for example in examples], max_source_length or task.max_source_length
     if by == "generation":
         check_labels(tokenizer, task)
-        return generate_answers(model, tokenizer, sources, batch_size, length, task.max_target_length, progress)
+        texts = generate_answers(model, tokenizer, sources, batch_size, length, task.max_target_length, progress)
+        return [Answer(text) for text in texts]
     joined = task.labels if model.config.is_encoder_decoder else [f" {label}" for label in task.labels]
     pairs = [(source, label) for source in sources for label in joined]
     scores = answer_scores(model, tokenizer, pairs, batch_size=batch_size, max_length=length, progress=progress)
-    best = torch.tensor(scores).view(-1, len(task.labels)).argmax(1).tolist() if scores else []
-    return [task.labels[index] for index in best]
+    count = len(task.labels)
+    rows = [tuple(scores[start : start + count]) for start in range(0, len(scores), count)]
+    return [Answer(task.labels[row.index(max(row))], row) for row in rows]
 
 
 def check_way(by: str, task: Task, *, encoder_decoder: bool) -> None:
@@ -93,7 +95,7 @@ def check_labels(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
             )
 
 
-def score(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def score(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
     """Return the metrics of a task, in percent, for answers to its examples.
 
     Raises:
@@ -101,13 +103,13 @@ def score(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> di
     """
     if not examples:
         raise ValueError(f"There is nothing to evaluate task {task.name!r} on: no rows.")
-    answers = [answer.strip() for answer in answers]
+    answers = [answer._replace(text=answer.text.strip()) for answer in answers]
     result: dict[str, float] = {}
     for metric in task.metrics:
         figures = METRICS[metric](task, answers, examples)
         result |= {name: 100 * value for name, value in figures.items()}
     if task.labels:
-        result["no_label"] = 100 * mean(answer not in task.labels for answer in answers)
+        result["no_label"] = 100 * mean(answer.text not in task.labels for answer in answers)
     return {**result, "examples": len(examples)}
 
 

@@ -1,6 +1,6 @@
 """The benchmarks' own metrics, in [0, 1] or [-1, 1]: answers against all gold answers.
 
-An answer is what the model wrote, and counts as the label that it is word for word, or as none.
+An answer's text is what the model wrote, and counts as the label that it is word for word, or as none.
 """
 
 import math
@@ -8,11 +8,18 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from scipy import stats
 
 from hf_mcsmoe.tasks import Example, Task
+
+
+class Answer(NamedTuple):
+    """What a model says to an example: text, and each label's log-likelihood where these were asked."""
+
+    text: str
+    likelihoods: tuple[float, ...] = ()
 
 
 def mean(values: Iterable[float]) -> float:
@@ -21,13 +28,13 @@ def mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def _indices(task: Task, answers: Sequence[str]) -> list[int]:
+def _indices(task: Task, answers: Sequence[Answer]) -> list[int]:
     """Return the label that each answer names, -1 where it names none."""
-    return [task.labels.index(answer) if answer in task.labels else -1 for answer in answers]
+    return [task.labels.index(answer.text) if answer.text in task.labels else -1 for answer in answers]
 
 
-def _accuracy(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    return {"accuracy": mean(answer in item.targets for answer, item in zip(answers, examples, strict=True))}
+def _accuracy(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+    return {"accuracy": mean(answer.text in item.targets for answer, item in zip(answers, examples, strict=True))}
 
 
 def binary_f1(predicted: Sequence[int], gold: Sequence[int]) -> float:
@@ -37,15 +44,15 @@ def binary_f1(predicted: Sequence[int], gold: Sequence[int]) -> float:
     return 2 * found / named if named else 0.0
 
 
-def _f1(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def _f1(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
     return {"f1": binary_f1(_indices(task, answers), [cast(int, item.label) for item in examples])}
 
 
-def _f1a(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def _f1a(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
     """MultiRC: F1 over all answers of all questions, and the share of questions with every answer right."""
     whole: dict[str | None, bool] = defaultdict(lambda: True)
     for answer, item in zip(answers, examples, strict=True):
-        whole[item.group] &= answer in item.targets
+        whole[item.group] &= answer.text in item.targets
     return {"f1a": _f1(task, answers, examples)["f1"], "exact_match": mean(whole.values())}
 
 
@@ -58,7 +65,7 @@ def matthews(predicted: Sequence[int], gold: Sequence[int]) -> float:
     return covariance / math.sqrt(variances[0] * variances[1]) if all(variances) else 0.0
 
 
-def _matthews(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def _matthews(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
     return {"matthews": matthews(_indices(task, answers), [cast(int, item.label) for item in examples])}
 
 
@@ -71,12 +78,33 @@ def _number(text: str) -> float:
     return value if math.isfinite(value) else -1.0
 
 
-def _correlation(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def _correlation(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
     """Pearson's and Spearman's correlation; 0 where either side never varies."""
-    said, true = [_number(answer) for answer in answers], [float(cast(float, item.label)) for item in examples]
+    said, true = [_number(answer.text) for answer in answers], [float(cast(float, item.label)) for item in examples]
     if len(set(said)) == 1 or len(set(true)) == 1:
         return {"pearson": 0.0, "spearman": 0.0}
     return {"pearson": float(stats.pearsonr(said, true)[0]), "spearman": float(stats.spearmanr(said, true)[0])}
+
+
+def _ranking(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+    """Mean average precision and mean reciprocal rank of a question's right candidates (WikiQA, Yang et al. 2015).
+
+    Candidates, the examples of one group, are ranked by how much likelier label 1 is than label 0; questions without a
+    right one do not count. Nothing without likelihoods.
+    """
+    if not all(answer.likelihoods for answer in answers):
+        return {}
+    groups: dict[str | None, list[tuple[float, bool]]] = defaultdict(list)
+    for answer, item in zip(answers, examples, strict=True):
+        groups[item.group].append((answer.likelihoods[0] - answer.likelihoods[1], item.label == 1))
+    precisions, reciprocals = [], []
+    for candidates in groups.values():
+        ordered = sorted(candidates, key=lambda candidate: candidate[0])
+        ranks = [rank for rank, (_, right) in enumerate(ordered, start=1) if right]
+        if ranks:
+            precisions.append(mean(found / rank for found, rank in enumerate(ranks, start=1)))
+            reciprocals.append(1 / ranks[0])
+    return {"map": mean(precisions), "mrr": mean(reciprocals)} if precisions else {}
 
 
 def normalised_answer(text: str) -> str:
@@ -102,8 +130,8 @@ def _closed_f1(answer: str, gold: str) -> float:
 def _answers(overlap: Callable[[str, str], float]) -> Callable[..., dict[str, float]]:
     """Return the metric of free answers: exact match and F1, each against the nearest gold answer."""
 
-    def metric(task: Task, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        pairs = list(zip(answers, examples, strict=True))
+    def metric(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+        pairs = [(answer.text, item) for answer, item in zip(answers, examples, strict=True)]
         exact = mean(normalised_answer(text) in map(normalised_answer, item.targets) for text, item in pairs)
         best = mean(max(overlap(text, target) for target in item.targets) for text, item in pairs)
         return {"exact_match": exact, "f1": best}
@@ -111,12 +139,13 @@ def _answers(overlap: Callable[[str, str], float]) -> Callable[..., dict[str, fl
     return metric
 
 
-METRICS: dict[str, Callable[[Task, Sequence[str], Sequence[Example]], dict[str, float]]] = {
+METRICS: dict[str, Callable[[Task, Sequence[Answer], Sequence[Example]], dict[str, float]]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "f1a": _f1a,
     "matthews": _matthews,
     "correlation": _correlation,
+    "ranking": _ranking,
     "squad": _answers(answer_f1),
     "hotpotqa": _answers(_closed_f1),
 }

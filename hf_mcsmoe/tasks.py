@@ -244,7 +244,7 @@ TASKS: dict[str, Task] = {
             None,
             "wikiqa question: {question} answer: {answer}",
             FALSE_TRUE,
-            ("accuracy", "f1"),
+            ("accuracy", "f1", "ranking"),
             group="{question}",
             evaluation_split="test",
         ),

@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_mcsmoe.evaluation import answer_scores, evaluate_task, multiple_choice, perplexity, predict, score
-from hf_mcsmoe.metrics import answer_f1, binary_f1, matthews, normalised_answer
+from hf_mcsmoe.metrics import Answer, answer_f1, binary_f1, matthews, normalised_answer
 from hf_mcsmoe.tasks import TASKS, Example, Task
 
 
@@ -21,19 +21,23 @@ def examples(task: str, labels: list[int], groups: list[str] | None = None) -> l
     return [Example("", (names[label],), label, group) for label, group in zip(labels, groups, strict=True)]
 
 
+def said(*texts: str) -> list[Answer]:
+    return [Answer(text) for text in texts]
+
+
 def rounded(figures: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in figures.items()}
 
 
 def test_accuracy_counts_exact_words_and_says_how_many_were_no_label() -> None:
-    answers = ["positive", "negative", " positive ", "Positive", ""]
+    answers = said("positive", "negative", " positive ", "Positive", "")
     figures = score(TASKS["sst2"], answers, examples("sst2", [1, 1, 1, 1, 0]))
     assert figures == {"accuracy": 40.0, "no_label": 40.0, "examples": 5}
 
 
 def test_f1_of_mrpc() -> None:
     # Of 4 equivalent pairs 2 are found, 1 other is named: precision 2/3, recall 2/4, F1 = 4/7.
-    answers = ["equivalent", "equivalent", "not_equivalent", "?", "equivalent", "not_equivalent"]
+    answers = said("equivalent", "equivalent", "not_equivalent", "?", "equivalent", "not_equivalent")
     figures = score(TASKS["mrpc"], answers, examples("mrpc", [1, 1, 1, 1, 0, 0]))
     assert rounded(figures) == {"accuracy": 50.0, "f1": 57.14, "no_label": 16.67, "examples": 6}
     assert binary_f1([0, 0], [0, 0]) == 0.0
@@ -51,21 +55,33 @@ def test_matthews_of_two_classes_is_the_textbook_formula() -> None:
 
 def test_correlations_of_stsb() -> None:
     gold = [Example("", (f"{value}",), value) for value in (0.0, 1.0, 2.0, 5.0)]
-    figures = score(TASKS["stsb"], ["1.0", "2.0", "4.0", "3.0"], gold)
+    figures = score(TASKS["stsb"], said("1.0", "2.0", "4.0", "3.0"), gold)
     # Centred: (-2, -1, 0, 3) and (-1.5, -.5, 1.5, .5); 5 / sqrt(14 * 5). Ranks 1 2 3 4 and 1 2 4 3.
     assert rounded(figures) == {"pearson": 59.76, "spearman": 80.0, "examples": 4}
-    assert rounded(score(TASKS["stsb"], ["2"] * 4, gold))["pearson"] == 0.0
+    assert rounded(score(TASKS["stsb"], said("2") * 4, gold))["pearson"] == 0.0
     # What is no number counts as -1: (-1, 1, 2, 5) against (0, 1, 2, 5), centred 16 / sqrt(18.75 * 14).
-    figures = score(TASKS["stsb"], ["none", "1", "2", "5"], gold)
+    figures = score(TASKS["stsb"], said("none", "1", "2", "5"), gold)
     assert rounded(figures) == {"pearson": 98.75, "spearman": 100.0, "examples": 4}
 
 
 def test_multirc_counts_answers_and_whole_questions() -> None:
     gold = examples("multirc", [1, 0, 1, 0, 1], ["a", "a", "b", "b", "b"])
-    figures = score(TASKS["multirc"], ["True", "False", "True", "True", "False"], gold)
+    figures = score(TASKS["multirc"], said("True", "False", "True", "True", "False"), gold)
     # Found 2 of 3, named 3: F1 2/3. Question a is right as a whole, b is not.
     expected = {"f1a": 66.67, "exact_match": 50.0, "accuracy": 60.0, "no_label": 0.0, "examples": 5}
     assert rounded(figures) == expected
+
+
+def test_wikiqa_ranks_the_candidates_of_a_question_where_likelihoods_are_known() -> None:
+    gold = examples("wikiqa", [0, 1, 1, 0, 1, 0], ["a", "a", "a", "b", "c", "c"])
+    # Margins of "True": question a .1 -2. .3, so its right ones have ranks 3 and 1; b has none; c is right at 2.
+    likelihoods = [(-1.0, -0.9), (-1.0, -3.0), (-1.0, -0.7), (0.0, 9.0), (-2.0, -1.0), (-9.0, -7.0)]
+    answers = [Answer("False", pair) for pair in likelihoods]
+    figures = score(TASKS["wikiqa"], answers, gold)
+    # Average precision (1/1 + 2/3) / 2 and 1/2; reciprocal ranks 1 and 1/2.
+    expected = {"accuracy": 50.0, "f1": 0.0, "map": 66.67, "mrr": 75.0, "no_label": 0.0, "examples": 6}
+    assert rounded(figures) == expected
+    assert score(TASKS["wikiqa"], said(*["False"] * 6), gold).keys() == expected.keys() - {"map", "mrr"}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +98,7 @@ def test_squad_takes_the_nearest_of_all_gold_answers() -> None:
         Example("", ("the red house",)),
         Example("", ("five",)),
     ]
-    figures = score(TASKS["squad"], ["October.", "red big house red", "six"], gold)
+    figures = score(TASKS["squad"], said("October.", "red big house red", "six"), gold)
     # "red big house red" and "red house" share 2 words of 4 and 2: F1 2/3. Mean (1 + 2/3 + 0) / 3.
     assert rounded(figures) == {"exact_match": 33.33, "f1": 55.56, "examples": 3}
     assert answer_f1("", "x") == 0.0
@@ -90,7 +106,7 @@ def test_squad_takes_the_nearest_of_all_gold_answers() -> None:
 
 def test_hotpotqa_gives_no_credit_for_words_beside_yes_or_no() -> None:
     gold = [Example("", ("yes",)), Example("", ("no",)), Example("", ("Ed Wood",))]
-    figures = score(TASKS["hotpotqa"], ["yes indeed", "No.", "Wood"], gold)
+    figures = score(TASKS["hotpotqa"], said("yes indeed", "No.", "Wood"), gold)
     assert rounded(figures) == {"exact_match": 33.33, "f1": 55.56, "examples": 3}
 
 
@@ -147,7 +163,15 @@ def test_a_model_that_knows_the_answers_is_told_so_and_one_that_is_asked_the_rev
 def test_answers_do_not_depend_on_the_batch_and_keep_the_order(switch: PreTrainedModel) -> None:
     made = TOY.examples(ROWS)
     answers = [predict(switch, tokenizer(), TOY, made, batch_size=size) for size in (1, 7)]
-    assert answers[0] == answers[1] == [item.targets[0] for item in made]
+    assert answers[0] == answers[1] == [Answer(item.targets[0]) for item in made]
+
+
+def test_by_likelihood_each_answer_comes_with_those_of_all_labels(switch: PreTrainedModel) -> None:
+    made = TOY.examples(ROWS)
+    answers = predict(switch, tokenizer(), TOY, made, batch_size=3, by="likelihood")
+    for label, position in zip(TOY.labels, (0, 1), strict=True):
+        found = answer_scores(switch, tokenizer(), [(item.source, label) for item in made], batch_size=len(made))
+        assert [answer.likelihoods[position] for answer in answers] == pytest.approx(found, abs=1e-4)
 
 
 @torch.no_grad()
