@@ -12,8 +12,8 @@ from hf_mcsmoe.activations import LayerInputs, stream_inputs
 from hf_mcsmoe.adapters import MoELayer, fused_views, moe_layers
 from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.config import LoSparseConfig
-from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, stored_share
-from hf_mcsmoe.modeling.forward_mcsmoe import expert_hidden, merge_picks, unstacked
+from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, split_columns, stored_share
+from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
 from hf_mcsmoe.plan import tied_layers
@@ -231,7 +231,8 @@ def _decompose_layer(
     if tokens is not None and second in ranks:
         before = _hidden(experts, tokens)
     if first in ranks:
-        _install(experts, first, ranks[first], weights[first], config, moments, prune)
+        importance = None if tokens is None else row_importance(experts, tokens)
+        _install(experts, first, ranks[first], weights[first], config, moments, prune, importance)
     if second not in ranks:
         return
     if tokens is not None:
@@ -251,23 +252,28 @@ def _install(
     config: LoSparseConfig,
     moments: list[torch.Tensor] | None,
     prune: bool,
+    importance: list[torch.Tensor] | None = None,
 ) -> None:
     """Store a stacked weight as factors; S is all that U V lacks, or with `prune` only some of its rows."""
-    kept_rows = round(config.keep * len(weights[0]))
     experts.install_low_rank(name, rank, None)
+    columns = name in experts.sparse_columns
+    number = round(config.keep * weights[0].shape[columns])
     for expert, weight in enumerate(weights):
         mean = None if moments is None else moments[expert]
-        kept = None
-        if prune:
-            u, v, kept = split(weight, rank, kept_rows, mean, config.factorisation)
+        counts = None if importance is None else importance[expert]
+        if not prune:
+            u, v = FACTORISATION[config.factorisation](weight, rank, mean, counts)
+            u, v = u.to(weight.dtype), v.to(weight.dtype)
+            experts.set_factors(name, expert, u, v, weight.float() - u.float() @ v.float())
+            continue
+        if columns:
+            u, v, s, kept = split_columns(weight, rank, number, mean, config.factorisation)
         else:
-            u, v = FACTORISATION[config.factorisation](weight, rank, mean)
-        u, v = u.to(weight.dtype), v.to(weight.dtype)
-        rest = weight.float() - u.float() @ v.float()
-        if kept is not None:
-            rest = rest * kept[:, None]
-            getattr(experts, f"{name}_kept")[expert] = kept
-        experts.set_factors(name, expert, u, v, rest)
+            u, v, kept = split(weight, rank, number, mean, counts, config.factorisation)
+            u, v = u.to(weight.dtype), v.to(weight.dtype)
+            s = (weight.float() - u.float() @ v.float()) * kept[:, None]
+        experts.set_factors(name, expert, u, v, s)
+        getattr(experts, f"{name}_kept")[expert] = kept
 
 
 def _tokens(experts: Any, inputs: LayerInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -284,6 +290,22 @@ def _hidden(experts: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> li
     """Return per merged expert its hidden states [n, F] times the gates: a token counts as much as its output does."""
     matrices = unstacked(experts)
     return [expert_hidden(experts, states, expert, matrices) * gates for expert, (states, gates) in enumerate(tokens)]
+
+
+def row_importance(experts: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Return per merged expert what an error of each row of W_in counts in the layer's output, to first order.
+
+    That of row i, which moves a hidden state j, is `||W_out e_j||^2 E[(gate dh_j / d(W_in x)_i)^2]`, as [out]: rows of
+    units that are seldom active, or that W_out hardly reads, can err.
+    """
+    found, matrices = [], unstacked(experts)
+    for expert, (states, gates) in enumerate(tokens):
+        reads = _matrix(experts, "down_proj", expert).float().norm(dim=0)
+        with torch.enable_grad():
+            inner = expert_inner(experts, states, expert, matrices).float().detach().requires_grad_(True)
+            read = (activated(experts, inner) * reads * gates).sum()
+        found.append(torch.autograd.grad(read, inner)[0].square().sum(0) / max(len(states), 1))
+    return found
 
 
 def _cross(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -51,9 +51,16 @@ class Problem:
         return token, self.gates[token, pick]
 
     def hidden(self, token: torch.Tensor, gates: torch.Tensor, expert: int) -> torch.Tensor:
-        """Return the gated hidden states [n, F] of a stored expert; biased experts have a column for the bias too."""
+        """Return what `output_weight` multiplies, [n, F]: the gated hidden states of a stored expert.
+
+        Of low rank + sparse W_out, what V makes of them and those that S reads; biased experts have a column for the
+        bias too.
+        """
         states = self.inputs.hidden[token].to(self.device)
         hidden = expert_hidden(self.experts, states, expert).float()
+        matrix = unstacked(self.experts)["down_proj"][expert]
+        if not isinstance(matrix, torch.Tensor):
+            hidden = torch.cat([hidden @ matrix.v.float().T, hidden[:, _read_units(matrix)]], 1)
         if self.experts.has_bias:
             hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
         return hidden * gates.to(hidden)[:, None]
@@ -111,28 +118,40 @@ def original_sum(
 
 
 def output_weight(experts: Any, expert: int) -> torch.Tensor:
-    """Return the output matrix of a stored expert, float64 [D, F], with the bias as a last column where it has one."""
+    """Return the output matrix of a stored expert, float64 [D, F], with the bias as a last column where it has one.
+
+    Of low rank + sparse, U and the kept columns of S: with V as it is, the output is linear in them.
+    """
     return torch.cat(_output_parts(experts, expert), 1).double()
 
 
 def write_output_weight(experts: Any, expert: int, weight: torch.Tensor) -> None:
     """Store what `output_weight` reads."""
+    matrix = unstacked(experts)["down_proj"][expert]
     parts = _output_parts(experts, expert)
     for part, values in zip(parts, weight.split([part.shape[1] for part in parts], 1), strict=True):
         part.copy_(values)
+    if not isinstance(matrix, torch.Tensor) and matrix.kept is not None:
+        matrix.s[matrix.kept] = parts[1].T  # which was a copy
 
 
 def _output_parts(experts: Any, expert: int) -> list[torch.Tensor]:
-    """Return views of the output matrix [D, F] and of the bias [D, 1] where there is one."""
+    """Return the output matrix [D, F], or U and kept columns of S, and the bias [D, 1] where there is one.
+
+    Views, but for columns chosen from S in its training form.
+    """
     matrices = {name: weights[expert] for name, weights in unstacked(experts).items()}
     matrix = matrices["down_proj"]
-    if not isinstance(matrix, torch.Tensor):
-        raise ValueError(
-            "The output matrices are stored as low rank + sparse, which no closed form refits: repair before they are "
-            "decomposed, or with method='local'."
-        )
-    parts = [matrix.detach().T if experts.is_transposed else matrix.detach()]
+    if isinstance(matrix, torch.Tensor):
+        parts = [matrix.detach().T if experts.is_transposed else matrix.detach()]
+    else:
+        parts = [matrix.u.detach(), (matrix.s if matrix.kept is None else matrix.s[matrix.kept]).detach().T]
     return parts + ([matrices["down_proj_bias"].detach()[:, None]] if experts.has_bias else [])
+
+
+def _read_units(matrix: Any) -> torch.Tensor:
+    """Return the hidden units that S of a low rank + sparse W_out reads, as an index."""
+    return matrix.rows if matrix.kept is None else matrix.kept
 
 
 def expert_rows(problem: Problem, expert: int, targets: torch.Tensor) -> RowSource:

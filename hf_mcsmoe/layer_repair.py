@@ -196,7 +196,7 @@ def _values(experts: Any) -> dict[str, torch.Tensor]:
 
 def _can_refit(problem: Problem, config: RepairConfig) -> bool:
     experts = problem.experts
-    return "down_proj" not in experts.low_rank and not (config.is_joint and experts.has_post_expert_norm)
+    return not (config.is_joint and experts.has_post_expert_norm)
 
 
 def _trained(

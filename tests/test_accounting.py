@@ -143,9 +143,10 @@ def test_decomposed_experts_hold_and_execute_their_factors(name: str, share: flo
     for layer in layers:
         dense = small = 0
         for weight, (rows, columns) in (up, ("down_proj", (D, F))):
-            kept = rows if share is None else int(share * rows)
+            units, width = (columns, rows) if weight == "down_proj" else (rows, columns)
+            kept = units if share is None else int(share * units)
             layer.container.install_low_rank(weight, 2, None if share is None else [kept] * 2)
-            dense, small = dense + rows * columns, small + 2 * (rows + columns) + kept * columns
+            dense, small = dense + rows * columns, small + 2 * (rows + columns) + kept * width
         layer.container.init_low_rank(0.1)
     found, first = account(merged, batch), layers[0].name  # what the layers behind the first one see is another
     assert found.expert_macs_per_token.keys() == before.expert_macs_per_token.keys()

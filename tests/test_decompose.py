@@ -15,6 +15,8 @@ from test_checkpoint import ALL, NOT_CHECKPOINTED, NOT_OFFLOADED, Reports
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts, moe_layers
+from hf_mcsmoe.decompose import row_importance
+from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_inner, expert_output
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
 
 OPTIONS = {"rank": 2, "keep": 0.25}
@@ -79,7 +81,8 @@ def test_the_compact_form_gives_the_outputs_of_the_training_form_and_holds_what_
             count, out, rank = getattr(module, f"{weight}_u").shape
             width = getattr(module, f"{weight}_v").shape[-1]
             assert rank == 2
-            saved += count * (out * width - rank * (out + width) - round(0.25 * out) * width)
+            units, length = (width, out) if weight == "down_proj" else (out, width)  # columns, or rows
+            saved += count * (out * width - rank * (out + width) - round(0.25 * units) * length)
     compact(model)
     torch.testing.assert_close(logits(model, case.batch), expected, atol=1e-5, rtol=1e-4)
     assert model.num_parameters() == merged - saved
@@ -120,6 +123,29 @@ def test_rows_over_the_share_are_pruned_by_magnitude_with_a_warning() -> None:
     for path, module in low_rank_modules(model):
         for name, entry in module.low_rank.items():
             assert entry["kept_rows"] == (parts[f"{path}.{name}"] >= threshold).sum(-1).tolist()
+
+
+def test_s_keeps_hidden_units_on_both_sides() -> None:
+    model = _decomposed("mixtral", prune=True)
+    for _, module in low_rank_modules(model):
+        for weight, axis in (("gate_up_proj", 1), ("down_proj", 0)):
+            for factors in module.factors(weight):
+                s = factors.dense() - factors.u @ factors.v
+                assert int((s.abs().amax(axis) > 1e-6).sum()) <= int(factors.kept.sum()) < s.shape[1 - axis]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers", "gpt_oss"])
+def test_a_row_of_w_in_counts_as_much_as_it_moves_the_output(name: str) -> None:
+    layer = next(layer for layer in moe_layers(copy.deepcopy(example(name).merged)) if layer.merged)
+    experts, generator, step = layer.container.double(), torch.Generator().manual_seed(0), 1e-4
+    states = torch.randn(30, layer.hidden_size, generator=generator).double()
+    gates = torch.rand(30, 1, generator=generator).double()
+    counts = row_importance(experts, [(states, gates)] * layer.num_experts)[1]
+    inner = expert_inner(experts, states, 1).detach()
+    for row, shift in enumerate(step * torch.eye(inner.shape[1]).double()):
+        up, down = (expert_output(experts, activated(experts, inner + sign * shift), 1) for sign in (1, -1))
+        slope = (up - down).detach() * gates / (2 * step)
+        assert float(counts[row]) == pytest.approx(float(slope.square().sum(1).mean()), rel=1e-2, abs=1e-9)
 
 
 def test_calibration_data_lessen_the_error() -> None:

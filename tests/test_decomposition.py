@@ -4,7 +4,16 @@ import pytest
 import torch
 from helpers import relative_error
 
-from hf_mcsmoe.decomposition import choose_ranks, project, refit_output, row_errors, split, svd, weighted_svd
+from hf_mcsmoe.decomposition import (
+    choose_ranks,
+    project,
+    refit_output,
+    row_errors,
+    split,
+    split_columns,
+    svd,
+    weighted_svd,
+)
 
 OUT, IN, TOKENS = 20, 12, 400
 
@@ -45,6 +54,20 @@ def test_the_weighted_factors_err_least_on_the_inputs(states: torch.Tensor) -> N
     assert found < 0.8 * float((outputs - states.double() @ (plain_u @ plain_v).double().T).norm())
 
 
+def test_the_weighted_factors_err_where_it_counts_least(states: torch.Tensor) -> None:
+    weight, counts = _random(OUT, IN), torch.logspace(2, -2, OUT).double()
+    u, v = weighted_svd(weight, 4, _moment(states), counts)
+    outputs = states.double() @ weight.double().T
+
+    def error(product: torch.Tensor) -> float:
+        return float(((outputs - states.double() @ product.double().T) * counts.sqrt()).norm())
+
+    best = float(torch.linalg.svdvals(outputs * counts.sqrt())[4:].norm())
+    assert best <= error(u @ v) * (1 + 1e-6) < 1.05 * best
+    even = weighted_svd(weight, 4, _moment(states))
+    assert error(u @ v) < 0.8 * error(even[0] @ even[1])
+
+
 def test_without_tokens_the_weighted_factors_are_the_plain_ones() -> None:
     weight = _random(OUT, IN)
     for moment in (None, torch.zeros(IN, IN)):
@@ -72,6 +95,42 @@ def test_the_rows_that_fit_no_common_subspace_are_kept_and_the_others_fitted_wit
     assert relative_error((u @ v)[~kept], common[~kept]) < 1e-5
     plain_u, plain_v = svd(weight, 2)
     assert relative_error((plain_u @ plain_v)[~kept], common[~kept]) > 0.1
+
+
+def test_rows_that_count_nothing_are_not_kept(states: torch.Tensor) -> None:
+    weight, counts = _random(OUT, IN), torch.ones(OUT)
+    counts[::2] = 0
+    _, _, kept = split(weight, 2, OUT // 4, _moment(states), counts)
+    assert kept.sum() == OUT // 4
+    assert not kept[::2].any()
+
+
+def test_columns_that_fit_no_common_subspace_are_kept_and_the_others_fitted_without_them() -> None:
+    common = _random(OUT, 2) @ _random(2, 40, seed=1)
+    odd = [1, 5, 6]
+    weight = common.clone()
+    weight[:, odd] = 2 * _random(OUT, 3, seed=2)
+    for moment in (None, torch.zeros(40, 40)):
+        u, v, s, kept = split_columns(weight, 2, 3, moment)
+        assert kept.nonzero().flatten().tolist() == odd
+        assert not s[:, ~kept].any()
+        assert relative_error(u @ v + s, weight) < 1e-5
+
+
+def test_factors_and_kept_columns_err_least_on_the_inputs(states: torch.Tensor) -> None:
+    weight = _random(OUT, IN)
+    u, v, s, kept = split_columns(weight, 2, 3, _moment(states))
+    inputs, outputs = states.double(), states.double() @ weight.double().T
+    # The best with these columns: outputs less all that the kept inputs say of them, then their leading directions.
+    known = inputs[:, kept]
+    left = outputs - known @ torch.linalg.lstsq(known, outputs).solution
+    best = float(torch.linalg.svdvals(left)[2:].norm())
+    found = float((outputs - inputs @ (u @ v + s).double().T).norm())
+    assert best <= found * (1 + 1e-6) < 1.05 * best
+    assert kept.sum() == 3
+    u, v, kept_rows = split(weight, 2, round(3 / IN * OUT), _moment(states))
+    rows = torch.where(kept_rows[:, None], weight, u @ v)
+    assert found < float((outputs - inputs @ rows.double().T).norm())
 
 
 def test_projection_is_the_least_squares_solution(states: torch.Tensor) -> None:

@@ -77,6 +77,15 @@ def test_the_sums_and_gradients_are_those_of_the_loop(name: str, form: str) -> N
     assert results[0][0].any()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weight", ["gate_up_proj", "down_proj"])
+def test_the_dense_matrix_is_what_the_factors_multiply_by(weight: str, form: str) -> None:
+    for factors in _experts("mixtral", form).factors(weight):
+        identity = torch.eye(factors.v.shape[1])
+        torch.testing.assert_close(factors(identity).T, factors.dense())
+        assert factors.dense().shape == (len(factors.u), factors.v.shape[1])
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers"])
 def test_bfloat16_is_as_near_to_float32_as_the_loop(name: str) -> None:
     hidden, index, weights = _routing(_experts(name, "compact"))
@@ -107,7 +116,7 @@ def test_it_executes_the_operations_of_the_loop_but_for_rows_of_zeros(form: str)
         for weight, entry in experts.low_rank.items():
             zeros = [-rows % forward_mcsmoe.ALIGNMENT for rows in entry["kept_rows"]]
             filled = sum(zeros[pick] for pick in index.flatten().tolist() if pick < experts.num_experts)
-            more += 2 * filled * getattr(experts, f"{weight}_v").shape[-1]
+            more += 2 * filled * getattr(experts, f"{weight}_s").shape[-1]
     assert counts[1] == counts[0] + more
 
 

@@ -23,6 +23,7 @@ from hf_mcsmoe import (
     plan_merge,
     repair_experts,
 )
+from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
 from hf_mcsmoe.refit import refit
 
 NAMES = sorted(LAYOUTS)
@@ -115,6 +116,29 @@ def test_every_layout(method: str, name: str) -> None:
         for new, old in zip(routers, [layer.router.state_dict() for layer in moe_layers(case.merged)], strict=True)
         for key, value in new.items()
     )
+
+
+@pytest.mark.parametrize("form", ["training", "compact"])
+@pytest.mark.parametrize("name", NAMES)
+def test_u_and_s_of_w_out_are_refitted_to_the_original(name: str, form: str) -> None:
+    case = example(name)
+    data = batches(name, case.base, number=8)
+    student = decompose_experts(copy.deepcopy(case.merged), LoSparseConfig(rank=2, keep=0.25), data, prune=True)
+    for _, module in low_rank_modules(student):  # so that there is something to repair
+        for part in ("u", "s"):
+            getattr(module, f"down_proj_{part}").data.mul_(0.5)
+    if form == "compact":
+        compact(student)
+    old = {key: value.clone() for key, value in student.state_dict().items()}
+    report = repair_experts(student, case.base, data)
+    assert all(layer.after < 0.99 * layer.before for layer in report.layers.values())
+    changed = {
+        key.rpartition(".")[2] for key, value in student.state_dict().items() if not torch.equal(value, old[key])
+    }
+    assert changed <= {"down_proj_u", "down_proj_s", "down_proj_bias"}
+    assert {"down_proj_u", "down_proj_s"} <= changed
+    for part in sparse_parts(student).values():
+        assert not part.weight[~part.kept].any(), "a pruned column came back"
 
 
 def test_experts_in_low_rank_are_repaired_by_training_them() -> None:

@@ -35,7 +35,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     merged, small = merge(model, experts=8), merge(model, experts=8)
     # Any factors serve to measure the time.
     config = LoSparseConfig(
-        rank=32, keep=0.1, factorisation=lambda weight, rank, moment: (weight[:, :rank], weight[:rank])
+        rank=32, keep=0.1, factorisation=lambda weight, rank, *_: (weight[:, :rank], weight[:rank])
     )
     compact(decompose_experts(small, config, prune=True))
     original, dense, ours = first_blocks(model, merged, small)

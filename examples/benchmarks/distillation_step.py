@@ -109,7 +109,7 @@ def _pruning(student: PreTrainedModel, teacher: PreTrainedModel, folder: str, ar
     model = decompose_experts(
         copy.deepcopy(student),
         # Any factors serve to measure the time.
-        LoSparseConfig(rank=32, factorisation=lambda weight, rank, moment: (weight[:, :rank], weight[:rank])),
+        LoSparseConfig(rank=32, factorisation=lambda weight, rank, *_: (weight[:, :rank], weight[:rank])),
     )
     trainer, batch, callback = _distiller(model, teacher, folder), _batch(model, arguments), SparsificationCallback()
     trainer.create_optimizer()

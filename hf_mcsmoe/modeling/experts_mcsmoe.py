@@ -19,6 +19,7 @@ class MergedExperts(LowRankSparse):
 
     expert_map: torch.Tensor
     low_rank: ClassVar[dict[str, dict]] = {}
+    sparse_columns = ("down_proj",)
     # Whether the base family lets its configuration choose how the product is computed.
     follows_config = True
 

@@ -136,51 +136,80 @@ def _grouped_low_rank(experts: nn.Module, states: torch.Tensor, name: str, picks
     if padding := -u.shape[-1] % ALIGNMENT:
         u, v = nn.functional.pad(u, (0, padding)), nn.functional.pad(v, (0, 0, 0, padding))
     output = moe._grouped_linear(moe._grouped_linear(states, v, picks.ends), u, picks.ends)
-    counts = experts.low_rank[name]["kept_rows"]
+    counts, columns = experts.low_rank[name]["kept_rows"], name in experts.sparse_columns
     if counts is None:
         kept = getattr(experts, f"{name}_kept")[picks.expert]
+        if columns:
+            return output + moe._grouped_linear(states * kept, s, picks.ends, is_transposed=True)
         return output + moe._grouped_linear(states, s, picks.ends) * kept
     if not sum(counts):
         return output
     rows = getattr(experts, f"{name}_rows").long()
-    return _add_rows(output, s.split(counts), rows.split(counts), states, picks)
+    return output + _sparse_product(s.split(counts), rows.split(counts), states, picks, output, columns=columns)
 
 
-def _add_rows(
-    output: torch.Tensor,
+def _sparse_product(
     s: tuple[torch.Tensor, ...],
     rows: tuple[torch.Tensor, ...],
     states: torch.Tensor,
     picks: Picks,
+    like: torch.Tensor,
+    *,
+    columns: bool,
 ) -> torch.Tensor:
-    """Return `output` [N, out] and what the kept rows of S add to it for `states` [N, in].
+    """Return what S, with its kept rows or `columns`, makes of `states` [N, in]: [N, out], as `like`.
 
     Experts stand by falling numbers of rows: those with at least so many then have the first picks, after which a
     grouped product stops. So none computes the rows that only others have.
 
     Args:
-        s: each expert's kept rows [n, in].
+        s: each expert's kept rows [n, in], or columns [n, out].
         rows: their places, int [n].
     """
     levels = row_levels([len(one) for one in rows])
     s, rows = _filled(s, rows, levels)
     if len(set(levels)) == 1:  # they stand so already
-        product = moe._grouped_linear(states, torch.stack(s), picks.ends)
-        return output.scatter_add(1, torch.stack(rows)[picks.expert], product)
+        places = torch.stack(rows)[picks.expert]
+        return _add_product(torch.zeros_like(like), torch.stack(s), places, states, picks.ends, columns, picks.none)
     order = sorted(range(len(levels)), key=lambda expert: -levels[expert])
     place = torch.tensor([order.index(expert) for expert in range(len(order))], device=states.device)
     own = Picks.sort(place[picks.expert].masked_fill(picks.none[:, 0], len(order)), len(order))
-    states, result, start = states[own.order], torch.zeros_like(output), 0
+    states, result, start = states[own.order], torch.zeros_like(like), 0
     for end in sorted(set(levels) - {0}):
         members = [expert for expert in order if levels[expert] >= end]
         # Picks after the product's last group: what it leaves there, forward and backward, counts nowhere.
         others = (own.expert >= len(members))[:, None] | own.none
         weight = torch.stack([s[expert][start:end] for expert in members])
-        product = moe._grouped_linear(states.masked_fill(others, 0), weight, own.ends[: len(members)])
-        target = torch.stack([rows[expert][start:end] for expert in members])[own.expert.clamp(max=len(members) - 1)]
-        result.scatter_add_(1, target, product.masked_fill(others, 0))
+        places = torch.stack([rows[expert][start:end] for expert in members])
+        places = places[own.expert.clamp(max=len(members) - 1)]
+        _add_product(result, weight, places, states, own.ends[: len(members)], columns, others)
         start = end
-    return output + own.restored(result)
+    return own.restored(result)
+
+
+def _add_product(
+    result: torch.Tensor,
+    weight: torch.Tensor,
+    places: torch.Tensor,
+    states: torch.Tensor,
+    ends: torch.Tensor,
+    columns: bool,
+    others: torch.Tensor,
+) -> torch.Tensor:
+    """Add to `result` [N, out], in place, one grouped product of kept rows or columns, and return it.
+
+    Args:
+        weight: [groups, n, in], or [groups, n, out] of columns.
+        places: int [N, n], the rows or columns of each pick's expert.
+        ends: int [groups], where each group's picks end.
+        others: bool [N, 1], picks of no group.
+    """
+    states = states.masked_fill(others, 0)
+    if columns:
+        product = moe._grouped_linear(states.gather(1, places), weight, ends, is_transposed=True)
+        return result.add_(product.masked_fill(others, 0))
+    product = moe._grouped_linear(states, weight, ends).masked_fill(others, 0)
+    return result.scatter_add_(1, places, product)
 
 
 def _filled(
@@ -229,10 +258,20 @@ def expert_hidden(
     Args:
         matrices: see `unstacked`; taken apart here where it is None.
     """
+    return activated(experts, expert_inner(experts, states, expert, matrices))
+
+
+def expert_inner(
+    experts: nn.Module, states: torch.Tensor, expert: int, matrices: dict[str, Any] | None = None
+) -> torch.Tensor:
+    """Return what W_in makes of `states` [n, D], before activation and gate: [n, F], or [n, 2F] with a gate."""
     matrices = unstacked(experts) if matrices is None else matrices
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    hidden = _expert_linear(experts, matrices, states, name, expert)
-    return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+    return _expert_linear(experts, matrices, states, "gate_up_proj" if experts.has_gate else "up_proj", expert)
+
+
+def activated(experts: nn.Module, inner: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states [n, F] that follow from `expert_inner`."""
+    return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
 
 
 def expert_output(

@@ -7,6 +7,10 @@ of experts of a stack or nothing. S has two forms:
 - compact: `<name>_s` [N, in], the N kept rows of all experts one after another, and `<name>_rows` int [N], the row of
   its expert's matrix that each of them is.
 
+Weights in `sparse_columns` of a module keep columns of S instead: for `<name>_s` it is the transpose of S then whose
+rows are meant here and elsewhere, and `in` and `out` change places. Experts do so with W_out, so that both matrices
+keep hidden units.
+
 Neither form ever multiplies U by V (LoSparse, arXiv 2306.11222; Merge, Then Compress, section 3.2).
 """
 
@@ -21,7 +25,10 @@ from transformers import initialization as init
 
 @dataclass(frozen=True)
 class SparsePart:
-    """S of one weight in its training form: `weight` [*, out, in] and `kept` bool [*, out], its living rows."""
+    """S of one weight in its training form: `weight` [*, out, in] and `kept` bool [*, out], its living rows.
+
+    Its transpose where columns are kept.
+    """
 
     weight: nn.Parameter
     kept: torch.Tensor
@@ -31,7 +38,8 @@ class SparsePart:
 class Factors:
     """One matrix `W = U V + S`: `u` [out, R], `v` [R, in], and S as in `SparsePart` or as kept rows and their places.
 
-    `s` [out, in] and `kept` bool [out] in the training form, `s` [N, in] and `rows` int [N] in the compact one.
+    `s` [out, in] and `kept` bool [out] in the training form, `s` [N, in] and `rows` int [N] in the compact one; with
+    `columns`, `s` [in, out] and `kept` [in], or `s` [N, out] and `rows` [N].
     """
 
     u: torch.Tensor
@@ -39,22 +47,27 @@ class Factors:
     s: torch.Tensor
     kept: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    columns: bool = False
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` [..., in] to [..., out] without a matrix of the size of W, but for S in its training form."""
-        # Tokens in columns: the rows of S are then rows in memory, which are added several times as fast as columns.
-        columns = states.reshape(-1, states.shape[-1]).to(self.v.dtype).mT
-        output = self.u @ (self.v @ columns)
-        if self.rows is None:
-            output = output + (self.s @ columns) * self.kept[:, None]
+        # A token a column: the rows of S are then rows in memory, which are added several times as fast as columns.
+        tokens = states.reshape(-1, states.shape[-1]).to(self.v.dtype).mT
+        output = self.u @ (self.v @ tokens)
+        if self.columns:
+            output = output + self.s.mT @ (tokens * self.kept[:, None] if self.rows is None else tokens[self.rows])
+        elif self.rows is None:
+            output = output + (self.s @ tokens) * self.kept[:, None]
         elif len(self.rows):
-            output.index_add_(0, self.rows, self.s @ columns)
+            output.index_add_(0, self.rows, self.s @ tokens)
         return output.mT.reshape(*states.shape[:-1], len(self.u))
 
     def dense(self) -> torch.Tensor:
         """Return W [out, in]: for inspection and for further compression, never in a forward."""
         product = self.u @ self.v
-        return product + self.s * self.kept[:, None] if self.rows is None else product.index_add(0, self.rows, self.s)
+        target = product.mT if self.columns else product
+        total = target + self.s * self.kept[:, None] if self.rows is None else target.index_add(0, self.rows, self.s)
+        return total.mT if self.columns else total
 
 
 class LowRankSparse(nn.Module):
@@ -62,10 +75,12 @@ class LowRankSparse(nn.Module):
 
     # Per such weight its rank and, in the compact form, the kept rows per expert: an entry of `config.mcsmoe`.
     low_rank: dict[str, dict]
+    # Weights of whose S columns are kept instead of rows.
+    sparse_columns: tuple[str, ...] = ()
 
     def set_factors(self, name: str, expert: int, u: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> None:
         """Write one expert's factors of a weight in its training form: `u` [out, R], `v` [R, in], `s` [out, in]."""
-        for part, value in (("u", u), ("v", v), ("s", s)):
+        for part, value in (("u", u), ("v", v), ("s", s.mT if name in self.sparse_columns else s)):
             getattr(self, f"{name}_{part}").data[expert].copy_(value)
 
     def compact_weight(self, name: str, kept: torch.Tensor) -> None:
@@ -88,6 +103,7 @@ class LowRankSparse(nn.Module):
         del self._parameters[name]
         for part, shape in (("u", (*stack, out, rank)), ("v", (*stack, rank, width))):
             setattr(self, f"{name}_{part}", nn.Parameter(dense.new_empty(shape), dense.requires_grad))
+        out, width = (width, out) if name in self.sparse_columns else (out, width)
         shape = (*stack, out, width) if kept_rows is None else (sum(kept_rows), width)
         setattr(self, f"{name}_s", nn.Parameter(dense.new_empty(shape), dense.requires_grad))
         if kept_rows is None:
@@ -114,15 +130,16 @@ class LowRankSparse(nn.Module):
     def factors(self, name: str) -> list[Factors]:
         """Return the factors of each expert's matrix; of a single matrix as a list of one."""
         u, v, s = (getattr(self, f"{name}_{part}") for part in ("u", "v", "s"))
-        counts = self.low_rank[name]["kept_rows"]
+        counts, columns = self.low_rank[name]["kept_rows"], name in self.sparse_columns
         if counts is None:
             kept = getattr(self, f"{name}_kept")
             tensors = (u, v, s, kept) if u.ndim == 3 else tuple(tensor[None] for tensor in (u, v, s, kept))
-            return [Factors(*parts) for parts in zip(*(tensor.unbind(0) for tensor in tensors), strict=True)]
+            parts = zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
+            return [Factors(*part, columns=columns) for part in parts]
         rows = getattr(self, f"{name}_rows")
         u, v = (u, v) if u.ndim == 3 else (u[None], v[None])
         parts = zip(u.unbind(0), v.unbind(0), s.split(counts), rows.split(counts), strict=True)
-        return [Factors(one_u, one_v, one_s, None, one_rows) for one_u, one_v, one_s, one_rows in parts]
+        return [Factors(one_u, one_v, one_s, None, one_rows, columns) for one_u, one_v, one_s, one_rows in parts]
 
 
 class LoSparseLinear(LowRankSparse):
