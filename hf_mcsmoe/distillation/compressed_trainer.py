@@ -2,18 +2,18 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 
 from hf_mcsmoe.distillation.checkpoints import (
     check_checkpoint,
     is_checkpoint,
     last_checkpoint,
-    last_good_checkpoint,
     written_last,
 )
 from hf_mcsmoe.distillation.trainable import merged_state, student_of
@@ -40,20 +40,19 @@ class CompressedModelTrainer(Trainer):
         return bool(getattr(self.student.config, "mcsmoe", None))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train.
+        """Train; a run that resumes goes on at the learning rate of its own arguments.
 
         Raises:
             ValueError: a checkpoint that is none, or of another model.
-            RuntimeError: the loss or a gradient is not finite.
+            RuntimeError: the loss, a gradient or a weight is not finite.
         """
         if resume_from_checkpoint is True:
-            last = last_checkpoint(Path(self.args.output_dir), written_last(self.callback_handler.callbacks))
-            if last is None:
+            resume_from_checkpoint = self._last_checkpoint()
+            if resume_from_checkpoint is None:
                 raise ValueError(
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): none was written to its "
                     "end, so start without resume_from_checkpoint."
                 )
-            resume_from_checkpoint = last
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
@@ -64,7 +63,7 @@ class CompressedModelTrainer(Trainer):
         """Run a step.
 
         Raises:
-            RuntimeError: the loss is not finite; the message names the last good checkpoint.
+            RuntimeError: the loss is not finite; the message names the last checkpoint.
         """
         loss = super().training_step(model, *args, **kwargs)
         self._check_finite("loss", loss)
@@ -78,16 +77,37 @@ class CompressedModelTrainer(Trainer):
         return norm
 
     def _check_finite(self, what: str, value: torch.Tensor) -> None:
-        if torch.isfinite(value):
-            return
-        good = last_good_checkpoint(Path(self.args.output_dir))
-        last = (
-            f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet whose weights are finite"
-        )
+        if not torch.isfinite(value):
+            self._stop(f"The {what} is {float(value)}")
+
+    def _stop(self, what: str) -> NoReturn:
+        last = self._last_checkpoint()
+        start = f"resume from the last checkpoint, {last}," if last else "no checkpoint was saved yet: start again"
         raise RuntimeError(
-            f"The {what} is {float(value)} at step {self.state.global_step}; {last}. Lower the learning rate, or "
-            "train in float32 or bfloat16 instead of float16."
+            f"{what} at step {self.state.global_step}; {start} with a lower learning rate, or in float32 or bfloat16 "
+            "instead of float16."
         )
+
+    def _last_checkpoint(self) -> Path | None:
+        return last_checkpoint(Path(self.args.output_dir), written_last(self.callback_handler.callbacks))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Take up the optimizer and the schedule of a checkpoint, but not its learning rate, as a Trainer would."""
+        schedule: Any = self.lr_scheduler
+        rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if rates is None or rates == schedule.base_lrs:
+            return
+        schedule.base_lrs = rates
+        for group, rate, share in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint after making sure that its weights are finite, so that the last is one to resume from."""
+        if not all(bool(value.isfinite().all()) for value in self.model.parameters()):
+            self._stop("A weight is no longer finite")
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave a compressed model its own card, which saving it has written; others get the Trainer's."""
