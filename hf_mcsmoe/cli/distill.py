@@ -252,8 +252,6 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
     if run.low_rank:
         with console.status("decomposition, layer by layer"):
             _decompose(model, run.low_rank, batches, checkpoint)
-    if run.pruning:
-        model.config.mcsmoe["keep"] = run.pruning.keep
     kind = DistillationSeq2SeqTrainer if model.config.is_encoder_decoder else DistillationTrainer
     with training_progress() as shown:
         callbacks = [*([run.pruning] if run.pruning else []), shown]

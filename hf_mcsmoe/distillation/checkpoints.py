@@ -48,6 +48,15 @@ def last_checkpoint(output_dir: Path, complete: str) -> Path | None:
     return next(filter(_is_finite, written), None)
 
 
+def check_pruning(folder: Path, callbacks: Iterable[TrainerCallback]) -> None:
+    """Raise ValueError where a checkpoint is of a run that prunes S, and no callback would go on with it."""
+    if (folder / OPTIONS_FILE).is_file() and written_last(callbacks) != OPTIONS_FILE:
+        raise ValueError(
+            f"{folder} is of a run that prunes S, which this one would not: resume with the SparsificationCallback "
+            f"that the run began with (its options are in {OPTIONS_FILE})."
+        )
+
+
 def written_last(callbacks: Iterable[TrainerCallback]) -> str:
     """Return the file that a Trainer with these callbacks writes last into a checkpoint."""
     pruned = any(isinstance(callback, SparsificationCallback) for callback in callbacks)

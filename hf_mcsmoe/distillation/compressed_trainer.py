@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_mcsmoe.distillation.checkpoints import (
     check_checkpoint,
+    check_pruning,
     is_checkpoint,
     last_checkpoint,
     written_last,
@@ -43,7 +44,7 @@ class CompressedModelTrainer(Trainer):
         """Train; a run that resumes goes on at the learning rate of its own arguments.
 
         Raises:
-            ValueError: a checkpoint that is none, or of another model.
+            ValueError: a checkpoint that is none, of another model, or of a run that prunes what this one would not.
             RuntimeError: the loss, a gradient or a weight is not finite.
         """
         if resume_from_checkpoint is True:
@@ -56,6 +57,7 @@ class CompressedModelTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+            check_pruning(Path(resume_from_checkpoint), self.callback_handler.callbacks)
             self.args.resume_from_checkpoint = resume_from_checkpoint  # for callbacks, which are not told
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
