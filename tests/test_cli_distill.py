@@ -151,6 +151,9 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
     code, _, err = run(*arguments, "--rank", 2, "--overwrite")
     assert code == 1
     assert "is decomposed already" in err
+    code, _, err = run(*arguments, "--factorisation", "svd", "--overwrite")
+    assert code == 1
+    assert "--factorisation svd would do nothing to" in err
 
 
 def test_the_result_loads_where_the_package_is_not_installed(
