@@ -61,8 +61,8 @@ class DistillationTrainer(CompressedModelTrainer):
         It may be left out, and is not kept in memory, where `teacher_outputs` names a folder that is there already.
 
         Raises:
-            ValueError: a student that is not compressed, no teacher or one with another vocabulary or tokenizer,
-                stored outputs of another data set, vocabulary or temperature.
+            ValueError: a student that is not compressed, no teacher or one of another kind, vocabulary or tokenizer,
+                an empty training set, stored outputs of another data set, vocabulary or temperature.
         """
         options = kwargs.get("args") or (args[0] if args else None)
         if not isinstance(options, DistillationOptions):
@@ -85,6 +85,8 @@ class DistillationTrainer(CompressedModelTrainer):
         else:
             trained = choose_parameters(model, options.train_parts, options.freeze_routers)
         super().__init__(trained, *args, **kwargs)
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ValueError("The training set is empty: pass at least one row.")
         # The loss below divides by the labels of the whole accumulated batch, which Trainer counts for such models.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self._loss.shifted
