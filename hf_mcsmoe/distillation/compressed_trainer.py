@@ -1,14 +1,18 @@
 """A Trainer of compressed models: saves what loads, resumes only what fits, and stops before weights become NaN."""
 
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from hf_mcsmoe.distillation.checkpoints import (
     check_checkpoint,
@@ -18,7 +22,6 @@ from hf_mcsmoe.distillation.checkpoints import (
     written_last,
 )
 from hf_mcsmoe.distillation.trainable import merged_state, student_of
-from hf_mcsmoe.modeling.saving_mcsmoe import DOCUMENTS
 
 
 class CompressedModelTrainer(Trainer):
@@ -29,6 +32,10 @@ class CompressedModelTrainer(Trainer):
 
     args: Any
     model: Any
+    # The checkpoint that is still to be pushed.
+    _unpushed: Path | None = None
+    hub_model_id: Any
+    push_in_progress: Any
 
     @property
     def student(self) -> PreTrainedModel:
@@ -133,11 +140,49 @@ class CompressedModelTrainer(Trainer):
                 self.model = adapted
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint together with the code, the plan and the card; adapters wait for the end of training."""
-        if isinstance(self.model, PeftModel):
+        """Let the push wait until callbacks have written to the checkpoint as well."""
+        self._unpushed = Path(checkpoint_folder)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        folder, self._unpushed = self._unpushed, None
+        if folder is not None and self.args.hub_strategy != HubStrategy.END and not self._push_goes_on():
+            self._push(folder)
+
+    def _push(self, folder: Path) -> None:
+        """Push what `save_model` writes; a Trainer would push the weights of the checkpoint as they are in training.
+
+        With a `hub_strategy` of "checkpoint" or "all_checkpoints" the folder to resume from goes beside it.
+        """
+        args, message = self.args, f"Training in progress, step {self.state.global_step}"
+        self._finish_current_push()
+        with warnings.catch_warnings():
+            if self.state.global_step < self.state.max_steps:  # the rows that are too many are yet to be chosen
+                warnings.filterwarnings("ignore", ".*pruned by magnitude")
+            jobs: Any = [self.push_to_hub(message, blocking=False)]
+        if not self.is_world_process_zero():
             return
-        if self.is_world_process_zero():
-            for file in Path(checkpoint_folder).iterdir():
-                if file.suffix == ".py" or file.name in DOCUMENTS:
-                    shutil.copyfile(file, Path(self.args.output_dir) / file.name)
-        super()._push_from_checkpoint(checkpoint_folder)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        if args.hub_strategy in places:
+            jobs.append(
+                HfApi(token=args.hub_token).upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=folder,
+                    path_in_repo=places[args.hub_strategy],
+                    commit_message=f"{message}, checkpoint",
+                    revision=args.hub_revision,
+                    run_as_future=True,
+                )
+            )
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _push_goes_on(self) -> bool:
+        """Return, in all processes alike, whether this push is left out since an earlier one is not done.
+
+        The last one is not: it is what stays on the Hub.
+        """
+        answer = [False]
+        if self.is_world_process_zero() and not self.args.hub_always_push:
+            done = self.push_in_progress is None or self.push_in_progress.is_done()
+            answer = [not done and self.state.global_step < self.state.max_steps]
+        return broadcast_object_list(answer)[0]

@@ -259,9 +259,17 @@ class DistillationTrainer(CompressedModelTrainer):
         self._terms.clear()
         self._measure_experts()
         result = super().train(*args, **kwargs)
+        self._write_card()
+        return result
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write, and push, a checkpoint whose card says how far the training is; see `CompressedModelTrainer`."""
+        self._write_card()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _write_card(self) -> None:
         if self.is_compressed:
             add_to_card(self.student, "Distillation", self._card_text())
-        return result
 
     def _card_text(self) -> str:
         history = [entry for entry in self.state.log_history if "task_loss" in entry]
