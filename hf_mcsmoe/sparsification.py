@@ -77,9 +77,10 @@ def zero_shot_importance(
         batches: dictionaries for `model(**batch)`, with labels.
 
     Raises:
-        ValueError: no batches, one without labels, or a model without S in the training form.
+        ValueError: no batches, one without labels, a model without S in the training form, or one whose S is frozen.
     """
     parts, sums, count = _parts(model), Scores(), 0
+    _check_scored(parts, importance)
     mode = model.training
     model.eval()
     for count, batch in enumerate(batches, start=1):  # noqa: B007
@@ -87,7 +88,8 @@ def zero_shot_importance(
         loss = model(**on_device(batch, model)).loss
         if loss is None:
             raise ValueError(f"The model gave no loss for a batch of {', '.join(batch)}: importance needs labels.")
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         for name, score in row_scores(parts, importance, aggregate).items():
             sums[name] = sums[name] + score if name in sums else score
     model.zero_grad(set_to_none=True)
@@ -105,6 +107,18 @@ def _parts(model: nn.Module) -> dict[str, SparsePart]:
             "The model has no low rank + sparse weights in their training form; call decompose_experts first."
         )
     return parts
+
+
+def _check_scored(parts: dict[str, SparsePart], importance: str | Callable) -> None:
+    """Raise ValueError where no S has a gradient, which its importance needs."""
+    method = IMPORTANCE[importance]
+    rows = [part.weight.detach().reshape(-1, part.weight.shape[-1])[:1].float() for part in parts.values()]
+    without = all(method(row, None) is None for row in rows)
+    if without and not any(part.weight.requires_grad for part in parts.values()):
+        raise ValueError(
+            f"importance={method_name(importance)!r} needs the gradient of S, which is frozen: train all or the "
+            "experts (train_parts), let S require its gradient, or take importance='magnitude'."
+        )
 
 
 class SparsificationCallback(TrainerCallback):
@@ -189,25 +203,17 @@ class SparsificationCallback(TrainerCallback):
         start, end = (round(value * total) if isinstance(value, float) else value for value in (self.start, self.end))
         return start, end
 
-    def _scores_without_gradient(self, part: SparsePart) -> bool:
-        row = part.weight.detach().reshape(-1, part.weight.shape[-1])[:1].float()
-        return IMPORTANCE[self.importance](row, None) is not None
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Check the schedule, and take up the averages of the checkpoint that the run resumes from.
 
+        What is saved of the model holds the share of rows that is pruned to, whatever its decomposition had meant.
+
         Raises:
             ValueError: a schedule longer than training, another one than that of the checkpoint, nothing to prune.
         """
-        parts = _parts(model).values()
-        scored = [part for part in parts if part.weight.requires_grad or self._scores_without_gradient(part)]
-        if not scored:
-            raise ValueError(
-                f"importance={method_name(self.importance)!r} needs the gradient of S, which is frozen: train all or "
-                "the experts (train_parts), or prune by importance='magnitude'."
-            )
+        _check_scored(_parts(model), self.importance)
         start, end = self._steps(state.max_steps)
         if start + end >= state.max_steps:
             raise ValueError(
@@ -215,6 +221,10 @@ class SparsificationCallback(TrainerCallback):
                 "to prune in: train longer, or lower them."
             )
         self.averages = self._new_averages()
+        # Inside whatever wraps it for training.
+        whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        if whole is not None and (entries := vars(whole.config).get("mcsmoe")):
+            entries["keep"] = self.keep
         if state.global_step:
             self._resume(_resumed_folder(args, state), state.max_steps)
 

@@ -16,7 +16,7 @@ from helpers import Run
 from merged import check_without_package, example, save
 from merged import tokenizer as word_tokenizer
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli_evaluate import TEXT
 from test_examples import rows
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -151,6 +151,9 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
     code, _, err = run(*arguments, "--rank", 2, "--overwrite")
     assert code == 1
     assert "is decomposed already" in err
+    code, _, err = run(*arguments, "--factorisation", "svd", "--overwrite")
+    assert code == 1
+    assert "--factorisation svd would do nothing to" in err
 
 
 def test_the_result_loads_where_the_package_is_not_installed(
@@ -205,6 +208,38 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
     assert not list(tmp_path.iterdir())
     code, _, err = run(*command(folder, tmp_path / "out"), "--resume")
     assert code == 0, "a run that never got far enough begins anew: " + err
+
+
+def test_a_run_whose_weights_overflow_says_so_once_and_leaves_nothing(folder: Path, tmp_path: Path, run: Run) -> None:
+    more = ["--learning-rate", "1e38", "--warmup-steps", 0, "--save-steps", 1]
+    code, out, err = run(*command(folder, tmp_path / "out"), *more)
+    assert code == 1
+    assert "is kept" not in out
+    assert "no longer finite at step 1; no checkpoint was saved yet: start again with a lower learning rate" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_from_the_last_finite_weights_at_a_lower_learning_rate(
+    folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, working = [*command(folder, tmp_path / "out"), "--save-steps", 1], tmp_path / "out.training"
+    with monkeypatch.context() as patched:
+        stop(patched, after=3)
+        assert run(*arguments)[0] == 130
+    weights = load_file(working / "checkpoint-3" / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = float("nan")
+    save_file(weights, working / "checkpoint-3" / "model.safetensors", {"format": "pt"})
+    step, rates = DistillationTrainer.training_step, []
+
+    def observed(self: DistillationTrainer, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", observed)
+    code, out, err = run(*arguments, "--resume", "--learning-rate", "1e-4")
+    assert code == 0, err
+    assert "4 steps, resumed from checkpoint-2" in out
+    assert rates == pytest.approx([5e-5, 2.5e-5])  # half and a quarter of the rate are left of four steps
 
 
 def test_options_of_the_distillation_are_the_fields_of_its_dataclass(run: Run) -> None:

@@ -62,7 +62,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "rank": (["--rank", "1000"], "larger than W_in of"),
     "rank that saves nothing": (["--rank", "8", "--keep", "0.9"], "larger than it is"),
     "keep": (["--rank", "2", "--keep", "1.5"], "share in [0, 1]"),
-    "keep of nothing": (["--keep", "0.5"], "give --rank as well"),
+    "keep of nothing": (["--keep", "0.5"], "--keep 0.5 would do nothing to"),
+    "importance of nothing": (["--importance", "nonsense"], "--importance nonsense would do nothing to"),
+    "factors of nothing": (["--factorisation", "nonsense"], "give --rank as well"),
+    "schedule of nothing": (["--start", "0.99", "--end", "0.9"], "--start 0.99 and --end 0.9 would do nothing to"),
+    "infinite rate": (["--learning-rate", "nan"], "and finite"),
     "importance": (["--rank", "2", "--importance", "size"], "Unknown importance"),
     "schedule": (["--rank", "2", "--start", "0.5", "--end", "0.5"], "none of the 4 steps"),
     "adapters and pruning": (["--rank", "2", "--train-parts", "lora"], "leaves S frozen"),
@@ -77,6 +81,7 @@ STUDENTS = {
     "dense": ("{mixtral}", [], "is not compressed"),
     "missing": ("./missing", [], "is no folder with a model"),
     "compact": ("{compact}", ["--rank", "2"], "is decomposed already"),
+    "compact, pruned": ("{compact}", ["--importance", "magnitude"], "--importance magnitude would do nothing to"),
 }
 
 

@@ -15,6 +15,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from hf_mcsmoe import LoSparseConfig, decompose_experts, moe_layers
 from hf_mcsmoe.losses import cross_entropy, kl_divergence
 
+SWITCH, NAN = "switch_transformers", float("nan")
+
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_loss_is_the_mean_over_all_labels_that_count(name: str, tmp_path: Path) -> None:
@@ -211,12 +213,24 @@ def _masked(folder: Path) -> None:
         (lambda folder: make_trainer("mixtral", folder, teacher=other_vocabulary()), ValueError, "vocabulary"),
         (lambda folder: make_trainer("mixtral", folder, train_parts="expert"), ValueError, "Did you mean 'experts'"),
         (lambda folder: make_trainer("mixtral", folder, kd_temperature=0.0), ValueError, "must be positive"),
+        (lambda folder: make_trainer("mixtral", folder, kd_temperature=NAN), ValueError, "kd_temperature=nan must be"),
+        (lambda folder: make_trainer("mixtral", folder, kd_weight=NAN), ValueError, "kd_weight=nan must be finite"),
+        (lambda folder: make_trainer("mixtral", folder, hidden_weight=-1.0), ValueError, "not negative"),
+        (lambda folder: make_trainer("mixtral", folder, teacher=example(SWITCH).base), ValueError, "one of its kind"),
+        (lambda folder: make_trainer(SWITCH, folder, teacher=build("mixtral")), ValueError, "one of its kind"),
+        (lambda folder: make_trainer("mixtral", folder, teacher=build("mixtral").model), ValueError, "of its kind"),
+        (lambda folder: make_trainer("mixtral", folder, rows=[]), ValueError, "training set is empty"),
+        (lambda folder: make_trainer("mixtral", folder, rows=[], expert_weight=1.0), ValueError, "set is empty"),
         (lambda folder: make_trainer("mixtral", folder, teacher=str(folder / "none")), ValueError, "is no folder"),
         (_masked, ValueError, "No label of the batch counts"),
         (_with_broken_weights, RuntimeError, "no checkpoint was saved yet"),
         (_of_another_model, ValueError, "another model"),
     ],
-    ids=["dense", "vocabulary", "parts", "temperature", "teacher", "masked", "nan", "resume"],
+    ids=[
+        *("dense", "vocabulary", "parts", "temperature", "temperature nan", "weight nan", "negative weight"),
+        *("encoder-decoder teacher", "causal teacher", "teacher without a head", "no rows", "no rows for experts"),
+        *("teacher", "masked", "nan", "resume"),
+    ],
 )
 def test_bad_input(attempt: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):

@@ -1,18 +1,21 @@
 """The card and the push of a distilled model, whether it was merged in this process or loaded."""
 
 import re
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distilled import make_rows, make_student, make_trainer
 from hub import running_hub
 from huggingface_hub import HfApi, constants
 from merged import example
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from hf_mcsmoe import LoSparseConfig, decompose_experts
+from hf_mcsmoe import LoSparseConfig, SparsificationCallback, decompose_experts
 from hf_mcsmoe.accounting import account
 from hf_mcsmoe.model_card import add_to_card, describe_costs
 
@@ -96,25 +99,83 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield served
 
 
-@pytest.mark.parametrize("parts", ["all", "lora"])
+def _pull(files: dict[str, bytes], folder: Path) -> PreTrainedModel:
+    """Load what lies at the top of a repository, as a user would."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        if "/" not in name:
+            (folder / name).write_bytes(content)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("form", ["dense", "decomposed", "lora"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_what_the_trainer_pushes_loads_from_the_start(parts: str, hub: Any, tmp_path: Path) -> None:
-    pushed: list[set[str]] = []
-    options = {"push_to_hub": True, "hub_model_id": "me/distilled", "hub_always_push": True, "train_parts": parts}
-    trainer = make_trainer("mixtral", tmp_path / "out", **options, rows=make_rows())
+def test_each_push_of_the_trainer_is_a_compressed_model_with_its_card(form: str, hub: Any, tmp_path: Path) -> None:
+    pushed: list[dict[str, bytes]] = []
+    commit = hub.commit
+
+    def recorded(*given: Any) -> dict[str, Any]:
+        answer = commit(*given)
+        pushed.append(dict(hub.files["me/distilled"]))
+        return answer
+
+    hub.commit = recorded
+    options = {"push_to_hub": True, "hub_model_id": "me/distilled", "hub_always_push": True, "max_steps": 4}
+    options |= {"train_parts": "lora"} if form == "lora" else {}
+    student = make_student("mixtral")
+    if form == "decomposed":
+        decompose_experts(student, LoSparseConfig(rank=2, keep=0.25))
+    trainer = make_trainer("mixtral", tmp_path / "out", model=student, **options, rows=make_rows())
+    if form == "decomposed":
+        trainer.add_callback(SparsificationCallback(0.25, start=2, end=1))
     trainer.train()
-    trainer._finish_current_push()
-    pushed.append(set(hub.files["me/distilled"]))
+    assert [commit["summary"] for commit in hub.commits] == [f"Training in progress, step {n}" for n in range(1, 5)]
     trainer.push_to_hub()
-    pushed.append(set(hub.files["me/distilled"]))
-    needed = {"README.md", "config.json", "modeling_mcsmoe.py", "saving_mcsmoe.py", "model.safetensors"}
-    assert pushed[0] >= needed if parts == "all" else not pushed[0] & needed
-    assert pushed[1] >= needed | {"mcsmoe_plan.json"}
-    assert "adapter_config.json" not in pushed[1]
-    for name, content in hub.files["me/distilled"].items():
-        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pulled" / name).write_bytes(content)
-    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "pulled").named_parameters())
-    saved = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(bool((loaded[key] == value).all()) for key, value in saved.items())
-    assert "## Distillation\n\nTrained for 2 steps" in (tmp_path / "pulled" / "README.md").read_text()
+    trainer.save_model(tmp_path / "final")  # pushes as well
+    expected = load_file(tmp_path / "final" / "model.safetensors")
+    for files, steps in zip(pushed, (1, 2, 3, 4, 4, 4), strict=True):
+        found = _pull(files, tmp_path / "pulled").state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()) == (steps == 4)
+        kept = sum(len(value) for key, value in found.items() if key.endswith("_rows"))
+        assert kept == sum(len(value) for key, value in expected.items() if key.endswith("_rows"))
+        assert f"## Distillation\n\nTrained for {steps} steps" in files["README.md"].decode()
+        needed = {"config.json", "modeling_mcsmoe.py", "saving_mcsmoe.py", "mcsmoe_plan.json", "model.safetensors"}
+        assert files.keys() >= needed
+        assert not files.keys() & {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize(("strategy", "places"), [("checkpoint", ["last-checkpoint"]), ("end", [])])
+def test_what_a_run_resumes_from_is_pushed_whole(strategy: str, places: list[str], hub: Any, tmp_path: Path) -> None:
+    options = {"push_to_hub": True, "hub_model_id": "me/distilled", "hub_token": "secret", "hub_strategy": strategy}
+    student = decompose_experts(make_student("mixtral"), LoSparseConfig(rank=2, keep=0.25))
+    trainer = make_trainer("mixtral", tmp_path, model=student, **options, max_steps=3)
+    trainer.add_callback(SparsificationCallback(0.25, start=1, end=1))
+    trainer.train()
+    local = tmp_path / "checkpoint-3"
+    found = {name: content for name, content in hub.files["me/distilled"].items() if "/" in name}
+    assert found == {f"{place}/{file.name}": file.read_bytes() for place in places for file in local.iterdir()}
+    assert ("model.safetensors" in hub.files["me/distilled"]) == bool(places)
+
+
+def test_the_last_checkpoint_is_pushed_however_slow_those_before_it(hub: Any, tmp_path: Path) -> None:
+    commit, finished = hub.commit, threading.Event()
+
+    def slow(*given: Any) -> dict[str, Any]:
+        finished.wait()
+        return commit(*given)
+
+    class Finish(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                threading.Timer(0.3, finished.set).start()
+
+    hub.commit = slow
+    options = {"push_to_hub": True, "hub_model_id": "me/distilled", "max_steps": 3}
+    trainer = make_trainer("mixtral", tmp_path / "out", **options)
+    trainer.add_callback(Finish())
+    trainer.train()
+    assert [commit["summary"] for commit in hub.commits] == [f"Training in progress, step {n}" for n in (1, 3)]
+    _pull(hub.files["me/distilled"], tmp_path / "pulled")
+    assert "Trained for 3 steps" in (tmp_path / "pulled" / "README.md").read_text()

@@ -13,6 +13,7 @@ from distilled import make_student as _student
 from distilled import make_trainer as _trainer
 from distilled import stacked as _stacked
 from merged import example
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -146,6 +147,36 @@ def test_a_killed_run_resumes_exactly(uncertainty: bool, tmp_path: Path) -> None
     other = SparsificationCallback(0.25, start=1, end=2, uncertainty=not uncertainty)
     with pytest.raises(ValueError, match=r"another schedule \(beta2"):
         _run("mixtral", tmp_path / "other", other, checkpoint)
+
+
+def test_a_run_that_prunes_does_not_resume_without_pruning(tmp_path: Path) -> None:
+    _run("mixtral", tmp_path, SparsificationCallback(0.25, start=1, end=2), max_steps=4)
+    for resume in (True, str(tmp_path / "checkpoint-2")):
+        trainer = _trainer("mixtral", tmp_path, model=_decomposed("mixtral"), max_steps=4)
+        with pytest.raises(ValueError, match=r"checkpoint-\d is of a run that prunes S.*SparsificationCallback"):
+            trainer.train(resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain trainer"])
+@pytest.mark.parametrize(("decomposed", "pruned"), [(0.1, 0.5), (0.5, 0.1)])
+def test_the_rows_that_are_pruned_to_are_those_that_are_saved(
+    decomposed: float, pruned: float, plain: bool, tmp_path: Path
+) -> None:
+    model = decompose_experts(_student("mixtral"), LoSparseConfig(rank=2, keep=decomposed))
+    trainer = _trainer("mixtral", tmp_path / "run", model=model, max_steps=4, save_strategy="no")
+    if plain:
+        trainer = Trainer(model, args=trainer.args, train_dataset=_rows())
+    trainer.add_callback(SparsificationCallback(pruned, start=1, end=1))
+    trainer.train()
+    kept = {name: part.kept.flatten().nonzero().flatten() for name, part in sparse_parts(trainer.model).items()}
+    rows = sum(part.kept.numel() for part in sparse_parts(trainer.model).values())
+    trainer.save_model(tmp_path / "saved")
+    written = load_file(tmp_path / "saved" / "model.safetensors")
+    assert sum(map(len, kept.values())) == round(pruned * rows)
+    for name, part in sparse_parts(trainer.model).items():
+        matrix = part.weight.detach().reshape(-1, part.weight.shape[-1])
+        assert torch.equal(written[f"{name}_s"], matrix[kept[name]])
+        assert torch.equal(written[f"{name}_rows"], (kept[name] % part.kept.shape[-1]).int())
 
 
 def test_uncertainty_multiplies_the_importance_of_entries() -> None:
@@ -316,6 +347,15 @@ def test_importance_without_training(tmp_path: Path) -> None:
     for name, score in found.items():
         torch.testing.assert_close(score, total[name].detach())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_importance_of_a_frozen_s() -> None:
+    model, batches = _decomposed("mixtral").requires_grad_(False), [_stacked(_rows())]
+    with pytest.raises(ValueError, match="importance='sensitivity' needs the gradient of S, which is frozen"):
+        zero_shot_importance(model, batches)
+    found = zero_shot_importance(model, batches, importance="magnitude")
+    for name, part in sparse_parts(model).items():
+        torch.testing.assert_close(found[name], part.weight.abs().mean(-1))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_mcsmoe import LoSparseConfig, SparsificationCallback, compact, decompose_experts
-from hf_mcsmoe.distillation.checkpoints import check_checkpoint, last_checkpoint, last_good_checkpoint, written_last
+from hf_mcsmoe.distillation.checkpoints import check_checkpoint, last_checkpoint, written_last
 
 # PEFT asks for it by the name that Transformers has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -148,21 +148,44 @@ def _spoil(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_the_last_good_checkpoint_is_the_one_of_most_steps_whose_weights_are_finite(
+def test_a_checkpoint_whose_weights_are_not_finite_or_not_readable_is_none_to_resume_from(
     checkpoint: Path, with_adapters: Path, tmp_path: Path
 ) -> None:
-    assert last_good_checkpoint(tmp_path / "nowhere") is None
+    complete = written_last([])
+    assert last_checkpoint(tmp_path / "nowhere", complete) is None
     for step in (100, 20, 9):  # written in this order, so that the newest file is the oldest step
         shutil.copytree(checkpoint, tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-999x").mkdir()
     (tmp_path / "checkpoint-200").mkdir()  # killed while it was written
-    assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    assert last_checkpoint(tmp_path, complete) == tmp_path / "checkpoint-100"
     _spoil(tmp_path / "checkpoint-100")
-    assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    assert last_checkpoint(tmp_path, complete) == tmp_path / "checkpoint-20"
     (tmp_path / "checkpoint-20" / "model.safetensors").write_bytes(b"half of it")
-    assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert last_checkpoint(tmp_path, complete) == tmp_path / "checkpoint-9"
     shutil.copytree(with_adapters, tmp_path / "checkpoint-30")
-    assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-30"
+    assert last_checkpoint(tmp_path, complete) == tmp_path / "checkpoint-30"
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["all", "lora"])
+def test_weights_that_are_not_finite_are_not_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    # The first step leaves the weights as they are, the second one overflows them.
+    trainer = make_trainer("mixtral", tmp_path, **options, max_steps=3, learning_rate=1e39, warmup_steps=1)
+    with pytest.raises(
+        RuntimeError, match=r"A weight is no longer finite at step 2; resume from .*checkpoint-1, with"
+    ):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_resumed_run_goes_on_at_its_own_learning_rate(tmp_path: Path) -> None:
+    runs = []
+    for rate, start in ((1e-2, None), (4e-3, None), (4e-3, "checkpoint-2")):
+        folder = tmp_path / str(len(runs))
+        trainer = make_trainer("mixtral", folder, max_steps=4, warmup_steps=0, learning_rate=rate)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "0" / start) if start else None)
+        runs.append([entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry])
+    assert runs[2] == [*runs[0][:2], *runs[1][2:]]
+    assert len(set(runs[2])) == 4
 
 
 class Poison(TrainerCallback):
@@ -190,7 +213,7 @@ def test_a_run_stops_before_its_weights_become_nan(what: str, clipping: float, t
     poison = Poison(what)
     trainer.add_callback(poison)
     match = (
-        rf"The {what if what == 'loss' else 'norm of the gradient'} is nan at step 2; the last good .*checkpoint-2\."
+        rf"The {what if what == 'loss' else 'norm of the gradient'} is nan at step 2; resume from .*checkpoint-2, with"
     )
     with pytest.raises(RuntimeError, match=match):
         trainer.train()

@@ -2,7 +2,7 @@
 
 import random
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -34,7 +34,7 @@ from hf_mcsmoe.distillation import (
     DistillationSeq2SeqTrainer,
     DistillationTrainer,
 )
-from hf_mcsmoe.distillation.teacher import check_tokenizer, check_vocabulary, vocabulary_size
+from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
 from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
 from hf_mcsmoe.model_card import add_to_card, adopt_card, describe_costs
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
@@ -79,13 +79,10 @@ class Pruning:
         """Return how the experts of a student, without weights, are to be decomposed; None where they are not.
 
         Raises:
-            ValueError: it is decomposed already, the rank does not fit, or there is nothing that could be pruned.
+            ValueError: it is decomposed already, the rank does not fit, or options that do nothing without one.
         """
         if self.rank is None:
-            if self.keep is not None and not sparse_parts(student):
-                raise ValueError(
-                    f"--keep {self.keep} is a share of S, which {name} does not hold: give --rank as well."
-                )
+            self._check_without_rank(name, student)
             return None
         if any(low_rank_modules(student)):
             raise ValueError(f"{name} is decomposed already: leave out --rank, or name the merged model.")
@@ -94,6 +91,19 @@ class Pruning:
         whole = student.config.mcsmoe.get("whole", [])
         check_low_rank([layer for layer in moe_layers(student) if layer.merged or layer.name in whole], config)
         return config
+
+    def _check_without_rank(self, name: str, student: PreTrainedModel) -> None:
+        unused = {"factorisation"} if sparse_parts(student) else {item.name for item in fields(self)}
+        given = [
+            f"--{item.name} {getattr(self, item.name)}"
+            for item in fields(self)
+            if item.name in unused and getattr(self, item.name) != item.default
+        ]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} would do nothing to {name} without --rank: give --rank as well, or leave out "
+                "the others."
+            )
 
     def callback(self, keep: float, steps: int) -> SparsificationCallback:
         """Return what prunes down to `keep` in a training of so many steps.
@@ -199,7 +209,7 @@ def _check(
     """
     distillation.check()
     ours, theirs = empty_model(student), empty_model(teacher)
-    check_pair(student, ours, teacher, theirs)
+    check_pair(student, ours, theirs)
     low_rank = pruning.check(student, ours)
     # The result, and three checkpoints with the two moments of the optimiser: a new one is written before one goes.
     needed = ours.num_parameters() * (ours.dtype.itemsize + 3 * (itemsize(dtype, ours) + 8))
@@ -225,19 +235,13 @@ def _check(
     return Run(student, teacher, tokenizer, features, arguments, low_rank, callback, dtype, ours.dtype)
 
 
-def check_pair(student_name: str, student: PreTrainedModel, teacher_name: str, teacher: PreTrainedModel) -> None:
+def check_pair(name: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError where a model is not one that `teacher` can teach; neither needs weights."""
     if not getattr(student.config, "mcsmoe", None):
-        raise ValueError(f"{student_name} is not compressed: merge its experts first, with hf-mcsmoe compress.")
+        raise ValueError(f"{name} is not compressed: merge its experts first, with hf-mcsmoe compress.")
     if not type(student).can_generate():
-        raise ValueError(
-            f"{student_name} is a {type(student).__name__}, which writes no text; it cannot be distilled."
-        )
-    if student.config.is_encoder_decoder != teacher.config.is_encoder_decoder or not type(teacher).can_generate():
-        raise ValueError(
-            f"{teacher_name} is a {type(teacher).__name__}, {student_name} a {type(student).__name__}: a teacher must "
-            "be the original model of the student, or one of its kind."
-        )
+        raise ValueError(f"{name} is a {type(student).__name__}, which writes no text; it cannot be distilled.")
+    check_kind(student, teacher)
     check_vocabulary(vocabulary_size(student), vocabulary_size(teacher))
 
 
@@ -252,8 +256,6 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
     if run.low_rank:
         with console.status("decomposition, layer by layer"):
             _decompose(model, run.low_rank, batches, checkpoint)
-    if run.pruning:
-        model.config.mcsmoe["keep"] = run.pruning.keep
     kind = DistillationSeq2SeqTrainer if model.config.is_encoder_decoder else DistillationTrainer
     with training_progress() as shown:
         callbacks = [*([run.pruning] if run.pruning else []), shown]

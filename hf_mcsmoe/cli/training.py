@@ -25,6 +25,8 @@ EPOCHS, LEARNING_RATE, BATCH_SIZE, WARMUP_STEPS = 3.0, 5e-5, 8, 16
 # Losses are logged so often in a run.
 LOGS = 50
 COMPLETE, OPTIONS = "complete", "options.json"
+# What a run may change when it goes on.
+FREE = ("learning_rate",)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Training:
         if steps < 1:
             raise ValueError(f"--epochs {self.epochs} is no training; it must be more than 0.")
         rate = (task.learning_rate if task else LEARNING_RATE) if self.learning_rate is None else self.learning_rate
-        if rate <= 0:
-            raise ValueError(f"--learning-rate {rate} trains nothing; it must be more than 0.")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"--learning-rate {rate} trains nothing; it must be more than 0, and finite.")
         warmup = min(WARMUP_STEPS, steps // 10) if self.warmup_steps is None else self.warmup_steps
         if warmup >= steps:
             raise ValueError(f"--warmup-steps {warmup} take all of the {steps} steps of the training: lower them.")
@@ -175,10 +177,13 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
     if checkpoint is None:
         return None
     before = json.loads((folder / OPTIONS).read_text(encoding="utf-8"))
-    changed = [name for name in options if before.get(name) != options[name]]
+    changed = [name for name in options if name not in FREE and before.get(name) != options[name]]
     if changed:
         what = ", ".join(f"{name}: {before.get(name)!r} before, {options[name]!r} now" for name in changed)
-        raise ValueError(f"The run in {folder} had other options ({what}): resume with the same ones.")
+        raise ValueError(
+            f"The run in {folder} had other options ({what}): resume with the same ones; only the learning rate may "
+            "be another."
+        )
     return checkpoint
 
 
@@ -201,6 +206,6 @@ def kept_until_complete(folder: Path, options: Mapping[str, Any], checkpoint: Pa
         if left is None:
             shutil.rmtree(folder)
         else:
-            console.print(f"{escape(str(left))} is kept: the same command with --resume goes on from there.")
+            console.print(f"{escape(str(left))} is kept: --resume goes on from there.")
         raise
     shutil.rmtree(folder)

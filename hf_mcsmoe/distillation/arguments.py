@@ -1,5 +1,6 @@
 """Arguments of the distillation trainers: what they add to those of a Trainer."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -55,11 +56,11 @@ class DistillationOptions:
         if self.train_parts not in TRAIN_PARTS:
             raise ValueError(unknown("train_parts", self.train_parts, list(TRAIN_PARTS)))
         for name in WEIGHTS:
-            if vars(self)[name] < 0:
-                raise ValueError(f"{name}={vars(self)[name]} must not be negative.")
+            if not 0 <= vars(self)[name] < math.inf:
+                raise ValueError(f"{name}={vars(self)[name]} must be finite and not negative.")
         for name in ("kd_temperature", "lora_rank", "lora_alpha", "teacher_top_k"):
-            if vars(self)[name] <= 0:
-                raise ValueError(f"{name}={vars(self)[name]} must be positive.")
+            if not 0 < vars(self)[name] < math.inf:
+                raise ValueError(f"{name}={vars(self)[name]} must be positive and finite.")
         if self.train_parts == "lora" and not self.freeze_routers:
             raise ValueError("train_parts='lora' trains adapters alone, so routers stay frozen: leave freeze_routers.")
         for name, needed in LIVE_ONLY.items():

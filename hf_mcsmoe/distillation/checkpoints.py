@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer: whether a model can resume from one, and which is the last complete or the last good."""
+"""Checkpoints of a Trainer: whether a model can resume from one, and which is the last."""
 
 import json
 import re
@@ -38,18 +38,23 @@ def check_checkpoint(folder: Path, model: PreTrainedModel | PeftModel) -> None:
         raise ValueError(f"{folder} holds a checkpoint of another model: {found}.")
 
 
-def last_good_checkpoint(output_dir: Path) -> Path | None:
-    """Return the checkpoint of the most steps whose weights are all finite and readable; None where there is none."""
-    return next(filter(_is_finite, _newest_first(output_dir)), None)
-
-
 def last_checkpoint(output_dir: Path, complete: str) -> Path | None:
-    """Return the checkpoint of the most steps that was written to its end; None where there is none.
+    """Return the checkpoint of the most steps that was written to its end, with weights that are finite, or None.
 
     Args:
         complete: the file that is written last, see `written_last`.
     """
-    return next((path for path in _newest_first(output_dir) if (path / complete).is_file()), None)
+    written = (path for path in _newest_first(output_dir) if (path / complete).is_file())
+    return next(filter(_is_finite, written), None)
+
+
+def check_pruning(folder: Path, callbacks: Iterable[TrainerCallback]) -> None:
+    """Raise ValueError where a checkpoint is of a run that prunes S, and no callback would go on with it."""
+    if (folder / OPTIONS_FILE).is_file() and written_last(callbacks) != OPTIONS_FILE:
+        raise ValueError(
+            f"{folder} is of a run that prunes S, which this one would not: resume with the SparsificationCallback "
+            f"that the run began with (its options are in {OPTIONS_FILE})."
+        )
 
 
 def written_last(callbacks: Iterable[TrainerCallback]) -> str:
@@ -137,9 +142,9 @@ def _weights(folder: Path, adapted: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _is_finite(folder: Path) -> bool:
+    """Return whether weights are readable and finite; those in parts, one per process, are taken to be."""
     adapted = (folder / "adapter_config.json").is_file()
     try:
-        finite = [bool(part.get_tensor(name).isfinite().all()) for name, part in _weights(folder, adapted)]
+        return all(bool(part.get_tensor(name).isfinite().all()) for name, part in _weights(folder, adapted))
     except (SafetensorError, OSError):
         return False
-    return bool(finite) and all(finite)

@@ -1,23 +1,27 @@
 """A Trainer of compressed models: saves what loads, resumes only what fits, and stops before weights become NaN."""
 
-import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from hf_mcsmoe.distillation.checkpoints import (
     check_checkpoint,
+    check_pruning,
     is_checkpoint,
     last_checkpoint,
-    last_good_checkpoint,
     written_last,
 )
 from hf_mcsmoe.distillation.trainable import merged_state, student_of
-from hf_mcsmoe.modeling.saving_mcsmoe import DOCUMENTS
 
 
 class CompressedModelTrainer(Trainer):
@@ -28,6 +32,10 @@ class CompressedModelTrainer(Trainer):
 
     args: Any
     model: Any
+    # The checkpoint that is still to be pushed.
+    _unpushed: Path | None = None
+    hub_model_id: Any
+    push_in_progress: Any
 
     @property
     def student(self) -> PreTrainedModel:
@@ -40,23 +48,23 @@ class CompressedModelTrainer(Trainer):
         return bool(getattr(self.student.config, "mcsmoe", None))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train.
+        """Train; a run that resumes goes on at the learning rate of its own arguments.
 
         Raises:
-            ValueError: a checkpoint that is none, or of another model.
-            RuntimeError: the loss or a gradient is not finite.
+            ValueError: a checkpoint that is none, of another model, or of a run that prunes what this one would not.
+            RuntimeError: the loss, a gradient or a weight is not finite.
         """
         if resume_from_checkpoint is True:
-            last = last_checkpoint(Path(self.args.output_dir), written_last(self.callback_handler.callbacks))
-            if last is None:
+            resume_from_checkpoint = self._last_checkpoint()
+            if resume_from_checkpoint is None:
                 raise ValueError(
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): none was written to its "
                     "end, so start without resume_from_checkpoint."
                 )
-            resume_from_checkpoint = last
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
             check_checkpoint(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+            check_pruning(Path(resume_from_checkpoint), self.callback_handler.callbacks)
             self.args.resume_from_checkpoint = resume_from_checkpoint  # for callbacks, which are not told
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -64,7 +72,7 @@ class CompressedModelTrainer(Trainer):
         """Run a step.
 
         Raises:
-            RuntimeError: the loss is not finite; the message names the last good checkpoint.
+            RuntimeError: the loss is not finite; the message names the last checkpoint.
         """
         loss = super().training_step(model, *args, **kwargs)
         self._check_finite("loss", loss)
@@ -78,16 +86,37 @@ class CompressedModelTrainer(Trainer):
         return norm
 
     def _check_finite(self, what: str, value: torch.Tensor) -> None:
-        if torch.isfinite(value):
-            return
-        good = last_good_checkpoint(Path(self.args.output_dir))
-        last = (
-            f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet whose weights are finite"
-        )
+        if not torch.isfinite(value):
+            self._stop(f"The {what} is {float(value)}")
+
+    def _stop(self, what: str) -> NoReturn:
+        last = self._last_checkpoint()
+        start = f"resume from the last checkpoint, {last}," if last else "no checkpoint was saved yet: start again"
         raise RuntimeError(
-            f"The {what} is {float(value)} at step {self.state.global_step}; {last}. Lower the learning rate, or "
-            "train in float32 or bfloat16 instead of float16."
+            f"{what} at step {self.state.global_step}; {start} with a lower learning rate, or in float32 or bfloat16 "
+            "instead of float16."
         )
+
+    def _last_checkpoint(self) -> Path | None:
+        return last_checkpoint(Path(self.args.output_dir), written_last(self.callback_handler.callbacks))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Take up the optimizer and the schedule of a checkpoint, but not its learning rate, as a Trainer would."""
+        schedule: Any = self.lr_scheduler
+        rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if rates is None or rates == schedule.base_lrs:
+            return
+        schedule.base_lrs = rates
+        for group, rate, share in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint after making sure that its weights are finite, so that the last is one to resume from."""
+        if not all(bool(value.isfinite().all()) for value in self.model.parameters()):
+            self._stop("A weight is no longer finite")
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave a compressed model its own card, which saving it has written; others get the Trainer's."""
@@ -111,11 +140,49 @@ class CompressedModelTrainer(Trainer):
                 self.model = adapted
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint together with the code, the plan and the card; adapters wait for the end of training."""
-        if isinstance(self.model, PeftModel):
+        """Let the push wait until callbacks have written to the checkpoint as well."""
+        self._unpushed = Path(checkpoint_folder)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        folder, self._unpushed = self._unpushed, None
+        if folder is not None and self.args.hub_strategy != HubStrategy.END and not self._push_goes_on():
+            self._push(folder)
+
+    def _push(self, folder: Path) -> None:
+        """Push what `save_model` writes; a Trainer would push the weights of the checkpoint as they are in training.
+
+        With a `hub_strategy` of "checkpoint" or "all_checkpoints" the folder to resume from goes beside it.
+        """
+        args, message = self.args, f"Training in progress, step {self.state.global_step}"
+        self._finish_current_push()
+        with warnings.catch_warnings():
+            if self.state.global_step < self.state.max_steps:  # the rows that are too many are yet to be chosen
+                warnings.filterwarnings("ignore", ".*pruned by magnitude")
+            jobs: Any = [self.push_to_hub(message, blocking=False)]
+        if not self.is_world_process_zero():
             return
-        if self.is_world_process_zero():
-            for file in Path(checkpoint_folder).iterdir():
-                if file.suffix == ".py" or file.name in DOCUMENTS:
-                    shutil.copyfile(file, Path(self.args.output_dir) / file.name)
-        super()._push_from_checkpoint(checkpoint_folder)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        if args.hub_strategy in places:
+            jobs.append(
+                HfApi(token=args.hub_token).upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=folder,
+                    path_in_repo=places[args.hub_strategy],
+                    commit_message=f"{message}, checkpoint",
+                    revision=args.hub_revision,
+                    run_as_future=True,
+                )
+            )
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _push_goes_on(self) -> bool:
+        """Return, in all processes alike, whether this push is left out since an earlier one is not done.
+
+        The last one is not: it is what stays on the Hub.
+        """
+        answer = [False]
+        if self.is_world_process_zero() and not self.args.hub_always_push:
+            done = self.push_in_progress is None or self.push_in_progress.is_done()
+            answer = [not done and self.state.global_step < self.state.max_steps]
+        return broadcast_object_list(answer)[0]

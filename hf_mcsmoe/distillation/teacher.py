@@ -22,13 +22,24 @@ def load_teacher(
         processing_class: the student's tokenizer or processor; None for the one beside the student.
 
     Raises:
-        ValueError: no such model, or one with another vocabulary or tokenizer.
+        ValueError: no such model, or one of another kind, vocabulary or tokenizer.
     """
     if isinstance(teacher, str | Path):
         teacher = load_model(str(teacher), dtype=dtype, device_map=device_map)
+    check_kind(student, teacher)
     check_vocabulary(vocabulary_size(student), vocabulary_size(teacher))
     check_tokenizer(student, teacher, processing_class)
     return teacher.eval().requires_grad_(False)
+
+
+def check_kind(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise ValueError where one is an encoder-decoder, or a model that writes text, and the other is not."""
+    ours, theirs = ((item.config.is_encoder_decoder, type(item).can_generate()) for item in (student, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f"The teacher is a {type(teacher).__name__}, the student a {type(student).__name__}: a teacher must be "
+            "the original model of the student, or one of its kind."
+        )
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

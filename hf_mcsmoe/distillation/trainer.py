@@ -61,8 +61,8 @@ class DistillationTrainer(CompressedModelTrainer):
         It may be left out, and is not kept in memory, where `teacher_outputs` names a folder that is there already.
 
         Raises:
-            ValueError: a student that is not compressed, no teacher or one with another vocabulary or tokenizer,
-                stored outputs of another data set, vocabulary or temperature.
+            ValueError: a student that is not compressed, no teacher or one of another kind, vocabulary or tokenizer,
+                an empty training set, stored outputs of another data set, vocabulary or temperature.
         """
         options = kwargs.get("args") or (args[0] if args else None)
         if not isinstance(options, DistillationOptions):
@@ -85,6 +85,8 @@ class DistillationTrainer(CompressedModelTrainer):
         else:
             trained = choose_parameters(model, options.train_parts, options.freeze_routers)
         super().__init__(trained, *args, **kwargs)
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ValueError("The training set is empty: pass at least one row.")
         # The loss below divides by the labels of the whole accumulated batch, which Trainer counts for such models.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = self._loss.shifted
@@ -257,9 +259,17 @@ class DistillationTrainer(CompressedModelTrainer):
         self._terms.clear()
         self._measure_experts()
         result = super().train(*args, **kwargs)
+        self._write_card()
+        return result
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write, and push, a checkpoint whose card says how far the training is; see `CompressedModelTrainer`."""
+        self._write_card()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _write_card(self) -> None:
         if self.is_compressed:
             add_to_card(self.student, "Distillation", self._card_text())
-        return result
 
     def _card_text(self) -> str:
         history = [entry for entry in self.state.log_history if "task_loss" in entry]
