@@ -6,13 +6,14 @@
 import copy
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.accounting import account
+from hf_mcsmoe.accounting import account, folder_bytes, stored_bytes
 from hf_mcsmoe.adapters import MoELayer, fused_views
 from hf_mcsmoe.alignment import ALIGNMENT
 from hf_mcsmoe.calibration import Batch, collect_statistics, fingerprint, uncompressed_layers
@@ -127,7 +128,7 @@ def merge_experts(
     """
     layers = {layer.name: layer for layer in uncompressed_layers(model)}
     _check_plan(layers, plan)
-    before = account(model)
+    before = replace(account(model), bytes_on_disk=folder_bytes(model.name_or_path))
     tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     result, done = _prepare(model, [layers[name] for name in merged], consume), 0
@@ -148,7 +149,8 @@ def merge_experts(
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)
-    files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, before)}
+    accounts = {"before": before, "after": replace(account(result), bytes_on_disk=stored_bytes(result))}
+    files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, accounts)}
     vars(result)["mcsmoe_files"] = files
     return result
 

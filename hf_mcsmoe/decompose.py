@@ -13,6 +13,7 @@ from hf_mcsmoe.adapters import MoELayer, fused_views, moe_layers
 from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.config import LoSparseConfig
 from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, stored_share
+from hf_mcsmoe.model_card import renew_costs
 from hf_mcsmoe.modeling.forward_mcsmoe import expert_hidden, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
@@ -63,6 +64,7 @@ def decompose_experts(
             _decompose_layer(layer.container, chosen, config, inputs, prune)
     model.config.mcsmoe["keep"] = config.keep
     _write_entries(model)
+    renew_costs(model)
     return model
 
 
@@ -91,6 +93,7 @@ def compact(model: Model, keep: float | None = None) -> Model:
                 module.compact_weight(name, kept[f"{path}.{name}"])
     if isinstance(model, PreTrainedModel) and entries:
         _write_entries(model)
+        renew_costs(model)
     return model
 
 
