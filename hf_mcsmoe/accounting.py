@@ -17,12 +17,16 @@ from hf_mcsmoe.calibration import Batch, as_it_was, on_device
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
 from hf_mcsmoe.plan import tied_layers
 
+# Forwards that commands time, of which the fastest counts.
+REPETITIONS = 3
+
 
 @dataclass(frozen=True)
 class Account:
     """What a model costs; None where it was not measured.
 
-    `bytes_resident` are those of parameters and buffers, `bytes_on_disk` those of a folder's safetensors files.
+    `bytes_resident` are those of parameters and buffers, `bytes_on_disk` those of a folder's safetensors files, or of
+    what a stage that is not saved would write.
     `flops_per_token` counts a multiplication and an addition as two, over all positions of a batch, padding included.
     `expert_macs_per_token` is the multiply-adds of the experts alone, by layer name.
     """
@@ -76,9 +80,16 @@ def bytes_on_disk(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def folder_bytes(model: str | Path) -> int | None:
-    """Return the bytes of a folder's safetensors; None for a Hub id and for weights in another format."""
-    return bytes_on_disk(model) if any(Path(model).glob("*.safetensors")) else None
+def folder_bytes(model: str | Path | None) -> int | None:
+    """Return the bytes of a folder's safetensors; None for no name, a Hub id and weights in another format."""
+    return bytes_on_disk(model) if model and any(Path(model).glob("*.safetensors")) else None
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of what a save of `model` would write, without the headers of the files."""
+    saved = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name in saved)
 
 
 def expected_parameters(

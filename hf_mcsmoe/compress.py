@@ -1,42 +1,37 @@
 """M-SMoE from top to bottom: statistics, plan, then layer by layer read, align, merge, write (paper, section 3.1).
 
-`refine` then repairs the merged layers and stores them as low rank + sparse (section 3.2).
+`refinement.py` then repairs the merged layers and stores them as low rank + sparse (section 3.2).
 """
 
 import copy
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
 
 import torch
 from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.accounting import account
+from hf_mcsmoe.accounting import account, folder_bytes, stored_bytes
 from hf_mcsmoe.adapters import MoELayer, fused_views
 from hf_mcsmoe.alignment import ALIGNMENT
 from hf_mcsmoe.calibration import Batch, collect_statistics, fingerprint, uncompressed_layers
 from hf_mcsmoe.config import LoSparseConfig, MergeConfig
-from hf_mcsmoe.decompose import check_low_rank, compact, decompose_experts
 from hf_mcsmoe.experts import ExpertWeights
 from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.merging import merge_group
-from hf_mcsmoe.model_card import add_to_card, model_card
+from hf_mcsmoe.model_card import model_card
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
 from hf_mcsmoe.offloading import detach, detach_all, is_hooked, onloaded, unhooked_copies
 from hf_mcsmoe.plan import LayerPlan, MergePlan, check_request, plan_merge, tied_layers
-from hf_mcsmoe.repair import repair_experts
+from hf_mcsmoe.refinement import check_refinement, refine_and_account, wanted
 
 PLAN_FILE = "mcsmoe_plan.json"
-REPAIR_TEXT = (
-    "Each changed layer was fitted to the original one on the calibration data, layer by layer (method `{method}`)."
-)
-LOW_RANK_TEXT = (
-    "Each matrix of a stored expert is held as `U V + S` (MC-SMoE): ranks {ranks}, and the share {keep} of the\n"
-    "rows of S. The factors err least on the calibration data; no dense matrix is kept or rebuilt."
-)
 Progress = Callable[[str, int, int], None]
 
 
@@ -52,63 +47,43 @@ def compress(
 ) -> PreTrainedModel:
     """Return `model` with merged experts: statistics over `batches`, plan, merge; then what `refine` adds.
 
+    The card tells what each stage holds, and what it executes in a forward of the first batch.
+
     Args:
         repair: how merged layers are fitted to the original ones; None leaves them as merged.
         low_rank: how merged experts are stored as low rank + sparse; None leaves them dense.
-        consume: see `merge_experts`; not together with `repair`, which needs the original.
+        consume: see `merge_experts`; not together with `repair`, which needs the original, nor with what may be
+            refused only after the merge (`LoSparseConfig(energy=...)` without `allow_dense`).
         progress: called as `progress(layer name, layers done, layers)` while merging.
 
     Raises:
         ValueError: see `collect_statistics`, `plan_merge`, `merge_experts` and `refine`. Options are checked before
-            any forward.
+            any forward; only ranks by `energy` that make an expert larger are refused later, with `model` unchanged.
     """
-    config, layers = config or MergeConfig(), uncompressed_layers(model)
-    chosen = check_request(layers, config)
-    if low_rank:
-        check_low_rank(chosen, low_rank)
-    if repair and consume:
-        raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
-    batches = list(batches) if repair or low_rank else batches
+    config, layers, repair = config or MergeConfig(), uncompressed_layers(model), wanted(repair)
+    check_refinement(check_request(layers, config), config, repair=repair, low_rank=low_rank)
+    if consume:
+        _check_consumed(repair, low_rank)
+    stream = iter(batches)
+    first = list(islice(stream, 1))
+    batches = [*first, *stream] if repair or low_rank else chain(first, stream)
     statistics = collect_statistics(model, batches)
+    measure = partial(account, batch=first[0])
+    before = replace(measure(model), bytes_on_disk=folder_bytes(model.name_or_path))
     merged = merge_experts(model, plan_merge(model, statistics, config), consume=consume, progress=progress)
-    return refine(merged, model, batches, repair=repair, low_rank=low_rank)
-
-
-def refine(
-    merged: PreTrainedModel,
-    original: PreTrainedModel,
-    batches: Iterable[Batch],
-    *,
-    repair: RepairConfig | None = None,
-    low_rank: LoSparseConfig | None = None,
-) -> PreTrainedModel:
-    """Repair a merged model against the original and store its experts as low rank + sparse, in place; return it.
-
-    Raises:
-        ValueError: see `repair_experts` and `decompose_experts`.
-    """
-    batches = list(batches) if repair or low_rank else []
-    is_merged = bool(merged.config.mcsmoe["layers"])
-    if repair and not is_merged and (low_rank is None or repair.method != "local"):
-        raise ValueError(
-            f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: leave it out. Where "
-            "the experts become low rank + sparse, method 'local' repairs that."
-        )
-    if repair and is_merged:
-        repair_experts(merged, original, batches, repair)
-    if low_rank:
-        compact(decompose_experts(merged, low_rank, batches, prune=True))
-        if repair and repair.method == "local":  # once more, with what is stored now
-            repair_experts(merged, original, batches, repair)
-    if repair:
-        add_to_card(merged, "Repair", REPAIR_TEXT.format(method=repair.method))
-    if low_rank:
-        entries = [
-            entry for layer in merged.config.mcsmoe["layers"].values() for entry in layer.get("low_rank", {}).values()
-        ]
-        ranks = sorted({entry["rank"] for entry in entries})
-        add_to_card(merged, "Low rank + sparse", LOW_RANK_TEXT.format(ranks=ranks, keep=low_rank.keep))
+    refine_and_account(merged, model, batches, before, measure, repair=repair, low_rank=low_rank)
     return merged
+
+
+def _check_consumed(repair: RepairConfig | None, low_rank: LoSparseConfig | None) -> None:
+    """Raise ValueError where the original would be needed after the merge, or be lost to a refusal then."""
+    if repair:
+        raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
+    if low_rank and low_rank.energy is not None and not low_rank.allow_dense:
+        raise ValueError(
+            f"With energy={low_rank.energy} the merged weights decide on the ranks, and consume=True leaves no model "
+            "to go back to if they are too large: pass allow_dense=True, or leave out consume."
+        )
 
 
 def merge_experts(
@@ -127,7 +102,7 @@ def merge_experts(
     """
     layers = {layer.name: layer for layer in uncompressed_layers(model)}
     _check_plan(layers, plan)
-    before = account(model)
+    before = replace(account(model), bytes_on_disk=folder_bytes(model.name_or_path))
     tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     result, done = _prepare(model, [layers[name] for name in merged], consume), 0
@@ -148,7 +123,8 @@ def merge_experts(
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)
-    files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, before)}
+    accounts = {"before": before, "after": replace(account(result), bytes_on_disk=stored_bytes(result))}
+    files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, accounts)}
     vars(result)["mcsmoe_files"] = files
     return result
 

@@ -1,7 +1,7 @@
 """MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from hf_mcsmoe.adapters import MoELayer, fused_views, moe_layers
 from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.config import LoSparseConfig
 from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, split_columns, stored_share
+from hf_mcsmoe.model_card import renew_costs
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
@@ -63,6 +64,7 @@ def decompose_experts(
             _decompose_layer(layer.container, chosen, config, inputs, prune)
     model.config.mcsmoe["keep"] = config.keep
     _write_entries(model)
+    renew_costs(model)
     return model
 
 
@@ -91,6 +93,7 @@ def compact(model: Model, keep: float | None = None) -> Model:
                 module.compact_weight(name, kept[f"{path}.{name}"])
     if isinstance(model, PreTrainedModel) and entries:
         _write_entries(model)
+        renew_costs(model)
     return model
 
 
@@ -102,13 +105,38 @@ def _entries(model: nn.Module) -> dict[str, Any] | None:
 def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
     """Check before any work that the experts of `layers` can be stored as `config` says, and would be smaller.
 
-    Needs no weights, and so says nothing of ranks that follow from them (`energy`, scope "global").
+    Needs no weights, and so says nothing of ranks that follow from them (`energy`).
 
     Raises:
-        ValueError: they cannot, or would not.
+        ValueError: they cannot, or would not, or `skip` matches nothing or leaves nothing.
     """
-    skipped = {name for pattern in config.skip for name in fnmatch.filter([layer.name for layer in layers], pattern)}
-    _ranks([layer for layer in layers if layer.name not in skipped], config, weights=False)
+    _ranks(_not_skipped(layers, config.skip), config, weights=False)
+
+
+def _not_skipped(
+    layers: list[MoELayer], skip: Sequence[str], originals: Mapping[str, str] | None = None
+) -> list[MoELayer]:
+    """Return the layers that no pattern of `skip` matches.
+
+    Args:
+        originals: names that layers had before the merge, where these differ; patterns may match them as well.
+
+    Raises:
+        ValueError: a pattern matches nothing, nothing is left, or layers share their experts.
+    """
+    names = {layer.name: {layer.name, (originals or {}).get(layer.name, layer.name)} for layer in layers}
+    skipped: set[str] = set()
+    for pattern in skip:
+        matched = {name for name, known in names.items() if fnmatch.filter(known, pattern)}
+        if not matched:
+            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(names)}.")
+        skipped |= matched
+    chosen = [layer for layer in layers if layer.name not in skipped]
+    if not chosen:
+        raise ValueError(f"No merged layer is left to decompose with skip={list(skip)}.")
+    if any(len(shared) > 1 for shared in tied_layers(chosen)):
+        raise ValueError("Layers that share their experts cannot be decomposed; leave them merged.")
+    return chosen
 
 
 def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
@@ -119,21 +147,13 @@ def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
             "The model is not compressed: merge its experts first, with `compress` or `merge_experts` "
             "(MergeConfig(experts=1.0) keeps all of them)."
         )
-    layers, whole = moe_layers(model), mcsmoe.get("whole", [])
-    known = {layer.name: place for place, layer in enumerate(layers) if layer.merged or layer.name in whole}
     if any(low_rank_modules(model)):
         raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
-    for pattern in config.skip:
-        if not fnmatch.filter(known, pattern):
-            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(known)}.")
-    skipped = {name for pattern in config.skip for name in fnmatch.filter(known, pattern)}
-    places = [place for name, place in known.items() if name not in skipped]
-    if not places:
-        raise ValueError(f"No merged layer is left to decompose with skip={list(config.skip)}.")
-    chosen = [layers[place] for place in places]
-    if any(len(shared) > 1 for shared in tied_layers(chosen)):
-        raise ValueError("Layers that share their experts cannot be decomposed; leave them merged.")
-    return places
+    layers, whole = moe_layers(model), mcsmoe.get("whole", [])
+    known = [layer for layer in layers if layer.merged or layer.name in whole]
+    # JetMoE's merged experts lie inside what was the layer.
+    chosen = _not_skipped(known, config.skip, {path: name for name, path, _ in merged_layers(model)})
+    return [place for place, layer in enumerate(layers) if layer in chosen]
 
 
 def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
@@ -164,9 +184,11 @@ def _ranks(layers: list[MoELayer], config: LoSparseConfig, *, weights: bool = Tr
         if config.rank is not None:
             _is_smaller(f"{name} of {layer.name}", shape, config.rank, config)
     spectra = [torch.ones(min(shape)) for _, _, shape in stacks]
-    if config.energy is not None or config.scope == "global":
-        if not weights:
-            return []
+    by_weights = config.energy is not None or config.scope == "global"
+    if config.scope == "global":  # where each gets at least one
+        for layer, name, shape in stacks:
+            _is_smaller(f"{name} of {layer.name}", shape, 1, config)
+    if by_weights and weights:
         spectra = [_spectrum(layer, name) for layer, name, _ in stacks]
     chosen = choose_ranks(
         spectra,
@@ -175,8 +197,10 @@ def _ranks(layers: list[MoELayer], config: LoSparseConfig, *, weights: bool = Tr
         parameter_ratio=config.parameter_ratio,
         energy=config.energy,
         keep=config.keep,
-        scope=config.scope,
+        scope=config.scope if weights else "layer",
     )
+    if by_weights and not weights:
+        return []
     ranks: dict[str, dict[str, int]] = {layer.name: {} for layer in layers}
     for (layer, name, shape), rank in zip(stacks, chosen, strict=True):
         if _is_smaller(f"{name} of {layer.name}", shape, rank, config):

@@ -12,11 +12,12 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration import collect_statistics
-from hf_mcsmoe.compress import merge_experts, refine
+from hf_mcsmoe.compress import merge_experts
 from hf_mcsmoe.config import LoSparseConfig, MergeConfig
 from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.loading import load_model, load_tokenizer
 from hf_mcsmoe.plan import plan_merge
+from hf_mcsmoe.refinement import refine
 
 ASSETS = Path(__file__).parent / "demo_assets"
 BATCH_SIZE = 120

@@ -12,7 +12,7 @@ from jinja2 import Template
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from hf_mcsmoe.accounting import Account, account, cost_rows
+from hf_mcsmoe.accounting import Account, cost_rows
 from hf_mcsmoe.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, sparse_parts
@@ -94,13 +94,15 @@ Left whole: {{ whole | join(", ") }}.
 )
 
 
-def model_card(model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], before: Account) -> str:
+def model_card(
+    model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], accounts: Mapping[str, Account]
+) -> str:
     """Return the card's text, with the metadata that the Hub reads.
 
     Args:
         model: the merged model.
         layers: experts before and after, per layer name.
-        before: costs of the original model.
+        accounts: costs of the original model and of this one.
     """
     source, fewer = model.name_or_path or "", any(new < old for old, new in layers.values())
     auto_class = loading_class(model)
@@ -112,7 +114,7 @@ def model_card(model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[
         if is_repo_id(source)
         else f"A model of type `{plan.provenance['model_type']}`",
         versions=plan.provenance["versions"],
-        costs=_cost_table({"before": before, "after": account(model)}),
+        costs=_cost_table(accounts),
         auto_class=auto_class,
         model_id=MODEL_ID,
         steps=method_steps(plan.config),
@@ -135,12 +137,12 @@ def adopt_card(model: PreTrainedModel) -> bool:
 
 
 def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
-    """Let the card that `model` is saved with say what was done after the merge, and how large the model is now.
+    """Let the card that `model` is saved with say what was done after the merge; `renew_costs` is done as well.
 
     A section of the same title is replaced. A model that was loaded goes on with the card of its folder or repository;
     where that has none, nothing is written.
     """
-    adopt_card(model)
+    renew_costs(model)
     files = cast(Any, model).mcsmoe_files
     if "README.md" not in files:
         return
@@ -148,14 +150,35 @@ def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
     card = re.sub(rf"^{re.escape(heading)}.*?(?=^## |\Z)", "", files["README.md"], flags=re.MULTILINE | re.DOTALL)
     before, citation, after = card.partition("## Citation\n")
     card = f"{before.rstrip()}\n\n{heading}\n{text.strip()}\n\n{citation}{after}".rstrip() + "\n"
-    for label, size in zip(("parameters", "bytes"), _sizes(model), strict=True):
-        found = re.search(rf"^\| {label} \| ([\d,]+) \|.*$", card, flags=re.MULTILINE)
-        if found:
-            old = int(found[1].replace(",", ""))
-            between = found[0].strip("| ").split(" | ")[2:-2]  # stages that a longer table has
-            row = [label, f"{old:,}", *between, f"{size:,}", f"{1 - size / old:.1%}"]
-            card = card.replace(found[0], f"| {' | '.join(row)} |")
     vars(model)["mcsmoe_files"] = {**files, "README.md": card}
+
+
+def renew_costs(model: PreTrainedModel) -> None:
+    """Let the card's table of costs tell, in its last column, how large a changed model is now.
+
+    What only a forward would tell is taken out of it. A model without such a table stays without.
+    """
+    if not adopt_card(model):
+        return
+    files, sizes = cast(Any, model).mcsmoe_files, _sizes(model)
+    start, end = (files["README.md"].index(mark) for mark in COSTS)
+    mark, head, rule, *rows = files["README.md"][start:end].splitlines()
+    _, *stages, saved = _cells(head)
+    lines = [mark, _line(["", *stages[:-1], "after", saved]), rule]
+    for row in map(_cells, rows):
+        first, size = row[1].replace(",", ""), sizes.get(row[0])
+        gain = f"{1 - size / int(first):.1%}" if size is not None and first.isdigit() else ""
+        lines.append(_line([*row[:-2], "" if size is None else f"{size:,}", gain]))
+    card = files["README.md"][:start] + "\n".join(lines) + "\n" + files["README.md"][end:]
+    vars(model)["mcsmoe_files"] = {**files, "README.md": card}
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row[1:-1].split("|")]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _loaded_files(model: PreTrainedModel) -> dict[str, str]:
@@ -170,11 +193,13 @@ def _loaded_files(model: PreTrainedModel) -> dict[str, str]:
     return files | ({"README.md": card} if card else {})
 
 
-def _sizes(model: PreTrainedModel) -> tuple[int, int]:
-    """Return the parameters of a model as it is saved, S compact and without adapters, and its bytes with buffers."""
+def _sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Return, by row of the table of costs, the sizes of a model as it is saved: S compact, without adapters."""
     own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]
+    buffers, saved = dict(model.named_buffers()), model.state_dict().keys()
     parameters = sum(tensor.numel() for _, tensor in own)
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in [*own, *model.named_buffers()])
+    size = sum(tensor.numel() * tensor.element_size() for tensor in [*dict(own).values(), *buffers.values()])
+    unsaved = sum(tensor.numel() * tensor.element_size() for name, tensor in buffers.items() if name not in saved)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rows yet to be pruned are spoken of when they are
         kept = final_rows(model, model.config.mcsmoe.get("keep"))
@@ -183,7 +208,7 @@ def _sizes(model: PreTrainedModel) -> tuple[int, int]:
         gone = (kept[name].numel() - rows) * part.weight.shape[-1]
         parameters -= gone
         size += rows * torch.int32.itemsize - kept[name].numel() - gone * part.weight.element_size()
-    return parameters, size
+    return {"parameters": parameters, "bytes": size, "bytes on disk": size - unsaved}
 
 
 def describe_costs(model: PreTrainedModel, accounts: Mapping[str, Account]) -> None:
@@ -201,7 +226,7 @@ def describe_costs(model: PreTrainedModel, accounts: Mapping[str, Account]) -> N
 
 
 def _cost_table(accounts: Mapping[str, Account]) -> str:
-    head, *rows = ("| " + " | ".join(cells) + " |" for cells in cost_rows(accounts))
+    head, *rows = map(_line, cost_rows(accounts))
     columns = "|---|" + "---:|" * (len(accounts) + 1)
     return "\n".join([COSTS[0], head, columns, *rows, COSTS[1]])
 

@@ -72,6 +72,7 @@ def make_trainer(
     rows: Any = None,
     data_collator: Any = None,
     processing_class: Any = None,
+    callbacks: Any = None,
     **options: Any,
 ) -> Any:
     """Return a trainer of two steps on the processor.
@@ -91,6 +92,7 @@ def make_trainer(
         train_dataset=make_rows() if rows is None else rows,
         data_collator=data_collator,
         processing_class=processing_class,
+        callbacks=callbacks,
     )
 
 

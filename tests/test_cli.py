@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
-from helpers import Run
+from helpers import Run, costs_on_card
 from test_data import tokenizer  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from hf_mcsmoe import cli
+from hf_mcsmoe.loading import load_model
 
 TEXT = "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10))
 
@@ -56,13 +57,16 @@ def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
     code, out, err = run(*arguments, "--output", output, "--statistics", statistics)
     assert code == 0, err
     sizes = {row[0]: row[-3:] for row in (re.split("  +", line.strip()) for line in out.splitlines()) if len(row) > 3}
-    assert sizes.keys() >= {"parameters", "bytes", "bytes on disk", "FLOPs per token", "of them in experts"}
+    rows = ["parameters", "bytes", "bytes on disk", "FLOPs per token", "of them in experts"]
+    assert sizes.keys() >= set(rows)
+    assert re.search(r"^ tokens/s +[\d,]+ +[\d,]+ *$", out, flags=re.MULTILINE)
     on_disk = [sum(file.stat().st_size for file in each.glob("*.safetensors")) for each in (source, output)]
     assert sizes["bytes on disk"] == [*(f"{size:,}" for size in on_disk), f"{1 - on_disk[1] / on_disk[0]:.1%}"]
     assert sizes["parameters"][0] == f"{build('mixtral').num_parameters():,}"
     card = (output / "README.md").read_text()
-    for row in ("parameters", "bytes", "FLOPs per token"):
+    for row in rows:
         assert f"| {row} | {' | '.join(sizes[row])} |" in card
+    assert re.search(r"^\| tokens/s \| [\d,]+ \| [\d,]+ \|  \|$", card, flags=re.MULTILINE)
     names = {file.name for file in output.iterdir()}
     assert {"config.json", "README.md", "mcsmoe_plan.json", "tokenizer.json", "modeling_mcsmoe.py"} <= names
     code, out, err = run(*arguments, "--output", tmp_path / "again", "--statistics", statistics)
@@ -80,6 +84,34 @@ def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
     assert not (tmp_path / "twice").exists()
 
 
+def test_compress_shows_the_original_the_merged_and_the_compressed_model(
+    source: Path, tmp_path: Path, run: Run
+) -> None:
+    arguments = ["compress", source, "--data", source.parent / "text.txt", "--max-length", 8]
+    for name, more in (("merged", []), ("small", ["--rank", 2, "--keep", 0.25])):
+        code, out, err = run(*arguments, "--output", tmp_path / name, *more)
+        assert code == 0, err
+    printed = {row[0]: row[1:] for row in (re.split("  +", line.strip()) for line in out.splitlines())}
+    card = costs_on_card((tmp_path / "small" / "README.md").read_text())
+    assert card.pop("") == ["before", "merged", "compressed", "saved"]
+    assert {row: [cell for cell in cells if cell] for row, cells in card.items()} == {
+        row: printed[row] for row in card
+    }
+    models = [load_model(str(path)) for path in (source, tmp_path / "merged", tmp_path / "small")]
+    assert card["parameters"][:3] == [f"{model.num_parameters():,}" for model in models]
+    on_disk = [
+        (path / "model.safetensors").stat().st_size for path in (source, tmp_path / "merged", tmp_path / "small")
+    ]
+    told = [int(cell.replace(",", "")) for cell in card["bytes on disk"][:3]]
+    assert [told[0], told[2]] == [on_disk[0], on_disk[2]]
+    assert told[1] == pytest.approx(on_disk[1], rel=0.02)
+    merged = costs_on_card((tmp_path / "merged" / "README.md").read_text())
+    for row in ("FLOPs per token", "of them in experts"):
+        assert card[row][:2] == merged[row][:2]
+        assert int(card[row][2].replace(",", "")) < int(card[row][1].replace(",", ""))
+    assert all(int(cell.replace(",", "")) > 0 for cell in card["tokens/s"][:3])
+
+
 WRONG = {
     "no such model": (["nowhere/such-model"], "Found no model 'nowhere/such-model'"),
     "no such folder": (["./nowhere"], "is no folder with a model"),
@@ -90,6 +122,8 @@ WRONG = {
     "method": (["{model}", "--similarity", "router_logit"], "Did you mean 'router_logits'?"),
     "pattern": (["{model}", "--skip", "encoder.*"], "matches no layer"),
     "dtype": (["{model}", "--dtype", "float7"], "no floating-point dtype"),
+    "nothing to repair": (["{model}", "--experts", "1.0", "--repair", "refit"], "has nothing to do"),
+    "keep without rank": (["{model}", "--keep", "7"], "give --rank as well"),
     "not empty": (["{model}", "--output", "{model}"], "is not empty"),
     "a file": (["{model}", "--output", "{text}"], "is a file"),
 }
@@ -105,8 +139,11 @@ def test_errors_are_one_sentence_and_leave_nothing(
     given = [str(argument).format(model=source, text=text) for argument in arguments]
     given += [] if "--data" in given else ["--data", str(text)]
     given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
+    loaded: list[str] = []
+    monkeypatch.setattr("hf_mcsmoe.cli.compress.load_model", lambda name, **options: loaded.append(name))
     code, _, err = run("compress", *given)
     assert code == 1
+    assert not loaded
     assert message in err
     assert err.count("Error:") == 1
     assert "Traceback" not in err

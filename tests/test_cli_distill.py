@@ -82,7 +82,12 @@ def test_a_merged_model_learns_and_is_saved_with_card_and_costs(
     sizes = [load_model(str(path)).num_parameters() for path in (folder / name, folder / f"merged_{name}", output)]
     assert table(out)["parameters"] == [*(f"{size:,}" for size in sizes), f"{1 - sizes[2] / sizes[0]:.1%}"]
     card = (output / "README.md").read_text()
-    assert f"| parameters | {' | '.join(table(out)['parameters'])} |" in card
+    for row in ("parameters", "bytes", "bytes on disk", "FLOPs per token"):
+        assert f"| {row} | {' | '.join(table(out)[row])} |" in card
+    assert f"| tokens/s | {' | '.join(table(out)['tokens/s'])} |  |" in card
+    folders = (folder / name, folder / f"merged_{name}", output)
+    on_disk = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in folders]
+    assert table(out)["bytes on disk"] == [*map("{:,}".format, on_disk), f"{1 - on_disk[2] / on_disk[0]:.1%}"]
     assert "## Distillation\n\nTrained for 4 steps" in card
     assert '.from_pretrained("out"' in card
     assert {"mcsmoe_plan.json", "tokenizer.json"} <= {path.name for path in output.iterdir()}

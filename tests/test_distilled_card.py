@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from distilled import make_rows, make_student, make_trainer
+from helpers import batches, costs_on_card
 from hub import running_hub
 from huggingface_hub import HfApi, constants
 from merged import example
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from hf_mcsmoe import LoSparseConfig, SparsificationCallback, decompose_experts
+from hf_mcsmoe import LoSparseConfig, SparsificationCallback, compact, compress, decompose_experts
 from hf_mcsmoe.accounting import account
+from hf_mcsmoe.loading import load_model
 from hf_mcsmoe.model_card import add_to_card, describe_costs
 
 
@@ -66,6 +68,32 @@ def test_a_loaded_model_goes_on_with_its_card(form: str, tmp_path: Path) -> None
     trainer.train()
     trainer.save_model(target)  # over what it was loaded from
     check_card(target, 1)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_figures_that_no_longer_hold_are_renewed_or_gone(trained: bool, tmp_path: Path) -> None:
+    base = example("switch_transformers").base
+    compress(base, batches("switch_transformers", base)).save_pretrained(tmp_path / "merged")
+    old = costs_on_card((tmp_path / "merged" / "README.md").read_text())
+    assert old["FLOPs per token"][1]
+    student = decompose_experts(load_model(str(tmp_path / "merged")), LoSparseConfig(rank=2, keep=0.25))
+    if trained:
+        callbacks = [SparsificationCallback(0.25, start=1, end=1)]
+        options = {"model": student, "max_steps": 4, "save_strategy": "no", "callbacks": callbacks}
+        trainer = make_trainer("switch_transformers", tmp_path / "run", **options)
+        trainer.train()
+        trainer.save_model(tmp_path / "small")
+    else:
+        with pytest.warns(UserWarning, match="pruned by magnitude"):
+            compact(student, keep=0.5)
+        student.save_pretrained(tmp_path / "small")
+    costs, loaded = costs_on_card((tmp_path / "small" / "README.md").read_text()), load_model(str(tmp_path / "small"))
+    assert costs[""] == ["before", "after", "saved"]
+    assert costs["parameters"][1] == f"{sum(value.numel() for value in loaded.parameters()):,}"
+    assert costs["bytes"][1] == f"{sum(t.nbytes for t in [*loaded.parameters(), *loaded.buffers()]):,}"
+    assert costs["bytes on disk"][1] == f"{(tmp_path / 'small' / 'model.safetensors').stat().st_size:,}"
+    for row in ("FLOPs per token", "of them in experts"):
+        assert costs[row] == [old[row][0], "", ""]
 
 
 def test_a_longer_table_of_costs_keeps_its_columns() -> None:

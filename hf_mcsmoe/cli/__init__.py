@@ -1,6 +1,7 @@
 """The command line: `hf-mcsmoe inspect`, `compress`, `distill`, `evaluate` and `demo`."""
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -36,12 +37,17 @@ app.command("demo")(demo_command)
 
 
 def main() -> None:
-    """Run the command line; an error is one sentence and exit code 1, with its traceback under `--debug`."""
+    """Run the command line; an error is one sentence and exit code 1, with its traceback under `--debug`.
+
+    A warning is one sentence as well.
+    """
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    format_of_python = warnings.formatwarning
     if not debug:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        warnings.formatwarning = _one_sentence
     try:
         app(args=arguments, prog_name="hf-mcsmoe")
     except Exception as error:
@@ -52,3 +58,11 @@ def main() -> None:
         hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
         Console(stderr=True).print(f"[red]Error:[/] {escape(text)}{hint}", highlight=False)
         sys.exit(1)
+    finally:
+        warnings.formatwarning = format_of_python
+
+
+def _one_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"Warning: {' '.join(str(message).split())}\n"

@@ -2,7 +2,9 @@
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -11,7 +13,7 @@ import typer
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.accounting import account, folder_bytes
+from hf_mcsmoe.accounting import REPETITIONS, account, folder_bytes
 from hf_mcsmoe.adapters import MoELayer
 from hf_mcsmoe.calibration import collect_statistics, uncompressed_layers
 from hf_mcsmoe.cli.display import console, cost_table, plan_table, progress_bar
@@ -26,17 +28,17 @@ from hf_mcsmoe.cli.options import (
     options_of,
     parse_experts,
 )
-from hf_mcsmoe.compress import merge_experts, refine
+from hf_mcsmoe.compress import merge_experts
 from hf_mcsmoe.config import LoSparseConfig, MergeConfig, option_help
 from hf_mcsmoe.data import calibration_batches, read_samples
-from hf_mcsmoe.decompose import check_low_rank
 from hf_mcsmoe.grouping import budget_total
 from hf_mcsmoe.layer_repair import REPAIR, RepairConfig
 from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
-from hf_mcsmoe.model_card import describe_costs
 from hf_mcsmoe.plan import check_request, plan_merge, selected_layers, tied_layers
+from hf_mcsmoe.refinement import check_refinement, refine_and_account
 from hf_mcsmoe.statistics import RoutingStatistics
 
+KEEP = 0.1
 MERGE = ["budget", "min_experts", "saliency", "similarity", "grouping", "alignment", "reference", "merging"]
 
 
@@ -53,7 +55,9 @@ def compress_command(
     rank: Annotated[
         int | None, typer.Option(help="store merged experts as low rank + sparse (MC-SMoE), e.g. 32")
     ] = None,
-    keep: Annotated[float, typer.Option(help=option_help("keep", LoSparseConfig))] = 0.1,
+    keep: Annotated[
+        float | None, typer.Option(help=option_help("keep", LoSparseConfig) + f", {KEEP} unless given otherwise")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the samples drawn and of random methods")] = 0,
     column: Annotated[str | None, typer.Option(help="column of the data with the text")] = None,
     target_column: Annotated[str | None, typer.Option(help="column with the target, for encoder-decoders")] = None,
@@ -74,9 +78,9 @@ def compress_command(
     config = replace(merge, experts=parse_experts(experts), skip=tuple(skip or ()), seed=seed)
     steps: dict[str, Any] = {
         "repair": None if repair == "none" else RepairConfig(method=repair),
-        "low_rank": None if rank is None else LoSparseConfig(rank=rank, keep=keep),
+        "low_rank": _low_rank(rank, keep),
     }
-    output = _check(model, config, output, dtype, overwrite, statistics, steps["low_rank"])
+    output = _check(model, config, output, dtype, overwrite, statistics, steps)
     source_tokenizer, reuse = load_tokenizer(tokenizer or model), statistics is not None and statistics.exists()
     reads = not reuse or any(steps.values())
     samples = read_samples(data, column=column, target_column=target_column, split=split) if reads else []
@@ -92,26 +96,31 @@ def compress_command(
         sums = _statistics(loaded, batches)
         if statistics:
             sums.save(statistics)
-    before, on_disk = account(loaded, batch), folder_bytes(model)
+    measure = partial(account, batch=batch, repetitions=REPETITIONS if batch else 0)
+    before = replace(measure(loaded), bytes_on_disk=folder_bytes(model))
     plan = plan_merge(loaded, sums, config)
     with progress_bar("merge", len(plan.layers)) as advance:
         merged = merge_experts(loaded, plan, consume=not steps["repair"], progress=advance.layer)
-    if any(steps.values()):
-        with console.status("repair and decomposition, layer by layer"):
-            merged = refine(merged, loaded, batches, **steps)
-    after = account(merged, batch)
-    describe_costs(merged, {"before": before, "after": after})
+    with console.status("repair, decomposition and costs") if any(steps.values()) else nullcontext():
+        accounts = refine_and_account(merged, loaded, batches, before, measure, **steps)
     merged.save_pretrained(output)
+    last = list(accounts)[-1]
+    accounts[last] = replace(accounts[last], bytes_on_disk=folder_bytes(output))
     if tokenizer:
         load_tokenizer(tokenizer).save_pretrained(output)
     console.print(plan_table(plan))
-    before, after = replace(before, bytes_on_disk=on_disk), replace(after, bytes_on_disk=folder_bytes(output))
-    console.print(cost_table({"before": before, "merged": after}))
+    console.print(cost_table(accounts))
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
     if push_to_hub:
         console.print(f"uploaded: {cast(Any, merged).push_to_hub(push_to_hub)}")
         if tokenizer:
             load_tokenizer(tokenizer).push_to_hub(push_to_hub)
+
+
+def _low_rank(rank: int | None, keep: float | None) -> LoSparseConfig | None:
+    if rank is None and keep is not None:
+        raise ValueError(f"--keep {keep} is a share of S, which only --rank stores: give --rank as well.")
+    return None if rank is None else LoSparseConfig(rank=rank, keep=KEEP if keep is None else keep)
 
 
 def _check(
@@ -121,7 +130,7 @@ def _check(
     dtype: str,
     overwrite: bool,
     statistics: Path | None,
-    low_rank: LoSparseConfig | None,
+    steps: dict[str, Any],
 ) -> Path:
     """Check all that can be checked before weights are loaded; returns the folder to write."""
     if statistics and not (statistics.is_file() or os.access(statistics.absolute().parent, os.W_OK)):
@@ -130,9 +139,7 @@ def _check(
         )
     empty = empty_model(model)
     layers = uncompressed_layers(empty)
-    chosen = check_request(layers, config)
-    if low_rank:
-        check_low_rank(chosen, low_rank)
+    check_refinement(check_request(layers, config), config, **steps)
     parameters = empty.num_parameters() - saved_parameters(layers, config)
     return check_output(output, overwrite=overwrite, needed_bytes=parameters * itemsize(dtype, empty))
 

@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,7 +13,7 @@ from peft import PeftModel
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
-from hf_mcsmoe.accounting import Account, account, folder_bytes
+from hf_mcsmoe.accounting import REPETITIONS, Account, account, folder_bytes, stored_bytes
 from hf_mcsmoe.adapters import moe_layers
 from hf_mcsmoe.cli.display import console, cost_table
 from hf_mcsmoe.cli.options import Overwrite, Tokenizer, described, itemsize, options_of
@@ -181,8 +182,7 @@ def distill_command(
         model.save_pretrained(output)
         if tokenizer:
             run.tokenizer.save_pretrained(output)
-    places: dict[str, str | Path] = {"teacher": teacher, "student": student, "distilled": output}
-    accounts = {name: replace(item, bytes_on_disk=folder_bytes(places[name])) for name, item in accounts.items()}
+    accounts["distilled"] = replace(accounts["distilled"], bytes_on_disk=folder_bytes(output))
     console.print(cost_table(accounts))
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
     if push_to_hub:
@@ -251,7 +251,11 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
     batch = batches[len(batches) // 2]  # of middling length
     model = load_model(run.student, dtype=run.dtype)
     teacher = load_model(run.teacher, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
-    accounts = {"teacher": account(teacher, batch), "student": account(model, batch)}
+    measure = partial(account, batch=batch, repetitions=REPETITIONS)
+    accounts = {
+        "teacher": replace(measure(teacher), bytes_on_disk=folder_bytes(run.teacher)),
+        "student": replace(measure(model), bytes_on_disk=folder_bytes(run.student)),
+    }
     has_card = adopt_card(model)
     if run.low_rank:
         with console.status("decomposition, layer by layer"):
@@ -275,7 +279,7 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
     if run.pruning:
         compact(model)
     torch.nn.Module.to(model, run.saved_dtype)
-    accounts["distilled"] = account(model, batch)
+    accounts["distilled"] = replace(measure(model), bytes_on_disk=stored_bytes(model))
     if has_card:
         if run.pruning:
             text = CARD_TEXT.format(keep=run.pruning.keep, importance=run.pruning.importance)

@@ -104,6 +104,7 @@ class SavedWhole:
             (folder / name).write_text(text, encoding="utf-8")
         loaded_from = Path(self.name_or_path).name if Path(self.name_or_path).is_dir() else self.name_or_path
         _rename_in_card(folder / "README.md", MODEL_ID if self.mcsmoe_files else loaded_from, model_id)
+        _tell_bytes_on_disk(folder)
         _add_tags(folder / "README.md", [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
 
     def push_to_hub(
@@ -173,6 +174,19 @@ def _rename_in_card(card: Path, old: str, new: str) -> None:
     if card.is_file():
         text = card.read_text(encoding="utf-8")
         card.write_text(text.replace(f'from_pretrained("{old}"', f'from_pretrained("{new}"'), encoding="utf-8")
+
+
+def _tell_bytes_on_disk(folder: Path) -> None:
+    """Let the card's table of costs, where it has bytes on disk, tell those of the weights beside it."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if size and (found := re.search(r"^\| bytes on disk \|.*\|$", text, flags=re.MULTILINE)):
+        *stages, _, _ = (cell.strip() for cell in found[0][1:-1].split("|"))
+        first = stages[1].replace(",", "") if len(stages) > 1 else ""
+        saved = f"{1 - size / int(first):.1%}" if first.isdigit() else ""
+        row = " | ".join([*stages, f"{size:,}", saved])
+        card.write_text(text.replace(found[0], f"| {row} |"), encoding="utf-8")
 
 
 def _add_tags(card: Path, tags: list[str]) -> None:
