@@ -56,27 +56,27 @@ def main() -> None:
     with mistakes_told_once():
         arguments, choice, training = parse(classes, __doc__ or "")
         model, tokenizer, data = load(arguments, training)
-    max_length = arguments.max_source_length or data.task.max_source_length
-    batches = None
-    if choice.factorisation != "svd":
-        sampling = {"num_samples": choice.num_samples, "max_length": max_length, "seed": training.seed}
-        batches = calibration_batches(calibration_samples(data), tokenizer, model, **sampling)
-    config = LoSparseConfig(rank=choice.rank, keep=choice.final_threshold, factorisation=choice.factorisation)
-    model = decompose_experts(model, config, batches)
-    pruning = SparsificationCallback(
-        keep=choice.final_threshold,
-        start=choice.initial_warmup,
-        end=choice.final_warmup,
-        importance=choice.importance,
-        beta=choice.beta,
-    )
-    trainer = DistillationSeq2SeqTrainer(
-        model=model,
-        teacher=load_model(choice.teacher),
-        args=training,
-        callbacks=[pruning],
-        **trainer_data(data, model, tokenizer, arguments),
-    )
+        max_length = arguments.max_source_length or data.task.max_source_length
+        batches = None
+        if choice.factorisation != "svd":
+            sampling = {"num_samples": choice.num_samples, "max_length": max_length, "seed": training.seed}
+            batches = calibration_batches(calibration_samples(data), tokenizer, model, **sampling)
+        config = LoSparseConfig(rank=choice.rank, keep=choice.final_threshold, factorisation=choice.factorisation)
+        model = decompose_experts(model, config, batches)
+        pruning = SparsificationCallback(
+            keep=choice.final_threshold,
+            start=choice.initial_warmup,
+            end=choice.final_warmup,
+            importance=choice.importance,
+            beta=choice.beta,
+        )
+        trainer = DistillationSeq2SeqTrainer(
+            model=model,
+            teacher=load_model(choice.teacher),
+            args=training,
+            callbacks=[pruning],
+            **trainer_data(data, model, tokenizer, arguments),
+        )
     train(trainer)
     compact(model)
     trainer.save_model()

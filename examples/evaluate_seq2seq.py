@@ -32,7 +32,7 @@ def main() -> None:
         check_processes()
         data = load_data(arguments, 0, train=False)
         tokenizer = load_tokenizer(arguments.model_name_or_path)
-    model = load_model(arguments.model_name_or_path, dtype=options.dtype)
+        model = load_model(arguments.model_name_or_path, dtype=options.dtype)
     evaluate(model, tokenizer, data, arguments, options.per_device_eval_batch_size, options.output_dir)
 
 

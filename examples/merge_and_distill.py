@@ -64,11 +64,11 @@ def main() -> None:
         arguments, choice, training = parse(classes, __doc__ or "")
         teacher, tokenizer, data = load(arguments, training)
         check_num_experts(teacher, choice.num_experts)
-    max_length = arguments.max_source_length or data.task.max_source_length
-    samples = calibration_samples(data)
-    model = made_once(
-        lambda: merge(teacher, tokenizer, samples, choice, max_length, training.seed), training.output_dir
-    )
+        max_length = arguments.max_source_length or data.task.max_source_length
+        samples = calibration_samples(data)
+        model = made_once(
+            lambda: merge(teacher, tokenizer, samples, choice, max_length, training.seed), training.output_dir
+        )
     batch_size, output_dir = training.per_device_eval_batch_size, training.output_dir
     evaluate(model, tokenizer, data, arguments, batch_size, output_dir, name="before_distillation")
     trainer = DistillationSeq2SeqTrainer(

@@ -138,7 +138,8 @@ def parse(classes: Sequence[type], description: str, arguments: Sequence[str] | 
 def mistakes_told_once() -> Iterator[None]:
     """End the script with one sentence, told by the first process, where the block finds a mistake of the user's.
 
-    For what each process does alike; an error that only one of them meets has to be told by that one.
+    For what each process, or the first one alone, does before training; an error that only another one meets has to be
+    told by that one.
     """
     try:
         yield
@@ -277,7 +278,12 @@ def evaluate(
     model.to(state.device)
     indices = list(range(len(data.evaluation)))[state.process_index :: state.num_processes]
     part = [data.evaluation[index] for index in indices]
-    options = {"batch_size": batch_size, "by": arguments.by, "max_source_length": arguments.max_source_length}
+    options = {
+        "batch_size": batch_size,
+        "by": arguments.by,
+        "max_source_length": arguments.max_source_length,
+        "max_target_length": arguments.max_target_length,
+    }
     answers = predict(model, tokenizer, data.task, part, **options)
     pairs = list(zip(indices, answers, strict=True))
     gathered = dict(gather_object(pairs) if state.num_processes > 1 else pairs)

@@ -87,7 +87,7 @@ class LoSparseConfig:
     parameter_ratio: float | None = option(None, "stored share of each matrix, U, V and kept rows together")
     energy: float | None = option(None, "share of the squared singular values that U V holds")
     scope: str = option("layer", "whether weights get their ranks one by one (layer) or compete (global)")
-    keep: float = option(0.10, "share of the rows of S that are kept in the end")
+    keep: float = option(0.10, "share of S kept in the end: rows of W_in's, columns of W_out's")
     factorisation: str | Callable = option("weighted_svd", "how U and V are found: weighted_svd (needs data) or svd")
     skip: tuple[str, ...] = option((), "layers to leave dense: patterns of layer names")
     allow_dense: bool = option(False, "leave a weight dense where its factors would be larger, instead of refusing")

@@ -33,8 +33,9 @@ def decompose_experts(
     """Turn each merged expert's matrices, in place, into `W = U V + S` in the training form, and return the model.
 
     Without `prune` the weights are exactly those before: S is what U V lacks, to be pruned while training. With it
-    the rows of S are chosen now, by what they mean to the outputs, and W_out is fitted to what W_in has become; give
-    `batches` for that. `compact` then drops the pruned rows.
+    what S keeps is chosen now, by what it means to the outputs, and W_out is fitted to what W_in has become; give
+    `batches` for that. S keeps hidden units: rows of W_in, columns of W_out (called its rows elsewhere). Then
+    `compact` drops the others.
 
     Layers whose experts the merge kept all (`MergeConfig(experts=1.0)`: low rank without merging) are decomposed as
     well; those that `MergeConfig.skip` left out stay as they are.

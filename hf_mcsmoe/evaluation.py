@@ -27,12 +27,14 @@ def evaluate_task(
     batch_size: int = 32,
     by: str = "generation",
     max_source_length: int | None = None,
+    max_target_length: int | None = None,
 ) -> dict[str, float]:
     """Return the task's metrics in percent, correlations included, and the number of `examples`.
 
     Args:
         by: "generation" is greedy and compares words; "likelihood" takes the likeliest of the task's labels.
         max_source_length: in tokens, by default the task's.
+        max_target_length: of generated answers, in tokens, by default the task's.
 
     Raises:
         ValueError: no rows, rows that do not fit the task, another `by`, labels asked of a task of free text, or text
@@ -40,7 +42,14 @@ def evaluate_task(
     """
     examples = task.examples(list(rows))
     answers = predict(
-        model, tokenizer, task, examples, batch_size=batch_size, by=by, max_source_length=max_source_length
+        model,
+        tokenizer,
+        task,
+        examples,
+        batch_size=batch_size,
+        by=by,
+        max_source_length=max_source_length,
+        max_target_length=max_target_length,
     )
     return score(task, answers, examples)
 
@@ -54,6 +63,7 @@ def predict(
     batch_size: int = 32,
     by: str = "generation",
     max_source_length: int | None = None,
+    max_target_length: int | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
     """Return the model's answer to each example; other arguments and errors as in `evaluate_task`."""
@@ -61,7 +71,8 @@ def predict(
     sources, length = [example.source for example in examples], max_source_length or task.max_source_length
     if by == "generation":
         check_labels(tokenizer, task)
-        texts = generate_answers(model, tokenizer, sources, batch_size, length, task.max_target_length, progress)
+        answer_length = max_target_length or task.max_target_length
+        texts = generate_answers(model, tokenizer, sources, batch_size, length, answer_length, progress)
         return [Answer(text) for text in texts]
     joined = task.labels if model.config.is_encoder_decoder else [f" {label}" for label in task.labels]
     pairs = [(source, label) for source in sources for label in joined]

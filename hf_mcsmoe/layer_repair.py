@@ -51,9 +51,12 @@ class RepairConfig:
 
     def __post_init__(self) -> None:
         REPAIR[self.method]
-        for name in ("sweeps", "steps", "learning_rate", "batch_tokens", "memory_limit"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive.")
+        for name in ("sweeps", "steps", "batch_tokens", "memory_limit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive whole number.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number.")
         if not self.ridges or not all(math.isfinite(ridge) and ridge > 0 for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be positive numbers, at least one.")
         if self.sequential and self.method == "mean_shift":

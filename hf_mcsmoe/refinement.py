@@ -25,8 +25,9 @@ REPAIR_TEXT = (
     "Each changed layer was fitted to the original one on the calibration data, layer by layer (method `{method}`)."
 )
 LOW_RANK_TEXT = (
-    "Each matrix of a stored expert is held as `U V + S` (MC-SMoE): ranks {ranks}, and the share {keep} of the\n"
-    "rows of S. The factors err least on the calibration data; no dense matrix is kept or rebuilt."
+    "Each matrix of a stored expert is held as `U V + S` (MC-SMoE): ranks {ranks}, and the share {keep} of S\n"
+    "(hidden units: rows of the first matrix, columns of the second). The factors err least on the calibration data;\n"
+    "no dense matrix is kept or rebuilt."
 )
 
 

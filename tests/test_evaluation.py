@@ -166,6 +166,16 @@ def test_answers_do_not_depend_on_the_batch_and_keep_the_order(switch: PreTraine
     assert answers[0] == answers[1] == [Answer(item.targets[0]) for item in made]
 
 
+def test_answers_are_as_long_as_allowed(switch: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed, generate = [], switch.generate
+    monkeypatch.setattr(
+        switch, "generate", lambda **given: (allowed.append(given["max_new_tokens"]), generate(**given))[1]
+    )
+    for length in (None, 2):
+        evaluate_task(switch, tokenizer(), TOY, ROWS, max_target_length=length)
+    assert allowed == [TOY.max_target_length, 2]
+
+
 def test_by_likelihood_each_answer_comes_with_those_of_all_labels(switch: PreTrainedModel) -> None:
     made = TOY.examples(ROWS)
     answers = predict(switch, tokenizer(), TOY, made, batch_size=3, by="likelihood")

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from hf_mcsmoe import moe_layers
 from hf_mcsmoe.loading import load_model
 
 sys.path.insert(0, str(EXAMPLES))
+import compress_and_distill
 import finetune_seq2seq
+import merge_and_distill
 import recipe
 
 
@@ -42,6 +45,32 @@ def test_of_several_processes_the_first_tells_a_mistake(
     with pytest.raises(SystemExit) as caught, recipe.mistakes_told_once():
         raise ValueError("no such thing")
     assert caught.value.code == told
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "sentence"),
+    [
+        (merge_and_distill, ["--repair", "refitt"], "Did you mean 'refit'"),
+        (merge_and_distill, ["--num_groups", "99"], "99"),
+        (merge_and_distill, ["--budget", "adaptiv"], "Did you mean 'adaptive'"),
+        (merge_and_distill, ["--skip", "nothing.*"], "matches no layer"),
+        (compress_and_distill, ["--teacher", "m"], "not compressed"),
+        (compress_and_distill, ["--teacher", "m", "--final_threshold", "1.5"], "keep=1.5"),
+        (compress_and_distill, ["--teacher", "m", "--importance", "size"], "not compressed|Unknown importance"),
+    ],
+)
+def test_mistakes_cost_one_sentence_before_training(
+    script: Any,
+    wrong: list[str],
+    sentence: str,
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["--model_name_or_path", folder / "model", "--use_cpu", "true", "--output_dir", folder / "out"]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, [*given, *data(folder), *wrong])])
+    with pytest.raises(SystemExit, match=f"^error: .*({sentence})"):
+        script.main()
+    assert not (folder / "out").exists()
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,8 @@ KEEP = 0.1
 # Training rows by whose inputs experts are decomposed, and on which costs are counted.
 SAMPLE = 256
 CARD_TEXT = (
-    "Each matrix of a merged expert is stored as `U V + S` (MC-SMoE), with the share {keep} of the rows of S: those\n"
-    "of the highest {importance}, chosen while the model was distilled. No dense matrix is kept or rebuilt."
+    "Each matrix of a merged expert is stored as `U V + S` (MC-SMoE), with the share {keep} of S (hidden units):\n"
+    "those of the highest {importance}, chosen while the model was distilled. No dense matrix is kept or rebuilt."
 )
 
 
