@@ -1,5 +1,6 @@
 """Costs: counted by hand on tiny models, equal to the paper's arithmetic, and told in the card."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransf
 from hf_mcsmoe import MergeConfig, compress, moe_layers
 from hf_mcsmoe.accounting import Account, account, bytes_on_disk, cost_rows, expected_parameters
 from hf_mcsmoe.model_card import describe_costs
+from hf_mcsmoe.modeling.modeling_mcsmoe import convert_model, install_layer
 
 D, F, E, T = 32, 24, 8, 24
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
@@ -42,6 +44,20 @@ def test_the_papers_sizes_of_switch_base_32(switch_base_32: PreTrainedModel) -> 
     assert expected_parameters(switch_base_32, {}) == account(switch_base_32).parameters
     assert round(expected_parameters(switch_base_32, stored) / 1e6, 1) == 732.8
     assert round(expected_parameters(switch_base_32, stored, rank=32, keep=0.1) / 1e6, 1) == 380.7
+
+
+def test_the_tensors_held_at_the_size_of_switch_base_32_are_the_papers(switch_base_32: PreTrainedModel) -> None:
+    """All sparse layers but the first merged into 8 experts, then of rank 32 with a tenth of S, on the meta device."""
+    model = copy.deepcopy(switch_base_32)
+    expert_map = [index % 8 for index in range(32)]
+    names = [layer.name for layer in moe_layers(model)][1:]
+    convert_model(model, {name: {"num_experts": 32, "expert_map": expert_map} for name in names})
+    held = [install_layer(model, name, expert_map) for name in names]
+    assert sum(value.numel() for value in model.parameters()) == pytest.approx(732.8e6, rel=1e-2)
+    for experts in held:
+        for weight, units in (("up_proj", 3072), ("down_proj", 3072)):
+            experts.install_low_rank(weight, 32, [round(0.1 * units)] * 8)
+    assert sum(value.numel() for value in model.parameters()) == pytest.approx(380.7e6, rel=1e-2)
 
 
 def test_a_layer_that_is_not_there_has_no_size(switch_base_32: PreTrainedModel) -> None:
