@@ -38,6 +38,26 @@ def test_the_steps_one_by_one_run(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").is_file()
 
 
+ROWS = """
+from hf_mcsmoe.demo import demo_examples
+from hf_mcsmoe.task_data import pair_features
+
+pairs = [(f"<{item.task}>{item.source}", item.target) for item in demo_examples("calibration")[:16]]
+dataset = pair_features(pairs, tokenizer, 32, 32)
+sizes = [one.num_parameters() for one in (model, small, tiny)]
+"""
+
+
+def test_repair_storage_and_distillation_run(tmp_path: Path) -> None:
+    first, _, _, repair, distillation = blocks("python")[:5]
+    short = distillation.replace("max_steps=1000", 'max_steps=2, use_cpu=True, report_to="none"')
+    assert short != distillation
+    sizes = "print(*sizes, load_model('switch-tiny').num_parameters())"
+    out = run("\n".join([first, repair, ROWS, short, sizes]), tmp_path)
+    model, small, tiny, distilled = map(int, out.splitlines()[-1].split())
+    assert max(tiny, distilled) < small < model
+
+
 @pytest.mark.parametrize("given", ["argument", "environment"])
 def test_make_installs_the_build_of_torch_that_one_asks_for(given: str, tmp_path: Path) -> None:
     wanted = "torch==2.13.0 --index-url https://example.org/cpu"
