@@ -19,12 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_mcsmoe.accounting import account
-from hf_mcsmoe.adapters import moe_layers
+from hf_mcsmoe.accounting import account, expert_parameters
 from hf_mcsmoe.data import calibration_batches
 from hf_mcsmoe.evaluation import WAYS
 from hf_mcsmoe.loading import load_model, load_tokenizer
-from hf_mcsmoe.plan import tied_layers
 from hf_mcsmoe.tasks import get_task, task_rows
 
 SCRIPTS = Path(__file__).parent
@@ -184,8 +182,13 @@ def costs_of(task: str, arguments: argparse.Namespace) -> dict[str, list[str]]:
         cost = account(
             model, calibration_batches(texts, load_tokenizer(str(path)), model, **options)[0], path, repetitions=5
         )
-        experts = sum(layers[0].num_parameters for layers in tied_layers(moe_layers(model)))
-        figures = (cost.parameters, experts, cost.bytes_on_disk, cost.flops_per_token, cost.tokens_per_second)
+        figures = (
+            cost.parameters,
+            expert_parameters(model),
+            cost.bytes_on_disk,
+            cost.flops_per_token,
+            cost.tokens_per_second,
+        )
         cells[name] = [f"{value:,.0f}" for value in figures if value is not None]
     return cells
 

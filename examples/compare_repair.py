@@ -3,11 +3,13 @@
     python examples/compare_repair.py MODEL --text FILE --experts 8 4
 
 The first half of the text calibrates, the second evaluates; with several `--batches` the merge is guided by all of the
-first half, and the repair by so much of it. Figures: the divergence (KL, nats per token) of the merged
-model's predictions from the original's over the tokens that count, its share of the unrepaired model's, and seconds.
+first half, and the repair by so much of it. With `--ranks` each repaired model is also stored as low rank + sparse,
+without training. Figures: the divergence (KL, nats per token) of the model's predictions from the original's over the
+tokens that count, its share of the unrepaired model's, parameters in experts over the original's, and seconds.
 """
 
 import argparse
+import copy
 import json
 import random
 from itertools import product
@@ -17,7 +19,16 @@ import torch
 from compare_methods import Batches, figures, predictions
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
+from hf_mcsmoe import (
+    LoSparseConfig,
+    MergeConfig,
+    collect_statistics,
+    compact,
+    decompose_experts,
+    merge_experts,
+    plan_merge,
+)
+from hf_mcsmoe.accounting import expert_parameters
 from hf_mcsmoe.denoising import denoising_batches
 from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.loading import load_model, load_tokenizer
@@ -76,6 +87,8 @@ def main() -> None:
         nargs="+",
         help="calibration batches of 16 rows for the repair, e.g. 1 2 4 8; all by default",
     )
+    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="ranks of U V, e.g. 8 16 32")
+    parser.add_argument("--keep", type=float, default=0.1, help="share of S that is kept")
     parser.add_argument("--max-length", type=int, default=96, help="tokens a row")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     arguments = parser.parse_args()
@@ -83,19 +96,30 @@ def main() -> None:
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     calibration, evaluation = halves(model, tokenizer, arguments.text, arguments.max_length)
     statistics, reference = collect_statistics(model, calibration), predictions(model, evaluation)
-    print("| experts | budget | repair | rows | KL | of plain | seconds |\n|---:|---|---|---:|---:|---:|---:|")
-    for count in arguments.experts:
-        for budget in arguments.budgets:
-            plan = plan_merge(model, statistics, MergeConfig(experts=count, budget=budget))
-            plain = figures(merge_experts(model, plan), evaluation, reference)[1]
-            print(f"| {count} | {budget} | none | | {plain:.5f} | 1.00 | |", flush=True)
-            for name, number in product(arguments.methods, arguments.batches or [len(calibration)]):
-                student, part = merge_experts(model, plan), calibration[:number]
-                seconds = repair_experts(student, model, part, METHODS[name]).seconds
-                found = figures(student, evaluation, reference)[1]
-                rows = sum(len(batch["input_ids"]) for batch in part)
-                cells = [count, budget, name, rows, f"{found:.5f}", f"{found / plain:.2f}", f"{seconds:.1f}"]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    whole = expert_parameters(model)
+    print(
+        "| experts | budget | repair | rows | KL | of plain | in experts | seconds |\n"
+        + "|---:|---|---"
+        + "|---:" * 5
+        + "|"
+    )
+    for count, budget in product(arguments.experts, arguments.budgets):
+        plan = plan_merge(model, statistics, MergeConfig(experts=count, budget=budget))
+        plain = figures(merge_experts(model, plan), evaluation, reference)[1]
+        print(f"| {count} | {budget} | none | | {plain:.5f} | 1.00 | | |", flush=True)
+        for name, number in product(arguments.methods, arguments.batches or [len(calibration)]):
+            student, part = merge_experts(model, plan), calibration[:number]
+            seconds = repair_experts(student, model, part, METHODS[name]).seconds
+            rows = sum(len(batch["input_ids"]) for batch in part)
+            stored = {name: student}
+            for rank in arguments.ranks:
+                config = LoSparseConfig(rank=rank, keep=arguments.keep)
+                small = decompose_experts(copy.deepcopy(student), config, part, prune=True)
+                stored[f"{name}, rank {rank}"] = compact(small)
+            for label, version in stored.items():
+                found, share = figures(version, evaluation, reference)[1], expert_parameters(version) / whole
+                cells = [count, budget, label, rows, f"{found:.5f}", f"{found / plain:.2f}", f"{share:.0%}"]
+                print("| " + " | ".join(map(str, [*cells, f"{seconds:.1f}"])) + " |", flush=True)
 
 
 if __name__ == "__main__":

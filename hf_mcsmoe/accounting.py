@@ -92,6 +92,11 @@ def stored_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name in saved)
 
 
+def expert_parameters(model: PreTrainedModel) -> int:
+    """Return the parameters in all layers of experts, those that layers share once."""
+    return sum(layers[0].num_parameters for layers in tied_layers(moe_layers(model)))
+
+
 def expected_parameters(
     model: PreTrainedModel, stored: Mapping[str, int], *, rank: int | None = None, keep: float = 0.0
 ) -> int:
