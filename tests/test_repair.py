@@ -94,7 +94,7 @@ def test_the_refit_brings_the_merged_model_nearer(name: str) -> None:
     before = _error(merged, model, data[0])
     report = repair_experts(merged, model, data)
     assert _error(merged, model, data[0]) < 0.9 * before
-    assert all(layer.after <= layer.before for layer in report.layers.values())
+    assert all(layer.after < layer.before for layer in report.layers.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,8 +107,6 @@ def test_every_layout(method: str, name: str) -> None:
     report = repair_experts(student, teacher, data, RepairConfig(method=method, steps=25))
     assert state(teacher) == before
     assert report.layers
-    for layer in report.layers.values():
-        assert layer.after <= layer.before * (1 + 1e-6)
     assert any(layer.after < layer.before for layer in report.layers.values())
     routers = [layer.router.state_dict() for layer in moe_layers(student)]
     assert all(
@@ -148,7 +146,6 @@ def test_experts_in_low_rank_are_repaired_by_training_them() -> None:
     compact(student)
     shapes = {key: value.shape for key, value in student.state_dict().items()}
     report = repair_experts(student, case.base, data, RepairConfig(method="local", steps=50))
-    assert all(layer.after <= layer.before for layer in report.layers.values())
     assert any(layer.after < 0.99 * layer.before for layer in report.layers.values())
     assert {key: value.shape for key, value in student.state_dict().items()} == shapes
 
@@ -160,7 +157,7 @@ def test_experts_in_low_rank_are_repaired_by_training_them() -> None:
         (lambda merged, base, data: repair_experts(merged, base, []), "calibration set is empty"),
         (lambda merged, base, data: repair_experts(merged, build("nemotron_h"), data), "another model"),
         (lambda merged, base, data: RepairConfig(method="refitt"), "Did you mean 'refit'"),
-        (lambda merged, base, data: RepairConfig(steps=0), "must be positive"),
+        (lambda merged, base, data: RepairConfig(steps=0), "positive whole number"),
     ],
 )
 def test_bad_input(attempt: Any, message: str) -> None:
