@@ -1,7 +1,6 @@
 """MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -12,12 +11,12 @@ from hf_mcsmoe.activations import LayerInputs, stream_inputs
 from hf_mcsmoe.adapters import MoELayer, fused_views, moe_layers
 from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.config import LoSparseConfig
-from hf_mcsmoe.decomposition import FACTORISATION, choose_ranks, refit_output, split, split_columns, stored_share
+from hf_mcsmoe.decomposition import FACTORISATION, refit_output, split, split_columns
 from hf_mcsmoe.model_card import renew_costs
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
-from hf_mcsmoe.plan import tied_layers
+from hf_mcsmoe.ranks import layer_ranks, not_skipped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +49,7 @@ def decompose_experts(
     config = config or LoSparseConfig()
     places = _chosen_layers(model, config)
     layers = moe_layers(model)
-    ranks = _ranks([layers[place] for place in places], config)
+    ranks = layer_ranks([layers[place] for place in places], config)
     for place in reversed(places):  # off the list, which would keep the experts that are replaced
         if not layers[place].merged:
             _convert_whole(model, layers.pop(place))
@@ -103,43 +102,6 @@ def _entries(model: nn.Module) -> dict[str, Any] | None:
     return getattr(model.config, "mcsmoe", None) if isinstance(model, PreTrainedModel) else None
 
 
-def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
-    """Check before any work that the experts of `layers` can be stored as `config` says, and would be smaller.
-
-    Needs no weights, and so says nothing of ranks that follow from them (`energy`).
-
-    Raises:
-        ValueError: they cannot, or would not, or `skip` matches nothing or leaves nothing.
-    """
-    _ranks(_not_skipped(layers, config.skip), config, weights=False)
-
-
-def _not_skipped(
-    layers: list[MoELayer], skip: Sequence[str], originals: Mapping[str, str] | None = None
-) -> list[MoELayer]:
-    """Return the layers that no pattern of `skip` matches.
-
-    Args:
-        originals: names that layers had before the merge, where these differ; patterns may match them as well.
-
-    Raises:
-        ValueError: a pattern matches nothing, nothing is left, or layers share their experts.
-    """
-    names = {layer.name: {layer.name, (originals or {}).get(layer.name, layer.name)} for layer in layers}
-    skipped: set[str] = set()
-    for pattern in skip:
-        matched = {name for name, known in names.items() if fnmatch.filter(known, pattern)}
-        if not matched:
-            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(names)}.")
-        skipped |= matched
-    chosen = [layer for layer in layers if layer.name not in skipped]
-    if not chosen:
-        raise ValueError(f"No merged layer is left to decompose with skip={list(skip)}.")
-    if any(len(shared) > 1 for shared in tied_layers(chosen)):
-        raise ValueError("Layers that share their experts cannot be decomposed; leave them merged.")
-    return chosen
-
-
 def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
     """Return which of `moe_layers(model)` are to be decomposed: merged ones, and those the merge kept whole."""
     mcsmoe = _entries(model)
@@ -153,7 +115,7 @@ def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
     layers, whole = moe_layers(model), mcsmoe.get("whole", [])
     known = [layer for layer in layers if layer.merged or layer.name in whole]
     # JetMoE's merged experts lie inside what was the layer.
-    chosen = _not_skipped(known, config.skip, {path: name for name, path, _ in merged_layers(model)})
+    chosen = not_skipped(known, config.skip, {path: name for name, path, _ in merged_layers(model)})
     return [place for place, layer in enumerate(layers) if layer in chosen]
 
 
@@ -166,75 +128,6 @@ def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
     mcsmoe = model.config.mcsmoe
     mcsmoe["layers"][layer.name] = {"num_experts": layer.num_experts, "expert_map": identity}
     mcsmoe["whole"] = [name for name in mcsmoe["whole"] if name != layer.name]
-
-
-def _ranks(layers: list[MoELayer], config: LoSparseConfig, *, weights: bool = True) -> list[dict[str, int]]:
-    """Return per layer the ranks of "W_in" and "W_out", without those that stay dense.
-
-    Args:
-        weights: whether to look at them; without, ranks that depend on them are not chosen, and none is returned.
-
-    Raises:
-        ValueError: a rank larger than a matrix, factors larger than it (unless `allow_dense`), see `choose_ranks`.
-    """
-    stacks = [(layer, name, shape) for layer in layers for name, shape in _shapes(layer).items()]
-    for layer, name, shape in stacks:
-        if config.rank is not None and config.rank > min(shape):
-            size = f"{shape[0]} x {shape[1]}"
-            raise ValueError(f"rank={config.rank} is larger than {name} of {layer.name} allows, which is {size}.")
-        if config.rank is not None:
-            _is_smaller(f"{name} of {layer.name}", shape, config.rank, config)
-    spectra = [torch.ones(min(shape)) for _, _, shape in stacks]
-    by_weights = config.energy is not None or config.scope == "global"
-    if config.scope == "global":  # where each gets at least one
-        for layer, name, shape in stacks:
-            _is_smaller(f"{name} of {layer.name}", shape, 1, config)
-    if by_weights and weights:
-        spectra = [_spectrum(layer, name) for layer, name, _ in stacks]
-    chosen = choose_ranks(
-        spectra,
-        [shape for _, _, shape in stacks],
-        rank=config.rank,
-        parameter_ratio=config.parameter_ratio,
-        energy=config.energy,
-        keep=config.keep,
-        scope=config.scope if weights else "layer",
-    )
-    if by_weights and not weights:
-        return []
-    ranks: dict[str, dict[str, int]] = {layer.name: {} for layer in layers}
-    for (layer, name, shape), rank in zip(stacks, chosen, strict=True):
-        if _is_smaller(f"{name} of {layer.name}", shape, rank, config):
-            ranks[layer.name][name] = rank
-    return list(ranks.values())
-
-
-def _is_smaller(what: str, shape: tuple[int, int], rank: int, config: LoSparseConfig) -> bool:
-    """Return whether factors are smaller than their matrix; where not, raise ValueError unless `allow_dense`."""
-    if stored_share(rank, config.keep, *shape) < 1:
-        return True
-    if config.allow_dense:
-        return False
-    raise ValueError(
-        f"Rank {rank} and keep={config.keep} make {what} ({shape[0]} x {shape[1]}) larger than it is: lower them, or "
-        "allow such weights to stay dense (allow_dense)."
-    )
-
-
-def _shapes(layer: MoELayer) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of one expert's matrices."""
-    rows = layer.intermediate_size * (2 if "gate" in layer.read().tensors else 1)
-    return {"W_in": (rows, layer.hidden_size), "W_out": (layer.hidden_size, layer.intermediate_size)}
-
-
-def _spectrum(layer: MoELayer, name: str) -> torch.Tensor:
-    """Return the squared singular values of a matrix, descending, summed over the layer's experts, in float64."""
-    weights, total = layer.read(), torch.zeros(min(_shapes(layer)[name]), dtype=torch.float64)
-    for expert in map(weights.expert, range(len(weights))):
-        # The order of the rows, which may be interleaved, does not matter.
-        parts = [expert["down"]] if name == "W_out" else [expert[role] for role in ("gate", "up") if role in expert]
-        total += (torch.linalg.svdvals(torch.cat(parts).double()) ** 2).cpu()
-    return total
 
 
 def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:

@@ -1,7 +1,6 @@
-"""Splitting a matrix into low rank + sparse rows, `W = U V + S`: factors, rows, ranks, refit of the next matrix."""
+"""Splitting a matrix into low rank + sparse, `W = U V + S`: factors, rows or columns, refit of the next matrix."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -169,86 +168,3 @@ def refit_output(weight: torch.Tensor, cross: torch.Tensor, moment: torch.Tensor
     # The ridge pulls towards W, not towards 0.
     pull = (gram - moment.double()).diagonal().diag()
     return torch.linalg.solve(gram, (weight.double() @ (cross.double() + pull)).T).T.to(weight.dtype)
-
-
-def stored_share(rank: int, keep: float, out: int, width: int) -> float:
-    """Return the parameters of U, V and the kept rows of S over those of the dense matrix [out, in]."""
-    return rank * (out + width) / (out * width) + keep
-
-
-def choose_ranks(
-    spectra: Sequence[torch.Tensor],
-    shapes: Sequence[tuple[int, int]],
-    *,
-    rank: int | None = None,
-    parameter_ratio: float | None = None,
-    energy: float | None = None,
-    keep: float = 0.0,
-    scope: str = "layer",
-) -> list[int]:
-    """Return the rank of each weight, by exactly one of `rank`, `parameter_ratio` and `energy`.
-
-    Args:
-        spectra: squared singular values per weight, descending, summed over the experts of a stack.
-        shapes: (out, in) per weight.
-        rank: the same for all; of scope "global", its parameters are shared out to where they save most.
-        parameter_ratio: of U, V and the kept rows over the dense weight.
-        energy: share of the sum of the squared singular values that U V holds.
-        keep: share of the rows of S that is kept.
-        scope: "layer" treats each weight by itself, "global" lets the weights compete.
-
-    Raises:
-        ValueError: a ratio that leaves nothing for U and V.
-    """
-    shares = [values / values.sum().clamp(min=1e-30) for values in spectra]
-    if energy is not None and scope == "layer":
-        return [_first_above(values, energy) for values in shares]
-    costs = [out + width for out, width in shapes]
-    if energy is not None:
-        return _compete(shares, costs, energy_goal=energy * len(shares))
-    if parameter_ratio is not None:
-        budgets = [(parameter_ratio - keep) * out * width for out, width in shapes]
-        ranks = [int(budget / cost + 1e-9) for budget, cost in zip(budgets, costs, strict=True)]
-        if min(ranks) < 1:
-            raise ValueError(
-                f"parameter_ratio={parameter_ratio} with keep={keep} leaves no parameters for the low-rank part of a "
-                "weight: raise the ratio or lower keep."
-            )
-    else:
-        ranks = [int(rank or 0)] * len(shares)
-        budgets = [float(one * cost) for one, cost in zip(ranks, costs, strict=True)]
-    if scope == "layer":
-        return ranks
-    # No weight may win so many that it is no smaller than it was.
-    limits = [math.ceil((1 - keep) * out * width / (out + width)) - 1 for out, width in shapes]
-    return _compete(
-        [values[: max(limit, 1)] for values, limit in zip(shares, limits, strict=True)], costs, sum(budgets)
-    )
-
-
-def _first_above(shares: torch.Tensor, energy: float) -> int:
-    return min(int((shares.cumsum(0) < energy - 1e-12).sum()) + 1, len(shares))
-
-
-def _compete(
-    shares: Sequence[torch.Tensor],
-    costs: Sequence[int],
-    budget: float | None = None,
-    energy_goal: float | None = None,
-) -> list[int]:
-    """Give ranks one by one to the weight that gains most energy per parameter; each gets at least one."""
-    ranks = [1] * len(shares)
-    spent, reached = sum(costs), sum(float(values[0]) for values in shares)
-    steps = sorted(
-        (-float(value) / cost, index, position)
-        for index, (values, cost) in enumerate(zip(shares, costs, strict=True))
-        for position, value in enumerate(values[1:].tolist())
-    )
-    for gain, index, _ in steps:
-        if energy_goal is not None and reached >= energy_goal:
-            break
-        if budget is not None and spent + costs[index] > budget + 1e-6:
-            continue
-        ranks[index] += 1
-        spent, reached = spent + costs[index], reached - gain * costs[index]
-    return ranks

@@ -12,12 +12,13 @@ from hf_mcsmoe.accounting import Account, stored_bytes
 from hf_mcsmoe.adapters import MoELayer, moe_layers
 from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.config import LoSparseConfig, MergeConfig
-from hf_mcsmoe.decompose import check_low_rank, compact, decompose_experts
+from hf_mcsmoe.decompose import compact, decompose_experts
 from hf_mcsmoe.grouping import BUDGET, adaptive_budget, uniform_budget
 from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.model_card import add_to_card, describe_costs
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import tied_layers
+from hf_mcsmoe.ranks import check_low_rank
 from hf_mcsmoe.registry import method_name
 from hf_mcsmoe.repair import repair_experts
 

@@ -5,7 +5,6 @@ import torch
 from helpers import relative_error
 
 from hf_mcsmoe.decomposition import (
-    choose_ranks,
     project,
     refit_output,
     row_errors,
@@ -14,6 +13,7 @@ from hf_mcsmoe.decomposition import (
     svd,
     weighted_svd,
 )
+from hf_mcsmoe.ranks import choose_ranks
 
 OUT, IN, TOKENS = 20, 12, 400
 

@@ -12,8 +12,8 @@ LEVELS = [
     "modeling registry experts",
     "adapters choices denoising data loading offloading tasks",
     "statistics saliency similarity grouping alignment merging decomposition refit losses metrics",
-    "config calibration plan model_card compress activations layer_outputs layer_repair repair decompose refinement "
-    "distillation importance sparsification evaluation accounting task_data",
+    "config calibration plan model_card compress activations layer_outputs layer_repair repair ranks decompose "
+    "refinement distillation importance sparsification evaluation accounting task_data",
     "demo cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -27,7 +27,7 @@ from hf_mcsmoe.cli.training import (
 )
 from hf_mcsmoe.config import LoSparseConfig, option_help
 from hf_mcsmoe.data import check_token_ids
-from hf_mcsmoe.decompose import check_low_rank, compact, decompose_experts
+from hf_mcsmoe.decompose import compact, decompose_experts
 from hf_mcsmoe.distillation import (
     DistillationArguments,
     DistillationOptions,
@@ -39,6 +39,7 @@ from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vo
 from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
 from hf_mcsmoe.model_card import add_to_card, adopt_card, describe_costs
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
+from hf_mcsmoe.ranks import check_low_rank
 from hf_mcsmoe.sparsification import SparsificationCallback
 from hf_mcsmoe.task_data import Feature, collator, feature_batches
 
