@@ -142,8 +142,10 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
     assert whole.keys() == again.keys()
     assert all(torch.equal(value, whole[key]) for key, value in again.items())
     kept = sum(len(value) for key, value in whole.items() if key.endswith("_rows"))
-    stored = [value for key, value in whole.items() if key.endswith("_u")]
-    assert kept == round(0.25 * sum(value.shape[0] * value.shape[1] for value in stored))
+    # Experts times rows of the first matrix, and columns of the second.
+    units = [value.shape[0] * value.shape[1] for key, value in whole.items() if key.endswith("up_proj_u")]
+    units += [value.shape[0] * value.shape[2] for key, value in whole.items() if key.endswith("down_proj_v")]
+    assert kept == round(0.25 * sum(units))
 
     # A checkpoint of the Trainer, where S has all its rows still, is a student as well.
     arguments = command(folder, tmp_path / "third")
