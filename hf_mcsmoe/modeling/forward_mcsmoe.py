@@ -145,19 +145,19 @@ def _grouped_low_rank(experts: nn.Module, states: torch.Tensor, name: str, picks
     if not sum(counts):
         return output
     rows = getattr(experts, f"{name}_rows").long()
-    return output + _sparse_product(s.split(counts), rows.split(counts), states, picks, output, columns=columns)
+    return _add_sparse(output, s.split(counts), rows.split(counts), states, picks, columns=columns)
 
 
-def _sparse_product(
+def _add_sparse(
+    output: torch.Tensor,
     s: tuple[torch.Tensor, ...],
     rows: tuple[torch.Tensor, ...],
     states: torch.Tensor,
     picks: Picks,
-    like: torch.Tensor,
     *,
     columns: bool,
 ) -> torch.Tensor:
-    """Return what S, with its kept rows or `columns`, makes of `states` [N, in]: [N, out], as `like`.
+    """Return `output` [N, out] and what S, by its kept rows or `columns`, adds to it for `states` [N, in].
 
     Experts stand by falling numbers of rows: those with at least so many then have the first picks, after which a
     grouped product stops. So none computes the rows that only others have.
@@ -170,11 +170,12 @@ def _sparse_product(
     s, rows = _filled(s, rows, levels)
     if len(set(levels)) == 1:  # they stand so already
         places = torch.stack(rows)[picks.expert]
-        return _add_product(torch.zeros_like(like), torch.stack(s), places, states, picks.ends, columns, picks.none)
+        product = _kept_product(torch.stack(s), places, states, picks.ends, columns=columns)
+        return output + product if columns else output.scatter_add(1, places, product)
     order = sorted(range(len(levels)), key=lambda expert: -levels[expert])
     place = torch.tensor([order.index(expert) for expert in range(len(order))], device=states.device)
     own = Picks.sort(place[picks.expert].masked_fill(picks.none[:, 0], len(order)), len(order))
-    states, result, start = states[own.order], torch.zeros_like(like), 0
+    states, result, start = states[own.order], torch.zeros_like(output), 0
     for end in sorted(set(levels) - {0}):
         members = [expert for expert in order if levels[expert] >= end]
         # Picks after the product's last group: what it leaves there, forward and backward, counts nowhere.
@@ -182,34 +183,26 @@ def _sparse_product(
         weight = torch.stack([s[expert][start:end] for expert in members])
         places = torch.stack([rows[expert][start:end] for expert in members])
         places = places[own.expert.clamp(max=len(members) - 1)]
-        _add_product(result, weight, places, states, own.ends[: len(members)], columns, others)
+        known, ends = states.masked_fill(others, 0), own.ends[: len(members)]
+        product = _kept_product(weight, places, known, ends, columns=columns).masked_fill(others, 0)
+        result = result.add_(product) if columns else result.scatter_add_(1, places, product)
         start = end
-    return own.restored(result)
+    return output + own.restored(result)
 
 
-def _add_product(
-    result: torch.Tensor,
-    weight: torch.Tensor,
-    places: torch.Tensor,
-    states: torch.Tensor,
-    ends: torch.Tensor,
-    columns: bool,
-    others: torch.Tensor,
+def _kept_product(
+    weight: torch.Tensor, places: torch.Tensor, states: torch.Tensor, ends: torch.Tensor, *, columns: bool
 ) -> torch.Tensor:
-    """Add to `result` [N, out], in place, one grouped product of kept rows or columns, and return it.
+    """Return one grouped product of kept rows, [N, n], or columns, [N, out], for `states` [N, in].
 
     Args:
         weight: [groups, n, in], or [groups, n, out] of columns.
         places: int [N, n], the rows or columns of each pick's expert.
         ends: int [groups], where each group's picks end.
-        others: bool [N, 1], picks of no group.
     """
-    states = states.masked_fill(others, 0)
     if columns:
-        product = moe._grouped_linear(states.gather(1, places), weight, ends, is_transposed=True)
-        return result.add_(product.masked_fill(others, 0))
-    product = moe._grouped_linear(states, weight, ends).masked_fill(others, 0)
-    return result.scatter_add_(1, places, product)
+        return moe._grouped_linear(states.gather(1, places), weight, ends, is_transposed=True)
+    return moe._grouped_linear(states, weight, ends)
 
 
 def _filled(
