@@ -60,8 +60,9 @@ def compress(
         ValueError: see `collect_statistics`, `plan_merge`, `merge_experts` and `refine`. Options are checked before
             any forward; only ranks by `energy` that make an expert larger are refused later, with `model` unchanged.
     """
-    config, layers, repair = config or MergeConfig(), uncompressed_layers(model), wanted(repair)
-    check_refinement(check_request(layers, config), config, repair=repair, low_rank=low_rank)
+    config, repair = config or MergeConfig(), wanted(repair)
+    # No name is given to the layers, which would keep the experts that `consume` frees.
+    check_refinement(check_request(uncompressed_layers(model), config), config, repair=repair, low_rank=low_rank)
     if consume:
         _check_consumed(repair, low_rank)
     stream = iter(batches)

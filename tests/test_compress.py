@@ -1,6 +1,7 @@
 """Merged models: planted copies merge back, experts equal the oracle's, and the original is left alone or used up."""
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,19 @@ def test_a_class_of_somebody_else_is_refused_before_anything_is_changed() -> Non
     with pytest.raises(ValueError, match="only models of Transformers itself"):
         compress(model, batches("mixtral", model), MergeConfig(experts=2), consume=True)
     assert type(model.config) is before
+
+
+def test_consuming_in_one_call_frees_each_layers_experts_as_it_goes() -> None:
+    model = build("switch_transformers")
+    experts = [weakref.ref(layer.container) for layer in moe_layers(model)]
+    alive: list[int] = []
+
+    def count(name: str, done: int, total: int) -> None:
+        alive.append(sum(reference() is not None for reference in experts))
+
+    data = batches("switch_transformers", model)
+    compress(model, data, MergeConfig(experts=2, budget="uniform"), consume=True, progress=count)
+    assert len(experts) > 2
+    # The layer that was just done may still be in use.
+    assert all(left <= len(experts) - done for done, left in enumerate(alive))
+    assert len(alive) == len(experts)
