@@ -323,7 +323,7 @@ def test_what_cannot_be_repaired_is_refused_before_a_forward() -> None:
         repair_experts(small, model, data)
     with pytest.raises(ValueError, match=r"Unknown repair method 'refitt'\. Did you mean 'refit'\?"):
         RepairConfig(method="refitt")
-    with pytest.raises(ValueError, match="steps=0 must be positive"):
+    with pytest.raises(ValueError, match="steps=0 must be a positive whole number"):
         RepairConfig(steps=0)
     with pytest.raises(ValueError, match=r"ridges=\(0\.0,\) must be positive"):
         RepairConfig(ridges=(0.0,))
