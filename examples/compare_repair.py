@@ -97,12 +97,8 @@ def main() -> None:
     calibration, evaluation = halves(model, tokenizer, arguments.text, arguments.max_length)
     statistics, reference = collect_statistics(model, calibration), predictions(model, evaluation)
     whole = expert_parameters(model)
-    print(
-        "| experts | budget | repair | rows | KL | of plain | in experts | seconds |\n"
-        + "|---:|---|---"
-        + "|---:" * 5
-        + "|"
-    )
+    print("| experts | budget | repair | rows | KL | of plain | in experts | seconds |")
+    print("|---:|---|---|---:|---:|---:|---:|---:|")
     for count, budget in product(arguments.experts, arguments.budgets):
         plan = plan_merge(model, statistics, MergeConfig(experts=count, budget=budget))
         plain = figures(merge_experts(model, plan), evaluation, reference)[1]

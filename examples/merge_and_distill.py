@@ -53,8 +53,7 @@ def merge(
     )
     sampling = {"num_samples": choice.num_samples, "max_length": max_length, "batch_size": choice.merge_batch_size}
     batches = calibration_batches(samples, tokenizer, teacher, **sampling, seed=seed)
-    repair = None if choice.repair == "none" else RepairConfig(method=choice.repair)
-    return compress(teacher, batches, config, repair=repair)
+    return compress(teacher, batches, config, repair=RepairConfig(method=choice.repair))
 
 
 def main() -> None:

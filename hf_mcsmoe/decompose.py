@@ -1,6 +1,6 @@
 """MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,9 @@ from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
 from hf_mcsmoe.ranks import layer_ranks, not_skipped
 
 Model = TypeVar("Model", bound=nn.Module)
+# One expert's matrix [out, in]; on calibration data the second moment of its inputs [in, in] and, for W_in, what an
+# error of each row counts [out].
+Part = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 @torch.no_grad()
@@ -142,52 +145,57 @@ def _decompose_layer(
     """Decompose one layer's experts: W_in, then W_out against the hidden states that are left of it."""
     first, second = "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
     ranks = {name: ranks[part] for part, name in (("W_in", first), ("W_out", second)) if part in ranks}
+    weights = {
+        name: [_matrix(experts, name, expert).clone() for expert in range(experts.num_experts)] for name in ranks
+    }
     tokens = None if inputs is None else _tokens(experts, inputs)
-    moments = None if tokens is None else [_cross(states * gates, states * gates) for states, gates in tokens]
-    original = [[_matrix(experts, name, expert).clone() for expert in range(experts.num_experts)] for name in ranks]
-    weights = dict(zip(ranks, original, strict=True))
-    if tokens is not None and second in ranks:
-        before = _hidden(experts, tokens)
+    before = _hidden(experts, tokens) if tokens and second in ranks else []
     if first in ranks:
-        importance = None if tokens is None else row_importance(experts, tokens)
-        _install(experts, first, ranks[first], weights[first], config, moments, prune, importance)
-    if second not in ranks:
-        return
-    if tokens is not None:
-        after = _hidden(experts, tokens)
-        moments = [_cross(states, states) for states in after]
-        if prune:
-            pairs = zip(weights[second], before, after, moments, strict=True)
-            weights[second] = [refit_output(weight, _cross(old, new), mean) for weight, old, new, mean in pairs]
-    _install(experts, second, ranks[second], weights[second], config, moments, prune)
+        parts = _weighed(weights[first], tokens, row_importance(experts, tokens)) if tokens else _plain(weights[first])
+        _install(experts, first, ranks[first], parts, config, prune)
+    if second in ranks:
+        after = _hidden(experts, tokens) if tokens else []
+        parts = _fitted(weights[second], before, after, prune) if tokens else _plain(weights[second])
+        _install(experts, second, ranks[second], parts, config, prune)
 
 
-def _install(
-    experts: Any,
-    name: str,
-    rank: int,
-    weights: list[torch.Tensor],
-    config: LoSparseConfig,
-    moments: list[torch.Tensor] | None,
-    prune: bool,
-    importance: list[torch.Tensor] | None = None,
-) -> None:
+def _plain(weights: list[torch.Tensor]) -> Iterator[Part]:
+    """Yield the parts without calibration data."""
+    yield from ((weight, None, None) for weight in weights)
+
+
+def _weighed(
+    weights: list[torch.Tensor], tokens: list[tuple[torch.Tensor, torch.Tensor]], importance: list[torch.Tensor]
+) -> Iterator[Part]:
+    """Yield the parts of W_in, on the inputs times the gates."""
+    for weight, (states, gates), counts in zip(weights, tokens, importance, strict=True):
+        yield weight, _cross(states * gates, states * gates), counts
+
+
+def _fitted(
+    weights: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor], prune: bool
+) -> Iterator[Part]:
+    """Yield the parts of W_out; with `prune` fitted to make of the hidden states `after` what it made of `before`."""
+    for weight, old, new in zip(weights, before, after, strict=True):
+        moment = _cross(new, new)
+        yield refit_output(weight, _cross(old, new), moment) if prune else weight, moment, None
+
+
+def _install(experts: Any, name: str, rank: int, parts: Iterable[Part], config: LoSparseConfig, prune: bool) -> None:
     """Store a stacked weight as factors; S is all that U V lacks, or with `prune` only some of its rows."""
-    experts.install_low_rank(name, rank, None)
     columns = name in experts.sparse_columns
-    number = round(config.keep * weights[0].shape[columns])
-    for expert, weight in enumerate(weights):
-        mean = None if moments is None else moments[expert]
-        counts = None if importance is None else importance[expert]
+    number = round(config.keep * experts.dense_shape(name)[2 if columns else 1])
+    experts.install_low_rank(name, rank, None)
+    for expert, (weight, moment, importance) in enumerate(parts):
         if not prune:
-            u, v = FACTORISATION[config.factorisation](weight, rank, mean, counts)
+            u, v = FACTORISATION[config.factorisation](weight, rank, moment, importance)
             u, v = u.to(weight.dtype), v.to(weight.dtype)
             experts.set_factors(name, expert, u, v, weight.float() - u.float() @ v.float())
             continue
         if columns:
-            u, v, s, kept = split_columns(weight, rank, number, mean, config.factorisation)
+            u, v, s, kept = split_columns(weight, rank, number, moment, config.factorisation)
         else:
-            u, v, kept = split(weight, rank, number, mean, counts, config.factorisation)
+            u, v, kept = split(weight, rank, number, moment, importance, config.factorisation)
             u, v = u.to(weight.dtype), v.to(weight.dtype)
             s = (weight.float() - u.float() @ v.float()) * kept[:, None]
         experts.set_factors(name, expert, u, v, s)

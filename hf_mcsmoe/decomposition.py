@@ -110,6 +110,7 @@ def split_columns(
 
     Args:
         weight: [out, in].
+        rank: no more than the columns that are left.
         kept_columns: how many columns S keeps.
         moment: see `weighted_svd`.
     """
@@ -142,7 +143,7 @@ def _beside(
         across = moment[free][:, kept]
         inputs = moment[free][:, free] - across @ torch.linalg.solve(moment[kept][:, kept], across.T)
         inputs = (inputs + inputs.T) / 2
-    u, v = FACTORISATION[factorise](weight[:, free], min(rank, int(free.sum())), inputs, None)
+    u, v = FACTORISATION[factorise](weight[:, free], rank, inputs, None)
     return u, torch.zeros(len(v), len(kept), dtype=v.dtype, device=v.device).index_copy(1, free.nonzero()[:, 0], v)
 
 
