@@ -14,6 +14,7 @@ from recipe import (
     TaskArguments,
     calibration_samples,
     evaluate,
+    leave,
     load,
     load_model,
     mistakes_told_once,
@@ -81,6 +82,7 @@ def main() -> None:
     compact(model)
     trainer.save_model()
     evaluate(model, tokenizer, data, arguments, training.per_device_eval_batch_size, training.output_dir)
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ By generation: greedy, word for word, against all gold answers; or, for classifi
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
-from recipe import TaskArguments, check_processes, evaluate, load_data, mistakes_told_once, parse
+from recipe import TaskArguments, check_processes, evaluate, leave, load_data, mistakes_told_once, parse
 
 from hf_mcsmoe.loading import load_model, load_tokenizer
 
@@ -34,6 +34,7 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments.model_name_or_path)
         model = load_model(arguments.model_name_or_path, dtype=options.dtype)
     evaluate(model, tokenizer, data, arguments, options.per_device_eval_batch_size, options.output_dir)
+    leave()
 
 
 if __name__ == "__main__":

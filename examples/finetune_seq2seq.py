@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from recipe import TaskArguments, evaluate, load, mistakes_told_once, parse, train, trainer_data
+from recipe import TaskArguments, evaluate, leave, load, mistakes_told_once, parse, train, trainer_data
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_mcsmoe.losses import cross_entropy
@@ -85,6 +85,7 @@ def main() -> None:
     train(trainer)
     trainer.save_model()
     evaluate(model, tokenizer, data, arguments, training.per_device_eval_batch_size, training.output_dir)
+    leave()
 
 
 if __name__ == "__main__":

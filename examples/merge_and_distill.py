@@ -14,6 +14,7 @@ from recipe import (
     calibration_samples,
     check_num_experts,
     evaluate,
+    leave,
     load,
     made_once,
     mistakes_told_once,
@@ -77,6 +78,7 @@ def main() -> None:
         train(trainer)
     trainer.save_model()
     evaluate(model, tokenizer, data, arguments, batch_size, output_dir)
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +233,19 @@ def check_num_experts(model: PreTrainedModel, expected: int | None) -> None:
     for layer in moe_layers(model):
         if expected is not None and layer.num_experts != expected:
             raise ValueError(f"--num_experts {expected}, but {layer.name} has {layer.num_experts}.")
+
+
+def leave() -> None:
+    """Leave the other processes, at the end of a script.
+
+    The threads of gloo drop the tensors of the last exchange, for which they need the interpreter: one that ends just
+    then aborts (pytorch/pytorch#179291). DistributedDataParallel keeps these threads alive whatever is destroyed, so
+    they are given the time.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        time.sleep(0.5)
+    state.destroy_process_group()
 
 
 def made_once(make: Callable[[], PreTrainedModel], output_dir: str) -> PreTrainedModel:
