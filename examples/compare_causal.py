@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from compare_methods import METHODS
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from hf_mcsmoe import (
@@ -78,7 +78,7 @@ def distil(
             data_collator=collator(tokenizer),
             callbacks=[*callbacks],
         )
-        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 

@@ -12,6 +12,8 @@ import torch
 # Hidden states [n, F], targets [n, D], and bool [n] which of them are held out to judge.
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 RowSource = Callable[[], Iterable[Rows]]
+# Yields, per ridge, some rows of the output matrix.
+Solve = Callable[[slice, Sequence[float]], Iterator[torch.Tensor]]
 
 MAX_ITERATIONS = 100
 TOLERANCE = 1e-6
@@ -84,7 +86,8 @@ def refit(
         rows: gives the expert's tokens, as often as it is called.
         start: the weights that the ridge pulls to, float64 [D, F].
         ridges: in multiples of the mean of the Gram matrix's diagonal.
-        memory_limit: bytes; a wider expert is solved by conjugate gradients, which need no matrix [F, F].
+        memory_limit: bytes; a wider expert is solved without a matrix [F, F]: over its tokens where they are few, else
+            by conjugate gradients.
         final: whether the weight is fitted to the held-out tokens too once they have chosen the ridge.
     """
     # Two sums [F, F] and what their eigendecomposition takes.
@@ -170,36 +173,75 @@ def _refit_wide(
     Args:
         ridges: from the largest to the smallest, each of which starts where the one before it ended.
     """
-    # About eight matrices of a block in float64 are alive during the iterations.
-    size = max(1, memory_limit // (8 * 8 * start.shape[1]))
+    seen = [held_out for _, _, held_out in rows()]
+    judging = sum(int(held_out.sum()) for held_out in seen)
+    count = sum(map(len, seen)) - judging
+    width, number = start.shape[1], count + judging
+    # Hidden states and what they become; the Gram matrix of tokens and what its eigendecomposition takes.
+    taken = 8 * number * (2 * width + 6 * number)
+    method, rest = (_over_tokens, memory_limit - taken) if 2 * taken <= memory_limit else (_iteratively, memory_limit)
+    # About eight matrices of a block in float64 are alive at a time.
+    size = max(1, rest // (8 * 8 * width))
     blocks = [slice(first, first + size) for first in range(0, len(start), size)]
-    judged = [0.0] * (len(ridges) + 2)
+    if not (count and judging):
+        before, energy = errors(rows, [start])
+        return Solution(start, None, count, before, before, energy)
+    judged, solve = [0.0] * (len(ridges) + 2), method(rows, start, False)
     for block in blocks:
-        weights = [start[block], *(weight.clone() for weight in _solve_wide(rows, block, start[block], ridges, False))]
+        weights = [start[block], *solve(block, ridges)]
         for position, value in enumerate(errors(_columns(rows, block), weights)):
             judged[position] += value
-    counts = [int((held_out == part).sum()) for _, _, held_out in rows() for part in (False, True)]
     before, after, energy = judged[0], min(judged[1:-1]), judged[-1]
-    if not (sum(counts[::2]) and sum(counts[1::2]) and after < before):
-        return Solution(start, None, sum(counts[::2]), before, before, energy)
+    if not after < before:
+        return Solution(start, None, count, before, before, energy)
     ridge = ridges[judged[1:-1].index(after)]
-    weight = torch.cat([next(_solve_wide(rows, block, start[block], [ridge], final)) for block in blocks])
-    return Solution(weight, ridge, sum(counts[::2]), before, after, energy)
+    del solve
+    solve = method(rows, start, final)
+    weight = torch.cat([next(solve(block, [ridge])) for block in blocks])
+    return Solution(weight, ridge, count, before, after, energy)
 
 
 def _columns(rows: RowSource, block: slice) -> RowSource:
     return lambda: ((hidden, target[:, block], held_out) for hidden, target, held_out in rows())
 
 
-def _solve_wide(
-    rows: RowSource, block: slice, start: torch.Tensor, ridges: Sequence[float], all_tokens: bool
-) -> Iterator[torch.Tensor]:
-    """Yield, per ridge, the rows `block` of the output matrix, by conjugate gradients with diagonal preconditioner."""
+def _chosen(
+    rows: RowSource, like: torch.Tensor, all_tokens: bool
+) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return the source of hidden states and targets that a weight is fitted to, as floats like another tensor's."""
 
-    def chosen() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def source() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for hidden, target, held_out in rows():
             used = slice(None) if all_tokens else ~held_out
-            yield hidden[used].to(start), target[used][:, block].to(start)
+            yield hidden[used].to(like), target[used].to(like)
+
+    return source
+
+
+def _over_tokens(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solve:
+    """Solve exactly with the Gram matrix [n, n] of n tokens, where they are few for the width.
+
+    With `H` [n, F] and what the start misses, `M` [n, D], `W = start + M^T (H H^T + ridge m I)^-1 H`.
+    """
+    chosen = _chosen(rows, start, all_tokens)
+    hidden = torch.cat([hidden for hidden, _ in chosen()])
+    values, vectors = torch.linalg.eigh(hidden @ hidden.T)
+    values = values.clamp(min=0)
+    turned, scale = vectors.T @ hidden, hidden.square().sum() / start.shape[1]
+    del hidden
+
+    def solve(block: slice, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
+        target = torch.cat([target[:, block] for _, target in chosen()])
+        missing = vectors.T @ target - turned @ start[block].T
+        for ridge in ridges:
+            yield start[block] + (missing / (values + ridge * scale)[:, None]).T @ turned
+
+    return solve
+
+
+def _iteratively(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solve:
+    """Solve by conjugate gradients with diagonal preconditioner, which go over the tokens in every step."""
+    chosen = _chosen(rows, start, all_tokens)
 
     def times_gram(matrix: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(matrix)
@@ -207,14 +249,18 @@ def _solve_wide(
             total.addmm_((hidden @ matrix.T).T, hidden)
         return total
 
-    missing, diagonal = torch.zeros_like(start), start.new_zeros(start.shape[1])
-    for hidden, target in chosen():
-        missing.addmm_((target - hidden @ start.T).T, hidden)
-        diagonal += hidden.square().sum(0)
-    change = torch.zeros_like(start)
-    for ridge in ridges:
-        change = _conjugate_gradients(times_gram, missing, diagonal, ridge * diagonal.mean(), change)
-        yield start + change
+    def solve(block: slice, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
+        part = start[block]
+        missing, diagonal = torch.zeros_like(part), start.new_zeros(start.shape[1])
+        for hidden, target in chosen():
+            missing.addmm_((target[:, block] - hidden @ part.T).T, hidden)
+            diagonal += hidden.square().sum(0)
+        change = torch.zeros_like(part)
+        for ridge in ridges:
+            change = _conjugate_gradients(times_gram, missing, diagonal, ridge * diagonal.mean(), change)
+            yield part + change
+
+    return solve
 
 
 def _conjugate_gradients(

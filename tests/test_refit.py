@@ -101,6 +101,26 @@ def test_without_a_matrix_of_the_width_squared_the_answer_is_the_same(memory_lim
         assert getattr(wide, name) == pytest.approx(getattr(direct, name), rel=1e-5)
 
 
+@pytest.mark.parametrize("final", [True, False])
+def test_few_tokens_of_a_wide_expert_are_solved_exactly(final: bool) -> None:
+    width, outputs, tokens = 60, 50, 30
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator).double() for shape in ((tokens, width), (width, outputs))]
+    hidden, target, held_out = made[0], made[0] @ made[1], torch.arange(tokens) % 5 == 4
+    start = torch.zeros(outputs, width, dtype=torch.float64)
+    # No room for a matrix [60, 60] and its like; 20 rows of the output matrix at a time.
+    limit = 150_000
+    found = refit(_source((hidden, target, held_out), 7), start, [1e-3, 1.0], memory_limit=limit, final=final)
+    used = slice(None) if final else ~held_out
+    assert found.ridge is not None
+    assert (found.tokens, found.energy) == (24, pytest.approx(float(target[held_out].square().sum())))
+    expected = _stacked(hidden[used], target[used], start, found.ridge)
+    assert relative_error(found.weight, expected) < 1e-10, "conjugate gradients stop at 1e-6"
+    unseen = _stacked(hidden[~held_out], target[~held_out], start, found.ridge)
+    missed = (hidden[held_out] @ unseen.T - target[held_out]).square().sum()
+    assert found.after == pytest.approx(float(missed), rel=1e-9)
+
+
 def test_sums_over_parts_are_those_over_all() -> None:
     (hidden, target, _), weight = _rows()
     whole, parts = NormalEquations.empty(weight), NormalEquations.empty(weight)
