@@ -41,6 +41,8 @@ class MergedExperts(LowRankSparse):
             return product(self, hidden_states, index, weights)
         fastest = "eager" if looped else "grouped_mm"
         implementation = self.config._experts_implementation if self.follows_config else fastest
+        if implementation == "grouped_mm":  # Transformers' own copies all products to blank those of no expert
+            return grouped_experts_forward(self, hidden_states, index, weights)
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
         return run(self, hidden_states, index, weights)
 
@@ -55,7 +57,7 @@ class MergedExperts(LowRankSparse):
         self.num_experts = max(expert_map) + 1
         self.expert_map_values = list(expert_map)
         self.register_buffer("expert_map", values, persistent=False)
-        # Tells the grouped and the batched product to drop the index `num_experts`.
+        # Tells the products of Transformers to drop the index `num_experts`.
         self._is_expert_parallel = True
 
 

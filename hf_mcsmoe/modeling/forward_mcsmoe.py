@@ -79,7 +79,9 @@ def grouped_experts_forward(
     """
     tokens, top_k = top_k_index.shape
     picks = Picks.sort(top_k_index, self.num_experts)
-    states = hidden_states[picks.order // top_k].masked_fill(picks.none, 0)
+    states = hidden_states[picks.order // top_k]
+    if states.requires_grad:  # the gradient of rows of no expert is whatever is in memory
+        states = states.masked_fill(picks.none, 0)
     name = "gate_up_proj" if self.has_gate else "up_proj"
     hidden = _grouped_linear(self, states, name, picks)
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
@@ -127,7 +129,7 @@ def _grouped_linear(experts: nn.Module, states: torch.Tensor, name: str, picks: 
         weight = getattr(experts, name)
         output = moe._grouped_linear(states, weight, picks.ends, bias=bias, is_transposed=experts.is_transposed)
     # Grouped products leave rows of no expert as they find them in memory.
-    return output.masked_fill(picks.none, 0)
+    return output.masked_fill_(picks.none, 0)
 
 
 def _grouped_low_rank(experts: nn.Module, states: torch.Tensor, name: str, picks: Picks) -> torch.Tensor:
