@@ -208,12 +208,12 @@ def _columns(rows: RowSource, block: slice) -> RowSource:
 def _chosen(
     rows: RowSource, like: torch.Tensor, all_tokens: bool
 ) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """Return the source of hidden states and targets that a weight is fitted to, as floats like another tensor's."""
+    """Return the source of what a weight is fitted to: hidden states, as floats like another tensor's, and targets."""
 
     def source() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for hidden, target, held_out in rows():
             used = slice(None) if all_tokens else ~held_out
-            yield hidden[used].to(like), target[used].to(like)
+            yield hidden[used].to(like), target[used]
 
     return source
 
@@ -231,7 +231,7 @@ def _over_tokens(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solv
     del hidden
 
     def solve(block: slice, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
-        target = torch.cat([target[:, block] for _, target in chosen()])
+        target = torch.cat([target[:, block].to(start) for _, target in chosen()])
         missing = vectors.T @ target - turned @ start[block].T
         for ridge in ridges:
             yield start[block] + (missing / (values + ridge * scale)[:, None]).T @ turned
@@ -253,7 +253,7 @@ def _iteratively(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solv
         part = start[block]
         missing, diagonal = torch.zeros_like(part), start.new_zeros(start.shape[1])
         for hidden, target in chosen():
-            missing.addmm_((target[:, block] - hidden @ part.T).T, hidden)
+            missing.addmm_((target[:, block].to(start) - hidden @ part.T).T, hidden)
             diagonal += hidden.square().sum(0)
         change = torch.zeros_like(part)
         for ridge in ridges:
