@@ -68,6 +68,7 @@ def distil(
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            dataloader_pin_memory=torch.accelerator.is_available(),
             disable_tqdm=True,
         )
         trainer = DistillationTrainer(

@@ -29,6 +29,7 @@ from hf_mcsmoe.sparsification import prune_rows, zero_shot_importance
 from hf_mcsmoe.statistics import LayerStatistics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import compare_causal
 import compare_repair
 
 MODELS = Path(__file__).parents[2] / "shared" / "data" / "models"
@@ -208,3 +209,33 @@ def test_a_refit_and_low_rank_storage_without_training_stay_near_the_original() 
     assert (small.num_parameters() - others) / (dense - others) < 0.2
     assert repaired < stored["weighted_svd"] < 0.6 * before
     assert stored["weighted_svd"] < 0.2 * stored["svd"]
+
+
+def test_the_causal_comparison_prints_its_table_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, method = (QWEN / "validation.txt").read_text(), "M-SMoE (adaptive budget)"
+    for name, part in (("train", text[:20_000]), ("evaluation", text[20_000:30_000])):
+        (tmp_path / f"{name}.txt").write_text(" ".join(part.split()))
+    files = ["--train", tmp_path / "train.txt", "--evaluation", tmp_path / "evaluation.txt"]
+    options = ["--experts", 8, "--steps", 3, "--rank", 8, "--seeds", 0, "--threads", 1, "--methods", method]
+    monkeypatch.setattr(sys, "argv", ["compare_causal.py", *map(str, [QWEN, *files, *options])])
+    compare_causal.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| method | perplexity | parameters |")
+    table = {name.strip(): cells for _, name, *cells, _ in (line.split("|") for line in lines[2:])}
+    assert list(table) == [
+        "original",
+        *(method + state for state in (", not distilled", "", ", then MC-SMoE")),
+    ]
+    perplexity = {name: float(cells[0]) for name, cells in table.items()}
+    model = AutoModelForCausalLM.from_pretrained(QWEN).eval()
+    ids = AutoTokenizer.from_pretrained(QWEN)((tmp_path / "evaluation.txt").read_text(), return_tensors="pt")
+    rows = ids["input_ids"][0].split(128)
+    with torch.no_grad():
+        sums = [float(model(input_ids=row[None], labels=row[None]).loss) * (len(row) - 1) for row in rows]
+    expected = math.exp(sum(sums) / sum(len(row) - 1 for row in rows))
+    assert perplexity["original"] == pytest.approx(expected, abs=0.006)
+    assert perplexity[f"{method}, not distilled"] < 1.5 * expected
+    parameters = [int(cells[1].replace(",", "")) for cells in table.values()]
+    assert parameters[0] == model.num_parameters() > parameters[1] == parameters[2] > parameters[3]
