@@ -4,6 +4,7 @@ Letters as elsewhere, with F counting a column of ones where a bias is fitted al
 hidden states times the weights that the router gave it, `target` [n, D] what its output should be.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -176,6 +177,9 @@ def _refit_wide(
     seen = [held_out for _, _, held_out in rows()]
     judging = sum(int(held_out.sum()) for held_out in seen)
     count = sum(map(len, seen)) - judging
+    if not (count and judging):
+        before, energy = errors(rows, [start])
+        return Solution(start, None, count, before, before, energy)
     width, number = start.shape[1], count + judging
     # Hidden states and what they become; the Gram matrix of tokens and what its eigendecomposition takes.
     taken = 8 * number * (2 * width + 6 * number)
@@ -183,9 +187,6 @@ def _refit_wide(
     # About eight matrices of a block in float64 are alive at a time.
     size = max(1, rest // (8 * 8 * width))
     blocks = [slice(first, first + size) for first in range(0, len(start), size)]
-    if not (count and judging):
-        before, energy = errors(rows, [start])
-        return Solution(start, None, count, before, before, energy)
     judged, solve = [0.0] * (len(ridges) + 2), method(rows, start, False)
     for block in blocks:
         weights = [start[block], *solve(block, ridges)]
@@ -195,8 +196,9 @@ def _refit_wide(
     if not after < before:
         return Solution(start, None, count, before, before, energy)
     ridge = ridges[judged[1:-1].index(after)]
-    del solve
-    solve = method(rows, start, final)
+    if final:
+        del solve  # what it holds must not stay beside what the next one does
+        solve = method(rows, start, True)
     weight = torch.cat([next(solve(block, [ridge])) for block in blocks])
     return Solution(weight, ridge, count, before, after, energy)
 
@@ -205,17 +207,11 @@ def _columns(rows: RowSource, block: slice) -> RowSource:
     return lambda: ((hidden, target[:, block], held_out) for hidden, target, held_out in rows())
 
 
-def _chosen(
-    rows: RowSource, like: torch.Tensor, all_tokens: bool
-) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """Return the source of what a weight is fitted to: hidden states, as floats like another tensor's, and targets."""
-
-    def source() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for hidden, target, held_out in rows():
-            used = slice(None) if all_tokens else ~held_out
-            yield hidden[used].to(like), target[used]
-
-    return source
+def _chosen(rows: RowSource, like: torch.Tensor, all_tokens: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what a weight is fitted to: hidden states, as floats like another tensor's, and targets."""
+    for hidden, target, held_out in rows():
+        used = slice(None) if all_tokens else ~held_out
+        yield hidden[used].to(like), target[used]
 
 
 def _over_tokens(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solve:
@@ -223,7 +219,7 @@ def _over_tokens(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solv
 
     With `H` [n, F] and what the start misses, `M` [n, D], `W = start + M^T (H H^T + ridge m I)^-1 H`.
     """
-    chosen = _chosen(rows, start, all_tokens)
+    chosen = functools.partial(_chosen, rows, start, all_tokens)
     hidden = torch.cat([hidden for hidden, _ in chosen()])
     values, vectors = torch.linalg.eigh(hidden @ hidden.T)
     values = values.clamp(min=0)
@@ -241,7 +237,7 @@ def _over_tokens(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solv
 
 def _iteratively(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solve:
     """Solve by conjugate gradients with diagonal preconditioner, which go over the tokens in every step."""
-    chosen = _chosen(rows, start, all_tokens)
+    chosen = functools.partial(_chosen, rows, start, all_tokens)
 
     def times_gram(matrix: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(matrix)

@@ -1,11 +1,14 @@
 """What several test files share: calibration batches, logits, and a grouping of the test's own choice."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from families import inputs
 from transformers import PreTrainedModel
+from transformers.integrations import moe
 
 from hf_mcsmoe.grouping import Groups
 
@@ -79,3 +82,27 @@ def shuffled(weights: Expert, seed: int) -> Expert:
     order = torch.randperm(len(weights["up"]), generator=torch.Generator().manual_seed(seed))
     moved = {"down": weights["down"][:, order], "down_bias": weights.get("down_bias")}
     return {role: moved[role] if role in moved else value[order] for role, value in weights.items()}
+
+
+class _Poisoned(torch.autograd.Function):
+    """Rows from a place on are NaN, and so are their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, start: int) -> torch.Tensor:
+        ctx.start = start
+        return values.index_fill(0, torch.arange(start, len(values)), math.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0].index_fill(0, torch.arange(ctx.start, len(gradients[0])), math.nan), None
+
+
+def poison_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let grouped products leave NaN in rows of no group, forward and backward, as memory may hold on a device."""
+    product = moe._grouped_linear
+
+    def poisoned(states: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        end = int(offs[-1])
+        return _Poisoned.apply(product(_Poisoned.apply(states, end), weight, offs, **kwargs), end)
+
+    monkeypatch.setattr(moe, "_grouped_linear", poisoned)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batches, relative_error
+from helpers import batches, poison_grouped_products, relative_error
 from layouts import LAYOUTS
 from merged import example
 from torch import nn
@@ -57,20 +57,27 @@ def _routing(experts: Any, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, t
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_sums_and_gradients_are_those_of_the_loop(name: str, form: str) -> None:
+@pytest.mark.parametrize("frozen_input", [False, True])
+def test_the_sums_and_gradients_are_those_of_the_loop(
+    name: str, form: str, frozen_input: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison_grouped_products(monkeypatch)
     experts = _experts(name, form)
     hidden, index, weights = _routing(experts)
     trained = [tensor for tensor in experts.parameters() if tensor.requires_grad]
     results = []
     for forward in (eager_experts_forward, grouped_experts_forward):
-        inputs = [hidden.clone().requires_grad_(), weights.clone().requires_grad_()]
+        inputs = [hidden.clone().requires_grad_(not frozen_input), weights.clone().requires_grad_()]
         output = forward(experts, inputs[0], index, inputs[1])
-        wanted = [*inputs, *trained]
+        wanted = [*inputs[frozen_input:], *trained]
         gradients = torch.autograd.grad(output.square().sum(), wanted, allow_unused=True)
         filled = [
             torch.zeros_like(one) if found is None else found for one, found in zip(wanted, gradients, strict=True)
         ]
-        filled[1] = filled[1].masked_fill(weights == 0, 0)  # what the picks of no expert tell the router is unused
+        router = 0 if frozen_input else 1
+        filled[router] = filled[router].masked_fill(
+            weights == 0, 0
+        )  # what the picks of no expert tell the router is unused
         results.append([output.detach(), *filled])
     for found, expected in zip(results[1], results[0], strict=True):
         assert relative_error(found, expected) < 1e-5 if expected.any() else not found.any()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import poison_grouped_products
 from merged import example
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,16 +63,18 @@ def _naive(experts: MergedExperts, hidden: torch.Tensor, index: torch.Tensor, we
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_output_is_the_sum_over_the_picks(
-    implementation: str, experts: MergedExperts, routing: tuple[torch.Tensor, ...]
+    implementation: str, experts: MergedExperts, routing: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    poison_grouped_products(monkeypatch)
     experts.config._experts_implementation = implementation
     torch.testing.assert_close(experts(*routing), _naive(experts, *routing), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_gradients_are_those_of_the_sum_over_the_picks(
-    implementation: str, experts: MergedExperts, routing: tuple[torch.Tensor, ...]
+    implementation: str, experts: MergedExperts, routing: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    poison_grouped_products(monkeypatch)
     experts.config._experts_implementation = implementation
     hidden, index, weights = routing
     inputs = [hidden.requires_grad_(), weights.requires_grad_(), experts.gate_up_proj, experts.down_proj]
