@@ -33,11 +33,11 @@ from hf_mcsmoe import (
     compress,
     decompose_experts,
 )
-from hf_mcsmoe.accounting import Account, account
-from hf_mcsmoe.data import read_samples
-from hf_mcsmoe.evaluation import perplexity
-from hf_mcsmoe.loading import load_model, load_tokenizer
-from hf_mcsmoe.task_data import Feature, collator, feature_batches, text_features
+from hf_mcsmoe.data.features import Feature, collator, feature_batches, text_features
+from hf_mcsmoe.data.text import read_samples
+from hf_mcsmoe.evaluation.costs import Account, account
+from hf_mcsmoe.evaluation.quality import perplexity
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
 REFIT, ONE_SHOT = "M-SMoE, refit", "MC-SMoE in one shot"
 NAMES = [*METHODS, REFIT, ONE_SHOT]

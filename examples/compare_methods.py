@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
-from hf_mcsmoe.data import calibration_batches
-from hf_mcsmoe.denoising import MEAN_SPAN, NOISE_DENSITY
-from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.data.spans import MEAN_SPAN, NOISE_DENSITY
+from hf_mcsmoe.data.text import calibration_batches
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
 METHODS: dict[str, dict] = {
     "M-SMoE (adaptive budget)": {},

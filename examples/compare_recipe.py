@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_mcsmoe.accounting import account, expert_parameters
-from hf_mcsmoe.data import calibration_batches
-from hf_mcsmoe.evaluation import WAYS
-from hf_mcsmoe.loading import load_model, load_tokenizer
-from hf_mcsmoe.tasks import get_task, task_rows
+from hf_mcsmoe.data.tasks import get_task, task_rows
+from hf_mcsmoe.data.text import calibration_batches
+from hf_mcsmoe.evaluation.costs import account, expert_parameters
+from hf_mcsmoe.evaluation.quality import WAYS
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
 SCRIPTS = Path(__file__).parent
 FINETUNE, MERGE, COMPRESS = "finetune_seq2seq.py", "merge_and_distill.py", "compress_and_distill.py"

@@ -28,11 +28,11 @@ from hf_mcsmoe import (
     merge_experts,
     plan_merge,
 )
-from hf_mcsmoe.accounting import expert_parameters
-from hf_mcsmoe.denoising import denoising_batches
-from hf_mcsmoe.layer_repair import RepairConfig
-from hf_mcsmoe.loading import load_model, load_tokenizer
-from hf_mcsmoe.repair import repair_experts
+from hf_mcsmoe.data.spans import denoising_batches
+from hf_mcsmoe.evaluation.costs import expert_parameters
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.repair.repair import repair_experts
 
 METHODS: dict[str, RepairConfig] = {
     "refit": RepairConfig(),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from accelerate import PartialState
 from recipe import TaskArguments, check_processes, evaluate, leave, load_data, mistakes_told_once, parse
 
-from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
 
 @dataclass

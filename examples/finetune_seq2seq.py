@@ -16,7 +16,7 @@ import torch
 from recipe import TaskArguments, evaluate, leave, load, mistakes_told_once, parse, train, trainer_data
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from hf_mcsmoe.losses import cross_entropy
+from hf_mcsmoe.distillation.losses import cross_entropy
 
 # The routers' losses in a model's outputs, on each of its sides, and where its configuration weighs them.
 ROUTER_LOSSES = {"z_loss": "router_z_loss_coef", "aux_loss": "router_aux_loss_coef"}

@@ -25,13 +25,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_mcsmoe.adapters import moe_layers
-from hf_mcsmoe.data import Sample
+from hf_mcsmoe.data.features import Feature, pair_features
+from hf_mcsmoe.data.tasks import TASKS, Example, Task, get_task, task_rows
+from hf_mcsmoe.data.text import Sample
 from hf_mcsmoe.distillation.checkpoints import last_checkpoint, written_last
-from hf_mcsmoe.evaluation import check_labels, predict, score
-from hf_mcsmoe.loading import load_model, load_tokenizer
-from hf_mcsmoe.task_data import Feature, pair_features
-from hf_mcsmoe.tasks import TASKS, Example, Task, get_task, task_rows
+from hf_mcsmoe.evaluation.quality import check_labels, predict, score
+from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
 # The paper's optimiser (appendix on training): the same for all tasks.
 PAPER = {

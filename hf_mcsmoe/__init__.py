@@ -2,11 +2,9 @@
 
 from transformers import AutoConfig
 
-from hf_mcsmoe.adapters import MoELayer, moe_layers
-from hf_mcsmoe.calibration import collect_statistics
-from hf_mcsmoe.compress import compress, merge_experts
-from hf_mcsmoe.config import LoSparseConfig, MergeConfig
-from hf_mcsmoe.decompose import compact, decompose_experts
+from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.compress import compress
 from hf_mcsmoe.distillation import (
     DistillationArguments,
     DistillationSeq2SeqArguments,
@@ -14,13 +12,18 @@ from hf_mcsmoe.distillation import (
     DistillationTrainer,
     store_teacher_outputs,
 )
-from hf_mcsmoe.layer_repair import RepairConfig
+from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
+from hf_mcsmoe.low_rank.pruning import SparsificationCallback
+from hf_mcsmoe.merge import merge_experts
+from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.auto import RegisteredConfig
 from hf_mcsmoe.modeling.modeling_mcsmoe import LoSparseLinear, MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
-from hf_mcsmoe.repair import repair_experts
-from hf_mcsmoe.sparsification import SparsificationCallback
-from hf_mcsmoe.statistics import RoutingStatistics
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.repair.repair import repair_experts
 
 __all__ = [
     "DistillationArguments",

@@ -3,36 +3,23 @@
 `refinement.py` then repairs the merged layers and stores them as low rank + sparse (section 3.2).
 """
 
-import copy
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 
-import torch
-from accelerate import dispatch_model
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.accounting import account, folder_bytes, stored_bytes
-from hf_mcsmoe.adapters import MoELayer, fused_views
-from hf_mcsmoe.alignment import ALIGNMENT
-from hf_mcsmoe.calibration import Batch, collect_statistics, fingerprint, uncompressed_layers
-from hf_mcsmoe.config import LoSparseConfig, MergeConfig
-from hf_mcsmoe.experts import ExpertWeights
-from hf_mcsmoe.layer_repair import RepairConfig
-from hf_mcsmoe.merging import merge_group
-from hf_mcsmoe.model_card import model_card
-from hf_mcsmoe.modeling.auto import register_family
-from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
-from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
-from hf_mcsmoe.offloading import detach, detach_all, is_hooked, onloaded, unhooked_copies
-from hf_mcsmoe.plan import LayerPlan, MergePlan, check_request, plan_merge, tied_layers
+from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.evaluation.costs import account, folder_bytes
+from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.find import uncompressed_layers
+from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.merge import Progress, merge_experts
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.plan import check_request, plan_merge
 from hf_mcsmoe.refinement import check_refinement, refine_and_account, wanted
-
-PLAN_FILE = "mcsmoe_plan.json"
-Progress = Callable[[str, int, int], None]
+from hf_mcsmoe.repair.methods import RepairConfig
 
 
 def compress(
@@ -85,166 +72,3 @@ def _check_consumed(repair: RepairConfig | None, low_rank: LoSparseConfig | None
             f"With energy={low_rank.energy} the merged weights decide on the ranks, and consume=True leaves no model "
             "to go back to if they are too large: pass allow_dense=True, or leave out consume."
         )
-
-
-def merge_experts(
-    model: PreTrainedModel, plan: MergePlan, *, consume: bool = False, progress: Progress | None = None
-) -> PreTrainedModel:
-    """Return a model of a subclass of `type(model)` whose layers hold the merged experts of `plan`.
-
-    Args:
-        consume: turn `model` itself into the result, freeing each layer's experts as it goes; otherwise it stays
-            usable and unchanged, and the result shares no memory with it.
-        progress: called as `progress(layer name, layers done, layers)`.
-
-    Raises:
-        ValueError: a plan of another model or with an unknown method, or weights that are not finite; raised before
-            anything is changed.
-    """
-    layers = {layer.name: layer for layer in uncompressed_layers(model)}
-    _check_plan(layers, plan)
-    before = replace(account(model), bytes_on_disk=folder_bytes(model.name_or_path))
-    tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
-    merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
-    result, done = _prepare(model, [layers[name] for name in merged], consume), 0
-    convert_model(
-        result,
-        {name: {"num_experts": len(item.expert_map), "expert_map": item.expert_map} for name, item in merged.items()},
-    )
-    result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
-    waiting = tied_layers([layers.pop(name) for name in merged])
-    while waiting:  # taken off the list, which would keep the experts of the layers that are done
-        first, *others = waiting.pop(0)
-        experts = _merge_layer(first, merged[first.name], result, plan)
-        for layer in others:
-            _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
-        done += 1 + len(others)
-        if progress:
-            progress(first.name, done, len(merged))
-    adopt_inner_models(result)
-    _redispatch(result)
-    register_family(result.config.base_model_type)
-    accounts = {"before": before, "after": replace(account(result), bytes_on_disk=stored_bytes(result))}
-    files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, accounts)}
-    vars(result)["mcsmoe_files"] = files
-    return result
-
-
-def _check_plan(layers: dict[str, MoELayer], plan: MergePlan) -> None:
-    sizes = {name: layer.num_experts for name, layer in layers.items()}
-    fits = all(len(item.expert_map) == sizes.get(name) for name, item in plan.layers.items())
-    if not fits or fingerprint(list(layers.values())) != plan.fingerprint:
-        raise ValueError("The plan was made for another model; make one with plan_merge for this one.")
-    for shared in tied_layers(list(layers.values())):
-        items = [plan.layers.get(layer.name) for layer in shared]
-        if any(item != items[0] for item in items):
-            names = ", ".join(layer.name for layer in shared)
-            raise ValueError(f"The layers {names} share their experts; the plan must say the same of all of them.")
-    _alignment_method(plan)
-    for name in plan.layers:
-        with onloaded(layers[name].container):
-            weights = layers[name].read()
-            for expert in range(len(weights)):
-                if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
-                    raise ValueError(
-                        f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged."
-                    )
-
-
-def _alignment_method(plan: MergePlan) -> Callable[..., torch.Tensor | None]:
-    return ALIGNMENT[plan.alignment or plan.config["alignment"]]
-
-
-def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan) -> MergedExperts:
-    """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
-    if layer.model is result:
-        for module in layer.container.modules():
-            detach(module, module)
-    with onloaded(layer.container):
-        weights = layer.read()
-        device = weights.expert(0)["down"].device
-        permutations = _alignments(weights, item, plan)
-        experts = install_layer(result, layer.name, item.expert_map)
-        _materialise(experts, device)
-        target = fused_views(experts)
-        for group in range(len(item.dominant)):
-            members = item.members(group)
-            shares = [item.weights[member] for member in members]
-            target.set_expert(group, merge_group(weights, members, shares, [permutations.get(m) for m in members]))
-    return experts
-
-
-def _tie(experts: MergedExperts, source: MergedExperts) -> None:
-    """Let `experts` hold the parameters of `source`, as the two layers of the original did."""
-    for name, parameter in source.named_parameters(recurse=False):
-        setattr(experts, name, parameter)
-    experts.set_expert_map(source.expert_map_values, source.expert_map.device)
-
-
-def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
-    """Return a permutation int [F] per expert that has to be aligned, solved side by side.
-
-    Experts alone in their group, references and members of weight 0 need none.
-    """
-    align, first = _alignment_method(plan), plan.config["reference"] == "first"
-    shared = [group for group in range(len(item.dominant)) if len(item.members(group)) > 1]
-    pairs = {
-        member: 0 if first else item.dominant[group]
-        for group in shared
-        for member in item.members(group)
-        if item.weights[member] != 0
-    }
-    pairs = {member: reference for member, reference in pairs.items() if member != reference}
-    if all(weight in (0, 1) for weight in item.weights):
-        return {}
-
-    def solve(pair: tuple[int, int]) -> torch.Tensor | None:
-        return align(weights.expert(pair[1]), weights.expert(pair[0]))
-
-    with ThreadPoolExecutor(max_workers=_solvers(weights)) as pool:
-        return dict(zip(pairs, pool.map(solve, pairs.items()), strict=True))
-
-
-def _solvers(weights: ExpertWeights) -> int:
-    """Return how many assignments to solve side by side: one a core, while their matrices fit the memory of a layer.
-
-    The solver releases the interpreter, and holds the costs [F, F] in float32 and once more in float64.
-    """
-    expert = weights.expert(0)
-    layer_bytes = len(weights) * sum(tensor.nbytes for tensor in expert.values())
-    return max(1, min(torch.get_num_threads(), layer_bytes // (12 * expert["up"].shape[0] ** 2)))
-
-
-def _prepare(model: PreTrainedModel, layers: list[MoELayer], consume: bool) -> PreTrainedModel:
-    """Return the model to be converted: `model` itself, or a copy of all of it but the experts that will be merged.
-
-    Accelerate's hooks are gone from it, but for those of experts of `model` itself, which are still to be read.
-    """
-    experts = [parameter for layer in layers for _, parameter in layer.parameters]
-    result = model
-    if not consume:
-        empty = {id(old): nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad) for old in experts}
-        result = copy.deepcopy(model, {**empty, **unhooked_copies(model)})
-    if is_hooked(model):
-        detach_all(model, result, {id(parameter) for parameter in experts})
-        result.tie_weights()
-    return result
-
-
-def _materialise(experts: MergedExperts, device: torch.device) -> None:
-    """Give experts that stand on the meta device memory on `device`."""
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        if parameter.is_meta:
-            memory = torch.empty_like(parameter, device=device)
-            setattr(experts, name, nn.Parameter(memory, parameter.requires_grad))
-    experts.set_expert_map(experts.expert_map_values, device)
-
-
-def _redispatch(result: PreTrainedModel) -> None:
-    """Spread the result over the devices of the original's map; if part of that was offloaded, all goes to the CPU."""
-    device_map = vars(result).pop("hf_device_map", None)
-    devices = {str(device) for device in (device_map or {}).values()}
-    if devices & {"cpu", "disk"}:
-        nn.Module.to(result, "cpu")
-    elif len(devices) > 1:
-        dispatch_model(result, device_map)

@@ -11,13 +11,14 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.calibration import collect_statistics
-from hf_mcsmoe.compress import merge_experts
-from hf_mcsmoe.config import LoSparseConfig, MergeConfig
-from hf_mcsmoe.layer_repair import RepairConfig
-from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
+from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.merge import merge_experts
+from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import plan_merge
 from hf_mcsmoe.refinement import refine
+from hf_mcsmoe.repair.methods import RepairConfig
 
 ASSETS = Path(__file__).parent / "demo_assets"
 BATCH_SIZE = 120

@@ -11,17 +11,18 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.adapters import MoELayer
-from hf_mcsmoe.calibration import check_finite, fingerprint, uncompressed_layers
-from hf_mcsmoe.config import REGISTRIES, MergeConfig
-from hf_mcsmoe.grouping import budget_total
+from hf_mcsmoe.calibration.collect import check_finite
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.find import fingerprint, tied_layers, uncompressed_layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.loading import public_name
+from hf_mcsmoe.methods.budget import budget_total
+from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
+from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
-from hf_mcsmoe.registry import method_name
-from hf_mcsmoe.statistics import RoutingStatistics
 
 FORMAT = "mcsmoe-plan"
 FORMAT_VERSION = 1
@@ -150,14 +151,6 @@ def plan_merge(model: PreTrainedModel, statistics: RoutingStatistics, config: Me
     return MergePlan(plans, _provenance(model, statistics, config, print_of_model), alignment)
 
 
-def tied_layers(layers: list[MoELayer]) -> list[list[MoELayer]]:
-    """Return the layers in lists that share one set of experts (an encoder tied to a decoder); mostly lists of one."""
-    shared: dict[int, list[MoELayer]] = {}
-    for layer in layers:
-        shared.setdefault(id(layer.parameters[0][1]), []).append(layer)
-    return list(shared.values())
-
-
 def selected_layers(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]:
     """Return the layers that no pattern of `config.skip` matches, nor a layer that shares their experts.
 
@@ -221,21 +214,6 @@ def _warn_if_few_tokens(layers: list[MoELayer], statistics: RoutingStatistics) -
             f"Few calibration tokens ({seen}) in {', '.join(few)}: groups rest on chance; calibrate on more text.",
             stacklevel=3,
         )
-
-
-def public_name(name_or_path: str | None) -> str:
-    """Return a Hub id as it is, and of a path, which says nothing elsewhere, only the last part."""
-    name = name_or_path or ""
-    return name if is_repo_id(name) else Path(name).name
-
-
-def is_repo_id(name: str) -> bool:
-    """Tell whether a model's name is the id of a Hub repository, not a path of some machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).exists()
 
 
 def _provenance(

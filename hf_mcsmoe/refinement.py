@@ -8,19 +8,20 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.accounting import Account, stored_bytes
-from hf_mcsmoe.adapters import MoELayer, moe_layers
-from hf_mcsmoe.calibration import Batch
-from hf_mcsmoe.config import LoSparseConfig, MergeConfig
-from hf_mcsmoe.decompose import compact, decompose_experts
-from hf_mcsmoe.grouping import BUDGET, adaptive_budget, uniform_budget
-from hf_mcsmoe.layer_repair import RepairConfig
-from hf_mcsmoe.model_card import add_to_card, describe_costs
+from hf_mcsmoe.card import add_to_card, describe_costs
+from hf_mcsmoe.evaluation.costs import Account, stored_bytes
+from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.find import moe_layers, tied_layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
+from hf_mcsmoe.low_rank.ranks import check_low_rank
+from hf_mcsmoe.methods.budget import BUDGET, adaptive_budget, uniform_budget
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.plan import tied_layers
-from hf_mcsmoe.ranks import check_low_rank
-from hf_mcsmoe.registry import method_name
-from hf_mcsmoe.repair import repair_experts
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.repair.repair import repair_experts
 
 REPAIR_TEXT = (
     "Each changed layer was fitted to the original one on the calibration data, layer by layer (method `{method}`)."

@@ -10,7 +10,7 @@ from families import inputs
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
-from hf_mcsmoe.grouping import Groups
+from hf_mcsmoe.methods.grouping import Groups
 
 Batch = dict[str, torch.Tensor]
 # The fixture that runs a command line and returns its exit code, standard output and error.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_mcsmoe import demo
-from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

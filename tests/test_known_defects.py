@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, collect_statistics, compress, merge_experts, moe_layers, plan_merge
-from hf_mcsmoe.alignment import weight_matching
-from hf_mcsmoe.config import REGISTRIES
-from hf_mcsmoe.grouping import dominant_groups
+from hf_mcsmoe.methods.alignment import weight_matching
+from hf_mcsmoe.methods.config import REGISTRIES
+from hf_mcsmoe.methods.grouping import dominant_groups
 from hf_mcsmoe.modeling.modeling_mcsmoe import MCSMoEMixtralForCausalLM
 
 EXPERTS_BYTES = 4 * 3 * 24 * 32  # one expert of the tiny Mixtral, in float32

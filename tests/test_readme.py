@@ -40,7 +40,7 @@ def test_the_steps_one_by_one_run(tmp_path: Path) -> None:
 
 ROWS = """
 from hf_mcsmoe.demo import demo_examples
-from hf_mcsmoe.task_data import pair_features
+from hf_mcsmoe.data.features import pair_features
 
 pairs = [(f"<{item.task}>{item.source}", item.target) for item in demo_examples("calibration")[:16]]
 dataset = pair_features(pairs, tokenizer, 32, 32)

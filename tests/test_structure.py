@@ -1,6 +1,7 @@
-"""Imports go downward through five levels, and what travels with a checkpoint depends on nothing of the package."""
+"""Imports go down the floors of the house, and what travels with a checkpoint depends on nothing of the package."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,51 +9,84 @@ import pytest
 import hf_mcsmoe
 
 ROOT = Path(hf_mcsmoe.__file__).parent
-LEVELS = [
-    "modeling registry experts",
-    "adapters choices denoising data loading offloading tasks",
-    "statistics saliency similarity grouping alignment merging decomposition refit losses metrics",
-    "config calibration plan model_card compress activations layer_outputs layer_repair repair ranks decompose "
-    "refinement distillation importance sparsification evaluation accounting task_data",
-    "demo cli",
+# From the ground up; the rooms of a floor do not know each other. A room is a folder, or a file at the top.
+FLOORS = [
+    ["modeling", "methods"],
+    ["layers", "data"],
+    ["calibration", "evaluation"],
+    ["plan"],
+    ["card"],
+    ["repair", "low_rank"],
+    ["merge", "distillation", "refinement"],
+    ["compress"],
+    ["demo"],
+    ["cli"],
 ]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+# What the numeric core may import besides itself and the standard library.
+NUMERIC = {"torch", "scipy"}
+# What a file that travels finds wherever Transformers is.
+TRAVELS_WITH = {"torch", "transformers", "huggingface_hub"}
 
 
-def imports(path: Path) -> set[str]:
-    """Return the parts of the package that a file imports absolutely."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-    return {node.module.split(".")[1] for node in nodes if (node.module or "").startswith("hf_mcsmoe.")}
-
-
-def part(path: Path) -> str:
-    """Return the file or folder of the package that a path belongs to."""
+def room(path: Path) -> str:
+    """Return the room that a file of the package belongs to."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports absolutely, wherever in the file."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+
+
+def rooms_below(path: Path) -> set[str]:
+    """Return the rooms that a file imports from, its own left out."""
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("hf_mcsmoe.")}
+    return parts - {room(path)}
+
+
+def test_every_room_stands_on_one_floor() -> None:
+    assert sorted(FLOOR) == sorted({room(path) for path in FILES})
+    assert sum(map(len, FLOORS)) == len(FLOOR)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_its_own_level_or_below(path: Path) -> None:
-    assert all(LEVEL[other] <= LEVEL[part(path)] for other in imports(path))
+def test_a_file_imports_from_floors_below_alone(path: Path) -> None:
+    upward = {other for other in rooms_below(path) if FLOOR[other] >= FLOOR[room(path)]}
+    assert not upward
 
 
-def test_there_is_no_cycle() -> None:
-    needs: dict[str, set[str]] = {name: set() for name in LEVEL}
-    for path in FILES:
-        needs[part(path)] |= imports(path) - {part(path)}
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_imported_from_the_public_front(path: Path) -> None:
+    assert "hf_mcsmoe" not in imported(path)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {ROOT}), ids=lambda path: path.name)
+def test_there_is_no_cycle_within_a_room(folder: Path) -> None:
+    name = f"hf_mcsmoe.{folder.name}."
+    files = {path.stem: path for path in folder.glob("*.py") if path.stem != "__init__"}
+    needs = {
+        stem: {m.removeprefix(name) for m in imported(path) if m.startswith(name)} for stem, path in files.items()
+    }
     while needs:
-        free = {name for name, others in needs.items() if not others & needs.keys()}
+        free = {stem for stem, others in needs.items() if not (others - {stem}) & needs.keys()}
         assert free, f"a cycle among {sorted(needs)}"
-        needs = {name: others for name, others in needs.items() if name not in free}
+        needs = {stem: others for stem, others in needs.items() if stem not in free}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("modeling/*_mcsmoe.py")), ids=lambda path: path.name)
 def test_what_travels_imports_nothing_of_the_package(path: Path) -> None:
-    assert "hf_mcsmoe" not in path.read_text().replace("Upgrade hf_mcsmoe", "")
+    names = {name.split(".")[0] for name in imported(path)}
+    assert "hf_mcsmoe" not in names
+    known = names & TRAVELS_WITH
+    standard = {name for name in names if name in sys.stdlib_module_names}
+    assert names == known | standard
 
 
-@pytest.mark.parametrize("level", [2])
-def test_the_numeric_core_imports_no_model_code(level: int) -> None:
-    for name in LEVELS[level].split():
-        nodes = [node for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())) if hasattr(node, "module")]
-        assert not any((node.module or "").startswith(("transformers", "accelerate")) for node in nodes), name
+@pytest.mark.parametrize("path", sorted(ROOT.glob("methods/*.py")), ids=lambda path: path.name)
+def test_the_numeric_core_imports_tensors_alone(path: Path) -> None:
+    names = {name.split(".")[0] for name in imported(path)} - {"hf_mcsmoe"}
+    assert all(name in NUMERIC or name in sys.stdlib_module_names for name in names)

@@ -25,8 +25,8 @@ from hf_mcsmoe import (
     plan_merge,
     repair_experts,
 )
-from hf_mcsmoe.sparsification import prune_rows, zero_shot_importance
-from hf_mcsmoe.statistics import LayerStatistics
+from hf_mcsmoe.low_rank.pruning import prune_rows, zero_shot_importance
+from hf_mcsmoe.methods.statistics import LayerStatistics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import compare_causal

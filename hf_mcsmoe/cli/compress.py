@@ -13,9 +13,8 @@ import typer
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.accounting import REPETITIONS, account, folder_bytes
-from hf_mcsmoe.adapters import MoELayer
-from hf_mcsmoe.calibration import collect_statistics, uncompressed_layers
+from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import console, cost_table, plan_table, progress_bar
 from hf_mcsmoe.cli.options import (
     DeviceMap,
@@ -28,15 +27,18 @@ from hf_mcsmoe.cli.options import (
     options_of,
     parse_experts,
 )
-from hf_mcsmoe.compress import merge_experts
-from hf_mcsmoe.config import LoSparseConfig, MergeConfig, option_help
-from hf_mcsmoe.data import calibration_batches, read_samples
-from hf_mcsmoe.grouping import budget_total
-from hf_mcsmoe.layer_repair import REPAIR, RepairConfig
-from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
-from hf_mcsmoe.plan import check_request, plan_merge, selected_layers, tied_layers
+from hf_mcsmoe.data.text import calibration_batches, read_samples
+from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes
+from hf_mcsmoe.layers.find import tied_layers, uncompressed_layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
+from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.merge import merge_experts
+from hf_mcsmoe.methods.budget import budget_total
+from hf_mcsmoe.methods.config import MergeConfig, option_help
+from hf_mcsmoe.plan import check_request, plan_merge, selected_layers
 from hf_mcsmoe.refinement import check_refinement, refine_and_account
-from hf_mcsmoe.statistics import RoutingStatistics
+from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 
 KEEP = 0.1
 MERGE = ["budget", "min_experts", "saliency", "similarity", "grouping", "alignment", "reference", "merging"]

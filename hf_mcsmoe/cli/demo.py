@@ -7,7 +7,7 @@ import typer
 
 from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import Experts, Overwrite, parse_experts
-from hf_mcsmoe.loading import check_output
+from hf_mcsmoe.layers.loading import check_output
 
 
 def demo_command(

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from hf_mcsmoe.accounting import Account, cost_rows
-from hf_mcsmoe.adapters import MoELayer
+from hf_mcsmoe.evaluation.costs import Account, cost_rows
+from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.plan import MergePlan
 
 console = Console()

@@ -13,8 +13,7 @@ from peft import PeftModel
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
-from hf_mcsmoe.accounting import REPETITIONS, Account, account, folder_bytes, stored_bytes
-from hf_mcsmoe.adapters import moe_layers
+from hf_mcsmoe.card import add_to_card, adopt_card, describe_costs
 from hf_mcsmoe.cli.display import console, cost_table
 from hf_mcsmoe.cli.options import Overwrite, Tokenizer, described, itemsize, options_of
 from hf_mcsmoe.cli.sources import Source
@@ -25,9 +24,8 @@ from hf_mcsmoe.cli.training import (
     training_progress,
     working_folder,
 )
-from hf_mcsmoe.config import LoSparseConfig, option_help
-from hf_mcsmoe.data import check_token_ids
-from hf_mcsmoe.decompose import compact, decompose_experts
+from hf_mcsmoe.data.features import Feature, collator, feature_batches
+from hf_mcsmoe.data.text import check_token_ids
 from hf_mcsmoe.distillation import (
     DistillationArguments,
     DistillationOptions,
@@ -36,12 +34,15 @@ from hf_mcsmoe.distillation import (
     DistillationTrainer,
 )
 from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
-from hf_mcsmoe.loading import check_output, empty_model, load_model, load_tokenizer
-from hf_mcsmoe.model_card import add_to_card, adopt_card, describe_costs
+from hf_mcsmoe.evaluation.costs import REPETITIONS, Account, account, folder_bytes, stored_bytes
+from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
+from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
+from hf_mcsmoe.low_rank.pruning import SparsificationCallback
+from hf_mcsmoe.low_rank.ranks import check_low_rank
+from hf_mcsmoe.methods.config import option_help
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
-from hf_mcsmoe.ranks import check_low_rank
-from hf_mcsmoe.sparsification import SparsificationCallback
-from hf_mcsmoe.task_data import Feature, collator, feature_batches
 
 # Fields of DistillationOptions that are options of the command; a new one needs its name here, and no more.
 DISTILLATION = [

@@ -14,16 +14,16 @@ from rich.markup import escape
 from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.accounting import folder_bytes
-from hf_mcsmoe.choices import CHOICES
 from hf_mcsmoe.cli.display import Advance, console, progress_bar
 from hf_mcsmoe.cli.options import DeviceMap, Tokenizer, itemsize, options_of
 from hf_mcsmoe.cli.sources import Contents, Source
-from hf_mcsmoe.data import check_token_ids
-from hf_mcsmoe.evaluation import check_labels, check_way, multiple_choice, perplexity, predict, score
-from hf_mcsmoe.loading import empty_model, load_model, load_tokenizer
-from hf_mcsmoe.task_data import feature_batches
-from hf_mcsmoe.tasks import Task
+from hf_mcsmoe.data.choices import CHOICES
+from hf_mcsmoe.data.features import feature_batches
+from hf_mcsmoe.data.tasks import Task
+from hf_mcsmoe.data.text import check_token_ids
+from hf_mcsmoe.evaluation.costs import folder_bytes
+from hf_mcsmoe.evaluation.quality import check_labels, check_way, multiple_choice, perplexity, predict, score
+from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 
 Figures = dict[str, float]
 

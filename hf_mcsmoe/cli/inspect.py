@@ -1,12 +1,12 @@
 """`hf-mcsmoe inspect`."""
 
-from hf_mcsmoe.adapters import moe_layers
 from hf_mcsmoe.cli.compress import saved_parameters
 from hf_mcsmoe.cli.display import console, layer_table
 from hf_mcsmoe.cli.options import Experts, Model, Skip, parse_experts
-from hf_mcsmoe.config import MergeConfig
-from hf_mcsmoe.loading import empty_model
-from hf_mcsmoe.plan import check_request, tied_layers
+from hf_mcsmoe.layers.find import moe_layers, tied_layers
+from hf_mcsmoe.layers.loading import empty_model
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.plan import check_request
 
 
 def inspect_command(model: Model, experts: Experts = "0.5", skip: Skip = None) -> None:

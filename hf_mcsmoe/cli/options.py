@@ -10,7 +10,7 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.config import option_help
+from hf_mcsmoe.methods.config import option_help
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
 Experts = Annotated[str, typer.Option(help=option_help("experts"))]

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.options import described
-from hf_mcsmoe.data import Sample, read_samples
-from hf_mcsmoe.task_data import Feature, task_features, text_features
-from hf_mcsmoe.tasks import TASKS, Task, get_task, task_rows
+from hf_mcsmoe.data.features import Feature, task_features, text_features
+from hf_mcsmoe.data.tasks import TASKS, Task, get_task, task_rows
+from hf_mcsmoe.data.text import Sample, read_samples
 
 TEXT_LENGTH = 512
 # Options that go with one kind of source only.

@@ -18,8 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import described
+from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.distillation.checkpoints import last_checkpoint
-from hf_mcsmoe.tasks import Task
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE, WARMUP_STEPS = 3.0, 5e-5, 8, 16
 # Losses are logged so often in a run.

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_mcsmoe.config import option
-from hf_mcsmoe.registry import unknown
+from hf_mcsmoe.methods.config import option
+from hf_mcsmoe.methods.registry import unknown
 
 TRAIN_PARTS = ("all", "experts", "routers", "lora")
 WEIGHTS = ("kd_weight", "hidden_weight", "expert_weight")

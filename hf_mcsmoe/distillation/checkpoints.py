@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_mcsmoe.sparsification import OPTIONS_FILE, SparsificationCallback
+from hf_mcsmoe.low_rank.pruning import OPTIONS_FILE, SparsificationCallback
 
 WEIGHTS = {True: "adapter_model*.safetensors", False: "model*.safetensors"}
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.adapters import MoELayer, moe_layers
-from hf_mcsmoe.calibration import Batch, mask_of, side_of, token_masks
-from hf_mcsmoe.losses import squared_error
+from hf_mcsmoe.distillation.losses import squared_error
+from hf_mcsmoe.layers.batches import Batch, mask_of, side_of, token_masks
+from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.layer import MoELayer
 
 Outputs = dict[str, torch.Tensor]
 # Rows of the training set on which the scale of the teacher's outputs is measured.

@@ -7,10 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.calibration import Batch
 from hf_mcsmoe.distillation.expert_outputs import ExpertOutputs, Outputs, observed_outputs
-from hf_mcsmoe.distillation.teacher_outputs import STORED
-from hf_mcsmoe.losses import (
+from hf_mcsmoe.distillation.losses import (
     aligned_labels,
     cross_entropy,
     distillation_sums,
@@ -19,6 +17,8 @@ from hf_mcsmoe.losses import (
     squared_error,
     top_kl_divergence,
 )
+from hf_mcsmoe.distillation.teacher_outputs import STORED
+from hf_mcsmoe.layers.batches import Batch
 
 # Per term of the loss the argument that weighs it.
 TERMS = {"task_loss": None, "kd_loss": "kd_weight", "hidden_loss": "hidden_weight", "expert_loss": "expert_weight"}

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from hf_mcsmoe.loading import load_model, load_tokenizer
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.modeling.saving_mcsmoe import TOKENIZER, source_folder
 
 

@@ -24,9 +24,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.data.data_collator import default_data_collator
 
-from hf_mcsmoe.calibration import as_it_was, on_device
+from hf_mcsmoe.distillation.losses import aligned_labels, top_log_probs
 from hf_mcsmoe.distillation.teacher import check_vocabulary, vocabulary_size
-from hf_mcsmoe.losses import aligned_labels, top_log_probs
+from hf_mcsmoe.layers.batches import evaluation_mode, on_device
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 FORMAT_VERSION = 1
@@ -77,7 +77,7 @@ def store_teacher_outputs(
     }
     partial = target.with_name(f"{target.name}.partial")
     arrays, done = _open_partial(partial, description, labels)
-    with torch.no_grad(), as_it_was(teacher):
+    with torch.no_grad(), evaluation_mode(teacher):
         for first in range(done, len(labels), batch_size):
             rows = range(first, min(first + batch_size, len(labels)))
             _store_rows(teacher, data_collator([dataset[row] for row in rows]), rows, arrays, description)

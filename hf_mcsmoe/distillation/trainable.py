@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.adapters import moe_layers
+from hf_mcsmoe.layers.find import moe_layers
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 
 

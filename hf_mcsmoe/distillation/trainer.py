@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_mcsmoe.calibration import Batch
+from hf_mcsmoe.card import add_to_card
 from hf_mcsmoe.distillation.arguments import DistillationOptions
 from hf_mcsmoe.distillation.compressed_trainer import CompressedModelTrainer
 from hf_mcsmoe.distillation.expert_outputs import SCALE_ROWS
 from hf_mcsmoe.distillation.loss import TERMS, DistillationLoss, Divisors
+from hf_mcsmoe.distillation.losses import aligned_labels
 from hf_mcsmoe.distillation.teacher import load_teacher
 from hf_mcsmoe.distillation.teacher_outputs import (
     ROW,
@@ -27,10 +28,9 @@ from hf_mcsmoe.distillation.teacher_outputs import (
     store_teacher_outputs,
 )
 from hf_mcsmoe.distillation.trainable import add_lora, choose_parameters
-from hf_mcsmoe.losses import aligned_labels
-from hf_mcsmoe.model_card import add_to_card
+from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.loading import public_name
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.plan import public_name
 
 # What the card tells of the last entry of the log.
 LOGGED = (*TERMS, "kept_share")

@@ -1,0 +1,1 @@
+"""The pass over calibration data, and what it gathers."""

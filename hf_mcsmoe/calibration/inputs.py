@@ -1,0 +1,152 @@
+"""What the experts of a model see on calibration data, kept in memory a few layers at a time."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.layers.batches import Batch, evaluation_mode, mask_of, on_device, token_masks
+from hf_mcsmoe.layers.layer import MoELayer, Sink
+
+MEMORY_LIMIT = 2_000_000_000
+# Every fifth sequence is held out.
+HOLD_OUT = 5
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """The tokens that count of one layer, on the CPU.
+
+    `hidden` [T, D] inputs of the experts in the model's dtype; `index` int [T, K] the router's picks; `weights`
+    [T, K], where a pick of weight 0 reached no expert; `held_out` bool [T], the tokens of whole sequences, about a
+    fifth, that are to judge what the others fit.
+    """
+
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+    held_out: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __add__(self, other: "LayerInputs") -> "LayerInputs":
+        """Return the tokens of both, as of two layers that share their experts."""
+        return LayerInputs(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+
+def capture_inputs(
+    model: PreTrainedModel, layers: Sequence[MoELayer], batches: Iterable[Batch]
+) -> dict[str, LayerInputs]:
+    """Run `model` once over `batches` and keep what the experts of `layers` see, by the layers' names.
+
+    Tokens count as for `collect_statistics`. The model is left as it was. All of it is held in memory: for many
+    layers use `stream_inputs`.
+
+    Raises:
+        ValueError: no batches, or activations that are not finite.
+    """
+    seen: dict[str, list[tuple[torch.Tensor, ...]]] = {layer.name: [] for layer in layers}
+    masks: dict[str, torch.Tensor] = {}
+    handles, sequences, rows = [], 0, [0]  # how many sequences came before, and how many this batch has
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            for layer in layers:
+                handles += layer.record(_keep(layer, masks, seen[layer.name], rows))
+            for batch in batches:
+                masks.clear()
+                masks.update(token_masks(model, batch))
+                rows[:] = [sequences, num_sequences(batch)]
+                model(**on_device(batch, model))
+                sequences += rows[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if sequences == 0:
+        raise ValueError("The calibration set is empty: pass at least one batch.")
+    return {name: _joined(name, parts) for name, parts in seen.items()}
+
+
+def num_sequences(batch: Batch) -> int:
+    """Return how many texts a batch has: the length of its first tensor of at least two dimensions, else 1."""
+    sizes = [len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 1]
+    return sizes[0] if sizes else 1
+
+
+def _keep(layer: MoELayer, masks: dict[str, torch.Tensor], parts: list, rows: list[int]) -> Sink:
+    def keep(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        before, here = rows
+        repeats = _rows_per_token(layer, index, masks)
+        mask = mask_of(layer, masks, len(hidden) // repeats)
+        sequence = before + torch.arange(len(hidden)) * here // max(len(hidden), 1)
+        tensors = tuple(tensor.detach().cpu() for tensor in (hidden, index, weights))
+        counted = slice(None) if mask is None else mask.cpu().repeat_interleave(repeats)
+        parts.append(tuple(tensor[counted].clone() for tensor in (*tensors, sequence)))
+
+    return keep
+
+
+def _rows_per_token(layer: MoELayer, index: torch.Tensor, masks: dict[str, torch.Tensor]) -> int:
+    """Return K where the layer has a row for each pick of a token (Llama 4), else 1."""
+    top_k = layer.top_k or 1
+    is_split = index.shape[-1] == 1 and any(len(index) == top_k * len(mask) for mask in masks.values())
+    return top_k if is_split else 1
+
+
+def _joined(name: str, parts: list[tuple[torch.Tensor, ...]]) -> LayerInputs:
+    if not any(len(part[0]) for part in parts):
+        raise ValueError(f"No token of the calibration set that counts reaches {name}.")
+    hidden, index, weights, sequence = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if not (hidden.isfinite().all() and weights.isfinite().all()):
+        raise ValueError(f"The inputs of {name} are not finite: the model holds NaN or overflows.")
+    return LayerInputs(hidden, index, weights, held_out_tokens(sequence))
+
+
+def held_out_tokens(sequence: torch.Tensor) -> torch.Tensor:
+    """Return which tokens judge, bool [T]: every fifth sequence, or the last, or the last fifth of a single one.
+
+    Args:
+        sequence: int [T], the sequence of each token.
+    """
+    numbers = sequence.unique()
+    if len(numbers) == 1:
+        return torch.arange(len(sequence)) >= len(sequence) - len(sequence) // HOLD_OUT
+    return torch.isin(sequence, numbers[HOLD_OUT - 1 :: HOLD_OUT] if len(numbers) >= HOLD_OUT else numbers[-1:])
+
+
+def stream_inputs(
+    model: PreTrainedModel,
+    groups: Sequence[Sequence[MoELayer]],
+    batches: Sequence[Batch],
+    *,
+    memory_limit: int = MEMORY_LIMIT,
+) -> Iterator[tuple[Sequence[MoELayer], LayerInputs]]:
+    """Yield each group of layers (which share their experts; mostly one layer) with what its experts see, joined.
+
+    Args:
+        batches: run as often as needed for what is in memory at a time to stay below `memory_limit`.
+        memory_limit: bytes; a single group may take more.
+
+    Raises:
+        ValueError: see `capture_inputs`.
+    """
+    waiting = list(groups)
+    while waiting:
+        chosen: list[Sequence[MoELayer]] = []
+        total = 0
+        while waiting and (not chosen or total + _num_bytes(waiting[0], batches) <= memory_limit):
+            total += _num_bytes(waiting[0], batches)
+            chosen.append(waiting.pop(0))
+        captured = capture_inputs(model, [layer for group in chosen for layer in group], batches)
+        for group in chosen:
+            first, *others = [captured.pop(layer.name) for layer in group]
+            yield group, sum(others, first)
+
+
+def _num_bytes(group: Sequence[MoELayer], batches: Sequence[Batch]) -> int:
+    layer, tokens = group[0], 0
+    for batch in batches:
+        sizes = (value.shape[:2].numel() for value in batch.values() if isinstance(value, torch.Tensor))
+        tokens += max(sizes, default=0)
+    return len(group) * tokens * (layer.hidden_size * layer.model.dtype.itemsize + 12 * (layer.top_k or 1))

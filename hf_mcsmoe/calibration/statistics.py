@@ -1,0 +1,75 @@
+"""Routing statistics: sums over the tokens of calibration data, additive over shards, saved as safetensors."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_mcsmoe.methods.statistics import LayerStatistics
+
+FORMAT = "mcsmoe-statistics"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class RoutingStatistics:
+    """Statistics per layer name, and the fingerprint of the model that they were taken from."""
+
+    fingerprint: str
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+
+    def __getitem__(self, layer_name: str) -> LayerStatistics:
+        return self.layers[layer_name]
+
+    def __add__(self, other: "RoutingStatistics") -> "RoutingStatistics":
+        """Return the statistics of both shards of data together.
+
+        Raises:
+            ValueError: the two were taken from different models.
+        """
+        if self.fingerprint != other.fingerprint or self.layers.keys() != other.layers.keys():
+            raise ValueError("The two statistics come from different models; only shards of one model can be added.")
+        layers = {name: layer + other.layers[name] for name, layer in self.layers.items()}
+        return RoutingStatistics(self.fingerprint, layers)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: tensors `<layer name>/<sum>`, the fingerprint among the metadata."""
+        tensors = {f"{name}/{key}": value for name, layer in self.layers.items() for key, value in vars(layer).items()}
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "fingerprint": self.fingerprint,
+            "layers": json.dumps([*self.layers]),
+        }
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RoutingStatistics":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a file, of a later format, or damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} holds no routing statistics; make them with collect_statistics.")
+                version = metadata.get("format_version", "1")
+                if not version.isdecimal() or int(version) > FORMAT_VERSION:
+                    raise ValueError(
+                        f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade hf_mcsmoe "
+                        "or collect the statistics anew."
+                    )
+                keys = LayerStatistics.__dataclass_fields__
+                layers = {
+                    name: LayerStatistics(**{key: file.get_tensor(f"{name}/{key}") for key in keys})
+                    for name in json.loads(metadata["layers"])
+                }
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or no safetensors file ({error}); collect the statistics anew."
+            ) from None
+        return cls(metadata["fingerprint"], layers)

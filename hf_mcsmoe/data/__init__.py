@@ -1,0 +1,1 @@
+"""From text, tables and tasks to batches."""

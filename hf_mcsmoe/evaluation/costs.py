@@ -1,0 +1,260 @@
+"""What a model costs: parameters, bytes, and the operations that a real forward executes."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.layers.batches import Batch, evaluation_mode, on_device
+from hf_mcsmoe.layers.find import moe_layers, tied_layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
+
+# Forwards that commands time, of which the fastest counts.
+REPETITIONS = 3
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs; None where it was not measured.
+
+    `bytes_resident` are those of parameters and buffers, `bytes_on_disk` those of a folder's safetensors files, or of
+    what a stage that is not saved would write.
+    `flops_per_token` counts a multiplication and an addition as two, over all positions of a batch, padding included.
+    `expert_macs_per_token` is the multiply-adds of the experts alone, by layer name.
+    """
+
+    parameters: int
+    bytes_resident: int
+    bytes_on_disk: int | None = None
+    flops_per_token: float | None = None
+    expert_macs_per_token: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+
+
+def account(
+    model: PreTrainedModel, batch: Batch | None = None, folder: str | Path | None = None, *, repetitions: int = 0
+) -> Account:
+    """Return what `model` holds and, on `batch`, executes. The model is left as it was.
+
+    Args:
+        batch: a dictionary for `model(**batch)`; what it takes is counted in a forward of it, per position.
+        folder: where the model is saved.
+        repetitions: forwards to time, of which the fastest counts; none by default.
+
+    Raises:
+        ValueError: `folder` has no safetensors file, or there is no batch to time.
+    """
+    if repetitions and batch is None:
+        raise ValueError(f"repetitions={repetitions} needs a batch to run: pass one for model(**batch).")
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    on_disk = None if folder is None else bytes_on_disk(folder)
+    if batch is None:
+        return Account(model.num_parameters(), held, on_disk)
+    tokens, batch = _positions(model, batch), on_device(batch, model)
+    with torch.no_grad(), evaluation_mode(model), _frozen(model):
+        flops, experts = _count(model, batch)
+        seconds = min((_seconds(model, batch) for _ in range(repetitions)), default=None)
+    macs = {name: count / 2 / tokens for name, count in experts.items()}
+    speed = None if seconds is None else tokens / seconds
+    return Account(model.num_parameters(), held, on_disk, flops / tokens, macs, speed)
+
+
+def bytes_on_disk(folder: str | Path) -> int:
+    """Return the bytes of the safetensors files of a saved model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = list(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors file; save the model there first.")
+    return sum(file.stat().st_size for file in files)
+
+
+def folder_bytes(model: str | Path | None) -> int | None:
+    """Return the bytes of a folder's safetensors; None for no name, a Hub id and weights in another format."""
+    return bytes_on_disk(model) if model and any(Path(model).glob("*.safetensors")) else None
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of what a save of `model` would write, without the headers of the files."""
+    saved = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name in saved)
+
+
+def expert_parameters(model: PreTrainedModel) -> int:
+    """Return the parameters in all layers of experts, those that layers share once."""
+    return sum(layers[0].num_parameters for layers in tied_layers(moe_layers(model)))
+
+
+def expected_parameters(
+    model: PreTrainedModel, stored: Mapping[str, int], *, rank: int | None = None, keep: float = 0.0
+) -> int:
+    """Return, from sizes alone, the parameters of `model` once it is merged and, with `rank`, decomposed.
+
+    Works on the meta device, without memory (Merge, Then Compress, section 3.2: each matrix [out, in] of the layers of
+    `stored` becomes U [out, R], V [R, in] and a share of the rows of S).
+
+    Args:
+        stored: experts G per layer name; other layers stay whole and dense.
+        rank: R.
+        keep: share of the entries of S, rounded once: rows are kept by one threshold for all.
+
+    Raises:
+        ValueError: a name that no layer has.
+    """
+    layers = moe_layers(model)
+    if unknown := stored.keys() - {layer.name for layer in layers}:
+        raise ValueError(f"The model has no layer {min(unknown)!r}; its layers: {', '.join(x.name for x in layers)}.")
+    total: float = model.num_parameters()
+    for layer, *_ in tied_layers([layer for layer in layers if layer.name in stored]):
+        total += stored[layer.name] * _expert_parameters(layer, rank, keep) - layer.num_parameters
+    return round(total)
+
+
+def _expert_parameters(layer: MoELayer, rank: int | None, keep: float) -> float:
+    """Return the parameters of one expert as stored: gate above up in one matrix."""
+    expert = layer.read().expert(0)
+    biases = sum(tensor.numel() for role, tensor in expert.items() if role.endswith("_bias"))
+    (width, hidden_size), parts = expert["up"].shape, 1 + ("gate" in expert)
+    matrices = [(parts * width, hidden_size), (hidden_size, width)]
+    if rank is None:
+        return biases + sum(rows * columns for rows, columns in matrices)
+    return biases + sum(rank * (rows + columns) + keep * rows * columns for rows, columns in matrices)
+
+
+def cost_rows(accounts: Mapping[str, Account]) -> list[list[str]]:
+    """Return a table of costs, a column per account and what the last saves against the first; head first.
+
+    What no account measured gets no row.
+    """
+    figures: dict[str, list[Any]] = {
+        "parameters": [item.parameters for item in accounts.values()],
+        "bytes": [item.bytes_resident for item in accounts.values()],
+        "bytes on disk": [item.bytes_on_disk for item in accounts.values()],
+        "FLOPs per token": [item.flops_per_token for item in accounts.values()],
+        "of them in experts": [2 * sum(item.expert_macs_per_token.values()) or None for item in accounts.values()],
+        "tokens/s": [item.tokens_per_second for item in accounts.values()],
+    }
+    rows = [["", *accounts, "saved"]]
+    for label, values in figures.items():
+        first, last = values[0], values[-1]
+        saved = f"{1 - last / first:.1%}" if first and last is not None and label != "tokens/s" else ""
+        if any(value is not None for value in values):
+            rows.append([label, *("" if value is None else f"{value:,.0f}" for value in values), saved])
+    return rows
+
+
+def _positions(model: PreTrainedModel, batch: Batch) -> int:
+    """Return the positions of a batch, those of encoder and decoder together."""
+    names: list[tuple[str, ...]] = [("input_ids", "inputs_embeds")]
+    if getattr(model.config, "is_encoder_decoder", False) or batch.get("decoder_input_ids") is not None:
+        names.append(("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+    inputs = [next(batch[name] for name in side if batch.get(name) is not None) for side in names]
+    return sum(values.shape[0] * values.shape[1] for values in inputs)
+
+
+def _seconds(model: PreTrainedModel, batch: dict[str, Any]) -> float:
+    started = time.perf_counter()
+    model(**batch)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Let no parameter need a gradient: the counter follows those that do, also where no graph is built."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
+
+
+def _count(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Return the FLOPs of one forward, and those of the experts by layer name."""
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    modules = _expert_modules(model)
+    experts = dict.fromkeys(modules, 0)
+    with _observed(modules, counter, experts), counter:
+        model(**batch)
+    return counter.get_total_flops(), experts
+
+
+@contextlib.contextmanager
+def _observed(experts: dict[str, list[nn.Module]], counter: FlopCounterMode, sums: dict[str, int]) -> Iterator[None]:
+    """Add what the counter counts while modules of experts run to `sums`, by layer name."""
+    handles = []
+
+    def observe(name: str, module: nn.Module) -> None:
+        def before(*_: Any) -> None:
+            sums[name] -= counter.get_total_flops()
+
+        def after(*_: Any) -> None:
+            sums[name] += counter.get_total_flops()
+
+        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
+
+    try:
+        for name, modules in experts.items():
+            for module in modules:
+                observe(name, module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _expert_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """Return, per layer of experts, the modules that hold its parameters; nothing for a dense model."""
+    found: dict[str, list[nn.Module]] = {}
+    # A dense model has no layers, and those of merged experts are known by their class, decomposed or not.
+    with contextlib.suppress(ValueError):
+        for layer in moe_layers(model):
+            owners = dict.fromkeys(path.rpartition(".")[0] for path, _ in layer.parameters)
+            found[layer.name] = [layer.container.get_submodule(path) for path in owners]
+    for name, module in model.named_modules():
+        if any(cls.__name__ == MergedExperts.__name__ for cls in type(module).__mro__):
+            found[name] = [module]
+    return found
+
+
+def _grouped_mm_flop(
+    states: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
+    """Return the FLOPs of a product of `states` [N, in] with `weight` [G, in, out].
+
+    Rows from the last of the offsets int [G] on belong to no expert and are not computed.
+    """
+    return 2 * int(offs[-1]) * weight.shape[-2] * weight.shape[-1]
+
+
+# The counter takes this to mean that a formula wants the tensors themselves, not their shapes.
+_grouped_mm_flop._get_raw = True  # type: ignore[attr-defined]
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of attention by the shapes [B, H, S, d] of its inputs; like PyTorch's, as if not causal."""
+    return sdpa_flop_count(query, key, value)
+
+
+# What the counter of PyTorch does not know.
+FORMULAS = {
+    torch.ops.aten._grouped_mm: _grouped_mm_flop,
+    torch.ops.transformers.grouped_mm_fallback: _grouped_mm_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+}

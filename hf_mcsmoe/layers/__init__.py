@@ -1,0 +1,1 @@
+"""Where each architecture keeps its experts; nothing else knows."""

@@ -1,0 +1,82 @@
+"""Batches of tokens: which of them count, where they are, and a model that runs them and is left as it was."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.layers.layer import MoELayer
+
+Batch = Mapping[str, Any]
+
+
+def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return which tokens count, bool [batch * length], on the side of the "encoder" and of the "decoder".
+
+    Where nothing goes to a decoder apart, both sides are the same. A side without a mask counts every token.
+    """
+    names_of_sides: dict[str, tuple[str, ...]] = dict.fromkeys(("encoder", "decoder"), ("attention_mask", "labels"))
+    inputs = batch.get("decoder_input_ids")
+    if getattr(model.config, "is_encoder_decoder", False) or inputs is not None:
+        names_of_sides = {"encoder": ("attention_mask",), "decoder": ("decoder_attention_mask", "labels")}
+    masks = {}
+    for side, names in names_of_sides.items():
+        given = {name: batch[name] for name in names if batch.get(name) is not None}
+        if "labels" in given and given["labels"].ndim == 1:  # one label a text, as for classification
+            del given["labels"]
+        if "decoder_attention_mask" in given and inputs is not None:
+            # A block diffusion model's covers the prompt before its canvas as well.
+            given["decoder_attention_mask"] = given["decoder_attention_mask"][:, -inputs.shape[1] :]
+        parts = [values != (-100 if name == "labels" else 0) for name, values in given.items()]
+        if any(part.ndim != 2 for part in parts):
+            raise ValueError(f"{' and '.join(given)} must be [batch, length] for statistics; pass a padding mask.")
+        if parts:
+            masks[side] = torch.stack(parts).all(0).flatten()
+    return masks
+
+
+def side_of(layer: MoELayer) -> str:
+    """Return the side that a layer is on, "encoder" or "decoder"; without an encoder all are on the latter."""
+    return "encoder" if "encoder" in layer.name.split(".") else "decoder"
+
+
+def mask_of(layer: MoELayer, masks: dict[str, torch.Tensor], tokens: int) -> torch.Tensor | None:
+    """Return which of the tokens that a layer saw count, bool [T]; None for all.
+
+    Raises:
+        ValueError: the batch's mask, see `token_masks`, has another number of tokens.
+    """
+    mask = masks.get(side_of(layer))
+    if mask is not None and len(mask) != tokens:
+        raise ValueError(
+            f"{layer.name} saw {tokens} tokens, the batch's mask has {len(mask)}: pass masks of the shape of the "
+            "layer's input."
+        )
+    return mask
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode (no router noise, no dropout) and back afterwards, module by module.
+
+    Switch casts its routers to float32 in the first forward; that is undone as well.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, dtype in dtypes:
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+
+def on_device(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the batch with its tensors where the model is."""
+    device = model.device if model.device.type != "meta" else torch.device("cpu")
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

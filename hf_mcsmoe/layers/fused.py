@@ -1,0 +1,79 @@
+"""Stacked experts behind `@use_experts_implementation`: one adapter for every family, led by the run-time flags."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_mcsmoe.layers.layer import MoELayer, Observer, record_logits
+from hf_mcsmoe.methods.experts import ExpertWeights
+
+# Experts of the same layout whose class is not behind the interface's decorator and so carries no flags.
+WITHOUT_FLAGS = ("Step3p7Experts", "LongcatFlashExperts")
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Tell whether a module holds experts in the layout of the experts interface of Transformers."""
+    flagged = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    down = getattr(module, "down_proj", None)
+    stacked = isinstance(down, nn.Parameter) and down.ndim == 3
+    return (flagged or type(module).__name__ in WITHOUT_FLAGS) and (stacked or bool(getattr(module, "low_rank", None)))
+
+
+def fused_sizes(experts: Any) -> tuple[int, int, int]:
+    """Return (E, D, F) of stacked experts, dense or low rank."""
+    if "down_proj" in getattr(experts, "low_rank", {}):
+        return (*experts.down_proj_u.shape[:2], experts.down_proj_v.shape[2])
+    down = _stacked(experts, "down_proj")
+    return (len(down), *down[0].shape)
+
+
+def fused_views(experts: Any) -> ExpertWeights:
+    """Return views of the stacked parameters by role, for every layout that the interface's flags describe.
+
+    Weights stored as low rank + sparse are multiplied out: those are copies, to be read only.
+    """
+    down = _stacked(experts, "down_proj")
+    tensors: dict[str, torch.Tensor] = {"down": down}
+    name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    tensors |= _split(experts, _stacked(experts, name)[: len(down)], "")
+    if getattr(experts, "has_bias", False):
+        tensors |= _split(experts, getattr(experts, name + "_bias").detach(), "_bias")
+        tensors["down_bias"] = experts.down_proj_bias.detach()
+    return ExpertWeights(tensors)
+
+
+def _stacked(experts: Any, name: str) -> torch.Tensor:
+    """Return a stacked weight as [E, out, in]."""
+    if name in getattr(experts, "low_rank", {}):
+        return torch.stack([factors.dense().detach() for factors in experts.factors(name)])
+    weight = getattr(experts, name).detach()
+    return weight.mT if getattr(experts, "is_transposed", False) else weight
+
+
+def _split(experts: Any, up: torch.Tensor, suffix: str) -> dict[str, torch.Tensor]:
+    """Split `up` [E, F or 2F, ...] into gate and up, which lie one after the other or interleaved."""
+    if not getattr(experts, "has_gate", True):
+        return {"up" + suffix: up}
+    if getattr(experts, "is_concatenated", True):
+        gate, up = up.chunk(2, dim=1)
+    else:
+        gate, up = up[:, ::2], up[:, 1::2]
+    return {"gate" + suffix: gate, "up" + suffix: up}
+
+
+class FusedLayer(MoELayer):
+    """Experts called as `experts(hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K])`."""
+
+    @property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.container.named_parameters(recurse=False))
+
+    def read(self) -> ExpertWeights:
+        return fused_views(self.container)
+
+    def observe(self, observer: Observer) -> list[RemovableHandle]:
+        seen: dict[str, torch.Tensor] = {}
+        handles = record_logits(self, lambda logits: seen.update(logits=logits))
+        return [*handles, *self.record(lambda _, index, weights: observer(seen.pop("logits"), index, weights))]

@@ -1,0 +1,163 @@
+"""What an adapter tells of a layer of experts: where its tensors lie, which tokens go where, what its router says."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.methods.experts import ExpertWeights
+
+# Called once per forward with router logits [T, E], picked experts int [T, K] and their final weights [T, K]. A pick
+# of weight 0, or of an index from E on, reached no expert; the index -1 is that of a token which the capacity of its
+# expert turned away, and which counts nowhere.
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+# Called once per forward with the experts' inputs [T, D], picked experts int [T, K] and their final weights [T, K].
+Sink = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """One layer of experts of a model: `name` is the path of the experts container in `model.named_modules()`."""
+
+    name: str
+    model: PreTrainedModel = field(repr=False)
+    container: Any = field(repr=False)
+    num_experts: int
+    top_k: int | None
+    hidden_size: int
+    intermediate_size: int
+    merged: bool = False
+
+    @property
+    def block(self) -> Any:
+        """The module that holds the experts container."""
+        return self.model.get_submodule(self.name.rpartition(".")[0])
+
+    @property
+    def router(self) -> Any:
+        """The module whose output includes the router logits."""
+        return find_router(self.model, self.name)
+
+    @property
+    def output_name(self) -> str:
+        """The path of the module that returns the layer's output, of the original and of the merged model alike."""
+        return self.name
+
+    @property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of the experts alone, by their path in the container."""
+        return list(self.container.named_parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters held by the experts."""
+        return sum(parameter.numel() for _, parameter in self.parameters)
+
+    def read(self) -> ExpertWeights:
+        """Return the experts' tensors, views of the model's parameters: writing to them writes to the model."""
+        raise NotImplementedError
+
+    def observe(self, observer: Observer) -> list[RemovableHandle]:
+        """Call `observer` in every forward of the layer until the returned handles are removed."""
+        raise NotImplementedError
+
+    def record(self, sink: Sink) -> list[RemovableHandle]:
+        """Call `sink` with what the experts see in every forward of the layer until the handles are removed.
+
+        The index is the router's, of a merged layer too. A pick of weight 0 reached no expert.
+        """
+
+        def on_experts(module: nn.Module, arguments: tuple, keywords: dict) -> None:
+            hidden_states, index, weights = call_arguments(module, arguments, keywords)[:3]
+            known = len(self.container.expert_map) if self.merged else self.num_experts
+            beyond = index >= known
+            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+            sink(rows, index.masked_fill(beyond, 0), weights.masked_fill(beyond, 0))
+
+        return [self.container.register_forward_pre_hook(on_experts, with_kwargs=True)]
+
+
+def record_logits(layer: MoELayer, sink: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
+    """Hand the router logits [T, E] of every forward to `sink`.
+
+    A few routers return probabilities where others return logits; theirs are read off the linear layer inside.
+    """
+    router, index, linear = layer.router, recorded_index(layer), {}
+
+    def keep(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+        linear["logits"] = output
+
+    def emit(module: nn.Module, arguments: tuple, output: Any) -> None:
+        logits = output[index] if isinstance(output, tuple) else output
+        logits = linear["logits"] if "logits" in linear and is_distribution(logits) else logits
+        linear.clear()
+        sink(logits.reshape(-1, logits.shape[-1])[:, : layer.num_experts])
+
+    inner = [child for child in router.children() if getattr(child, "out_features", None) == layer.num_experts]
+    handles = [child.register_forward_hook(keep) for child in inner[:1]]
+    return [*handles, router.register_forward_hook(emit)]
+
+
+def is_distribution(values: torch.Tensor) -> bool:
+    """Tell whether rows are probabilities: not negative, and summing to one."""
+    return bool((values >= 0).all()) and bool(((values.float().sum(-1) - 1).abs() < 1e-3).all())
+
+
+def _recorder(model: nn.Module, name: str) -> Any:
+    """Return the `OutputRecorder` that the innermost model around `name` declares for its router logits."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        recorder = getattr(module, "_can_record_outputs", None) or {}
+        if isinstance(module, PreTrainedModel) and "router_logits" in recorder:
+            found = recorder["router_logits"]
+            return found[-1] if isinstance(found, list) else found
+    return None
+
+
+def recorded_index(layer: MoELayer) -> int:
+    """Return which output of the router holds the logits."""
+    recorder = _recorder(layer.model, layer.name)
+    is_recorded = recorder is not None and type(layer.router).__name__ == _class_name(recorder)
+    return recorder.index if is_recorded else 0
+
+
+def _class_name(recorder: Any) -> str:
+    target = getattr(recorder, "target_class", recorder)
+    return target if isinstance(target, str) else target.__name__
+
+
+def find_router(model: PreTrainedModel, name: str) -> Any:
+    """Return the router of the experts called `name`.
+
+    It is the module of the class that the family records as the source of its router logits, else a router or gate by
+    the name of its class, nearest to the experts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    recorder, parts = _recorder(model, name), name.split(".")
+    recorded = _class_name(recorder) if recorder is not None else ""
+    tests: list[Callable[[str], bool]] = [
+        lambda cls: cls == recorded,
+        lambda cls: any(word in cls for word in ("Router", "Gating", "Gate")),
+    ]
+    container = model.get_submodule(name)
+    for depth in range(len(parts), max(len(parts) - 3, 0) - 1, -1):
+        near = dict(model.get_submodule(".".join(parts[:depth])).named_modules())
+        for test in tests:
+            for module in near.values():
+                if test(type(module).__name__) and all(child is not container for child in module.modules()):
+                    return module
+    raise ValueError(f"Found no router beside the experts {name!r} of {type(model).__name__}.")
+
+
+def call_arguments(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> list[Any]:
+    """Return a call's arguments in the order of the module's `forward`, however they were passed."""
+    return list(inspect.signature(module.forward).bind(*arguments, **keywords).arguments.values())

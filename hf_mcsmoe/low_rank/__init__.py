@@ -1,0 +1,1 @@
+"""MC-SMoE: experts as low rank + structured sparse."""

@@ -1,0 +1,249 @@
+"""MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.calibration.inputs import LayerInputs, stream_inputs
+from hf_mcsmoe.card import renew_costs
+from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.fused import fused_views
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.low_rank.ranks import layer_ranks, not_skipped
+from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_columns
+from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
+from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
+from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+# One expert's matrix [out, in]; on calibration data the second moment of its inputs [in, in] and, for W_in, what an
+# error of each row counts [out].
+Part = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+@torch.no_grad()
+def decompose_experts(
+    model: PreTrainedModel,
+    config: LoSparseConfig | None = None,
+    batches: Iterable[Batch] | None = None,
+    *,
+    prune: bool = False,
+) -> PreTrainedModel:
+    """Turn each merged expert's matrices, in place, into `W = U V + S` in the training form, and return the model.
+
+    Without `prune` the weights are exactly those before: S is what U V lacks, to be pruned while training. With it
+    what S keeps is chosen now, by what it means to the outputs, and W_out is fitted to what W_in has become; give
+    `batches` for that. S keeps hidden units: rows of W_in, columns of W_out (called its rows elsewhere). Then
+    `compact` drops the others.
+
+    Layers whose experts the merge kept all (`MergeConfig(experts=1.0)`: low rank without merging) are decomposed as
+    well; those that `MergeConfig.skip` left out stay as they are.
+
+    Args:
+        batches: calibration data. The factors then err least on the experts' inputs instead of least by themselves.
+
+    Raises:
+        ValueError: a model without merged experts or decomposed already, a rank larger than a matrix, factors that
+            are larger than the matrix, a pattern of `skip` that matches nothing.
+    """
+    config = config or LoSparseConfig()
+    places = _chosen_layers(model, config)
+    layers = moe_layers(model)
+    ranks = layer_ranks([layers[place] for place in places], config)
+    for place in reversed(places):  # off the list, which would keep the experts that are replaced
+        if not layers[place].merged:
+            _convert_whole(model, layers.pop(place))
+    layers = [layer for place, layer in enumerate(moe_layers(model)) if place in places]
+    if batches is None:
+        for layer, chosen in zip(layers, ranks, strict=True):
+            _decompose_layer(layer.container, chosen, config, None, prune)
+    else:
+        # All inputs are taken before the first layer changes, as far as they fit into memory.
+        streamed = stream_inputs(model, [[layer] for layer in layers], list(batches))
+        for (_, inputs), layer, chosen in zip(streamed, layers, ranks, strict=True):
+            _decompose_layer(layer.container, chosen, config, inputs, prune)
+    model.config.mcsmoe["keep"] = config.keep
+    _write_entries(model)
+    renew_costs(model)
+    return model
+
+
+@torch.no_grad()
+def compact(model: Model, keep: float | None = None) -> Model:
+    """Turn every S from the training form into the compact one, in place: kept rows and their places. Returns `model`.
+
+    Rows over the share `keep` are pruned by magnitude, with a warning.
+
+    Args:
+        model: a decomposed model, or any module that holds `LoSparseLinear` layers.
+        keep: None for the share that was asked for when the experts were decomposed; all kept rows of other modules.
+
+    Raises:
+        ValueError: the model has no weight in the training form, or `keep` is no share.
+    """
+    if keep is not None and not 0 <= keep <= 1:
+        raise ValueError(f"keep={keep!r} must be a share in [0, 1].")
+    entries = _entries(model)
+    kept = final_rows(model, (entries or {}).get("keep") if keep is None else keep)
+    if not kept:
+        raise ValueError("The model holds no low rank + sparse weight in its training form; decompose_experts first.")
+    for path, module in list(low_rank_modules(model)):
+        for name, entry in list(module.low_rank.items()):
+            if entry["kept_rows"] is None:
+                module.compact_weight(name, kept[f"{path}.{name}"])
+    if isinstance(model, PreTrainedModel) and entries:
+        _write_entries(model)
+        renew_costs(model)
+    return model
+
+
+def _entries(model: nn.Module) -> dict[str, Any] | None:
+    """Return `config.mcsmoe` of a compressed model; None for other modules."""
+    return getattr(model.config, "mcsmoe", None) if isinstance(model, PreTrainedModel) else None
+
+
+def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
+    """Return which of `moe_layers(model)` are to be decomposed: merged ones, and those the merge kept whole."""
+    mcsmoe = _entries(model)
+    if not mcsmoe:
+        raise ValueError(
+            "The model is not compressed: merge its experts first, with `compress` or `merge_experts` "
+            "(MergeConfig(experts=1.0) keeps all of them)."
+        )
+    if any(low_rank_modules(model)):
+        raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
+    layers, whole = moe_layers(model), mcsmoe.get("whole", [])
+    known = [layer for layer in layers if layer.merged or layer.name in whole]
+    # JetMoE's merged experts lie inside what was the layer.
+    chosen = not_skipped(known, config.skip, {path: name for name, path, _ in merged_layers(model)})
+    return [place for place, layer in enumerate(layers) if layer in chosen]
+
+
+def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
+    """Give a layer of library experts, in place, the merged experts' form with the identity as its map."""
+    identity, weights = list(range(layer.num_experts)), layer.read()
+    views = fused_views(install_layer(model, layer.name, identity))
+    for expert in identity:
+        views.set_expert(expert, weights.expert(expert))
+    mcsmoe = model.config.mcsmoe
+    mcsmoe["layers"][layer.name] = {"num_experts": layer.num_experts, "expert_map": identity}
+    mcsmoe["whole"] = [name for name in mcsmoe["whole"] if name != layer.name]
+
+
+def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:
+    """Return one expert's dense weight as [out, in]."""
+    weight = getattr(experts, name).detach()[expert]
+    return weight.mT if experts.is_transposed else weight
+
+
+def _decompose_layer(
+    experts: Any, ranks: dict[str, int], config: LoSparseConfig, inputs: LayerInputs | None, prune: bool
+) -> None:
+    """Decompose one layer's experts: W_in, then W_out against the hidden states that are left of it."""
+    first, second = "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    ranks = {name: ranks[part] for part, name in (("W_in", first), ("W_out", second)) if part in ranks}
+    weights = {
+        name: [_matrix(experts, name, expert).clone() for expert in range(experts.num_experts)] for name in ranks
+    }
+    tokens = None if inputs is None else _tokens(experts, inputs)
+    before = _hidden(experts, tokens) if tokens and second in ranks else []
+    if first in ranks:
+        parts = _weighed(weights[first], tokens, row_importance(experts, tokens)) if tokens else _plain(weights[first])
+        _install(experts, first, ranks[first], parts, config, prune)
+    if second in ranks:
+        after = _hidden(experts, tokens) if tokens else []
+        parts = _fitted(weights[second], before, after, prune) if tokens else _plain(weights[second])
+        _install(experts, second, ranks[second], parts, config, prune)
+
+
+def _plain(weights: list[torch.Tensor]) -> Iterator[Part]:
+    """Yield the parts without calibration data."""
+    yield from ((weight, None, None) for weight in weights)
+
+
+def _weighed(
+    weights: list[torch.Tensor], tokens: list[tuple[torch.Tensor, torch.Tensor]], importance: list[torch.Tensor]
+) -> Iterator[Part]:
+    """Yield the parts of W_in, on the inputs times the gates."""
+    for weight, (states, gates), counts in zip(weights, tokens, importance, strict=True):
+        yield weight, _cross(states * gates, states * gates), counts
+
+
+def _fitted(
+    weights: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor], prune: bool
+) -> Iterator[Part]:
+    """Yield the parts of W_out; with `prune` fitted to make of the hidden states `after` what it made of `before`."""
+    for weight, old, new in zip(weights, before, after, strict=True):
+        moment = _cross(new, new)
+        yield refit_output(weight, _cross(old, new), moment) if prune else weight, moment, None
+
+
+def _install(experts: Any, name: str, rank: int, parts: Iterable[Part], config: LoSparseConfig, prune: bool) -> None:
+    """Store a stacked weight as factors; S is all that U V lacks, or with `prune` only some of its rows."""
+    columns = name in experts.sparse_columns
+    number = round(config.keep * experts.dense_shape(name)[2 if columns else 1])
+    experts.install_low_rank(name, rank, None)
+    for expert, (weight, moment, importance) in enumerate(parts):
+        if not prune:
+            u, v = FACTORISATION[config.factorisation](weight, rank, moment, importance)
+            u, v = u.to(weight.dtype), v.to(weight.dtype)
+            experts.set_factors(name, expert, u, v, weight.float() - u.float() @ v.float())
+            continue
+        if columns:
+            u, v, s, kept = split_columns(weight, rank, number, moment, config.factorisation)
+        else:
+            u, v, kept = split(weight, rank, number, moment, importance, config.factorisation)
+            u, v = u.to(weight.dtype), v.to(weight.dtype)
+            s = (weight.float() - u.float() @ v.float()) * kept[:, None]
+        experts.set_factors(name, expert, u, v, s)
+        getattr(experts, f"{name}_kept")[expert] = kept
+
+
+def _tokens(experts: Any, inputs: LayerInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return per merged expert the inputs [n, D] that reach it and their gates [n, 1]."""
+    known = inputs.index < len(experts.expert_map)  # the others are experts without weights, which stay
+    index, weights = inputs.index.masked_fill(~known, 0), inputs.weights.masked_fill(~known, 0)
+    index, weights = merge_picks(experts.expert_map.cpu(), index, weights, experts.num_experts)
+    device, picked = experts.expert_map.device, [index == expert for expert in range(experts.num_experts)]
+    chosen = [(inputs.hidden[here.any(-1)], weights[here][:, None]) for here in picked]
+    return [(states.to(device), gates.to(device)) for states, gates in chosen]
+
+
+def _hidden(experts: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Return per merged expert its hidden states [n, F] times the gates: a token counts as much as its output does."""
+    matrices = unstacked(experts)
+    return [expert_hidden(experts, states, expert, matrices) * gates for expert, (states, gates) in enumerate(tokens)]
+
+
+def row_importance(experts: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Return per merged expert what an error of each row of W_in counts in the layer's output, to first order.
+
+    That of row i, which moves a hidden state j, is `||W_out e_j||^2 E[(gate dh_j / d(W_in x)_i)^2]`, as [out]: rows of
+    units that are seldom active, or that W_out hardly reads, can err.
+    """
+    found, matrices = [], unstacked(experts)
+    for expert, (states, gates) in enumerate(tokens):
+        reads = _matrix(experts, "down_proj", expert).float().norm(dim=0)
+        with torch.enable_grad():
+            inner = expert_inner(experts, states, expert, matrices).float().detach().requires_grad_(True)
+            read = (activated(experts, inner) * reads * gates).sum()
+        found.append(torch.autograd.grad(read, inner)[0].square().sum(0) / max(len(states), 1))
+    return found
+
+
+def _cross(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return `E[x y^T]` [D, D'] of `left` [n, D] and `right` [n, D']."""
+    return (left.float().mT @ right.float()).double() / max(len(left), 1)
+
+
+def _write_entries(model: PreTrainedModel) -> None:
+    """Write into the configuration what each layer's experts hold."""
+    for name, _, experts in merged_layers(model):
+        if experts.low_rank:
+            entries = {key: dict(entry) for key, entry in experts.low_rank.items()}
+            model.config.mcsmoe["layers"][name]["low_rank"] = entries

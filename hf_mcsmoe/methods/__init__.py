@@ -1,0 +1,1 @@
+"""The methods of every stage: pure functions of tensors."""

@@ -1,0 +1,77 @@
+"""Options of a merge. Each is described once, here; the command line reads the descriptions."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from hf_mcsmoe.methods.alignment import ALIGNMENT
+from hf_mcsmoe.methods.budget import BUDGET
+from hf_mcsmoe.methods.grouping import GROUPING
+from hf_mcsmoe.methods.registry import method_name, unknown
+from hf_mcsmoe.methods.saliency import SALIENCY
+from hf_mcsmoe.methods.similarity import SIMILARITY
+from hf_mcsmoe.methods.weighting import MERGING
+
+REFERENCES = ("dominant", "first")
+REGISTRIES = {
+    "budget": BUDGET,
+    "saliency": SALIENCY,
+    "similarity": SIMILARITY,
+    "grouping": GROUPING,
+    "alignment": ALIGNMENT,
+    "merging": MERGING,
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with its description, which the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How M-SMoE merges. Methods are given by name, or as a callable of the same signature.
+
+    Raises:
+        ValueError: a name that no method has, or a number out of range.
+    """
+
+    experts: int | float = option(0.5, "experts to keep: a whole number per layer on average, or a share in (0, 1]")
+    budget: str | Callable = option("adaptive", "how layers share the experts: adaptive or uniform")
+    min_experts: int = option(1, "experts that every layer keeps at least")
+    skip: tuple[str, ...] = option((), "layers to leave whole: patterns of layer names, e.g. 'encoder.block.1.*'")
+    saliency: str | Callable = option("frequency", "what makes an expert dominant: frequency or gate")
+    similarity: str | Callable = option("router_logits", "which experts belong together: router_logits or random")
+    grouping: str | Callable = option("dominant", "how groups form: dominant")
+    alignment: str | Callable = option("weight_matching", "how neurons are aligned: weight_matching or none")
+    reference: str = option("dominant", "what members are aligned to: their group's dominant expert, or first")
+    merging: str | Callable = option("frequency", "weights of the average: frequency, uniform or dominant (prunes)")
+    seed: int = option(0, "seed of the random similarity")
+
+    def __post_init__(self) -> None:
+        for name, registry in REGISTRIES.items():
+            registry[getattr(self, name)]
+        if self.reference not in REFERENCES:
+            raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
+        if isinstance(self.skip, str):
+            object.__setattr__(self, "skip", (self.skip,))
+        is_number = isinstance(self.experts, int | float) and not isinstance(self.experts, bool)
+        is_share = isinstance(self.experts, float)
+        if not is_number or (not 0 < self.experts <= 1 if is_share else self.experts < 1):
+            raise ValueError(
+                f"experts={self.experts!r} must be a whole number of experts per layer (8) or a share in (0, 1] (0.5)."
+            )
+        if isinstance(self.min_experts, bool) or not isinstance(self.min_experts, int) or self.min_experts < 1:
+            raise ValueError(
+                f"min_experts={self.min_experts!r} must be at least 1 and whole: a layer needs an expert."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values; a callable is written as its name."""
+        values = {key: method_name(value) if callable(value) else value for key, value in asdict(self).items()}
+        return {**values, "skip": list(self.skip)}
+
+
+def option_help(name: str, config: type = MergeConfig) -> str:
+    """Return the description of an option of `MergeConfig`, or of another class of options."""
+    return next(item.metadata["help"] for item in fields(config) if item.name == name)

@@ -1,0 +1,37 @@
+"""The weights of the members of a group in the average that they become."""
+
+import torch
+
+from hf_mcsmoe.methods.grouping import Groups
+from hf_mcsmoe.methods.registry import Registry
+
+MERGING = Registry("merging")
+
+
+def _normalised(values: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return `values` [E] divided by their sum over each group; a group that sums to 0 is averaged uniformly."""
+    members = torch.tensor(groups.expert_map)
+    sums = torch.zeros(len(groups.dominant), dtype=torch.float64).index_add_(0, members, values.double())
+    sizes = torch.bincount(members).double()
+    empty = (sums <= 0)[members]
+    return torch.where(empty, 1 / sizes[members], values.double() / sums[members].masked_fill(empty, 1))
+
+
+@MERGING.register("frequency", paper="2310.01334")
+def frequency(saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return weights [E] proportional to saliency (M-SMoE, section 3.1: `sum a_i E_i / sum a_i`)."""
+    return _normalised(saliency, groups)
+
+
+@MERGING.register("uniform", paper="2310.01334")
+def uniform(saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return equal weights [E] within each group."""
+    return _normalised(torch.ones(len(saliency)), groups)
+
+
+@MERGING.register("dominant")
+def dominant(saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return weight 1 for each dominant expert and 0 for the others: prunes them, their tokens go to the dominant."""
+    weights = torch.zeros(len(saliency), dtype=torch.float64)
+    weights[groups.dominant] = 1
+    return weights

@@ -1,0 +1,1 @@
+"""Repair of merged layers against the original ones."""

@@ -1,0 +1,175 @@
+"""What a merged layer and the original one give for the same tokens: rows for a fit, whole outputs, their distance."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_mcsmoe.calibration.inputs import LayerInputs
+from hf_mcsmoe.methods.experts import ExpertWeights
+from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, expert_hidden, merge_picks, unstacked
+from hf_mcsmoe.repair.least_squares import Rows, RowSource
+
+# Tokens that go through an expert at a time.
+CHUNK = 4096
+
+
+@dataclass
+class LayerFit:
+    """One layer, or several that share their experts: merged `experts`, the `originals`, and the inputs of both.
+
+    `original_inputs` are those of the original layer at the same tokens; `inputs`, what the merged experts see, are
+    the same unless the layers before have been changed too.
+    """
+
+    name: str
+    experts: Any
+    originals: ExpertWeights
+    inputs: LayerInputs
+    original_inputs: LayerInputs
+
+    def __post_init__(self) -> None:
+        stored = merge_picks(
+            self.experts.expert_map.cpu(), self.inputs.index, self.inputs.weights, self.experts.num_experts
+        )
+        self.picks, self.gates = stored  # int [T, K] stored expert or G, [T, K] summed weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are."""
+        return next(self.experts.parameters()).device
+
+    def tokens_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens int [n] that a stored expert sees, and its summed weights [n]."""
+        token, pick = torch.where(self.picks == expert)
+        return token, self.gates[token, pick]
+
+    def hidden(self, token: torch.Tensor, gates: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return what `output_weight` multiplies, [n, F]: the gated hidden states of a stored expert.
+
+        Of low rank + sparse W_out, what V makes of them and those that S reads; biased experts have a column for the
+        bias too.
+        """
+        states = self.inputs.hidden[token].to(self.device)
+        hidden = expert_hidden(self.experts, states, expert).float()
+        matrix = unstacked(self.experts)["down_proj"][expert]
+        if not isinstance(matrix, torch.Tensor):
+            hidden = torch.cat([hidden @ matrix.v.float().T, hidden[:, _read_units(matrix)]], 1)
+        if self.experts.has_bias:
+            hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+        return hidden * gates.to(hidden)[:, None]
+
+
+def original_output(experts: Any, original: dict[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """Return an original expert's output [n, D], before a norm that follows the experts, for `states` [n, D].
+
+    Args:
+        experts: merged experts of the layer, for the activation.
+        original: its weights by role; computed in float32.
+    """
+    parts = []
+    for role in ("gate", "up"):
+        if role in original:
+            bias = original.get(role + "_bias")
+            parts.append(torch.nn.functional.linear(states.float(), original[role].float(), _float(bias)))
+    if not experts.has_gate:
+        hidden = experts.act_fn(parts[0])
+    elif experts.is_concatenated:
+        hidden = experts._apply_gate(torch.cat(parts, -1))
+    else:
+        hidden = experts._apply_gate(torch.stack(parts, -1).flatten(-2))
+    return torch.nn.functional.linear(hidden, original["down"].float(), _float(original.get("down_bias")))
+
+
+def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def original_sum(
+    problem: LayerFit, members: list[int] | None = None, token: torch.Tensor | None = None, *, normed: bool = False
+) -> torch.Tensor:
+    """Return the original layer's gated sum over `members`, float32 [n, D] on the CPU.
+
+    Args:
+        members: experts of the original; None for all.
+        token: int [n], the tokens; None for all.
+        normed: whether a norm that follows the experts is applied.
+    """
+    inputs, experts = problem.original_inputs, problem.experts
+    token = torch.arange(len(inputs)) if token is None else token
+    index, weights = inputs.index[token], inputs.weights[token].float()
+    total = torch.zeros(len(token), inputs.hidden.shape[1])
+    for member in range(len(problem.originals)) if members is None else members:
+        original = {role: tensor.to(problem.device) for role, tensor in problem.originals.expert(member).items()}
+        rows, pick = torch.where((index == member) & (weights != 0))
+        for part in torch.arange(len(rows)).split(CHUNK):
+            states = inputs.hidden[token[rows[part]]].to(problem.device)
+            output = original_output(experts, original, states)
+            if normed and experts.has_post_expert_norm:
+                output = experts.post_expert_norm(output)
+            total.index_add_(0, rows[part], output.float().cpu() * weights[rows[part], pick[part], None])
+    return total
+
+
+def output_weight(experts: Any, expert: int) -> torch.Tensor:
+    """Return the output matrix of a stored expert, float64 [D, F], with the bias as a last column where it has one.
+
+    Of low rank + sparse, U and the kept columns of S: with V as it is, the output is linear in them.
+    """
+    return torch.cat(_output_parts(experts, expert), 1).double()
+
+
+def write_output_weight(experts: Any, expert: int, weight: torch.Tensor) -> None:
+    """Store what `output_weight` reads."""
+    matrix = unstacked(experts)["down_proj"][expert]
+    parts = _output_parts(experts, expert)
+    for part, values in zip(parts, weight.split([part.shape[1] for part in parts], 1), strict=True):
+        part.copy_(values)
+    if not isinstance(matrix, torch.Tensor) and matrix.kept is not None:
+        matrix.s[matrix.kept] = parts[1].T  # which was a copy
+
+
+def _output_parts(experts: Any, expert: int) -> list[torch.Tensor]:
+    """Return the output matrix [D, F], or U and kept columns of S, and the bias [D, 1] where there is one.
+
+    Views, but for columns chosen from S in its training form.
+    """
+    matrices = {name: weights[expert] for name, weights in unstacked(experts).items()}
+    matrix = matrices["down_proj"]
+    if isinstance(matrix, torch.Tensor):
+        parts = [matrix.detach().T if experts.is_transposed else matrix.detach()]
+    else:
+        parts = [matrix.u.detach(), (matrix.s if matrix.kept is None else matrix.s[matrix.kept]).detach().T]
+    return parts + ([matrices["down_proj_bias"].detach()[:, None]] if experts.has_bias else [])
+
+
+def _read_units(matrix: Any) -> torch.Tensor:
+    """Return the hidden units that S of a low rank + sparse W_out reads, as an index."""
+    return matrix.rows if matrix.kept is None else matrix.kept
+
+
+def expert_rows(problem: LayerFit, expert: int, targets: torch.Tensor) -> RowSource:
+    """Return the source of what one stored expert is fitted to: `targets` [n, D] of the n tokens that it sees."""
+    token, gates = problem.tokens_of(expert)
+
+    def rows() -> Iterator[Rows]:
+        for part in torch.arange(len(token)).split(CHUNK):
+            hidden = problem.hidden(token[part], gates[part], expert)
+            held_out = problem.inputs.held_out[token[part]].to(hidden.device)
+            yield hidden, targets[part].to(hidden.device), held_out
+
+    return rows
+
+
+def merged_output(problem: LayerFit, experts: Any, token: torch.Tensor) -> torch.Tensor:
+    """Return the output [n, D] of `experts`, the problem's own or others in their place, for some tokens int [n]."""
+    states = problem.inputs.hidden[token].to(problem.device).float()
+    picks, gates = problem.picks[token].to(problem.device), problem.gates[token].to(problem.device).float()
+    return eager_experts_forward(experts, states, picks, gates)
+
+
+def layer_error(problem: LayerFit, experts: Any, target: torch.Tensor, token: torch.Tensor) -> float:
+    """Return the squared error of the layer's output at some tokens int [n] against `target` [T, D]."""
+    parts = token.split(CHUNK)
+    return sum((merged_output(problem, experts, part).cpu() - target[part]).square().sum().item() for part in parts)

@@ -1,0 +1,178 @@
+"""Repair of a merged model against its original, layer by layer, without end-to-end training."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inputs
+from hf_mcsmoe.layers.batches import Batch, evaluation_mode
+from hf_mcsmoe.layers.find import moe_layers, tied_layers, uncompressed_layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.offloading import onloaded
+from hf_mcsmoe.repair.fit import LayerFit
+from hf_mcsmoe.repair.methods import REPAIR, RepairConfig, Repaired, relative
+
+Progress = Callable[[str, int, int], None]
+Pair = tuple[MoELayer, MoELayer]
+
+
+@dataclass(frozen=True)
+class ExpertRepair:
+    """One stored expert: tokens it was fitted to, the ridge (None: it keeps its weights), held-out relative errors."""
+
+    tokens: int
+    ridge: float | None
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """One layer: tokens fitted to and held out, held-out relative errors of its outputs, seconds, and its experts.
+
+    Where experts are fitted one by one, the errors are those of all of them together.
+    """
+
+    tokens: int
+    held_out: int
+    before: float | None
+    after: float | None
+    seconds: float
+    experts: list[ExpertRepair]
+
+    @property
+    def unchanged(self) -> list[int]:
+        """The experts that fell back to the weights they had: too few tokens, or no fit was better."""
+        return [number for number, expert in enumerate(self.experts) if expert.ridge is None]
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did: its options, what became of each layer (of those that share experts the first), seconds."""
+
+    config: dict[str, Any]
+    layers: dict[str, LayerRepair]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self)
+
+
+def repair_experts(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Batch],
+    config: RepairConfig | None = None,
+    *,
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Change the experts of a merged model, in place, so that each layer does what the original's layer does.
+
+    One layer is worked on at a time and no gradient passes through the model; routers and all else stay as they are.
+
+    Args:
+        student: what `merge_experts` made of `teacher`, on one device.
+        teacher: the original model; left as it was.
+        batches: dictionaries for `model(**batch)`, as for `collect_statistics`.
+        progress: called as `progress(layer name, layers done, layers)`.
+
+    Raises:
+        ValueError: a student that is not a compressed model of this teacher, no batches, activations that are not
+            finite, or a layer that the method cannot repair.
+    """
+    config, begin = config or RepairConfig(), time.perf_counter()
+    groups = matching_layers(student, teacher)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("The calibration set is empty: pass at least one batch.")
+    report = RepairReport(config.to_dict(), {}, 0.0)
+    if config.method == "none":
+        return report
+    total, done = sum(map(len, groups)), 0
+    with torch.no_grad(), evaluation_mode(student), evaluation_mode(teacher):
+        for pairs, inputs, original_inputs in _inputs(student, teacher, groups, batches, config):
+            name = pairs[0][0].name
+            report.layers[name] = _repair_layer(pairs[0], inputs, original_inputs, config)
+            done += len(pairs)
+            if progress:
+                progress(name, done, total)
+    return RepairReport(report.config, report.layers, time.perf_counter() - begin)
+
+
+def matching_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> list[list[Pair]]:
+    """Return the student's merged layers with the teacher's, in lists that share one set of experts.
+
+    Raises:
+        ValueError: they do not fit together, or the student's experts are offloaded.
+    """
+    originals = {layer.name: layer for layer in uncompressed_layers(teacher)}
+    merged = [layer for layer in moe_layers(student) if layer.merged]
+    if not merged:
+        raise ValueError(f"{type(student).__name__} has no merged layer to repair; pass what merge_experts returned.")
+    if not isinstance(student, type(teacher)):
+        raise ValueError(
+            f"{type(student).__name__} is no compressed {type(teacher).__name__}: it was made of another model."
+        )
+    groups = []
+    for shared in tied_layers(merged):
+        groups.append([(layer, _original(layer, originals)) for layer in shared])
+        if any(parameter.is_meta for _, parameter in shared[0].parameters):
+            raise ValueError(f"The experts of {shared[0].name} are offloaded; load the merged model onto one device.")
+    return groups
+
+
+def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
+    # JetMoE's container is its whole block, which holds the merged experts.
+    original = originals.get(layer.name) or originals.get(layer.name.rpartition(".")[0])
+    if original is None:
+        raise ValueError(
+            f"The merged model has experts {layer.name!r}, the original has {', '.join(originals)}: it was made of "
+            "another model."
+        )
+    ours = (len(layer.container.expert_map), layer.hidden_size, layer.intermediate_size)
+    theirs = (original.num_experts, original.hidden_size, original.intermediate_size)
+    if ours != theirs:
+        raise ValueError(
+            f"{layer.name}: (experts, width, expert width) is {ours} in the merged model and {theirs} in the "
+            "original; it was made of another model."
+        )
+    return original
+
+
+def _inputs(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    groups: list[list[Pair]],
+    batches: list[Batch],
+    config: RepairConfig,
+) -> Iterator[tuple[list[Pair], LayerInputs, LayerInputs]]:
+    """Yield the layers with what the student's experts see and what the teacher's see at the same tokens."""
+    originals = [[original for _, original in pairs] for pairs in groups]
+    limit = config.memory_limit // 2 if config.sequential else config.memory_limit
+    streamed = stream_inputs(teacher, originals, batches, memory_limit=limit)
+    for pairs, (_, original_inputs) in zip(groups, streamed, strict=True):
+        if not config.sequential:
+            yield pairs, original_inputs, original_inputs
+            continue
+        captured = capture_inputs(student, [layer for layer, _ in pairs], batches)
+        first, *others = captured.values()
+        yield pairs, sum(others, first), original_inputs
+
+
+def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
+    begin, (layer, original) = time.perf_counter(), pair
+    with onloaded(original.container):
+        problem = LayerFit(layer.name, layer.container, original.read(), inputs, original_inputs)
+        repaired: Repaired = REPAIR[config.method](problem, config)
+    experts = [
+        ExpertRepair(s.tokens, s.ridge, relative(s.before, s.energy), relative(s.after, s.energy))
+        for s in repaired.solutions
+    ]
+    held_out = int(inputs.held_out.sum())
+    seconds = time.perf_counter() - begin
+    return LayerRepair(len(inputs) - held_out, held_out, repaired.before, repaired.after, seconds, experts)

@@ -1,0 +1,158 @@
+"""The sums of one layer and the file they are kept in; no model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hf_mcsmoe import RoutingStatistics
+from hf_mcsmoe.methods.statistics import LayerStatistics
+
+E, K = 5, 3
+
+
+def _tokens(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make router logits [T, E], picks [T, K], some of them no expert, and weights [T, K], some of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(number, E, generator=generator)
+    index = torch.rand(number, E + 2, generator=generator).topk(K).indices
+    weights = torch.rand(number, K, generator=generator)
+    weights[::4, 0] = 0
+    return logits, index, weights
+
+
+def _layer(*shards: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> LayerStatistics:
+    layer = LayerStatistics.empty(E)
+    for shard in shards:
+        layer.update(*shard, None)
+    return layer
+
+
+def _statistics(fingerprint: str = "f", seed: int = 0) -> RoutingStatistics:
+    return RoutingStatistics(fingerprint, {name: _layer(_tokens(9, seed)) for name in ("model.0.experts", "model.1")})
+
+
+def _same(left: LayerStatistics, right: LayerStatistics) -> bool:
+    return all(torch.equal(value, getattr(right, key)) for key, value in vars(left).items())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_equal_a_loop_over_the_tokens(masked: bool) -> None:
+    logits, index, weights = _tokens(40)
+    mask = torch.rand(40, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
+    counts, gates, gram, tokens = [0] * E, [0.0] * E, [[0.0] * E for _ in range(E)], 0
+    for token in range(40):
+        if mask is not None and not mask[token]:
+            continue
+        tokens += 1
+        row = logits[token].tolist()
+        for i in range(E):
+            for j in range(E):
+                gram[i][j] += row[i] * row[j]
+        for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
+            if expert < E and weight != 0:
+                counts[expert] += 1
+                gates[expert] += weight
+    layer = LayerStatistics.empty(E)
+    layer.update(logits, index, weights, mask)
+    assert layer.counts.tolist() == counts
+    assert layer.tokens.item() == tokens
+    torch.testing.assert_close(layer.gate_sum, torch.tensor(gates, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(layer.logit_gram, torch.tensor(gram, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert layer.frequency.tolist() == pytest.approx([count / tokens for count in counts])
+
+
+@pytest.mark.parametrize("cut", [1, 17, 39])
+def test_shards_add_up_to_the_whole(cut: int) -> None:
+    whole = _tokens(40)
+    first, second = tuple(part[:cut] for part in whole), tuple(part[cut:] for part in whole)
+    for split in (_layer(first, second), _layer(first) + _layer(second)):
+        torch.testing.assert_close(vars(split), vars(_layer(whole)), rtol=1e-12, atol=1e-12)
+
+
+def test_low_precision_logits_are_summed_in_double_precision() -> None:
+    logits = torch.full((4097, E), 1.0, dtype=torch.bfloat16)
+    layer = LayerStatistics.empty(E)
+    layer.update(logits, torch.zeros(4097, 1, dtype=torch.long), torch.full((4097, 1), 1 / 3).bfloat16(), None)
+    assert layer.logit_gram.unique().tolist() == [4097]
+    assert layer.gate_sum[0] == 4097 * torch.tensor(1 / 3).bfloat16().double()
+
+
+def test_no_token_leaves_zeros_and_no_division() -> None:
+    layer = _layer(_tokens(0))
+    assert layer.frequency.tolist() == [0] * E
+    assert layer.tokens == 0
+
+
+def test_an_added_layer_leaves_both_summands_alone() -> None:
+    left, right = _layer(_tokens(5)), _layer(_tokens(5, seed=1))
+    total = left + right
+    total.update(*_tokens(3), None)
+    assert _same(left, _layer(_tokens(5)))
+    assert _same(right, _layer(_tokens(5, seed=1)))
+
+
+def test_a_saved_file_loads_as_it_was(tmp_path: Path) -> None:
+    statistics = _statistics()
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = RoutingStatistics.load(str(tmp_path / "s.safetensors"))
+    assert loaded.fingerprint == "f"
+    assert list(loaded.layers) == list(statistics.layers)
+    assert all(_same(layer, loaded[name]) for name, layer in statistics.layers.items())
+    assert {tensor.dtype for tensor in vars(loaded["model.1"]).values()} == {torch.float64, torch.int64}
+
+
+def test_only_statistics_of_one_model_can_be_added() -> None:
+    total = _statistics() + _statistics(seed=1)
+    assert _same(total["model.1"], _layer(_tokens(9), _tokens(9, seed=1)))
+    other_layers = RoutingStatistics("f", {"model.0.experts": _layer(_tokens(9))})
+    for other in (_statistics("g"), other_layers):
+        with pytest.raises(ValueError, match="come from different models"):
+            _statistics() + other
+
+
+def test_a_file_of_something_else_or_damaged_is_refused(tmp_path: Path) -> None:
+    good, path = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    _statistics().save(good)
+    content = good.read_bytes()
+    damaged = {"cut": content[:-8], "header": content[:20], "text": b"counts: 1, 2, 3", "empty": b""}
+    for name, data in damaged.items():
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+            pytest.fail(f"{name}: {RoutingStatistics.load(path)}")
+    for metadata in (None, {"format": "pt"}):
+        save_file({"weight": torch.ones(2)}, path, metadata)
+        with pytest.raises(ValueError, match="holds no routing statistics"):
+            RoutingStatistics.load(path)
+
+
+def test_a_file_without_one_of_the_sums_is_refused(tmp_path: Path) -> None:
+    metadata = {"format": "mcsmoe-statistics", "fingerprint": "f", "layers": '["model.1"]'}
+    save_file({"model.1/counts": torch.ones(2)}, tmp_path / "s", metadata)
+    with pytest.raises(ValueError, match="is damaged"):
+        RoutingStatistics.load(tmp_path / "s")
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    _statistics().save(tmp_path / "s")
+    with safe_open(tmp_path / "s", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert metadata["format_version"] == "1"
+    for version, message in (("2", "has format 2; this version reads up to 1"), ("x", "has format x")):
+        save_file(tensors, tmp_path / "later", metadata | {"format_version": version})
+        with pytest.raises(ValueError, match=message):
+            RoutingStatistics.load(tmp_path / "later")
+
+
+def test_tokens_over_capacity_count_nowhere_and_skipped_ones_as_tokens() -> None:
+    logits, index, weights = _tokens(12)
+    index, weights = index[:, :1], weights[:, :1]
+    dropped, skipped = torch.arange(12) % 3 == 0, torch.arange(12) % 3 == 1
+    index[dropped], weights[dropped | skipped] = -1, 0
+    layer, rest = _layer((logits, index, weights)), _layer((logits[~dropped], index[~dropped], weights[~dropped]))
+    assert layer.tokens == 8
+    assert layer.counts.sum() <= 4
+    assert _same(layer, rest)

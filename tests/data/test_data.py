@@ -1,0 +1,148 @@
+"""Calibration data from every kind of source, and what wrong ones are told."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_mcsmoe.data.text import calibration_batches, read_samples
+
+ROWS = [{"question": f"what is {n}", "answer": f"it is {n}"} for n in range(5)]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "</s>", "<unk>", "what", "is", "it", *map(str, range(10))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+SOURCES = {
+    "lines.txt": "one\ntwo\nthree\n",
+    "paragraphs.txt": "one\n\ntwo\n\n\nthree",
+    "list.json": json.dumps(["one", "two", "three"]),
+    "rows.json": json.dumps([{"text": text} for text in ("one", "two", "three")]),
+    "named.json": json.dumps({"first": "one\n\ntwo", "second": "three"}),
+    "rows.jsonl": "\n".join(json.dumps({"text": text, "id": 1}) for text in ("one", "two", "three")),
+    "rows.csv": "text,id\none,1\ntwo,2\nthree,3\n",
+    "rows.tsv": "text\tid\none\t1\ntwo\t2\nthree\t3\n",
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_kind_of_file_gives_its_texts(name: str, tmp_path: Path) -> None:
+    assert read_samples(write(tmp_path / name, SOURCES[name])) == [("one", None), ("two", None), ("three", None)]
+
+
+def test_gzipped_files_and_folders_of_data_sets(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
+    expected = [(row["question"], row["answer"]) for row in ROWS]
+    options = {"column": "question", "target_column": "answer"}
+    assert read_samples(str(tmp_path / "train.jsonl.gz"), **options) == expected
+    assert read_samples(str(tmp_path / "text.txt.gz")) == [("one", None), ("two", None)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", lines)
+    assert sorted(read_samples(str(folder), **options)) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("missing.txt", None, {}, "no file"),
+        ("no-such-set", None, {}, "Cannot load the data set 'no-such-set'"),
+        ("empty.txt", b" \n\n", {}, "holds no text"),
+        ("empty.jsonl", b"", {}, "empty.jsonl"),
+        ("binary.txt", b"\xff\xfe\x00\x93", {}, "not a text file"),
+        ("broken.txt.gz", b"\x1f\x8bnothing", {}, "not a text file"),
+        ("broken.json", b"{", {}, "not valid JSON"),
+        ("rows.jsonl", b'{"text": "a", "id": 3}', {"column": "txt"}, "no column 'txt'; it has 'text', 'id'"),
+        ("rows.jsonl", b'{"text": "a"}', {"target_column": "label"}, "no column 'label'"),
+        ("two.jsonl", b'{"a": "x", "b": "y"}', {}, "name the one with the text"),
+        ("numbers.jsonl", b'{"text": 3}', {"column": "text"}, "holds int, not text"),
+    ],
+)
+def test_wrong_sources_are_told_what_is_wrong(
+    name: str, content: bytes | None, options: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    source = str(path) if "." in name else name
+    with pytest.raises(ValueError, match=message):
+        read_samples(source, **options)
+
+
+def test_batches_of_a_decoder_are_padded_and_masked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write(tmp_path / "text.txt", "what is 1\nit\nwhat is it 2 3")
+    batches = calibration_batches(path, tokenizer, build("mixtral"), batch_size=2)
+    assert sorted(int(length) for batch in batches for length in batch["attention_mask"].sum(1)) == [1, 3, 5]
+    for batch in batches:
+        assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == tokenizer.pad_token_id)
+
+
+def test_batches_of_an_encoder_decoder_have_targets(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, ROWS)))
+    options = {"column": "question", "target_column": "answer", "batch_size": 5}
+    (batch,) = calibration_batches(path, tokenizer, build("switch_transformers"), **options)
+    answers = {tuple(tokenizer(row["answer"])["input_ids"]) for row in ROWS}
+    assert {tuple(token for token in row if token != -100) for row in batch["labels"].tolist()} == answers
+
+
+def test_the_text_is_corrupted_as_asked_for(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    words = [*tokenizer.get_vocab(), *(f"<extra_id_{number}>" for number in range(8))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    sentinels = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    path = write(tmp_path / "text.txt", " ".join(str(number % 10) for number in range(40)))
+    for noise, masked in ((None, 6), ({"noise_density": 0.5}, 20), ({"mean_span": 4, "fixed_spans": True}, 8)):
+        (batch,) = calibration_batches(path, sentinels, build("switch_transformers"), noise=noise)
+        assert (batch["labels"] < len(words) - 8).sum() == masked + 1, "and the end"
+
+
+def test_samples_are_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write(tmp_path / "text.txt", "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10)))
+    drawn = [
+        torch.cat(
+            [b["input_ids"] for b in calibration_batches(path, tokenizer, build("mixtral"), num_samples=9, seed=s)]
+        )
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert len(drawn[0]) == 9
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
+def test_the_tokenizer_is_left_as_it_was(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.pad_token = None
+    before = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer("what is it 1 2 3"))
+    batches = calibration_batches(
+        write(tmp_path / "text.txt", "what is 1\nit"), tokenizer, build(name), max_length=2, batch_size=2
+    )
+    assert batches[0]["attention_mask"].sum() == 3
+    assert before == (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        tokenizer("what is it 1 2 3"),
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = build("mixtral")
+    model.resize_token_embeddings(5)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        calibration_batches(write(tmp_path / "text.txt", "what is 1"), tokenizer, model)

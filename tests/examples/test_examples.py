@@ -1,0 +1,144 @@
+"""The scripts of the recipe as a user runs them: help, fine-tuning to the end and resumed, evaluation."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import build
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+BENCHMARKS = {"distillation_step.py": ["--d-model", "64", "--experts", "4", "--batch-size", "2", "--length", "8"]}
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = ["finetune_seq2seq.py", "evaluate_seq2seq.py"]
+WORDS = ["<pad>", "</s>", "<unk>", "choice1", "choice2", "copa", "choice1:", "choice2:", "premise:", "question:"]
+LETTERS = [f"letter{number}" for number in range(20)]
+
+
+def run(script: str, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, on one core."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "119"}
+    command = [sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+
+
+def rows(number: int, shift: int = 0) -> list[dict]:
+    """Make rows of COPA in which the first of two words tells the answer."""
+    return [
+        {
+            "premise": LETTERS[(index + shift) % 20],
+            "question": "cause" if index % 2 else "effect",
+            "choice1": "x",
+            "choice2": "y",
+            "label": index % 2,
+        }
+        for index in range(number)
+    ]
+
+
+def write_model(path: Path, **settings: Any) -> None:
+    """Write a tiny Switch with its tokenizer; `settings` are of its configuration."""
+    words = {word: index for index, word in enumerate([*WORDS, "cause", "effect", "x", "y", *LETTERS])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    model = build("switch_transformers")
+    model.config.eos_token_id = model.generation_config.eos_token_id = 1
+    model.config.update(settings)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Write a tiny Switch with its tokenizer, and files to train and evaluate on."""
+    write_model(tmp_path / "model")
+    for name, made in (("train", rows(40)), ("evaluation", rows(11, shift=4))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return tmp_path
+
+
+def data(folder: Path) -> list[str | Path]:
+    """Return the arguments that name the task and its files."""
+    return ["--task", "copa", "--train_file", folder / "train.jsonl", "--evaluation_file", folder / "evaluation.jsonl"]
+
+
+def training(folder: Path, output: Path) -> list[str | Path]:
+    """Return the arguments of a short training."""
+    start = ["--model_name_or_path", folder / "model", "--output_dir", output, *data(folder)]
+    return [*start, "--learning_rate", "1e-2", "--max_steps", "200", "--use_cpu", "true", "--disable_tqdm", "true"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_tells_what_the_script_does(script: str) -> None:
+    result = run(script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--task" in result.stdout
+    assert f"examples/{script}" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_model_learns_the_task_and_is_evaluated_alike_afterwards(folder: Path) -> None:
+    output = folder / "full"
+    options = ["--holdout", "0.2", "--eval_strategy", "steps", "--eval_steps", "100", "--save_strategy", "steps"]
+    choose = ["--save_steps", "100", "--load_best_model_at_end", "true"]
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")
+    result = run("finetune_seq2seq.py", *training(folder, output), *options, *choose, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((output / "evaluation.json").read_text())
+    assert figures == {"accuracy": 100.0, "no_label": 0.0, "examples": 11}
+    state = json.loads((output / "checkpoint-200" / "trainer_state.json").read_text())
+    assert "eval_loss" in state["log_history"][-1], "or no checkpoint was chosen by the rows kept apart"
+    for by in ("generation", "likelihood"):
+        arguments = ["--model_name_or_path", output, "--output_dir", folder / by, "--by", by, *data(folder)]
+        result = run("evaluate_seq2seq.py", *arguments)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((folder / by / "evaluation.json").read_text())["accuracy"] == 100.0
+
+
+@pytest.mark.slow
+def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(folder: Path) -> None:
+    output = folder / "full"
+    arguments = [*training(folder, output), "--max_steps", "8", "--save_strategy", "steps", "--save_steps", "4"]
+    assert run("finetune_seq2seq.py", *arguments).returncode == 0
+    expected = load_file(output / "model.safetensors")
+    (output / "model.safetensors").unlink()
+    shutil.rmtree(output / "checkpoint-8")
+    result = run("finetune_seq2seq.py", *arguments, "--resume_from_checkpoint", "last")
+    assert result.returncode == 0, result.stderr
+    found = load_file(output / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+def test_a_choice_of_checkpoint_needs_rows_kept_apart(folder: Path) -> None:
+    result = run("finetune_seq2seq.py", *training(folder, folder / "full"), "--eval_strategy", "epoch")
+    assert result.returncode != 0
+    assert "pass --holdout" in result.stderr
+    assert not (folder / "full" / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", BENCHMARKS)
+def test_a_benchmark_prints_its_table(script: str) -> None:
+    result = run(f"benchmarks/{script}", "--repetitions", "1", "--threads", "1", *BENCHMARKS[script])
+    assert result.returncode == 0, result.stderr
+    head, _, *rows = result.stdout.splitlines()
+    assert head.split("|")[1:3] == [" measure ", " ratio "]
+    assert len(rows) == 2
+    assert all(float(row.split("|")[2]) > 0 for row in rows)
+
+
+def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> None:
+    listed = (EXAMPLES / "benchmarks" / "run_all.py").read_text()
+    scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py")} - {"common.py", "run_all.py"}
+    assert {name for name in scripts if f'"{name}"' not in listed} == {"merge_2b.py"}

@@ -1,0 +1,351 @@
+"""Repairs of merged models: they see what the experts see, restore what was spoilt, and touch nothing else."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import NUM_EXPERTS, build, inputs
+from helpers import Batch, batches, groups_of, logits, relative_error, state
+from layouts import LAYOUTS
+from transformers import PreTrainedModel
+
+from hf_mcsmoe import MergeConfig, MoELayer, collect_statistics, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inputs
+from hf_mcsmoe.repair.fit import LayerFit, merged_output, original_sum
+from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
+from hf_mcsmoe.repair.repair import RepairReport, matching_layers, repair_experts
+
+EXACT = RepairConfig(ridges=(1e-9,))
+
+
+def _merged(name: str, model: PreTrainedModel, data: list[Batch], **options: Any) -> PreTrainedModel:
+    config = MergeConfig(**{"experts": 4, "budget": "uniform", **options})
+    return merge_experts(model, plan_merge(model, collect_statistics(model, data), config))
+
+
+def _alike(name: str) -> PreTrainedModel:
+    """Build a model whose experts are all the same, so that merging them loses nothing."""
+    model = build(name)
+    for layer in moe_layers(model):
+        first = LAYOUTS[name].before(layer.container, 0)
+        for index in range(1, layer.num_experts):
+            for role, tensor in LAYOUTS[name].before(layer.container, index).items():
+                tensor.copy_(first[role])
+    return model
+
+
+def _spoil(model: PreTrainedModel, name: str) -> None:
+    """Add noise to the output matrices (and their biases) of a merged model."""
+    generator = torch.Generator().manual_seed(7)
+    for layer in moe_layers(model):
+        for index in range(layer.num_experts if layer.merged else 0):
+            for role, tensor in LAYOUTS[name].after(layer.container, index).items():
+                if role.startswith("down"):
+                    tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+
+
+def _kept_tokens(batch: Batch, layer: MoELayer) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    is_decoder = "decoder_input_ids" in batch and "encoder" not in layer.name
+    return torch.ones_like(batch["input_ids"]) == 1 if mask is None or is_decoder else mask == 1
+
+
+# What experts return in the families whose container returns more than their gated sum, or returns it otherwise.
+OUTPUTS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "llama4": lambda container, output: output.view(NUM_EXPERTS, -1, output.shape[-1]).sum(0),
+    "jetmoe": lambda container, output: output - container.bias,
+}
+
+
+def _outputs(name: str, model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """Run a model and return what its experts' containers gave for the tokens that count, [T, D]."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(layer: MoELayer) -> Callable[..., None]:
+        def hook(module: Any, arguments: tuple, output: torch.Tensor) -> None:
+            if not layer.merged and name in OUTPUTS:
+                output = OUTPUTS[name](module, output)
+            if name == "longcat_flash":  # takes its identity experts off again
+                states, index, weights = arguments
+                known = len(module.expert_map) if layer.merged else layer.num_experts
+                output = output - states * (weights * (index >= known)).sum(1, keepdim=True)
+            output = output.reshape(-1, output.shape[-1])
+            counted = _kept_tokens(batch, layer).flatten()
+            found[layer.name] = output[counted.repeat_interleave(len(output) // len(counted))]
+
+        return hook
+
+    for layer in moe_layers(model):
+        layer.container.register_forward_hook(keep(layer))
+    logits(model, batch)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_computed_from_captured_inputs_is_what_the_layers_give(name: str) -> None:
+    model, data = build(name), [inputs(name, build(name))]
+    student = _merged(name, model, batches(name, model))
+    given, merged = _outputs(name, copy.deepcopy(model), data[0]), _outputs(name, copy.deepcopy(student), data[0])
+    groups = matching_layers(student, model)
+    captured = capture_inputs(model, [original for ((_, original),) in groups], data)
+    own = capture_inputs(student, [layer for ((layer, _),) in groups], data)
+    for ((layer, original),) in groups:
+        problem = LayerFit(layer.name, layer.container, original.read(), own[layer.name], captured[original.name])
+        sums = original_sum(problem, normed=True)
+        if name == "llama4":  # a row for each pick
+            sums = sums.view(len(given[original.name]), -1, sums.shape[-1]).sum(1)
+        torch.testing.assert_close(sums, given[original.name], rtol=1e-4, atol=1e-5)
+        ours = merged_output(problem, layer.container, torch.arange(len(own[layer.name])))
+        torch.testing.assert_close(ours, merged[layer.name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_refit_restores_spoilt_output_matrices(name: str) -> None:
+    model = _alike(name)
+    data = batches(name, model, number=10)
+    student = _merged(name, model, data[:2])
+    expected = logits(model, data[0])
+    _spoil(student, name)
+    spoilt = relative_error(logits(student, data[0]), expected)
+    report = repair_experts(student, model, data, EXACT)
+    assert relative_error(logits(student, data[0]), expected) < 1e-3 < 0.1 * spoilt
+    for layer in report.layers.values():
+        assert layer.after < 0.1 * layer.before
+        for expert in layer.experts:
+            assert expert.tokens < 40 or expert.after < 1e-3 < expert.before, "F is 24"
+
+
+@pytest.mark.parametrize("method", [method for method in REPAIR if method != "none"])
+@pytest.mark.parametrize("name", ["switch_transformers", "qwen3_moe", "gpt_oss"])
+def test_a_repair_lowers_the_error_of_pruned_experts_and_touches_nothing_else(name: str, method: str) -> None:
+    model = build(name)
+    data = batches(name, model, number=4)
+    student = _merged(name, model, data, merging="dominant")
+    teacher_before, student_before = state(model), state(student)
+    bits = dict(zip((key for key, *_ in student_before["tensors"]), student_before["bits"], strict=True))
+    report = repair_experts(student, model, data, RepairConfig(method=method, steps=60))
+    assert state(model) == teacher_before
+    after = state(student)
+    changed = {key for key, value in zip(bits, after["bits"], strict=True) if bits[key] != value}
+    trained = ("down_proj", "down_proj_bias") if method != "local" else ("_proj", "_proj_bias")
+    assert changed
+    assert all(".experts." in key and key.endswith(trained) for key in changed)
+    assert {**after, "bits": []} == {**student_before, "bits": []}
+    for layer in report.layers.values():
+        assert layer.after <= layer.before
+        assert layer.held_out > 0
+    assert any(layer.after < 0.97 * layer.before for layer in report.layers.values())
+
+
+@pytest.mark.parametrize("method", ["refit", "local"])
+@pytest.mark.parametrize("options", [{"joint": True}, {"sequential": True}], ids=["joint", "sequential"])
+def test_fits_of_the_whole_output_lower_the_error_too(method: str, options: dict) -> None:
+    model = build("qwen3_moe")
+    data = batches("qwen3_moe", model, number=6)
+    student = _merged("qwen3_moe", model, data)
+    alone = copy.deepcopy(student)
+    report = repair_experts(student, model, data, RepairConfig(method=method, steps=40, **options))
+    assert all(layer.after < layer.before for layer in report.layers.values())
+    repair_experts(alone, model, data, RepairConfig(method="refit"))
+    target = torch.cat([logits(model, batch) for batch in data])
+    errors = [relative_error(torch.cat([logits(m, batch) for batch in data]), target) for m in (student, alone)]
+    assert errors[0] < 1.02 * errors[1]
+
+
+def test_a_joint_refit_is_the_least_squares_solution_over_all_experts() -> None:
+    """One block row per token with the states of all stored experts, solved at once."""
+    name = "mixtral"
+    model = build(name)
+    data = batches(name, model, number=8)
+    student = _merged(name, model, data, experts=2)
+    layer, original = matching_layers(student, model)[0][0]
+    start = [LAYOUTS[name].after(layer.container, index)["down"].double().clone() for index in range(2)]
+    seen = capture_inputs(model, [original], data)[original.name]
+    config = RepairConfig(joint=True, sweeps=60, ridges=(1e-2,))
+    repair_experts(student, model, data, config)
+    wide, wanted = [], []
+    act = torch.nn.functional.silu
+    for token in range(len(seen)):
+        row, output = torch.zeros(2, 24, dtype=torch.float64), 0
+        for pick, gate in zip(seen.index[token].tolist(), seen.weights[token].double(), strict=True):
+            expert = LAYOUTS[name].before(original.container, pick)
+            x = seen.hidden[token]
+            output = output + gate * (expert["down"] @ (act(expert["gate"] @ x) * (expert["up"] @ x))).double()
+            group = layer.container.expert_map_values[pick]
+            stored = LAYOUTS[name].after(layer.container, group)
+            row[group] += gate * (act(stored["gate"] @ x) * (stored["up"] @ x)).double()
+        wide.append(row.flatten())
+        wanted.append(output)
+    states, target = torch.stack(wide), torch.stack(wanted)
+    scales = torch.cat([(1e-2 * part.square().sum() / 24).expand(24) for part in states.split(24, 1)]).sqrt()
+    left, right = torch.cat([states, torch.diag(scales)]), torch.cat([target, scales[:, None] * torch.cat(start, 1).T])
+    solution = torch.linalg.lstsq(left, right).solution.T
+    found = torch.cat([LAYOUTS[name].after(layer.container, index)["down"] for index in range(2)], 1)
+    # The sweeps before the last leave the held-out tokens aside, so that the last one starts beside the solution.
+    assert relative_error(found, solution) < 0.2 * relative_error(torch.cat(start, 1), solution)
+
+
+def test_wide_experts_get_the_same_weights_without_a_matrix_of_the_width_squared() -> None:
+    model = build("gpt_oss")
+    data = batches("gpt_oss", model, number=3)
+    students = [_merged("gpt_oss", model, data) for _ in range(2)]
+    config = RepairConfig(ridges=(0.1, 1.0))
+    repair_experts(students[0], model, data, config)
+    repair_experts(students[1], model, data, RepairConfig(ridges=(0.1, 1.0), memory_limit=5000))
+    for one, other in zip(*(moe_layers(student) for student in students), strict=True):
+        assert relative_error(other.container.down_proj, one.container.down_proj) < 1e-5
+        assert relative_error(other.container.down_proj_bias, one.container.down_proj_bias) < 1e-5
+
+
+def test_experts_that_saw_no_token_keep_their_weights_and_the_report_says_so() -> None:
+    model = build("gpt_oss")
+    for layer in moe_layers(model):
+        layer.router.bias[6:] = -100
+    data = batches("gpt_oss", model, number=3)
+    student = _merged("gpt_oss", model, data, grouping=groups_of([0, 0, 1, 1, 2, 2, 3, 3], [0, 2, 4, 6]))
+    seen = {layer.name: capture_inputs(model, [layer], data)[layer.name] for layer in moe_layers(model)}
+    assert all(int((one.index >= 6).sum()) == 0 for one in seen.values())
+    before = [layer.container.down_proj[3].clone() for layer in moe_layers(student)]
+    report = repair_experts(student, model, data)
+    for layer, weight, name in zip(moe_layers(student), before, report.layers, strict=True):
+        assert torch.equal(layer.container.down_proj[3], weight)
+        assert 3 in report.layers[name].unchanged
+        last = report.layers[name].experts[3]
+        assert (last.tokens, last.ridge, last.before, last.after) == (0, None, None, None)
+    assert RepairReport(**json.loads(json.dumps(report.to_dict()))).seconds == report.seconds
+
+
+def test_layers_that_share_their_experts_are_repaired_once_on_the_tokens_of_both() -> None:
+    model = build("mixtral")
+    layers = moe_layers(model)
+    for name, parameter in layers[0].parameters:
+        setattr(layers[1].container, name, parameter)
+    data = batches("mixtral", model, number=4)
+    student = _merged("mixtral", model, data)
+    done: list[tuple[str, int, int]] = []
+    report = repair_experts(student, model, data, progress=lambda *arguments: done.append(arguments))
+    ours = moe_layers(student)
+    assert ours[0].container.down_proj is ours[1].container.down_proj
+    assert list(report.layers) == [layers[0].name, *(layer.name for layer in layers[2:])]
+    first, other = report.layers[layers[0].name], report.layers[layers[2].name]
+    assert (first.tokens, first.held_out) == (2 * other.tokens, 2 * other.held_out)
+    assert done[0] == (layers[0].name, 2, len(layers))
+    assert done[-1] == (layers[-1].name, len(layers), len(layers))
+
+
+def test_whole_sequences_are_held_out_and_only_tokens_that_count_are_kept() -> None:
+    model = build("qwen3_moe")
+    data = batches("qwen3_moe", model, number=3, batch_size=5)
+    layer = moe_layers(model)[0]
+    seen = capture_inputs(model, [layer], iter(data))[layer.name]
+    lengths = [int(row.sum()) for batch in data for row in batch["attention_mask"]]
+    held_out = [number % 5 == 4 for number in range(15)]
+    expected = [held for length, held in zip(lengths, held_out, strict=True) for _ in range(length)]
+    assert seen.held_out.tolist() == expected
+    one = capture_inputs(model, [layer], [inputs("qwen3_moe", model, batch_size=1)])[layer.name]
+    assert one.held_out.tolist() == [False] * 8 + [True]
+    few = capture_inputs(model, [layer], [inputs("qwen3_moe", model, batch_size=2)])[layer.name]
+    assert few.held_out.tolist() == [False] * 12 + [True] * 9
+
+
+def _equal(one: LayerInputs, other: LayerInputs) -> bool:
+    return all(torch.equal(getattr(one, key), getattr(other, key)) for key in vars(one))
+
+
+def test_layers_are_captured_in_as_many_passes_as_memory_asks_for() -> None:
+    model = build("mixtral")
+    data, layers = batches("mixtral", model), moe_layers(model)
+    together = capture_inputs(model, layers, data)
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    size = 2 * 8 * 12 * (layers[0].hidden_size * 4 + 12 * 2)
+    for limit, expected in ((1, len(layers)), (2 * size, (len(layers) + 1) // 2), (len(layers) * size, 1)):
+        passes.clear()
+        streamed = list(stream_inputs(model, [[layer] for layer in layers], data, memory_limit=limit))
+        assert len(passes) == expected * len(data)
+        assert [group[0].name for group, _ in streamed] == list(together)
+        assert all(_equal(found, together[group[0].name]) for group, found in streamed)
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
+def test_a_bfloat16_model_stays_one(name: str) -> None:
+    model = build(name).bfloat16()
+    data = batches(name, model, number=4)
+    for method in ("refit", "local"):
+        student = _merged(name, model, data)
+        report = repair_experts(student, model, data, RepairConfig(method=method, steps=30))
+        assert all(layer.container.down_proj.dtype == torch.bfloat16 for layer in moe_layers(student))
+        assert all(layer.after < layer.before for layer in report.layers.values())
+
+
+def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
+    """What other held-out tokens were, the training's start and so its result are the same."""
+    name = "switch_transformers"
+    model = build(name)
+    data = batches(name, model, number=4)
+    ours, layer = _merged(name, model, data), moe_layers(model)[0]
+    seen = capture_inputs(model, [layer], data)[layer.name]
+    other = LayerInputs(seen.hidden.clone(), seen.index, seen.weights, seen.held_out)
+    other.hidden[seen.held_out] *= 1.05
+    results = []
+    for one in (seen, other):
+        student = copy.deepcopy(ours)
+        ((merged, original), *_) = matching_layers(student, model)[0]
+        problem = LayerFit(layer.name, merged.container, original.read(), one, one)
+        REPAIR["local"](problem, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
+        results.append(merged.container.down_proj.clone())
+    assert not torch.equal(results[0], moe_layers(ours)[0].container.down_proj)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-7)
+
+
+def test_what_cannot_be_repaired_is_refused_before_a_forward() -> None:
+    model = build("mixtral")
+    data = batches("mixtral", model)
+    student, other = _merged("mixtral", model, data), build("qwen3_moe")
+    small = _merged("mixtral", model, data, skip="*.0.*")
+    for one in (model, student, other):
+        one.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        repair_experts(student, model, [])
+    with pytest.raises(ValueError, match="no merged layer to repair"):
+        repair_experts(model, model, data)
+    with pytest.raises(ValueError, match="is compressed already"):
+        repair_experts(student, small, data)
+    with pytest.raises(ValueError, match="is no compressed Qwen3MoeForCausalLM: it was made of another model"):
+        repair_experts(student, other, data)
+    moe_layers(small)[1].container.set_expert_map([0, 1, 2, 3, 3, 3, 3])
+    with pytest.raises(ValueError, match=r"is \(7, 32, 24\) in the merged model and \(8, 32, 24\)"):
+        repair_experts(small, model, data)
+    with pytest.raises(ValueError, match=r"Unknown repair method 'refitt'\. Did you mean 'refit'\?"):
+        RepairConfig(method="refitt")
+    with pytest.raises(ValueError, match="steps=0 must be a positive whole number"):
+        RepairConfig(steps=0)
+    with pytest.raises(ValueError, match=r"ridges=\(0\.0,\) must be positive"):
+        RepairConfig(ridges=(0.0,))
+    with pytest.raises(ValueError, match="expert by expert"):
+        RepairConfig(method="mean_shift", sequential=True)
+    assert repair_experts(student, model, data, RepairConfig(method="none")).layers == {}
+
+
+def test_nan_in_activations_and_a_norm_behind_the_experts_are_named() -> None:
+    model = build("mixtral")
+    data = batches("mixtral", model)
+    student = _merged("mixtral", model, data)
+    model.model.layers[1].input_layernorm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.\S+ are not finite"):
+        repair_experts(student, model, data)
+    model = build("muse_spark")
+    data = batches("muse_spark", model)
+    with pytest.raises(ValueError, match="norm behind each expert"):
+        repair_experts(_merged("muse_spark", model, data), model, data, RepairConfig(joint=True))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
