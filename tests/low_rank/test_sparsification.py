@@ -23,9 +23,8 @@ from hf_mcsmoe import (
     SparsificationCallback,
     compact,
     decompose_experts,
-    importance,
-    sparsification,
 )
+from hf_mcsmoe.low_rank import importance, pruning
 from hf_mcsmoe.low_rank.importance import RowAverages, row_scores
 from hf_mcsmoe.low_rank.pruning import kept_share, prune_rows, zero_shot_importance
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
@@ -240,7 +239,7 @@ def test_all_processes_prune_what_the_first_one_chooses(monkeypatch: pytest.Monk
         chosen.copy_(torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 0, 0]))
 
     for name, value in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "broadcast": broadcast}.items():
-        monkeypatch.setattr(sparsification.dist, name, value)
+        monkeypatch.setattr(pruning.dist, name, value)
     scores = {"0.weight": torch.arange(6.0), "1.weight": torch.arange(4.0)}
     prune_rows(model, scores, 0.4)
     parts = sparse_parts(model)
@@ -323,7 +322,7 @@ def test_a_plain_trainer_resumes_where_it_finds_its_own_checkpoint(tmp_path: Pat
     _plain(tmp_path / "other", learning_rate=1e-2).train()
     with pytest.raises(ValueError, match="Found no checkpoint of this run at step 2"):
         _plain(tmp_path / "other").train(resume_from_checkpoint=checkpoint)
-    (tmp_path / "first" / "checkpoint-2" / sparsification.OPTIONS_FILE).unlink()
+    (tmp_path / "first" / "checkpoint-2" / pruning.OPTIONS_FILE).unlink()
     with pytest.raises(ValueError, match="not saved with a SparsificationCallback"):
         _plain(tmp_path / "first", resume_from_checkpoint=checkpoint).train(resume_from_checkpoint=checkpoint)
 
