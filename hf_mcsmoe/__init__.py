@@ -15,8 +15,9 @@ from hf_mcsmoe.distillation import (
     store_teacher_outputs,
 )
 from hf_mcsmoe.layer_repair import RepairConfig
+from hf_mcsmoe.low_rank.linear import LoSparseLinear
 from hf_mcsmoe.modeling.auto import RegisteredConfig
-from hf_mcsmoe.modeling.modeling_mcsmoe import LoSparseLinear, MergedSwitchSparseMLP
+from hf_mcsmoe.modeling.modeling_mcsmoe import MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.repair import repair_experts
 from hf_mcsmoe.sparsification import SparsificationCallback

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_factors
+from hf_mcsmoe.low_rank.linear import low_rank_factors
 from hf_mcsmoe.registry import Registry
 
 FACTORISATION = Registry("factorisation")

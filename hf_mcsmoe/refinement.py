@@ -16,6 +16,7 @@ from hf_mcsmoe.decompose import compact, decompose_experts
 from hf_mcsmoe.grouping import BUDGET, adaptive_budget, uniform_budget
 from hf_mcsmoe.layer_repair import RepairConfig
 from hf_mcsmoe.model_card import add_to_card, describe_costs
+from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import tied_layers
 from hf_mcsmoe.ranks import check_low_rank
@@ -169,8 +170,8 @@ def _repair(
     lossy: dict[str, list[int]] = {}
     for layer in moe_layers(merged):
         if layer.name in report.layers:
-            members = Counter(layer.container.expert_map_values)
-            lossy[layer.name] = [e for e in sorted(members) if members[e] > 1 or layer.container.low_rank]
+            members = Counter(layer.expert_map)
+            lossy[layer.name] = [e for e in sorted(members) if members[e] > 1 or low_rank_of(layer.container)]
     unchanged: dict[str, list[int]] = {}
     for name, done in report.layers.items():
         kept = done.unchanged

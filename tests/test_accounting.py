@@ -51,7 +51,7 @@ def test_the_tensors_held_at_the_size_of_switch_base_32_are_the_papers(switch_ba
     model = copy.deepcopy(switch_base_32)
     expert_map = [index % 8 for index in range(32)]
     names = [layer.name for layer in moe_layers(model)][1:]
-    convert_model(model, {name: {"num_experts": 32, "expert_map": expert_map} for name in names})
+    convert_model(model)
     held = [install_layer(model, name, expert_map) for name in names]
     assert sum(value.numel() for value in model.parameters()) == pytest.approx(732.8e6, rel=1e-2)
     for experts in held:

@@ -9,7 +9,7 @@ import hf_mcsmoe
 
 ROOT = Path(hf_mcsmoe.__file__).parent
 LEVELS = [
-    "modeling registry experts",
+    "modeling registry experts low_rank",
     "adapters choices denoising data loading offloading tasks",
     "statistics saliency similarity grouping alignment merging decomposition refit losses metrics",
     "config calibration plan model_card compress activations layer_outputs layer_repair repair ranks decompose "

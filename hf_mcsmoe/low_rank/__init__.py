@@ -1,0 +1,1 @@
+"""MC-SMoE: weights as low rank + structured sparse."""
