@@ -20,8 +20,7 @@ from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.experts import ExpertWeights
 from hf_mcsmoe.methods.merging import merge_group
 from hf_mcsmoe.modeling.auto import register_family
-from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
-from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
+from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, describe, install_layer
 from hf_mcsmoe.plan import LayerPlan, MergePlan
 
 PLAN_FILE = "mcsmoe_plan.json"
@@ -49,10 +48,7 @@ def merge_experts(
     tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     result, done = _prepare(model, [layers[name] for name in merged], consume), 0
-    convert_model(
-        result,
-        {name: {"num_experts": len(item.expert_map), "expert_map": item.expert_map} for name, item in merged.items()},
-    )
+    convert_model(result)
     result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
     waiting = tied_layers([layers.pop(name) for name in merged])
     while waiting:  # taken off the list, which would keep the experts of the layers that are done
@@ -63,6 +59,7 @@ def merge_experts(
         done += 1 + len(others)
         if progress:
             progress(first.name, done, len(merged))
+    result.config.mcsmoe = describe(result)
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)
@@ -97,7 +94,7 @@ def _alignment_method(plan: MergePlan) -> Callable[..., torch.Tensor | None]:
     return ALIGNMENT[plan.alignment or plan.config["alignment"]]
 
 
-def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan) -> MergedExperts:
+def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan) -> nn.Module:
     """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
     if layer.model is result:
         for module in layer.container.modules():
@@ -116,11 +113,10 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan
     return experts
 
 
-def _tie(experts: MergedExperts, source: MergedExperts) -> None:
+def _tie(experts: nn.Module, source: nn.Module) -> None:
     """Let `experts` hold the parameters of `source`, as the two layers of the original did."""
     for name, parameter in source.named_parameters(recurse=False):
         setattr(experts, name, parameter)
-    experts.set_expert_map(source.expert_map_values, source.expert_map.device)
 
 
 def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
@@ -173,13 +169,12 @@ def _prepare(model: PreTrainedModel, layers: list[MoELayer], consume: bool) -> P
     return result
 
 
-def _materialise(experts: MergedExperts, device: torch.device) -> None:
+def _materialise(experts: nn.Module, device: torch.device) -> None:
     """Give experts that stand on the meta device memory on `device`."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         if parameter.is_meta:
             memory = torch.empty_like(parameter, device=device)
             setattr(experts, name, nn.Parameter(memory, parameter.requires_grad))
-    experts.set_expert_map(experts.expert_map_values, device)
 
 
 def _redispatch(result: PreTrainedModel) -> None:

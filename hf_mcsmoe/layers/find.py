@@ -12,7 +12,7 @@ from hf_mcsmoe.layers.fused import FusedLayer, fused_sizes, fused_views, is_fuse
 from hf_mcsmoe.layers.layer import MoELayer, find_router
 from hf_mcsmoe.layers.offloading import onloaded
 from hf_mcsmoe.layers.outside import REFUSED, DbrxLayer, JetMoeLayer, Llama4Layer, SwitchLayer
-from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
+from hf_mcsmoe.modeling.router_mcsmoe import map_of
 
 __all__ = ["MoELayer", "fused_views", "moe_layers"]
 
@@ -70,8 +70,7 @@ def _is_text_experts(name: str, module: nn.Module) -> bool:
 
 
 def _layer(model: PreTrainedModel, name: str, module: nn.Module) -> MoELayer:
-    # By name: a model loaded through remote code has a class of its own copy of the modelling files.
-    merged = any(cls.__name__ == MergedExperts.__name__ for cls in type(module).__mro__)
+    merged = map_of(model, name) is not None
     if not merged and type(module).__name__ in OUTSIDE:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)

@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.methods.experts import ExpertWeights
+from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
+from hf_mcsmoe.modeling.modeling_mcsmoe import expert_map_of
 
 # Called once per forward with router logits [T, E], picked experts int [T, K] and their final weights [T, K]. A pick
 # of weight 0, or of an index from E on, reached no expert; the index -1 is that of a token which the capacity of its
@@ -45,6 +47,11 @@ class MoELayer:
         return find_router(self.model, self.name)
 
     @property
+    def expert_map(self) -> list[int] | None:
+        """Of a merged layer the stored expert of each original one, int [E] -> [G]."""
+        return expert_map_of(self.model, self.name)
+
+    @property
     def output_name(self) -> str:
         """The path of the module that returns the layer's output, of the original and of the merged model alike."""
         return self.name
@@ -70,13 +77,12 @@ class MoELayer:
     def record(self, sink: Sink) -> list[RemovableHandle]:
         """Call `sink` with what the experts see in every forward of the layer until the handles are removed.
 
-        The index is the router's, of a merged layer too. A pick of weight 0 reached no expert.
+        The index is that of an expert that is held: of a merged layer a stored one. A pick of weight 0 reached none.
         """
 
         def on_experts(module: nn.Module, arguments: tuple, keywords: dict) -> None:
             hidden_states, index, weights = call_arguments(module, arguments, keywords)[:3]
-            known = len(self.container.expert_map) if self.merged else self.num_experts
-            beyond = index >= known
+            beyond = index >= self.num_experts
             rows = hidden_states.reshape(-1, hidden_states.shape[-1])
             sink(rows, index.masked_fill(beyond, 0), weights.masked_fill(beyond, 0))
 
@@ -124,13 +130,18 @@ def _recorder(model: nn.Module, name: str) -> Any:
 def recorded_index(layer: MoELayer) -> int:
     """Return which output of the router holds the logits."""
     recorder = _recorder(layer.model, layer.name)
-    is_recorded = recorder is not None and type(layer.router).__name__ == _class_name(recorder)
+    is_recorded = recorder is not None and _library_name(layer.router) == _class_name(recorder)
     return recorder.index if is_recorded else 0
 
 
 def _class_name(recorder: Any) -> str:
     target = getattr(recorder, "target_class", recorder)
     return target if isinstance(target, str) else target.__name__
+
+
+def _library_name(module: nn.Module) -> str:
+    """Return the name of a module's class in Transformers, of which a merged model generates another."""
+    return type(module).__name__.removeprefix(PREFIX).partition("__")[0]
 
 
 def find_router(model: PreTrainedModel, name: str) -> Any:
@@ -153,7 +164,7 @@ def find_router(model: PreTrainedModel, name: str) -> Any:
         near = dict(model.get_submodule(".".join(parts[:depth])).named_modules())
         for test in tests:
             for module in near.values():
-                if test(type(module).__name__) and all(child is not container for child in module.modules()):
+                if test(_library_name(module)) and all(child is not container for child in module.modules()):
                     return module
     raise ValueError(f"Found no router beside the experts {name!r} of {type(model).__name__}.")
 

@@ -19,8 +19,9 @@ CHUNK = 4096
 class LayerFit:
     """One layer, or several that share their experts: merged `experts`, the `originals`, and the inputs of both.
 
-    `original_inputs` are those of the original layer at the same tokens; `inputs`, what the merged experts see, are
-    the same unless the layers before have been changed too.
+    `original_inputs` are those of the original layer at the same tokens, with its experts as picks; `inputs`, what the
+    merged experts see, with stored experts as picks, are otherwise the same unless the layers before have been changed
+    too. `expert_map` int [E] -> [G] leads from the first picks to the second.
     """
 
     name: str
@@ -28,11 +29,10 @@ class LayerFit:
     originals: ExpertWeights
     inputs: LayerInputs
     original_inputs: LayerInputs
+    expert_map: list[int]
 
     def __post_init__(self) -> None:
-        stored = merge_picks(
-            self.experts.expert_map.cpu(), self.inputs.index, self.inputs.weights, self.experts.num_experts
-        )
+        stored = merge_picks(self.inputs.index, self.inputs.weights, self.experts.num_experts)
         self.picks, self.gates = stored  # int [T, K] stored expert or G, [T, K] summed weights
 
     @property

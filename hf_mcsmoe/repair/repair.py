@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
             f"The merged model has experts {layer.name!r}, the original has {', '.join(originals)}: it was made of "
             "another model."
         )
-    ours = (len(layer.container.expert_map), layer.hidden_size, layer.intermediate_size)
+    ours = (len(layer.expert_map or ()), layer.hidden_size, layer.intermediate_size)
     theirs = (original.num_experts, original.hidden_size, original.intermediate_size)
     if ours != theirs:
         raise ValueError(
@@ -157,7 +157,8 @@ def _inputs(
     streamed = stream_inputs(teacher, originals, batches, memory_limit=limit)
     for pairs, (_, original_inputs) in zip(groups, streamed, strict=True):
         if not config.sequential:
-            yield pairs, original_inputs, original_inputs
+            stored = torch.tensor(pairs[0][0].expert_map)[original_inputs.index]
+            yield pairs, replace(original_inputs, index=stored), original_inputs
             continue
         captured = capture_inputs(student, [layer for layer, _ in pairs], batches)
         first, *others = captured.values()
@@ -167,7 +168,8 @@ def _inputs(
 def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
     begin, (layer, original) = time.perf_counter(), pair
     with onloaded(original.container):
-        problem = LayerFit(layer.name, layer.container, original.read(), inputs, original_inputs)
+        expert_map = list(layer.expert_map or ())
+        problem = LayerFit(layer.name, layer.container, original.read(), inputs, original_inputs, expert_map)
         repaired: Repaired = REPAIR[config.method](problem, config)
     experts = [
         ExpertRepair(s.tokens, s.ridge, relative(s.before, s.energy), relative(s.after, s.energy))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, m
 FILES = {
     *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "model.safetensors"),
     *("configuration_mcsmoe.py", "experts_mcsmoe.py", "forward_mcsmoe.py", "losparse_mcsmoe.py"),
-    *("modeling_mcsmoe.py", "saving_mcsmoe.py"),
+    *("modeling_mcsmoe.py", "router_mcsmoe.py", "saving_mcsmoe.py"),
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 

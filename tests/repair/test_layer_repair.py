@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,8 +71,7 @@ def _outputs(name: str, model: PreTrainedModel, batch: Batch) -> dict[str, torch
                 output = OUTPUTS[name](module, output)
             if name == "longcat_flash":  # takes its identity experts off again
                 states, index, weights = arguments
-                known = len(module.expert_map) if layer.merged else layer.num_experts
-                output = output - states * (weights * (index >= known)).sum(1, keepdim=True)
+                output = output - states * (weights * (index >= layer.num_experts)).sum(1, keepdim=True)
             output = output.reshape(-1, output.shape[-1])
             counted = _kept_tokens(batch, layer).flatten()
             found[layer.name] = output[counted.repeat_interleave(len(output) // len(counted))]
@@ -94,7 +94,8 @@ def test_what_is_computed_from_captured_inputs_is_what_the_layers_give(name: str
     captured = capture_inputs(model, [original for ((_, original),) in groups], data)
     own = capture_inputs(student, [layer for ((layer, _),) in groups], data)
     for ((layer, original),) in groups:
-        problem = LayerFit(layer.name, layer.container, original.read(), own[layer.name], captured[original.name])
+        seen = own[layer.name], captured[original.name]
+        problem = LayerFit(layer.name, layer.container, original.read(), *seen, layer.expert_map)
         sums = original_sum(problem, normed=True)
         if name == "llama4":  # a row for each pick
             sums = sums.view(len(given[original.name]), -1, sums.shape[-1]).sum(1)
@@ -175,7 +176,7 @@ def test_a_joint_refit_is_the_least_squares_solution_over_all_experts() -> None:
             expert = LAYOUTS[name].before(original.container, pick)
             x = seen.hidden[token]
             output = output + gate * (expert["down"] @ (act(expert["gate"] @ x) * (expert["up"] @ x))).double()
-            group = layer.container.expert_map_values[pick]
+            group = layer.expert_map[pick]
             stored = LAYOUTS[name].after(layer.container, group)
             row[group] += gate * (act(stored["gate"] @ x) * (stored["up"] @ x)).double()
         wide.append(row.flatten())
@@ -296,7 +297,8 @@ def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
     for one in (seen, other):
         student = copy.deepcopy(ours)
         ((merged, original), *_) = matching_layers(student, model)[0]
-        problem = LayerFit(layer.name, merged.container, original.read(), one, one)
+        stored = replace(one, index=torch.tensor(merged.expert_map)[one.index])
+        problem = LayerFit(layer.name, merged.container, original.read(), stored, one, merged.expert_map)
         REPAIR["local"](problem, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
         results.append(merged.container.down_proj.clone())
     assert not torch.equal(results[0], moe_layers(ours)[0].container.down_proj)
@@ -318,7 +320,7 @@ def test_what_cannot_be_repaired_is_refused_before_a_forward() -> None:
         repair_experts(student, small, data)
     with pytest.raises(ValueError, match="is no compressed Qwen3MoeForCausalLM: it was made of another model"):
         repair_experts(student, other, data)
-    moe_layers(small)[1].container.set_expert_map([0, 1, 2, 3, 3, 3, 3])
+    moe_layers(small)[1].router.set_expert_map([0, 1, 2, 3, 3, 3, 3])
     with pytest.raises(ValueError, match=r"is \(7, 32, 24\) in the merged model and \(8, 32, 24\)"):
         repair_experts(small, model, data)
     with pytest.raises(ValueError, match=r"Unknown repair method 'refitt'\. Did you mean 'refit'\?"):
