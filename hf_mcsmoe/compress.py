@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.evaluation.costs import account, folder_bytes
 from hf_mcsmoe.layers.batches import Batch
-from hf_mcsmoe.layers.find import uncompressed_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.merge import Progress, merge_experts
 from hf_mcsmoe.methods.config import MergeConfig
@@ -23,7 +23,7 @@ from hf_mcsmoe.repair.methods import RepairConfig
 
 
 def compress(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Layers,
     batches: Iterable[Batch],
     config: MergeConfig | None = None,
     *,
@@ -48,17 +48,18 @@ def compress(
             any forward; only ranks by `energy` that make an expert larger are refused later, with `model` unchanged.
     """
     config, repair = config or MergeConfig(), wanted(repair)
-    # No name is given to the layers, which would keep the experts that `consume` frees.
-    check_refinement(check_request(uncompressed_layers(model), config), config, repair=repair, low_rank=low_rank)
+    layers = Layers.of(model).uncompressed()
+    model = layers.model
+    check_refinement(check_request(layers, config), config, repair=repair, low_rank=low_rank)
     if consume:
         _check_consumed(repair, low_rank)
     stream = iter(batches)
     first = list(islice(stream, 1))
     batches = [*first, *stream] if repair or low_rank else chain(first, stream)
-    statistics = collect_statistics(model, batches)
+    statistics = collect_statistics(layers, batches)
     measure = partial(account, batch=first[0])
     before = replace(measure(model), bytes_on_disk=folder_bytes(model.name_or_path))
-    merged = merge_experts(model, plan_merge(model, statistics, config), consume=consume, progress=progress)
+    merged = merge_experts(layers, plan_merge(layers, statistics, config), consume=consume, progress=progress)
     refine_and_account(merged, model, batches, before, measure, repair=repair, low_rank=low_rank)
     return merged
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.card import model_card
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, stored_bytes
-from hf_mcsmoe.layers.find import fingerprint, tied_layers, uncompressed_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, onloaded, unhooked_copies
+from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_copies
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.experts import ExpertWeights
 from hf_mcsmoe.methods.merging import merge_group
@@ -29,11 +29,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def merge_experts(
-    model: PreTrainedModel, plan: MergePlan, *, consume: bool = False, progress: Progress | None = None
+    model: PreTrainedModel | Layers, plan: MergePlan, *, consume: bool = False, progress: Progress | None = None
 ) -> PreTrainedModel:
     """Return a model of a subclass of `type(model)` whose layers hold the merged experts of `plan`.
 
     Args:
+        model: a model, or its layers where they are found already.
         consume: turn `model` itself into the result, freeing each layer's experts as it goes; otherwise it stays
             usable and unchanged, and the result shares no memory with it.
         progress: called as `progress(layer name, layers done, layers)`.
@@ -42,17 +43,17 @@ def merge_experts(
         ValueError: a plan of another model or with an unknown method, or weights that are not finite; raised before
             anything is changed.
     """
-    layers = {layer.name: layer for layer in uncompressed_layers(model)}
+    layers = Layers.of(model).uncompressed()
+    model = layers.model
     _check_plan(layers, plan)
     before = replace(account(model), bytes_on_disk=folder_bytes(model.name_or_path))
-    tables = {name: (layers[name].num_experts, len(item.dominant)) for name, item in plan.layers.items()}
+    tables = {name: (len(item.expert_map), len(item.dominant)) for name, item in plan.layers.items()}
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
-    result, done = _prepare(model, [layers[name] for name in merged], consume), 0
+    layers = layers.only([layer for layer in layers if layer.name in merged])
+    result, done = _prepare(layers, consume), 0
     convert_model(result)
     result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
-    waiting = tied_layers([layers.pop(name) for name in merged])
-    while waiting:  # taken off the list, which would keep the experts of the layers that are done
-        first, *others = waiting.pop(0)
+    for first, *others in layers.tied:
         experts = _merge_layer(first, merged[first.name], result, plan)
         for layer in others:
             _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
@@ -69,25 +70,27 @@ def merge_experts(
     return result
 
 
-def _check_plan(layers: dict[str, MoELayer], plan: MergePlan) -> None:
-    sizes = {name: layer.num_experts for name, layer in layers.items()}
+def _check_plan(layers: Layers, plan: MergePlan) -> None:
+    sizes = {layer.name: layer.num_experts for layer in layers}
     fits = all(len(item.expert_map) == sizes.get(name) for name, item in plan.layers.items())
-    if not fits or fingerprint(list(layers.values())) != plan.fingerprint:
+    if not fits or layers.fingerprint != plan.fingerprint:
         raise ValueError("The plan was made for another model; make one with plan_merge for this one.")
-    for shared in tied_layers(list(layers.values())):
+    for shared in layers.tied:
         items = [plan.layers.get(layer.name) for layer in shared]
         if any(item != items[0] for item in items):
             names = ", ".join(layer.name for layer in shared)
             raise ValueError(f"The layers {names} share their experts; the plan must say the same of all of them.")
     _alignment_method(plan)
-    for name in plan.layers:
-        with onloaded(layers[name].container):
-            weights = layers[name].read()
-            for expert in range(len(weights)):
-                if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
-                    raise ValueError(
-                        f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged."
-                    )
+    for layer in layers:
+        if layer.name in plan.layers:
+            with layer.open() as weights:
+                _check_finite(layer.name, weights)
+
+
+def _check_finite(name: str, weights: ExpertWeights) -> None:
+    for expert in range(len(weights)):
+        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
+            raise ValueError(f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged.")
 
 
 def _alignment_method(plan: MergePlan) -> Callable[..., torch.Tensor | None]:
@@ -99,8 +102,7 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan
     if layer.model is result:
         for module in layer.container.modules():
             detach(module, module)
-    with onloaded(layer.container):
-        weights = layer.read()
+    with layer.open() as weights:
         device = weights.expert(0)["down"].device
         permutations = _alignments(weights, item, plan)
         experts = install_layer(result, layer.name, item.expert_map)
@@ -153,13 +155,13 @@ def _solvers(weights: ExpertWeights) -> int:
     return max(1, min(torch.get_num_threads(), layer_bytes // (12 * expert["up"].shape[0] ** 2)))
 
 
-def _prepare(model: PreTrainedModel, layers: list[MoELayer], consume: bool) -> PreTrainedModel:
-    """Return the model to be converted: `model` itself, or a copy of all of it but the experts that will be merged.
+def _prepare(layers: Layers, consume: bool) -> PreTrainedModel:
+    """Return the model to be converted: that of `layers`, or a copy of all of it but the experts that will be merged.
 
-    Accelerate's hooks are gone from it, but for those of experts of `model` itself, which are still to be read.
+    Accelerate's hooks are gone from it, but for those of experts of the model itself, which are still to be read.
     """
     experts = [parameter for layer in layers for _, parameter in layer.parameters]
-    result = model
+    result = model = layers.model
     if not consume:
         empty = {id(old): nn.Parameter(torch.empty_like(old, device="meta"), old.requires_grad) for old in experts}
         result = copy.deepcopy(model, {**empty, **unhooked_copies(model)})

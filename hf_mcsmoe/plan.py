@@ -1,6 +1,5 @@
 """The merge plan: which experts of which layer become one, with which weights; readable JSON."""
 
-import fnmatch
 import json
 import warnings
 from collections.abc import Callable
@@ -15,8 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import check_finite
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.layers.find import fingerprint, tied_layers, uncompressed_layers
-from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import public_name
 from hf_mcsmoe.methods.budget import budget_total
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
@@ -121,66 +119,49 @@ class MergePlan:
         return cls(layers, content)
 
 
-def plan_merge(model: PreTrainedModel, statistics: RoutingStatistics, config: MergeConfig | None = None) -> MergePlan:
+def plan_merge(
+    model: PreTrainedModel | Layers, statistics: RoutingStatistics, config: MergeConfig | None = None
+) -> MergePlan:
     """Decide which experts merge (paper, section 3.1): saliency, budget over the layers, groups, weights.
+
+    Args:
+        model: a model, or its layers where they are found already.
 
     Raises:
         ValueError: statistics of another model or with NaN, a pattern of `skip` that matches no layer, or more
             experts asked for than a layer has.
     """
     config = config or MergeConfig()
-    everything = uncompressed_layers(model)
-    layers, print_of_model = check_request(everything, config), fingerprint(everything)
-    if statistics.fingerprint != print_of_model:
+    layers = check_request(Layers.of(model).uncompressed(), config)
+    if statistics.fingerprint != layers.fingerprint:
         raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")
     check_finite(statistics)
     _warn_if_few_tokens(layers, statistics)
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
-    shared = tied_layers(layers)
-    sums = [reduce(add, (statistics[layer.name] for layer in layers)) for layers in shared]
+    sums = [reduce(add, (statistics[layer.name] for layer in shared)) for shared in layers.tied]
     saliency = [chosen["saliency"](layer) for layer in sums]
     counts = chosen["budget"](saliency, config.experts, config.min_experts)
     _check_counts(counts, [len(scores) for scores in saliency], method_name(config.budget))
     plans: dict[str, LayerPlan] = {}
-    for layers, layer, scores, count in zip(shared, sums, saliency, counts, strict=True):
+    for shared, layer, scores, count in zip(layers.tied, sums, saliency, counts, strict=True):
         groups = chosen["grouping"](scores, chosen["similarity"](layer, config.seed), count)
         weights = chosen["merging"](scores, groups)
         item = LayerPlan(groups.expert_map, groups.dominant, weights.tolist())
-        plans |= {layer.name: item for layer in layers}
+        plans |= {layer.name: item for layer in shared}
     alignment = config.alignment if callable(config.alignment) else None
-    return MergePlan(plans, _provenance(model, statistics, config, print_of_model), alignment)
+    return MergePlan(plans, _provenance(layers, statistics, config), alignment)
 
 
-def selected_layers(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]:
-    """Return the layers that no pattern of `config.skip` matches, nor a layer that shares their experts.
-
-    Raises:
-        ValueError: a pattern matches nothing, or the patterns leave nothing.
-    """
-    names = [layer.name for layer in layers]
-    for pattern in config.skip:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(names)}.")
-    matched = {name for pattern in config.skip for name in fnmatch.filter(names, pattern)}
-    tied = [{layer.name for layer in shared} for shared in tied_layers(layers)]
-    skipped = set[str]().union(*(shared for shared in tied if shared & matched))
-    kept = [layer for layer in layers if layer.name not in skipped]
-    if not kept:
-        raise ValueError(f"skip={config.skip} leaves no layer to merge.")
-    return kept
-
-
-def check_request(layers: list[MoELayer], config: MergeConfig) -> list[MoELayer]:
+def check_request(layers: Layers, config: MergeConfig) -> Layers:
     """Return the layers to merge after checking, before any forward, that `config` can be met.
 
     Raises:
-        ValueError: see `selected_layers`; more experts asked for than a layer has, or fewer than `min_experts` leaves;
+        ValueError: see `Layers.selected`; more experts asked for than a layer has, or fewer than `min_experts` leaves;
             a model whose class or type a merged checkpoint could not name.
     """
-    model = layers[0].model
-    merged_class(type(model))
-    config_class_for(type(model.config).model_type)
-    layers = selected_layers(layers, config)
+    merged_class(type(layers.model))
+    config_class_for(type(layers.model.config).model_type)
+    layers = layers.selected(config.skip)
     for layer in layers:
         if isinstance(config.experts, int) and config.experts > layer.num_experts:
             raise ValueError(
@@ -206,7 +187,7 @@ def _check_counts(counts: list[int], sizes: list[int], name: str) -> None:
         )
 
 
-def _warn_if_few_tokens(layers: list[MoELayer], statistics: RoutingStatistics) -> None:
+def _warn_if_few_tokens(layers: Layers, statistics: RoutingStatistics) -> None:
     few = [layer.name for layer in layers if statistics[layer.name].tokens < FEW_TOKENS * layer.num_experts]
     if few:
         seen = min(int(statistics[name].tokens) for name in few)
@@ -216,13 +197,12 @@ def _warn_if_few_tokens(layers: list[MoELayer], statistics: RoutingStatistics) -
         )
 
 
-def _provenance(
-    model: PreTrainedModel, statistics: RoutingStatistics, config: MergeConfig, print_of_model: str
-) -> dict[str, Any]:
+def _provenance(layers: Layers, statistics: RoutingStatistics, config: MergeConfig) -> dict[str, Any]:
+    model = layers.model
     return {
         "model": public_name(model.name_or_path),
         "model_type": model.config.model_type,
-        "fingerprint": print_of_model,
+        "fingerprint": layers.fingerprint,
         "tokens": {name: int(layer.tokens) for name, layer in statistics.layers.items()},
         "versions": {package: version(package) for package in ("hf_mcsmoe", "transformers", "torch")},
         "config": config.to_dict(),

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.card import add_to_card, describe_costs
 from hf_mcsmoe.evaluation.costs import Account, stored_bytes
 from hf_mcsmoe.layers.batches import Batch
-from hf_mcsmoe.layers.find import moe_layers, tied_layers
-from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
 from hf_mcsmoe.low_rank.ranks import check_low_rank
@@ -109,7 +108,7 @@ def wanted(repair: RepairConfig | None) -> RepairConfig | None:
 
 
 def check_refinement(
-    layers: list[MoELayer], config: MergeConfig, *, repair: RepairConfig | None, low_rank: LoSparseConfig | None
+    layers: Layers, config: MergeConfig, *, repair: RepairConfig | None, low_rank: LoSparseConfig | None
 ) -> None:
     """Check before any forward that what follows the merge of `layers` can be done; needs no weights.
 
@@ -122,9 +121,9 @@ def check_refinement(
         _check_repair_of_whole_layers(repair, low_rank)
 
 
-def _merges_nothing(layers: list[MoELayer], config: MergeConfig) -> bool:
+def _merges_nothing(layers: Layers, config: MergeConfig) -> bool:
     """Tell whether every layer will keep all its experts; False where that depends on their saliency."""
-    budget, sizes = BUDGET[config.budget], [layer.num_experts for layer, *_ in tied_layers(layers)]
+    budget, sizes = BUDGET[config.budget], [layer.num_experts for layer, *_ in layers.tied]
     if budget not in (uniform_budget, adaptive_budget):
         return False
     return budget([torch.ones(size) for size in sizes], config.experts, config.min_experts) == sizes
@@ -169,7 +168,7 @@ def _repair(
     """
     report = repair_experts(merged, original, batches, repair)
     lossy: dict[str, list[int]] = {}
-    for layer in moe_layers(merged):
+    for layer in Layers.of(merged):
         if layer.name in report.layers:
             members = Counter(layer.expert_map)
             lossy[layer.name] = [e for e in sorted(members) if members[e] > 1 or low_rank_of(layer.container)]

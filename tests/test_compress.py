@@ -255,3 +255,26 @@ def test_consuming_in_one_call_frees_each_layers_experts_as_it_goes() -> None:
     # The layer that was just done may still be in use.
     assert all(left <= len(experts) - done for done, left in enumerate(alive))
     assert len(alive) == len(experts)
+
+
+def _experts_alive(model: PreTrainedModel) -> list[weakref.ref]:
+    """Return references to one tensor of each layer's experts, which lives as long as they do."""
+    return [weakref.ref(layer.parameters[0][1]) for layer in moe_layers(model)]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "switch_transformers", "dbrx"])
+def test_who_keeps_the_layers_of_a_consumed_model_keeps_none_of_their_experts(name: str) -> None:
+    model = build(name)
+    plan = _plan(name, model, experts=2, budget="uniform")
+    layers, experts = moe_layers(model), _experts_alive(model)
+    alive: list[int] = []
+
+    def count(name: str, done: int, total: int) -> None:
+        alive.append(sum(reference() is not None for reference in experts))
+
+    merge_experts(model, plan, consume=True, progress=count)
+    # The layer that was just done may still be in use.
+    assert len(alive) == len(layers) > 2
+    assert all(left <= len(layers) - done for done, left in enumerate(alive))
+    assert sum(reference() is not None for reference in experts) == 0
+    assert all(layer.name in dict(model.named_modules()) for layer in layers)

@@ -101,7 +101,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "skip='encoder.*' matches no layer. The layers are: model.layers.0.mlp.experts, model.layers.1.mlp.experts, ",
     ),
     ({"skip": ("*.0.*", "*.9.*")}, "skip='*.9.*' matches no layer"),
-    ({"skip": "*"}, "leaves no layer to merge"),
+    ({"skip": "*"}, "skip=['*'] leaves no layer"),
     ({"experts": 9}, "experts=9 is more than the 8 experts of model.layers.0.mlp.experts"),
     ({"experts": 1, "min_experts": 2}, "min_experts=2 in 4 layers is more than the 4 experts to keep"),
     ({"experts": 1.0, "min_experts": 9}, "min_experts=9 in 4 layers is more than"),

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, mask_of, on_device, token_masks
-from hf_mcsmoe.layers.find import fingerprint, uncompressed_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.methods.registry import unknown
@@ -17,7 +17,7 @@ from hf_mcsmoe.methods.statistics import LayerStatistics
 
 
 def collect_statistics(
-    model: PreTrainedModel, batches: Iterable[Batch], *, methods: Sequence[str | Callable] | None = None
+    model: PreTrainedModel | Layers, batches: Iterable[Batch], *, methods: Sequence[str | Callable] | None = None
 ) -> RoutingStatistics:
     """Run `model` once over `batches` and sum what its routers do (paper, section 3.1).
 
@@ -38,9 +38,10 @@ def collect_statistics(
     for method in methods or ():
         if not callable(method) and method not in known:
             raise ValueError(unknown("method", method, known))
-    layers = uncompressed_layers(model)
+    layers = Layers.of(model).uncompressed()
+    model = layers.model
     statistics = RoutingStatistics(
-        fingerprint(layers), {layer.name: LayerStatistics.empty(layer.num_experts) for layer in layers}
+        layers.fingerprint, {layer.name: LayerStatistics.empty(layer.num_experts) for layer in layers}
     )
     masks: dict[str, torch.Tensor] = {}
     count = 0
@@ -56,7 +57,7 @@ def collect_statistics(
 
 
 @contextlib.contextmanager
-def _observed(layers: list[MoELayer], statistics: RoutingStatistics, masks: dict[str, torch.Tensor]) -> Iterator[None]:
+def _observed(layers: Layers, statistics: RoutingStatistics, masks: dict[str, torch.Tensor]) -> Iterator[None]:
     """Feed every forward of the layers to their statistics for the time of the block."""
     handles = []
     try:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, mask_of, on_device, token_masks
 from hf_mcsmoe.layers.layer import MoELayer, Sink
@@ -36,10 +35,8 @@ class LayerInputs:
         return LayerInputs(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
 
-def capture_inputs(
-    model: PreTrainedModel, layers: Sequence[MoELayer], batches: Iterable[Batch]
-) -> dict[str, LayerInputs]:
-    """Run `model` once over `batches` and keep what the experts of `layers` see, by the layers' names.
+def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict[str, LayerInputs]:
+    """Run the model of `layers` once over `batches` and keep what their experts see, by the layers' names.
 
     Tokens count as for `collect_statistics`. The model is left as it was. All of it is held in memory: for many
     layers use `stream_inputs`.
@@ -47,6 +44,7 @@ def capture_inputs(
     Raises:
         ValueError: no batches, or activations that are not finite.
     """
+    model = layers[0].model
     seen: dict[str, list[tuple[torch.Tensor, ...]]] = {layer.name: [] for layer in layers}
     masks: dict[str, torch.Tensor] = {}
     handles, sequences, rows = [], 0, [0]  # how many sequences came before, and how many this batch has
@@ -116,7 +114,6 @@ def held_out_tokens(sequence: torch.Tensor) -> torch.Tensor:
 
 
 def stream_inputs(
-    model: PreTrainedModel,
     groups: Sequence[Sequence[MoELayer]],
     batches: Sequence[Batch],
     *,
@@ -138,7 +135,7 @@ def stream_inputs(
         while waiting and (not chosen or total + _num_bytes(waiting[0], batches) <= memory_limit):
             total += _num_bytes(waiting[0], batches)
             chosen.append(waiting.pop(0))
-        captured = capture_inputs(model, [layer for group in chosen for layer in group], batches)
+        captured = capture_inputs([layer for group in chosen for layer in group], batches)
         for group in chosen:
             first, *others = [captured.pop(layer.name) for layer in group]
             yield group, sum(others, first)

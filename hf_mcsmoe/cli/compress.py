@@ -29,14 +29,13 @@ from hf_mcsmoe.cli.options import (
 )
 from hf_mcsmoe.data.text import calibration_batches, read_samples
 from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes
-from hf_mcsmoe.layers.find import tied_layers, uncompressed_layers
-from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.merge import merge_experts
 from hf_mcsmoe.methods.budget import budget_total
 from hf_mcsmoe.methods.config import MergeConfig, option_help
-from hf_mcsmoe.plan import check_request, plan_merge, selected_layers
+from hf_mcsmoe.plan import check_request, plan_merge
 from hf_mcsmoe.refinement import check_refinement, refine_and_account
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 
@@ -140,7 +139,7 @@ def _check(
             f"--statistics {statistics} can be neither read nor written: its folder is missing or closed."
         )
     empty = empty_model(model)
-    layers = uncompressed_layers(empty)
+    layers = Layers.of(empty).uncompressed()
     check_refinement(check_request(layers, config), config, **steps)
     parameters = empty.num_parameters() - saved_parameters(layers, config)
     return check_output(output, overwrite=overwrite, needed_bytes=parameters * itemsize(dtype, empty))
@@ -151,9 +150,9 @@ def _statistics(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) 
         return collect_statistics(model, advance(batches))
 
 
-def saved_parameters(layers: list[MoELayer], config: MergeConfig) -> int:
+def saved_parameters(layers: Layers, config: MergeConfig) -> int:
     """Return how many parameters the merge removes, up to how the layers share the experts."""
-    chosen = [tied[0] for tied in tied_layers(selected_layers(layers, config))]
+    chosen = [tied[0] for tied in layers.selected(config.skip).tied]
     sizes = [layer.num_experts for layer in chosen]
     held = sum(layer.num_parameters for layer in chosen)
     return round(held * (1 - budget_total(config.experts, sizes) / sum(sizes)))

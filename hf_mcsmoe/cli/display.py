@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from hf_mcsmoe.evaluation.costs import Account, cost_rows
-from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.plan import MergePlan
 
 console = Console()
@@ -50,7 +50,7 @@ def progress_bar(description: str, total: int) -> Iterator[Advance]:
 _NAME = Column("layer", overflow="fold")
 
 
-def layer_table(layers: list[MoELayer]) -> Table:
+def layer_table(layers: Layers) -> Table:
     """Return the sizes of layers of experts, a row each."""
     table = Table(_NAME, "experts", "top-k", "d", "width", "parameters", box=None)
     for layer in layers:

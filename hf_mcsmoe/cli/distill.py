@@ -35,7 +35,7 @@ from hf_mcsmoe.distillation import (
 )
 from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
 from hf_mcsmoe.evaluation.costs import REPETITIONS, Account, account, folder_bytes, stored_bytes
-from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
@@ -92,7 +92,8 @@ class Pruning:
         keep = KEEP if self.keep is None else self.keep
         config = LoSparseConfig(rank=self.rank, keep=keep, factorisation=self.factorisation)
         whole = student.config.mcsmoe.get("whole", [])
-        check_low_rank([layer for layer in moe_layers(student) if layer.merged or layer.name in whole], config)
+        layers = Layers.of(student)
+        check_low_rank(layers.only([layer for layer in layers if layer.merged or layer.name in whole]), config)
         return config
 
     def _check_without_rank(self, name: str, student: PreTrainedModel) -> None:

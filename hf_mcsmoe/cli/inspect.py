@@ -3,7 +3,7 @@
 from hf_mcsmoe.cli.compress import saved_parameters
 from hf_mcsmoe.cli.display import console, layer_table
 from hf_mcsmoe.cli.options import Experts, Model, Skip, parse_experts
-from hf_mcsmoe.layers.find import moe_layers, tied_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import check_request
@@ -13,12 +13,12 @@ def inspect_command(model: Model, experts: Experts = "0.5", skip: Skip = None) -
     """Show a model's layers of experts and what merging them would save. Loads no weights."""
     config = MergeConfig(experts=parse_experts(experts), skip=tuple(skip or ()))
     empty = empty_model(model)
-    layers = moe_layers(empty)
+    layers = Layers.of(empty)
     merged = any(layer.merged for layer in layers)
     kind = getattr(empty.config, "base_model_type", None) or empty.config.model_type
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if merged else ""))
     console.print(layer_table(layers))
-    total, held = empty.num_parameters(), sum(tied[0].num_parameters for tied in tied_layers(layers))
+    total, held = empty.num_parameters(), sum(tied[0].num_parameters for tied in layers.tied)
     console.print(f"parameters {total:,}, of them in experts {held:,} ({held / total:.1%})")
     if merged:
         return

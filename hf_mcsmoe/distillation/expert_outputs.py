@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.distillation.losses import squared_error
 from hf_mcsmoe.layers.batches import Batch, mask_of, side_of, token_masks
-from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 
 Outputs = dict[str, torch.Tensor]
@@ -59,9 +59,9 @@ class ExpertOutputs:
         Raises:
             ValueError: the teacher's layers are not where the student's are.
         """
-        self.teacher, self.layers = teacher, moe_layers(teacher)
+        self.teacher, self.layers = teacher, Layers.of(teacher)
         self.scales: dict[str, float] = {}
-        paths, sizes = dict(student.named_modules()), [layer.hidden_size for layer in moe_layers(student)]
+        paths, sizes = dict(student.named_modules()), [layer.hidden_size for layer in Layers.of(student)]
         lacking = [layer.name for layer in self.layers if layer.output_name not in paths]
         if lacking or sizes != [layer.hidden_size for layer in self.layers]:
             what = lacking[0] if lacking else f"{len(self.layers)} layers of other sizes or numbers"

@@ -9,13 +9,13 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 
 
 def choose_parameters(model: PreTrainedModel, parts: str, freeze_routers: bool) -> PreTrainedModel:
     """Let only the chosen parts of a model be trained: "all", its "experts" or its "routers". Returns `model`."""
-    layers = moe_layers(model)
+    layers = Layers.of(model)
     routers = {id(parameter) for layer in layers for parameter in layer.router.parameters()}
     experts = {id(parameter) for layer in layers for _, parameter in layer.parameters}
     for parameter in model.parameters():
@@ -58,7 +58,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[
 
 
 def _linear_in_routers(model: PreTrainedModel) -> list[str]:
-    routers = {id(module) for layer in moe_layers(model) for module in layer.router.modules()}
+    routers = {id(module) for layer in Layers.of(model) for module in layer.router.modules()}
     modules = model.named_modules()
     return [name for name, module in modules if id(module) in routers and isinstance(module, nn.Linear)]
 
@@ -67,7 +67,7 @@ def _stacked_matrices(model: PreTrainedModel) -> list[str]:
     """Return the paths of the experts' matrices that lie in one parameter [E, ...], not in a module each."""
     return [
         f"{layer.name}.{name}"
-        for layer in moe_layers(model)
+        for layer in Layers.of(model)
         for name, parameter in layer.parameters
         if parameter.ndim == 3 and name in ("gate_up_proj", "up_proj", "down_proj")
     ]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, on_device
-from hf_mcsmoe.layers.find import moe_layers, tied_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 
 # Forwards that commands time, of which the fastest counts.
@@ -91,13 +91,13 @@ def stored_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name in saved)
 
 
-def expert_parameters(model: PreTrainedModel) -> int:
+def expert_parameters(model: PreTrainedModel | Layers) -> int:
     """Return the parameters in all layers of experts, those that layers share once."""
-    return sum(layers[0].num_parameters for layers in tied_layers(moe_layers(model)))
+    return sum(shared[0].num_parameters for shared in Layers.of(model).tied)
 
 
 def expected_parameters(
-    model: PreTrainedModel, stored: Mapping[str, int], *, rank: int | None = None, keep: float = 0.0
+    model: PreTrainedModel | Layers, stored: Mapping[str, int], *, rank: int | None = None, keep: float = 0.0
 ) -> int:
     """Return, from sizes alone, the parameters of `model` once it is merged and, with `rank`, decomposed.
 
@@ -112,11 +112,11 @@ def expected_parameters(
     Raises:
         ValueError: a name that no layer has.
     """
-    layers = moe_layers(model)
+    layers = Layers.of(model)
     if unknown := stored.keys() - {layer.name for layer in layers}:
-        raise ValueError(f"The model has no layer {min(unknown)!r}; its layers: {', '.join(x.name for x in layers)}.")
-    total: float = model.num_parameters()
-    for layer, *_ in tied_layers([layer for layer in layers if layer.name in stored]):
+        raise ValueError(f"The model has no layer {min(unknown)!r}; its layers: {', '.join(layers.names)}.")
+    total: float = layers.model.num_parameters()
+    for layer, *_ in layers.only([layer for layer in layers if layer.name in stored]).tied:
         total += stored[layer.name] * _expert_parameters(layer, rank, keep) - layer.num_parameters
     return round(total)
 
@@ -222,7 +222,7 @@ def _expert_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """Return, per layer of experts, the modules that hold its parameters; nothing for a dense model."""
     found: dict[str, list[nn.Module]] = {}
     with contextlib.suppress(ValueError):  # a dense model has no layers
-        for layer in moe_layers(model):
+        for layer in Layers.of(model):
             owners = dict.fromkeys(path.rpartition(".")[0] for path, _ in layer.parameters)
             found[layer.name] = [layer.container.get_submodule(path) for path in owners]
     return found

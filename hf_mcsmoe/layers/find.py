@@ -1,20 +1,18 @@
-"""Where each architecture keeps its experts: `moe_layers` finds them, an adapter a kind of container reads them."""
+"""Where each architecture keeps its experts: `Layers` finds them once, an adapter a kind of container reads them."""
 
+import fnmatch
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, overload
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.layers.fused import FusedLayer, fused_sizes, fused_views, is_fused
-from hf_mcsmoe.layers.layer import MoELayer, find_router
-from hf_mcsmoe.layers.offloading import onloaded
+from hf_mcsmoe.layers.fused import FusedLayer, fused_sizes, is_fused
+from hf_mcsmoe.layers.layer import MoELayer, Resident, Source, find_router
 from hf_mcsmoe.layers.outside import REFUSED, DbrxLayer, JetMoeLayer, Llama4Layer, SwitchLayer
-from hf_mcsmoe.modeling.router_mcsmoe import map_of
-
-__all__ = ["MoELayer", "fused_views", "moe_layers"]
 
 # Parts of a multimodal model that are not its text part; their experts stay as they are.
 OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "talker")
@@ -30,23 +28,147 @@ OUTSIDE: dict[str, tuple[type[MoELayer], Callable[[Any], tuple[int, int, int]]]]
 TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 
-def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
-    """Return the model's layers of experts, in the order of its modules.
+class Layers(Sequence[MoELayer]):
+    """The layers of experts of one model, in the order of its modules, found once and passed on.
 
-    Experts of vision, audio and speech parts and shared experts are left out. In an already compressed model the
-    layers have `merged` set, and `num_experts` counts the stored experts.
+    Slices and selections are `Layers` of the same model.
+    """
+
+    def __init__(self, source: Source, layers: Sequence[MoELayer], whole: "Layers | None" = None) -> None:
+        """Hold some layers of a source; use `Layers.of` to find those of a model.
+
+        Args:
+            whole: all layers of the model, where these are only some of them.
+        """
+        self.source, self._layers, self._whole = source, tuple(layers), whole
+
+    @classmethod
+    def of(cls, origin: "PreTrainedModel | Source | Layers") -> "Layers":
+        """Return the layers of experts of a model or of a source of weights, or layers that were found already.
+
+        Experts of vision, audio and speech parts and shared experts are left out. In an already compressed model the
+        layers have `merged` set, and `num_experts` counts the stored experts.
+
+        Raises:
+            ValueError: the model is quantized, has no experts, or experts of a kind that cannot be merged.
+        """
+        if isinstance(origin, Layers):
+            return origin
+        source = Resident(origin) if isinstance(origin, nn.Module) else origin
+        model = source.model
+        _check_not_quantized(model)
+        entries = _merged_entries(model)
+        modules = [(name, module) for name, module in model.named_modules() if _is_text_experts(name, module)]
+        layers = [_layer(source, name, module, entries.get(name)) for name, module in modules]
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} has no Mixture-of-Experts layer in its text part. hf_mcsmoe merges experts "
+                "of sparse models (Mixtral, Qwen3-MoE, OLMoE, gpt-oss, Switch Transformers ...); a dense one has none."
+            )
+        return cls(source, layers)
+
+    @overload
+    def __getitem__(self, index: int) -> MoELayer: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Layers": ...
+    def __getitem__(self, index: int | slice) -> "MoELayer | Layers":
+        return self._layers[index] if isinstance(index, int) else self.only(self._layers[index])
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[MoELayer]:
+        return iter(self._layers)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the layers are in."""
+        return self.source.model
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the layers."""
+        return [layer.name for layer in self]
+
+    def only(self, layers: Sequence[MoELayer]) -> "Layers":
+        """Return some of the layers as layers of the same model."""
+        return Layers(self.source, layers, self._whole or self)
+
+    @cached_property
+    def tied(self) -> list[list[MoELayer]]:
+        """The layers in lists that share one set of experts (an encoder tied to a decoder); mostly lists of one."""
+        shared: dict[int, list[MoELayer]] = {}
+        for layer in self:
+            shared.setdefault(id(layer.parameters[0][1]), []).append(layer)
+        return list(shared.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all layers' names and sizes, of their routers and of the model's norms and biases.
+
+        Cheap to read, changed by any training, and the same in float32 and in bfloat16. Computed once: find the layers
+        anew after training.
+        """
+        if self._whole is not None:
+            return self._whole.fingerprint
+        digest = hashlib.sha256()
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        for layer in self:
+            digest.update(f"{layer.name} {layer.num_experts} {layer.hidden_size} {layer.intermediate_size}".encode())
+            self._add_weights(digest, paths[id(layer.router)])
+        for path, module in self.model.named_modules():
+            if not any(module.children()) and any(parameter.ndim == 1 for parameter in module.parameters()):
+                self._add_weights(digest, path)
+        return digest.hexdigest()
+
+    def _add_weights(self, digest: Any, path: str) -> None:
+        with self.source.loaded(path) as module:
+            for parameter in module.parameters():
+                values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+                digest.update(values.view(torch.int16).numpy().tobytes())
+
+    def uncompressed(self) -> "Layers":
+        """Return the layers themselves.
+
+        Raises:
+            ValueError: the model is compressed already.
+        """
+        if any(layer.merged for layer in self) or getattr(self.model.config, "mcsmoe", None):
+            raise ValueError(
+                "This model is compressed already. Its routers still speak of the original experts, which are gone: "
+                "merge the original model again with a smaller `experts` instead of merging twice."
+            )
+        return self
+
+    def selected(self, skip: Sequence[str]) -> "Layers":
+        """Return the layers that no pattern of `skip` matches, nor a layer that shares their experts.
+
+        Patterns match names, of a merged layer also the one that it had before.
+
+        Raises:
+            ValueError: a pattern matches nothing, or the patterns leave nothing.
+        """
+        skipped: set[str] = set()
+        for pattern in skip:
+            matched = {x.name for x in self if fnmatch.filter({x.name, x.original_name}, pattern)}
+            if not matched:
+                raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(self.names)}.")
+            skipped |= matched
+        for shared in self.tied:
+            if skipped & (names := {layer.name for layer in shared}):
+                skipped |= names
+        if len(skipped) == len(self):
+            raise ValueError(f"skip={list(skip)} leaves no layer.")
+        return self.only([layer for layer in self if layer.name not in skipped])
+
+
+def moe_layers(model: PreTrainedModel | Source | Layers) -> Layers:
+    """Return the model's layers of experts, in the order of its modules; see `Layers.of`.
 
     Raises:
         ValueError: the model is quantized, has no experts, or experts of a kind that cannot be merged.
     """
-    _check_not_quantized(model)
-    layers = [_layer(model, name, module) for name, module in model.named_modules() if _is_text_experts(name, module)]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no Mixture-of-Experts layer in its text part. hf_mcsmoe merges experts of "
-            "sparse models (Mixtral, Qwen3-MoE, OLMoE, gpt-oss, Switch Transformers ...); a dense model has none."
-        )
-    return layers
+    return Layers.of(model)
 
 
 def _check_not_quantized(model: nn.Module) -> None:
@@ -69,14 +191,31 @@ def _is_text_experts(name: str, module: nn.Module) -> bool:
     return kind in OUTSIDE or is_fused(module)
 
 
-def _layer(model: PreTrainedModel, name: str, module: nn.Module) -> MoELayer:
-    merged = map_of(model, name) is not None
+def _merged_entries(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return what the configuration says of merged layers: by path, the name before the merge and the map."""
+    modules, entries = dict(model.named_modules()), {}
+    mcsmoe = getattr(getattr(model, "config", None), "mcsmoe", None) or {"layers": {}}
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for name, entry in mcsmoe["layers"].items():
+        # A head's checkpoint may be loaded into the bare base model, and the other way round.
+        path = next(path for path in (name, name.removeprefix(prefix), prefix + name) if path in modules)
+        for inner in (path, path + ".experts"):  # JetMoE's merged experts lie inside what was the layer
+            entries[inner] = (name, tuple(entry["expert_map"]))
+    return entries
+
+
+def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, tuple[int, ...]] | None) -> MoELayer:
+    """Return the description of the experts `module`; `entry` is what the configuration says of merged ones."""
+    merged = entry is not None
     if not merged and type(module).__name__ in OUTSIDE:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)
     else:
         adapter, sizes = FusedLayer, fused_sizes(module)
-    return adapter(name, model, module, sizes[0], _top_k(model, name), *sizes[1:], merged)
+    if merged and entry is None:
+        raise ValueError(f"{name!r} holds merged experts of which the configuration's `mcsmoe` says nothing.")
+    original_name, expert_map = entry if merged and entry else (name, None)
+    return adapter(name, source, sizes[0], _top_k(source.model, name), *sizes[1:], expert_map, original_name)
 
 
 def _top_k(model: PreTrainedModel, name: str) -> int | None:
@@ -91,48 +230,3 @@ def _top_k(model: PreTrainedModel, name: str) -> int | None:
             if isinstance(value := getattr(owner, field, None), int):
                 return value
     return 1 if type(block).__name__.startswith(("Switch", "MergedSwitch")) else None
-
-
-def uncompressed_layers(model: PreTrainedModel) -> list[MoELayer]:
-    """Return the model's layers of experts.
-
-    Raises:
-        ValueError: the model is compressed already.
-    """
-    layers = moe_layers(model)
-    if any(layer.merged for layer in layers) or getattr(model.config, "mcsmoe", None):
-        raise ValueError(
-            "This model is compressed already. Its routers still speak of the original experts, which are gone: merge "
-            "the original model again with a smaller `experts` instead of merging twice."
-        )
-    return layers
-
-
-def fingerprint(layers: list[MoELayer]) -> str:
-    """Return a hash of the layers' names and sizes, of their routers and of the model's norms and biases.
-
-    Cheap to read, changed by any training, and the same in float32 and in bfloat16.
-    """
-    digest = hashlib.sha256()
-    for layer in layers:
-        digest.update(f"{layer.name} {layer.num_experts} {layer.hidden_size} {layer.intermediate_size}".encode())
-        _add_weights(digest, layer.router)
-    for module in layers[0].model.modules():
-        if not any(module.children()) and any(parameter.ndim == 1 for parameter in module.parameters()):
-            _add_weights(digest, module)
-    return digest.hexdigest()
-
-
-def _add_weights(digest: Any, module: nn.Module) -> None:
-    with onloaded(module):
-        for parameter in module.parameters():
-            values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(values.view(torch.int16).numpy().tobytes())
-
-
-def tied_layers(layers: list[MoELayer]) -> list[list[MoELayer]]:
-    """Return the layers in lists that share one set of experts (an encoder tied to a decoder); mostly lists of one."""
-    shared: dict[int, list[MoELayer]] = {}
-    for layer in layers:
-        shared.setdefault(id(layer.parameters[0][1]), []).append(layer)
-    return list(shared.values())

@@ -1,18 +1,20 @@
-"""What an adapter tells of a layer of experts: where its tensors lie, which tokens go where, what its router says."""
+"""A layer of experts as a description: where its tensors lie, which tokens go where, what its router says."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.layers.offloading import onloaded
 from hf_mcsmoe.methods.experts import ExpertWeights
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
-from hf_mcsmoe.modeling.modeling_mcsmoe import expert_map_of
 
 # Called once per forward with router logits [T, E], picked experts int [T, K] and their final weights [T, K]. A pick
 # of weight 0, or of an index from E on, reached no expert; the index -1 is that of a token which the capacity of its
@@ -23,18 +25,74 @@ Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 Sink = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
+class Source(Protocol):
+    """A model and access to its weights, wherever they are."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; its weights may be elsewhere."""
+
+    def loaded(self, path: str) -> AbstractContextManager[nn.Module]:
+        """Yield the module at `path` of `model`, with its weights there for the time of the block."""
+
+    def streamed(self) -> AbstractContextManager[Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]]:
+        """Let forwards of `model` find their weights for the time of the block.
+
+        Yields what runs a function of a batch over all batches and returns the answers.
+        """
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The source of a model that was loaded: in memory, or offloaded by Accelerate."""
+
+    model: PreTrainedModel
+
+    @contextlib.contextmanager
+    def loaded(self, path: str) -> Iterator[nn.Module]:
+        """Yield the module at `path`, with its weights on the CPU where they were offloaded."""
+        module = self.model.get_submodule(path)
+        with onloaded(module):
+            yield module
+
+    @contextlib.contextmanager
+    def streamed(self) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]]:
+        """Yield what runs batches one after the other."""
+        yield lambda forward, batches: [forward(batch) for batch in batches]
+
+
 @dataclass(frozen=True, eq=False)
 class MoELayer:
-    """One layer of experts of a model: `name` is the path of the experts container in `model.named_modules()`."""
+    """One layer of experts of a model, as a description: keeping it keeps no expert alive.
+
+    `name` is the path of the experts container in `model.named_modules()`; `original_name` the one that it had before
+    a merge. Of a merged layer `num_experts` counts the stored experts, and `expert_map` says which of them stands for
+    each expert of the original, int [E] -> [G].
+    """
 
     name: str
-    model: PreTrainedModel = field(repr=False)
-    container: Any = field(repr=False)
+    source: Source = field(repr=False)
     num_experts: int
     top_k: int | None
     hidden_size: int
     intermediate_size: int
-    merged: bool = False
+    expert_map: tuple[int, ...] | None = field(default=None, repr=False)
+    original_name: str = field(default="", repr=False)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layer holds merged experts."""
+        return self.expert_map is not None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the layer is in."""
+        return self.source.model
+
+    @property
+    def container(self) -> Any:
+        """The module that holds the experts, as it is now."""
+        return self.model.get_submodule(self.name)
 
     @property
     def block(self) -> Any:
@@ -45,11 +103,6 @@ class MoELayer:
     def router(self) -> Any:
         """The module whose output includes the router logits."""
         return find_router(self.model, self.name)
-
-    @property
-    def expert_map(self) -> list[int] | None:
-        """Of a merged layer the stored expert of each original one, int [E] -> [G]."""
-        return expert_map_of(self.model, self.name)
 
     @property
     def output_name(self) -> str:
@@ -66,8 +119,14 @@ class MoELayer:
         """Parameters held by the experts."""
         return sum(parameter.numel() for _, parameter in self.parameters)
 
+    @contextlib.contextmanager
+    def open(self) -> Iterator[ExpertWeights]:
+        """Yield the experts' tensors, there for the time of the block: writing to them writes to the model."""
+        with self.source.loaded(self.name):
+            yield self.read()
+
     def read(self) -> ExpertWeights:
-        """Return the experts' tensors, views of the model's parameters: writing to them writes to the model."""
+        """Return the experts' tensors, views of the model's parameters as they are; see `open`."""
         raise NotImplementedError
 
     def observe(self, observer: Observer) -> list[RemovableHandle]:

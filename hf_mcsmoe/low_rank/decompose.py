@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.inputs import LayerInputs, stream_inputs
 from hf_mcsmoe.card import renew_costs
 from hf_mcsmoe.layers.batches import Batch
-from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
-from hf_mcsmoe.low_rank.ranks import layer_ranks, not_skipped
+from hf_mcsmoe.low_rank.ranks import layer_ranks, layers_to_decompose
 from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_columns
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
-from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, describe, install_layer, merged_layers
+from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, describe, install_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 # One expert's matrix [out, in]; on calibration data the second moment of its inputs [in, in] and, for W_in, what an
@@ -28,7 +28,7 @@ Part = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 @torch.no_grad()
 def decompose_experts(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Layers,
     config: LoSparseConfig | None = None,
     batches: Iterable[Batch] | None = None,
     *,
@@ -52,21 +52,21 @@ def decompose_experts(
             are larger than the matrix, a pattern of `skip` that matches nothing.
     """
     config = config or LoSparseConfig()
-    places = _chosen_layers(model, config)
-    layers = moe_layers(model)
-    ranks = layer_ranks([layers[place] for place in places], config)
-    for place in reversed(places):  # off the list, which would keep the experts that are replaced
-        if not layers[place].merged:
-            _convert_whole(model, layers.pop(place))
-    layers = [layer for place, layer in enumerate(moe_layers(model)) if place in places]
+    found = Layers.of(model)
+    model, chosen = found.model, _chosen_layers(found, config)
+    ranks, names = layer_ranks(chosen, config), {layer.original_name for layer in chosen}
+    for layer in chosen:
+        if not layer.merged:
+            _convert_whole(model, layer)
+    layers = [layer for layer in Layers.of(found.source) if layer.original_name in names]
     if batches is None:
-        for layer, chosen in zip(layers, ranks, strict=True):
-            _decompose_layer(layer.container, chosen, config, None, prune)
+        for layer, own in zip(layers, ranks, strict=True):
+            _decompose_layer(layer.container, own, config, None, prune)
     else:
         # All inputs are taken before the first layer changes, as far as they fit into memory.
-        streamed = stream_inputs(model, [[layer] for layer in layers], list(batches))
-        for (_, inputs), layer, chosen in zip(streamed, layers, ranks, strict=True):
-            _decompose_layer(layer.container, chosen, config, inputs, prune)
+        streamed = stream_inputs([[layer] for layer in layers], list(batches))
+        for (_, inputs), layer, own in zip(streamed, layers, ranks, strict=True):
+            _decompose_layer(layer.container, own, config, inputs, prune)
     model.config.mcsmoe["keep"] = config.keep
     model.config.mcsmoe = describe(model)
     renew_costs(model)
@@ -107,21 +107,18 @@ def _entries(model: nn.Module) -> dict[str, Any] | None:
     return getattr(model.config, "mcsmoe", None) if isinstance(model, PreTrainedModel) else None
 
 
-def _chosen_layers(model: PreTrainedModel, config: LoSparseConfig) -> list[int]:
-    """Return which of `moe_layers(model)` are to be decomposed: merged ones, and those the merge kept whole."""
-    mcsmoe = _entries(model)
+def _chosen_layers(layers: Layers, config: LoSparseConfig) -> Layers:
+    """Return which layers are to be decomposed: merged ones, and those the merge kept whole."""
+    mcsmoe = _entries(layers.model)
     if not mcsmoe:
         raise ValueError(
             "The model is not compressed: merge its experts first, with `compress` or `merge_experts` "
             "(MergeConfig(experts=1.0) keeps all of them)."
         )
-    if any(low_rank_modules(model)):
+    if any(low_rank_modules(layers.model)):
         raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
-    layers, whole = moe_layers(model), mcsmoe.get("whole", [])
-    known = [layer for layer in layers if layer.merged or layer.name in whole]
-    # JetMoE's merged experts lie inside what was the layer.
-    chosen = not_skipped(known, config.skip, {path: name for name, path, _ in merged_layers(model)})
-    return [place for place, layer in enumerate(layers) if layer in chosen]
+    known = [layer for layer in layers if layer.merged or layer.name in mcsmoe.get("whole", [])]
+    return layers_to_decompose(layers.only(known), config.skip)
 
 
 def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:

@@ -1,17 +1,16 @@
 """Which layers are stored as low rank + sparse and of which ranks: by number, ratio or energy, per layer or global."""
 
-import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from hf_mcsmoe.layers.find import tied_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 
 
-def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
+def check_low_rank(layers: Layers, config: LoSparseConfig) -> None:
     """Check before any work that the experts of `layers` can be stored as `config` says, and would be smaller.
 
     Needs no weights, and so says nothing of ranks that follow from them (`energy`).
@@ -19,36 +18,24 @@ def check_low_rank(layers: list[MoELayer], config: LoSparseConfig) -> None:
     Raises:
         ValueError: they cannot, or would not, or `skip` matches nothing or leaves nothing.
     """
-    layer_ranks(not_skipped(layers, config.skip), config, weights=False)
+    layer_ranks(layers_to_decompose(layers, config.skip), config, weights=False)
 
 
-def not_skipped(
-    layers: list[MoELayer], skip: Sequence[str], originals: Mapping[str, str] | None = None
-) -> list[MoELayer]:
+def layers_to_decompose(layers: Layers, skip: Sequence[str]) -> Layers:
     """Return the layers that no pattern of `skip` matches.
 
-    Args:
-        originals: names that layers had before the merge, where these differ; patterns may match them as well.
-
     Raises:
-        ValueError: a pattern matches nothing, nothing is left, or layers share their experts.
+        ValueError: see `Layers.selected`; there is no layer, or layers share their experts.
     """
-    names = {layer.name: {layer.name, (originals or {}).get(layer.name, layer.name)} for layer in layers}
-    skipped: set[str] = set()
-    for pattern in skip:
-        matched = {name for name, known in names.items() if fnmatch.filter(known, pattern)}
-        if not matched:
-            raise ValueError(f"skip={pattern!r} matches no layer. The layers are: {', '.join(names)}.")
-        skipped |= matched
-    chosen = [layer for layer in layers if layer.name not in skipped]
-    if not chosen:
-        raise ValueError(f"No merged layer is left to decompose with skip={list(skip)}.")
-    if any(len(shared) > 1 for shared in tied_layers(chosen)):
+    if not len(layers):
+        raise ValueError("The model has no merged layer to decompose.")
+    chosen = layers.selected(skip)
+    if any(len(shared) > 1 for shared in chosen.tied):
         raise ValueError("Layers that share their experts cannot be decomposed; leave them merged.")
     return chosen
 
 
-def layer_ranks(layers: list[MoELayer], config: LoSparseConfig, *, weights: bool = True) -> list[dict[str, int]]:
+def layer_ranks(layers: Sequence[MoELayer], config: LoSparseConfig, *, weights: bool = True) -> list[dict[str, int]]:
     """Return per layer the ranks of "W_in" and "W_out", without those that stay dense.
 
     Args:

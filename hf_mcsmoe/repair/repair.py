@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inputs
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
-from hf_mcsmoe.layers.find import moe_layers, tied_layers, uncompressed_layers
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.layers.offloading import onloaded
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig, Repaired, relative
 
@@ -64,8 +63,8 @@ class RepairReport:
 
 
 def repair_experts(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    student: PreTrainedModel | Layers,
+    teacher: PreTrainedModel | Layers,
     batches: Iterable[Batch],
     config: RepairConfig | None = None,
     *,
@@ -86,6 +85,7 @@ def repair_experts(
             finite, or a layer that the method cannot repair.
     """
     config, begin = config or RepairConfig(), time.perf_counter()
+    student, teacher = Layers.of(student), Layers.of(teacher)
     groups = matching_layers(student, teacher)
     batches = list(batches)
     if not batches:
@@ -94,8 +94,8 @@ def repair_experts(
     if config.method == "none":
         return report
     total, done = sum(map(len, groups)), 0
-    with torch.no_grad(), evaluation_mode(student), evaluation_mode(teacher):
-        for pairs, inputs, original_inputs in _inputs(student, teacher, groups, batches, config):
+    with torch.no_grad(), evaluation_mode(student.model), evaluation_mode(teacher.model):
+        for pairs, inputs, original_inputs in _inputs(groups, batches, config):
             name = pairs[0][0].name
             report.layers[name] = _repair_layer(pairs[0], inputs, original_inputs, config)
             done += len(pairs)
@@ -104,22 +104,22 @@ def repair_experts(
     return RepairReport(report.config, report.layers, time.perf_counter() - begin)
 
 
-def matching_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> list[list[Pair]]:
+def matching_layers(student: PreTrainedModel | Layers, teacher: PreTrainedModel | Layers) -> list[list[Pair]]:
     """Return the student's merged layers with the teacher's, in lists that share one set of experts.
 
     Raises:
         ValueError: they do not fit together, or the student's experts are offloaded.
     """
-    originals = {layer.name: layer for layer in uncompressed_layers(teacher)}
-    merged = [layer for layer in moe_layers(student) if layer.merged]
-    if not merged:
-        raise ValueError(f"{type(student).__name__} has no merged layer to repair; pass what merge_experts returned.")
-    if not isinstance(student, type(teacher)):
-        raise ValueError(
-            f"{type(student).__name__} is no compressed {type(teacher).__name__}: it was made of another model."
-        )
+    student, teacher = Layers.of(student), Layers.of(teacher)
+    originals = {layer.name: layer for layer in teacher.uncompressed()}
+    kinds = type(student.model).__name__, type(teacher.model).__name__
+    merged = student.only([layer for layer in student if layer.merged])
+    if not len(merged):
+        raise ValueError(f"{kinds[0]} has no merged layer to repair; pass what merge_experts returned.")
+    if not isinstance(student.model, type(teacher.model)):
+        raise ValueError(f"{kinds[0]} is no compressed {kinds[1]}: it was made of another model.")
     groups = []
-    for shared in tied_layers(merged):
+    for shared in merged.tied:
         groups.append([(layer, _original(layer, originals)) for layer in shared])
         if any(parameter.is_meta for _, parameter in shared[0].parameters):
             raise ValueError(f"The experts of {shared[0].name} are offloaded; load the merged model onto one device.")
@@ -127,8 +127,7 @@ def matching_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> list[
 
 
 def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
-    # JetMoE's container is its whole block, which holds the merged experts.
-    original = originals.get(layer.name) or originals.get(layer.name.rpartition(".")[0])
+    original = originals.get(layer.original_name)
     if original is None:
         raise ValueError(
             f"The merged model has experts {layer.name!r}, the original has {', '.join(originals)}: it was made of "
@@ -145,8 +144,6 @@ def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
 
 
 def _inputs(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
     groups: list[list[Pair]],
     batches: list[Batch],
     config: RepairConfig,
@@ -154,22 +151,22 @@ def _inputs(
     """Yield the layers with what the student's experts see and what the teacher's see at the same tokens."""
     originals = [[original for _, original in pairs] for pairs in groups]
     limit = config.memory_limit // 2 if config.sequential else config.memory_limit
-    streamed = stream_inputs(teacher, originals, batches, memory_limit=limit)
+    streamed = stream_inputs(originals, batches, memory_limit=limit)
     for pairs, (_, original_inputs) in zip(groups, streamed, strict=True):
         if not config.sequential:
             stored = torch.tensor(pairs[0][0].expert_map)[original_inputs.index]
             yield pairs, replace(original_inputs, index=stored), original_inputs
             continue
-        captured = capture_inputs(student, [layer for layer, _ in pairs], batches)
+        captured = capture_inputs([layer for layer, _ in pairs], batches)
         first, *others = captured.values()
         yield pairs, sum(others, first), original_inputs
 
 
 def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
     begin, (layer, original) = time.perf_counter(), pair
-    with onloaded(original.container):
+    with original.open() as weights:
         expert_map = list(layer.expert_map or ())
-        problem = LayerFit(layer.name, layer.container, original.read(), inputs, original_inputs, expert_map)
+        problem = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, expert_map)
         repaired: Repaired = REPAIR[config.method](problem, config)
     experts = [
         ExpertRepair(s.tokens, s.ridge, relative(s.before, s.energy), relative(s.after, s.energy))

@@ -29,7 +29,7 @@ def no_forward(module: nn.Module, *arguments: Any) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "skip matches nothing": ({"low_rank": LoSparseConfig(**SMALL, skip=("nope",))}, "skip='nope' matches no layer"),
-    "skip leaves nothing": ({"low_rank": LoSparseConfig(**SMALL, skip="*")}, "No merged layer is left"),
+    "skip leaves nothing": ({"low_rank": LoSparseConfig(**SMALL, skip="*")}, "leaves no layer"),
     "skip of a layer that the merge leaves": (
         {"config": MergeConfig(skip="*.0.*"), "low_rank": LoSparseConfig(**SMALL, skip="*.0.*")},
         "matches no layer",

@@ -174,7 +174,7 @@ def _tries(**options: object) -> object:
         (_tries(rank=1000), "rank=1000 is larger than W_in"),
         (_tries(rank=12, keep=0.9), "larger than it is"),
         (_tries(rank=2, skip="nothing.*"), "matches no layer"),
-        (_tries(rank=2, skip="*"), "No merged layer is left"),
+        (_tries(rank=2, skip="*"), "leaves no layer"),
         (_tries(rank=12, keep=0.9, scope="global"), "larger than it is"),
         (_tries(energy=0.9999, keep=0.5), "larger than it is"),
         (_tries(parameter_ratio=0.3, keep=0.3), "parameter_ratio=0.3 is no more than keep=0.3"),

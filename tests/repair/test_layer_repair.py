@@ -91,8 +91,8 @@ def test_what_is_computed_from_captured_inputs_is_what_the_layers_give(name: str
     student = _merged(name, model, batches(name, model))
     given, merged = _outputs(name, copy.deepcopy(model), data[0]), _outputs(name, copy.deepcopy(student), data[0])
     groups = matching_layers(student, model)
-    captured = capture_inputs(model, [original for ((_, original),) in groups], data)
-    own = capture_inputs(student, [layer for ((layer, _),) in groups], data)
+    captured = capture_inputs([original for ((_, original),) in groups], data)
+    own = capture_inputs([layer for ((layer, _),) in groups], data)
     for ((layer, original),) in groups:
         seen = own[layer.name], captured[original.name]
         problem = LayerFit(layer.name, layer.container, original.read(), *seen, layer.expert_map)
@@ -165,7 +165,7 @@ def test_a_joint_refit_is_the_least_squares_solution_over_all_experts() -> None:
     student = _merged(name, model, data, experts=2)
     layer, original = matching_layers(student, model)[0][0]
     start = [LAYOUTS[name].after(layer.container, index)["down"].double().clone() for index in range(2)]
-    seen = capture_inputs(model, [original], data)[original.name]
+    seen = capture_inputs([original], data)[original.name]
     config = RepairConfig(joint=True, sweeps=60, ridges=(1e-2,))
     repair_experts(student, model, data, config)
     wide, wanted = [], []
@@ -208,7 +208,7 @@ def test_experts_that_saw_no_token_keep_their_weights_and_the_report_says_so() -
         layer.router.bias[6:] = -100
     data = batches("gpt_oss", model, number=3)
     student = _merged("gpt_oss", model, data, grouping=groups_of([0, 0, 1, 1, 2, 2, 3, 3], [0, 2, 4, 6]))
-    seen = {layer.name: capture_inputs(model, [layer], data)[layer.name] for layer in moe_layers(model)}
+    seen = {layer.name: capture_inputs([layer], data)[layer.name] for layer in moe_layers(model)}
     assert all(int((one.index >= 6).sum()) == 0 for one in seen.values())
     before = [layer.container.down_proj[3].clone() for layer in moe_layers(student)]
     report = repair_experts(student, model, data)
@@ -242,14 +242,14 @@ def test_whole_sequences_are_held_out_and_only_tokens_that_count_are_kept() -> N
     model = build("qwen3_moe")
     data = batches("qwen3_moe", model, number=3, batch_size=5)
     layer = moe_layers(model)[0]
-    seen = capture_inputs(model, [layer], iter(data))[layer.name]
+    seen = capture_inputs([layer], iter(data))[layer.name]
     lengths = [int(row.sum()) for batch in data for row in batch["attention_mask"]]
     held_out = [number % 5 == 4 for number in range(15)]
     expected = [held for length, held in zip(lengths, held_out, strict=True) for _ in range(length)]
     assert seen.held_out.tolist() == expected
-    one = capture_inputs(model, [layer], [inputs("qwen3_moe", model, batch_size=1)])[layer.name]
+    one = capture_inputs([layer], [inputs("qwen3_moe", model, batch_size=1)])[layer.name]
     assert one.held_out.tolist() == [False] * 8 + [True]
-    few = capture_inputs(model, [layer], [inputs("qwen3_moe", model, batch_size=2)])[layer.name]
+    few = capture_inputs([layer], [inputs("qwen3_moe", model, batch_size=2)])[layer.name]
     assert few.held_out.tolist() == [False] * 12 + [True] * 9
 
 
@@ -260,13 +260,13 @@ def _equal(one: LayerInputs, other: LayerInputs) -> bool:
 def test_layers_are_captured_in_as_many_passes_as_memory_asks_for() -> None:
     model = build("mixtral")
     data, layers = batches("mixtral", model), moe_layers(model)
-    together = capture_inputs(model, layers, data)
+    together = capture_inputs(layers, data)
     passes: list[int] = []
     handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
     size = 2 * 8 * 12 * (layers[0].hidden_size * 4 + 12 * 2)
     for limit, expected in ((1, len(layers)), (2 * size, (len(layers) + 1) // 2), (len(layers) * size, 1)):
         passes.clear()
-        streamed = list(stream_inputs(model, [[layer] for layer in layers], data, memory_limit=limit))
+        streamed = list(stream_inputs([[layer] for layer in layers], data, memory_limit=limit))
         assert len(passes) == expected * len(data)
         assert [group[0].name for group, _ in streamed] == list(together)
         assert all(_equal(found, together[group[0].name]) for group, found in streamed)
@@ -290,7 +290,7 @@ def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
     model = build(name)
     data = batches(name, model, number=4)
     ours, layer = _merged(name, model, data), moe_layers(model)[0]
-    seen = capture_inputs(model, [layer], data)[layer.name]
+    seen = capture_inputs([layer], data)[layer.name]
     other = LayerInputs(seen.hidden.clone(), seen.index, seen.weights, seen.held_out)
     other.hidden[seen.held_out] *= 1.05
     results = []
@@ -320,7 +320,7 @@ def test_what_cannot_be_repaired_is_refused_before_a_forward() -> None:
         repair_experts(student, small, data)
     with pytest.raises(ValueError, match="is no compressed Qwen3MoeForCausalLM: it was made of another model"):
         repair_experts(student, other, data)
-    moe_layers(small)[1].router.set_expert_map([0, 1, 2, 3, 3, 3, 3])
+    next(iter(small.config.mcsmoe["layers"].values()))["expert_map"] = [0, 1, 2, 3, 3, 3, 3]
     with pytest.raises(ValueError, match=r"is \(7, 32, 24\) in the merged model and \(8, 32, 24\)"):
         repair_experts(small, model, data)
     with pytest.raises(ValueError, match=r"Unknown repair method 'refitt'\. Did you mean 'refit'\?"):
