@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mcsmoe-modules-")
@@ -14,13 +15,39 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests of a file that share an expensive fixture run in one process, which makes it once."""
+    for item in items:
+        expensive = any(definition.scope in ("module", "session") for definition in _own_fixtures(item))
+        if expensive and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
+def _own_fixtures(item: pytest.Item) -> list[pytest.FixtureDef[Any]]:
+    """Return the fixtures of a test that its file defines."""
+    definitions = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]  # type: ignore[attr-defined]
+    return [definition for definition in definitions if definition.baseid == item.location[0]]
 
 
 def pytest_unconfigure() -> None:
     """Remove the copied code."""
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of a few words and the digits, whose padding is a token of its own."""
+    words = ["<pad>", "</s>", "<unk>", "what", "is", "it", *map(str, range(10))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture

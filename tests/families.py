@@ -3,6 +3,7 @@
 As a script it prints the README's table of families.
 """
 
+import copy
 import functools
 import importlib
 import inspect
@@ -160,6 +161,16 @@ def _wrapped(source: str) -> set[str]:
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
+    """Return a model of the caller's own: a copy of the tiny one of a family, which is made once in a process."""
+    return copy.deepcopy(_built(name, seed))
+
+
+@functools.cache
+def _built(name: str, seed: int) -> PreTrainedModel:
+    return construct(name, seed)
+
+
+def construct(name: str, seed: int = 0) -> PreTrainedModel:
     """Build the tiny model of a family, in evaluation mode, as a function of the seed."""
     family = next(family for family in families() if family.name == name)
     module = importlib.import_module(f"transformers.models.{family.folder}.modeling_{family.folder}")

@@ -12,6 +12,8 @@ from merged import REFUSED, check_without_package, example, merge, save, stored_
 from hf_mcsmoe import MergeConfig, moe_layers
 
 SUPPORTED = [family.name for family in families() if family.name not in REFUSED]
+# All in one process, which merges each family once.
+pytestmark = pytest.mark.xdist_group("families")
 EVERY = pytest.mark.parametrize("name", SUPPORTED)
 README = Path(__file__).parents[2] / "README.md"
 MARKERS = "<!-- families -->", "<!-- /families -->"
