@@ -15,14 +15,6 @@ from hf_mcsmoe.data.text import calibration_batches, read_samples
 ROWS = [{"question": f"what is {n}", "answer": f"it is {n}"} for n in range(5)]
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", "what", "is", "it", *map(str, range(10))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import build, inputs
 from safetensors.torch import load_file
-from test_examples import EXAMPLES, data, folder, run, training  # noqa: F401
+from scripts import EXAMPLES, data, run, training
 from transformers import Seq2SeqTrainingArguments
 
 from hf_mcsmoe import moe_layers
@@ -63,7 +63,7 @@ def test_mistakes_cost_one_sentence_before_training(
     script: Any,
     wrong: list[str],
     sentence: str,
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = ["--model_name_or_path", folder / "model", "--use_cpu", "true", "--output_dir", folder / "out"]
@@ -131,7 +131,7 @@ def test_help_tells_the_papers_arguments(script: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_recipe_from_end_to_end(folder: Path) -> None:  # noqa: F811
+def test_the_recipe_from_end_to_end(folder: Path) -> None:
     """The task is learnt, merging and compressing with distillation keep it, and the files hold what they should."""
     full, merged, small = folder / "full", folder / "merged", folder / "small"
     result = run("finetune_seq2seq.py", *training(folder, full))
@@ -169,7 +169,7 @@ def test_the_recipe_from_end_to_end(folder: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.slow
-def test_merging_alone_and_a_wrong_number_of_experts(folder: Path) -> None:  # noqa: F811
+def test_merging_alone_and_a_wrong_number_of_experts(folder: Path) -> None:
     given = ["--model_name_or_path", folder / "model", "--use_cpu", "true", "--num_groups", "4", *data(folder)]
     given += ["--skip", "none", "--output_dir", folder / "merged"]
     result = run("merge_and_distill.py", *given, "--num_train_epochs", "0")
