@@ -31,7 +31,7 @@ from hf_mcsmoe import (
     compact,
     decompose_experts,
 )
-from hf_mcsmoe.data.text import calibration_batches
+from hf_mcsmoe.data.features import calibration_batches
 
 
 @dataclass

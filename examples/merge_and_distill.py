@@ -31,7 +31,7 @@ from hf_mcsmoe import (
     RepairConfig,
     compress,
 )
-from hf_mcsmoe.data.text import calibration_batches
+from hf_mcsmoe.data.features import calibration_batches
 
 
 def merge(

@@ -3,16 +3,14 @@
 Texts follow T5 (Raffel et al. 2020, appendix D) where T5 was trained on the task, and its pattern elsewhere.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hf_mcsmoe.data.text import load_rows
+from hf_mcsmoe.data.text import Row, load_rows
 from hf_mcsmoe.methods.registry import unknown
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
