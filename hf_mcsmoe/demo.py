@@ -52,7 +52,7 @@ def batches(
     tokenizer: PreTrainedTokenizerBase, examples: list[Example], batch_size: int = BATCH_SIZE
 ) -> list[dict[str, torch.Tensor]]:
     """Return the examples in batches: `input_ids`, `attention_mask` [batch, source], `labels` [batch, target]."""
-    features = pair_features([(item.source, item.targets[0]) for item in examples], tokenizer)
+    features = pair_features([item.pair for item in examples], tokenizer)
     return feature_batches(features, tokenizer, batch_size, by_length=False)
 
 

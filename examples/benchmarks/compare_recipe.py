@@ -171,7 +171,7 @@ def costs_of(task: str, arguments: argparse.Namespace) -> dict[str, list[str]]:
     """Return, per run, what its model of the first seed holds and executes on a batch of the task, as cells."""
     cells: dict[str, list[str]] = {}
     rows = task_rows(get_task(task), data_dir=arguments.data_dir, limit=32)
-    texts = [(item.source, item.targets[0]) for item in get_task(task).examples(rows)]
+    texts = [item.pair for item in get_task(task).examples(rows)]
     for name in arguments.runs:
         path = folder(name, task, arguments.seeds[0], arguments)
         if not (path / "config.json").is_file():

@@ -110,8 +110,7 @@ def task_features(
     """
     examples, length = task.examples(list(rows)), max_length or task.max_source_length
     if encoder_decoder:
-        pairs = [(example.source, example.targets[0]) for example in examples]
-        return pair_features(pairs, tokenizer, length, task.max_target_length)
+        return pair_features([item.pair for item in examples], tokenizer, length, task.max_target_length)
     if task.name in CHOICES:
         choices = [CHOICES[task.name](row) for row in rows]
         return continuation_features([choice_pairs(choice)[choice[2]] for choice in choices], tokenizer, length)
@@ -258,9 +257,13 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return made
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Return what joins features to a padded batch [batch, length], for either kind of model."""
-    return DataCollatorForSeq2Seq(with_padding(tokenizer))
+def collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> DataCollatorForSeq2Seq:
+    """Return what joins features to a padded batch [batch, length], for either kind of model.
+
+    Args:
+        model: an encoder-decoder whose decoder's inputs go into the batch, where its loss is not computed in it.
+    """
+    return DataCollatorForSeq2Seq(with_padding(tokenizer), model=model)
 
 
 def feature_batches(
