@@ -58,10 +58,10 @@ def corrupt_spans(
 ) -> tuple[list[int], list[int]]:
     """Replace random spans of a text by sentinels and gather what they held, as T5 is trained.
 
-    `rng` is a `random.Random` or a NumPy `Generator`. Returns the source, of length
-    `len(token_ids) - masked + spans`, and the target, of length `masked + spans`: every sentinel followed by its
-    span. Neither has an end-of-sequence token. A text of fewer than two tokens has nothing to predict from and comes
-    back whole, with an empty target.
+    Of `length` tokens `masked = length * noise_density` go, in `spans = masked / mean_span` spans (rounded, at least
+    one). Returns the source, of `length - masked + spans` tokens, and the target, of `masked + spans`: every sentinel
+    followed by its span. Neither has an end-of-sequence token. A text of fewer than two tokens has nothing to predict
+    from and comes back whole, with an empty target.
 
     Args:
         fixed_spans: make all spans equally long (`mean_span` tokens, to which the number masked is rounded) instead of

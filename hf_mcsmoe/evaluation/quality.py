@@ -160,7 +160,7 @@ def answer_scores(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Return the log-likelihood of each answer after its context, summed over the answer's tokens.
+    """Return log p(answer | context) of each pair, the sum over the answer's tokens.
 
     For an encoder-decoder the context is its source and the end of the answer counts; otherwise the answer is appended
     to the context as it stands, and a context longer than `max_length` tokens loses its beginning.
@@ -188,7 +188,7 @@ def _restored(values: Sequence[Any], order: Sequence[int]) -> list[Any]:
 
 
 def token_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Return the negative log-likelihoods [batch, length] of a batch's labels, 0 where they do not count.
+    """Return -log p(label | tokens before) [batch, length] of a batch's labels, 0 where they do not count.
 
     Without `labels` all of a causal model's tokens count but the padding.
     """
@@ -205,7 +205,7 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Return the perplexity of a model per token of `batches`: of their `labels`, else of all that is not padding.
+    """Return exp(mean of -log p) over the tokens of `batches`: their `labels`, else all that is not padding.
 
     Raises:
         ValueError: no token counts, or the model's loss is not finite.
