@@ -42,7 +42,7 @@ ROWS = """
 from hf_mcsmoe.demo import demo_examples
 from hf_mcsmoe.data.features import pair_features
 
-pairs = [(f"<{item.task}>{item.source}", item.target) for item in demo_examples("calibration")[:16]]
+pairs = [(item.source, item.targets[0]) for item in demo_examples("calibration")[:16]]
 dataset = pair_features(pairs, tokenizer, 32, 32)
 sizes = [one.num_parameters() for one in (model, small, tiny)]
 """

@@ -76,5 +76,7 @@ def test_a_benchmark_prints_its_table(script: str) -> None:
 
 def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> None:
     listed = (EXAMPLES / "benchmarks" / "run_all.py").read_text()
-    scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py")} - {"common.py", "run_all.py"}
-    assert {name for name in scripts if f'"{name}"' not in listed} == {"merge_2b.py"}
+    # Comparisons of quality have a model and a text to be told, and the structure is no measure of speed.
+    scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py") if not path.stem.startswith("compare_")}
+    others = {name for name in scripts if f'"{name}"' not in listed}
+    assert others - {"structure.py"} == {"common.py", "run_all.py", "merge_2b.py"}
