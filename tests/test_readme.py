@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from merged import run_python
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,27 +17,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def run(code: str, folder: Path) -> str:
-    """Return what a piece of Python prints."""
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-
-
-def test_the_example_prints_what_it_says_and_loads(tmp_path: Path) -> None:
-    first, second = blocks("python")[:2]
-    _, printed = blocks("text")[:2]
-    assert run(first, tmp_path) == printed
-    parameters = printed.split(" -> ")[1].split()[0].replace(",", "")
-    assert run(second + "\nprint(loaded.num_parameters())", tmp_path).strip() == parameters
-
-
-def test_the_steps_one_by_one_run(tmp_path: Path) -> None:
-    first, _, third = blocks("python")[:3]
-    out = run(first + third + "\nprint(small.num_parameters() < model.num_parameters(), small is model)", tmp_path)
-    assert out.splitlines()[-1] == "False True"
-    assert (tmp_path / "plan.json").is_file()
-
-
+# Block 3 uses up the model that block 4 needs, and block 5's rows are the reader's own.
+KEPT = "import copy\nwhole = copy.deepcopy(model)\n"
 ROWS = """
 from hf_mcsmoe.demo import demo_examples
 from hf_mcsmoe.data.features import pair_features
@@ -46,15 +27,43 @@ pairs = [(f"<{item.task}>{item.source}", item.target) for item in demo_examples(
 dataset = pair_features(pairs, tokenizer, 32, 32)
 sizes = [one.num_parameters() for one in (model, small, tiny)]
 """
+SIZES = "print(*sizes, load_model('switch-tiny').num_parameters())\n"
+AFTER = "print(small.num_parameters() < model.num_parameters(), small is model)\nmodel = whole\n"
+END = "end of a block"
 
 
-def test_repair_storage_and_distillation_run(tmp_path: Path) -> None:
-    first, _, _, repair, distillation = blocks("python")[:5]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.fixture(scope="module")
+def printed(folder: Path) -> list[str]:
+    """Run the blocks in order in one process; returns what each of them prints."""
+    first, _, third, repair, distillation = blocks("python")[:5]
     short = distillation.replace("max_steps=1000", 'max_steps=2, use_cpu=True, report_to="none"')
     assert short != distillation
-    sizes = "print(*sizes, load_model('switch-tiny').num_parameters())"
-    out = run("\n".join([first, repair, ROWS, short, sizes]), tmp_path)
-    model, small, tiny, distilled = map(int, out.splitlines()[-1].split())
+    code = [first, KEPT + third + AFTER, repair, ROWS + short + SIZES]
+    done = run_python(["-W", "ignore", "-c", f"\nprint('{END}')\n".join(code)], folder, package=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(f"{END}\n")
+
+
+def test_the_example_prints_what_it_says_and_loads(folder: Path, printed: list[str]) -> None:
+    second, said = blocks("python")[1], blocks("text")[1]
+    assert printed[0] == said
+    parameters = said.split(" -> ")[1].split()[0].replace(",", "")
+    done = run_python(["-c", second + "\nprint(loaded.num_parameters())"], folder)
+    assert done.stdout.strip() == parameters, done.stderr
+
+
+def test_the_steps_one_by_one_run(folder: Path, printed: list[str]) -> None:
+    assert printed[1].splitlines()[-1] == "False True"
+    assert (folder / "plan.json").is_file()
+
+
+def test_repair_storage_and_distillation_run(printed: list[str]) -> None:
+    model, small, tiny, distilled = map(int, printed[3].splitlines()[-1].split())
     assert max(tiny, distilled) < small < model
 
 
