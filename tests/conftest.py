@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="mcsmoe-modules-")
+# Processes that tests start run on one thread as well: there is a worker for each core.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Bit for bit means the same kernels, and MKL chooses some of them by where in memory a tensor lies, which for one
 # read from a file is elsewhere.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
