@@ -1,24 +1,31 @@
-"""The model card of a merged model, generated from what was done."""
+"""The model card: rendered from a model's record whenever that changes, and never read back."""
 
-import re
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from hf_mcsmoe.evaluation.costs import Account, cost_rows
-from hf_mcsmoe.layers.loading import is_repo_id, public_name
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
-from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, sparse_parts
-from hf_mcsmoe.modeling.saving_mcsmoe import DOCUMENTS, MODEL_ID, source_folder
-from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.modeling.saving_mcsmoe import (
+    BYTES_ON_DISK,
+    MODEL_ID,
+    PLAN_FILE,
+    RECORD_FILE,
+    SAVED,
+    SECTION,
+    source_folder,
+    source_of,
+)
+from hf_mcsmoe.record import Base, Record, cost_rows, public_name
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
 PIPELINES = {
@@ -30,25 +37,27 @@ PIPELINES = {
     "AutoModelForSeq2SeqLM": None,  # the Hub dropped the name
 }
 
-# What the table of costs stands between, so that it can be renewed.
-COSTS = ("<!-- costs -->", "<!-- /costs -->")
-
 TEMPLATE = Template(
-    """
+    """\
+{{ marks[0] }}
+<!-- This section is generated, and written anew when the model changes. What you write outside of it stays. -->
+
 # {{ title }}
 
 {% if fewer -%}
 {{ base }} with fewer experts: the experts of each layer were merged by **M-SMoE**
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024) with
-`hf_mcsmoe` {{ versions.hf_mcsmoe }}. The router is the original one; a map sends
+`hf_mcsmoe`{{ version }}. The router is the original one; a map sends
 its choice among the original experts to the stored ones.
 {%- else -%}
-{{ base }}, all of its experts kept by `hf_mcsmoe` {{ versions.hf_mcsmoe }}
+{{ base }}, all of its experts kept by `hf_mcsmoe`{{ version }}
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024): none were merged.
 {%- endif %}
+{% if costs %}
+## Costs
 
 {{ costs }}
-
+{% endif %}
 ## How to load
 
 ```python
@@ -59,16 +68,16 @@ model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=Tru
 
 The modelling code lies beside the weights; no further package is needed. Where the package `hf_mcsmoe` is imported,
 it loads without the flag.
-
+{% if methods %}
 ## Method
 
 | step | method | paper |
 |---|---|---|
-{% for step, method, paper in steps -%}
+{% for step, method, paper in methods -%}
 | {{ step }} | {{ method }} | {{ paper }} |
 {% endfor %}
 Calibrated on {{ "{:,}".format(tokens) }} tokens. Options and groups in full: `mcsmoe_plan.json`.
-
+{% endif %}{% if layers %}
 ## Experts per layer
 
 | layer | before | after |
@@ -78,7 +87,13 @@ Calibrated on {{ "{:,}".format(tokens) }} tokens. Options and groups in full: `m
 {% endfor -%}
 {% if whole %}
 Left whole: {{ whole | join(", ") }}.
-{% endif %}
+{% endif %}{% endif %}
+{% for step in steps -%}
+## {{ step.title }}
+
+{{ step.lines | join("\n") }}
+
+{% endfor -%}
 ## Citation
 
 ```bibtex
@@ -90,146 +105,129 @@ Left whole: {{ whole | join(", ") }}.
   year      = {2024}
 }
 ```
+{{ marks[1] }}
 """,
     keep_trailing_newline=True,
 )
 
 
-def model_card(
-    model: PreTrainedModel, plan: MergePlan, layers: dict[str, tuple[int, int]], accounts: Mapping[str, Account]
-) -> str:
-    """Return the card's text, with the metadata that the Hub reads.
+def render(record: Record) -> str:
+    """Return the card of a record: metadata for the Hub, then one marked section with all the rest.
 
-    Args:
-        model: the merged model.
-        layers: experts before and after, per layer name.
-        accounts: costs of the original model and of this one.
+    The name to load it by and the bytes on disk of the last stage are left open, for saving to fill in.
     """
-    source, fewer = model.name_or_path or "", any(new < old for old, new in layers.values())
-    auto_class = loading_class(model)
+    base, plan = record.base, record.plan
+    layers = {
+        name: (len(layer["expert_map"]), len(layer["dominant"])) for name, layer in plan.get("layers", {}).items()
+    }
+    fewer, tokens = any(new < old for old, new in layers.values()) or not plan, plan.get("tokens", {})
     text = TEMPLATE.render(
-        title=f"{public_name(source).rpartition('/')[2] or plan.provenance['model_type']} "
+        marks=SECTION,
+        title=f"{base.name.rpartition('/')[2] or base.model_type} "
         + ("with merged experts" if fewer else "with its own experts"),
         fewer=fewer,
-        base=f"[{source}](https://huggingface.co/{source})"
-        if is_repo_id(source)
-        else f"A model of type `{plan.provenance['model_type']}`",
-        versions=plan.provenance["versions"],
-        costs=_cost_table(accounts),
-        auto_class=auto_class,
+        base=f"[{base.name}](https://huggingface.co/{base.name})"
+        if "/" in base.name
+        else f"A model of type `{base.model_type}`",
+        version=f" {plan['versions']['hf_mcsmoe']}" if plan else "",
+        costs=_cost_table(record),
+        auto_class=record.auto_class,
         model_id=MODEL_ID,
-        steps=method_steps(plan.config),
-        tokens=max(plan.provenance["tokens"].values()),
+        methods=method_steps(plan["config"]) if plan else [],
+        tokens=max(tokens.values(), default=0),
         layers=layers,
-        whole=[f"`{name}`" for name in plan.provenance["tokens"] if name not in layers],
+        whole=[f"`{name}`" for name in tokens if name not in layers],
+        steps=record.steps,
     )
-    return f"---\n{_metadata(source, auto_class).to_yaml()}\n---\n{text}"
+    return f"---\n{_metadata(record).to_yaml()}\n---\n\n{text}"
 
 
-def adopt_card(model: PreTrainedModel) -> bool:
-    """Let a model that was loaded carry the card and the plan that lay beside its weights, to be saved with it.
+def _cost_table(record: Record) -> str:
+    if not record.costs:
+        return ""
+    head, *rows = cost_rows(record.costs)
+    for row in rows:
+        if row[0] == "bytes on disk":
+            row[-2:] = [BYTES_ON_DISK, SAVED]
+    columns = "|---|" + "---:|" * (len(head) - 1)
+    head_line, *lines = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return "\n".join([head_line, columns, *lines])
 
-    Returns whether it has a card with a table of costs, which can be renewed.
+
+def _metadata(record: Record) -> ModelCardData:
+    return ModelCardData(
+        base_model=record.base.name if "/" in record.base.name else None,
+        **record.base.licence,
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(record.auto_class),
+        tags=["mcsmoe", "mixture-of-experts", "model-compression", "custom_code", "arxiv:2310.01334"],
+    )
+
+
+def method_steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return step, method and link to the method's paper, a row each, of a plan's options."""
+    steps = []
+    for stage, registry in REGISTRIES.items():
+        if (name := config.get(stage)) is None:
+            continue
+        method = registry.methods.get(name)
+        paper = f"[arXiv {method.paper}](https://arxiv.org/abs/{method.paper})" if method and method.paper else ""
+        steps.append((stage, name, paper))
+    kept = f"{config['experts']} per layer" if isinstance(config["experts"], int) else f"{config['experts']:.0%}"
+    return [("experts kept", kept, ""), *steps, ("aligned to", config["reference"], "")]
+
+
+def attach_record(model: PreTrainedModel, record: Record) -> None:
+    """Let a compressed model carry its record, with the card rendered from it, to be saved beside the weights."""
+    cast(Any, model).mcsmoe_record = replace(record, card=render(record))
+
+
+def new_record(model: PreTrainedModel, plan: dict[str, Any]) -> Record:
+    """Return the record of a model that was merged just now, still called as its original."""
+    source = model.name_or_path or ""
+    base = Base(public_name(source), model.config.base_model_type, source_licence(source))
+    return Record(base, loading_class(model), plan)
+
+
+def record_of(model: PreTrainedModel) -> Record:
+    """Return the record of a compressed model: that which it carries, or that of the folder that it was loaded from.
+
+    Of a folder without one, what its plan and its configuration tell; a file that cannot be read is warned of.
     """
-    if not cast(Any, model).mcsmoe_files:
-        vars(model)["mcsmoe_files"] = _loaded_files(model)
-    card = cast(Any, model).mcsmoe_files.get("README.md", "")
-    return all(mark in card for mark in COSTS)
+    try:
+        carried = cast(Any, model).mcsmoe_record
+    except AttributeError:  # a class of the modelling files of format 1
+        carried = None
+    if carried is not None:
+        return carried
+    source = source_of(model)
+    plan = _read(source / PLAN_FILE, _read_plan) if source else None
+    record = _read(source / RECORD_FILE, partial(_read_record, plan=plan or {})) if source else None
+    name = (plan or {}).get("model", "")
+    return record or Record(Base(name, model.config.base_model_type), loading_class(model), plan or {})
 
 
-def add_to_card(model: PreTrainedModel, title: str, text: str) -> None:
-    """Let the card that `model` is saved with say what was done after the merge; `renew_costs` is done as well.
-
-    A section of the same title is replaced. A model that was loaded goes on with the card of its folder or repository;
-    where that has none, nothing is written.
-    """
-    renew_costs(model)
-    files = cast(Any, model).mcsmoe_files
-    if "README.md" not in files:
-        return
-    heading = f"## {title}\n"
-    card = re.sub(rf"^{re.escape(heading)}.*?(?=^## |\Z)", "", files["README.md"], flags=re.MULTILINE | re.DOTALL)
-    before, citation, after = card.partition("## Citation\n")
-    card = f"{before.rstrip()}\n\n{heading}\n{text.strip()}\n\n{citation}{after}".rstrip() + "\n"
-    vars(model)["mcsmoe_files"] = {**files, "README.md": card}
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """Return what a file says; None where there is none and, with a warning, where it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text("utf-8"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"{path} is damaged and not used: {error!r}.", stacklevel=4)
+        return None
 
 
-def renew_costs(model: PreTrainedModel) -> None:
-    """Let the card's table of costs tell, in its last column, how large a changed model is now.
-
-    What only a forward would tell is taken out of it. A model without such a table stays without.
-    """
-    if not adopt_card(model):
-        return
-    files, sizes = cast(Any, model).mcsmoe_files, _sizes(model)
-    start, end = (files["README.md"].index(mark) for mark in COSTS)
-    mark, head, rule, *rows = files["README.md"][start:end].splitlines()
-    _, *stages, saved = _cells(head)
-    lines = [mark, _line(["", *stages[:-1], "after", saved]), rule]
-    for row in map(_cells, rows):
-        first, size = row[1].replace(",", ""), sizes.get(row[0])
-        gain = f"{1 - size / int(first):.1%}" if size is not None and first.isdigit() else ""
-        lines.append(_line([*row[:-2], "" if size is None else f"{size:,}", gain]))
-    card = files["README.md"][:start] + "\n".join(lines) + "\n" + files["README.md"][end:]
-    vars(model)["mcsmoe_files"] = {**files, "README.md": card}
+def _read_plan(text: str) -> dict[str, Any]:
+    plan = json.loads(text)
+    render(Record(Base(plan["model"], plan["model_type"]), plan=plan))  # fails here, not amid a training
+    return plan
 
 
-def _cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row[1:-1].split("|")]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _loaded_files(model: PreTrainedModel) -> dict[str, str]:
-    """Return the card and the plan beside the weights that a model was loaded from, as if it had been made here."""
-    loaded_from = model.name_or_path or ""
-    source = source_folder(loaded_from, vars(model.config).get("_commit_hash"))
-    if source is None:
-        return {}
-    files = {name: (source / name).read_text("utf-8") for name in DOCUMENTS if (source / name).is_file()}
-    name = source.name if Path(loaded_from).is_dir() else loaded_from
-    card = files.get("README.md", "").replace(f'from_pretrained("{name}"', f'from_pretrained("{MODEL_ID}"')
-    return files | ({"README.md": card} if card else {})
-
-
-def _sizes(model: PreTrainedModel) -> dict[str, int]:
-    """Return, by row of the table of costs, the sizes of a model as it is saved: S compact, without adapters."""
-    own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]
-    buffers, saved = dict(model.named_buffers()), model.state_dict().keys()
-    parameters = sum(tensor.numel() for _, tensor in own)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in [*dict(own).values(), *buffers.values()])
-    unsaved = sum(tensor.numel() * tensor.element_size() for name, tensor in buffers.items() if name not in saved)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # rows yet to be pruned are spoken of when they are
-        kept = final_rows(model, model.config.mcsmoe.get("keep"))
-    for name, part in sparse_parts(model).items():
-        rows = int(kept[name].sum())
-        gone = (kept[name].numel() - rows) * part.weight.shape[-1]
-        parameters -= gone
-        size += rows * torch.int32.itemsize - kept[name].numel() - gone * part.weight.element_size()
-    return {"parameters": parameters, "bytes": size, "bytes on disk": size - unsaved}
-
-
-def describe_costs(model: PreTrainedModel, accounts: Mapping[str, Account]) -> None:
-    """Put a table of costs, a column per account, into the card that is saved with `model`, for the one that is there.
-
-    Raises:
-        ValueError: the model has no card, because it was loaded and not made here.
-    """
-    files = vars(model).get("mcsmoe_files", {})
-    if "README.md" not in files:
-        raise ValueError("The model carries no card to describe its costs in; merge_experts makes one that does.")
-    start, end = (files["README.md"].index(mark) for mark in COSTS)
-    card = files["README.md"][:start] + _cost_table(accounts) + files["README.md"][end + len(COSTS[1]) :]
-    vars(model)["mcsmoe_files"] = {**files, "README.md": card}
-
-
-def _cost_table(accounts: Mapping[str, Account]) -> str:
-    head, *rows = map(_line, cost_rows(accounts))
-    columns = "|---|" + "---:|" * (len(accounts) + 1)
-    return "\n".join([COSTS[0], head, columns, *rows, COSTS[1]])
+def _read_record(text: str, plan: dict[str, Any]) -> Record:
+    record = Record.from_json(text, plan)
+    render(record)  # likewise
+    return record
 
 
 def loading_class(model: PreTrainedModel) -> str:
@@ -237,16 +235,6 @@ def loading_class(model: PreTrainedModel) -> str:
     entries = auto_map(model.config.base_model_type).items()
     names = [name for name, path in entries if path.rpartition(".")[2] == type(model).__name__]
     return next((name for name in names if name in PIPELINES), names[0] if names else "AutoModel")
-
-
-def _metadata(source: str, auto_class: str) -> ModelCardData:
-    return ModelCardData(
-        base_model=source if is_repo_id(source) else None,
-        **source_licence(source),
-        library_name="transformers",
-        pipeline_tag=PIPELINES.get(auto_class),
-        tags=["mcsmoe", "mixture-of-experts", "model-compression", "custom_code", "arxiv:2310.01334"],
-    )
 
 
 def source_licence(source: str) -> dict[str, Any]:
@@ -257,17 +245,6 @@ def source_licence(source: str) -> dict[str, Any]:
         return {}
     try:
         declared = ModelCard.load(card).data.to_dict()
-    except (ValueError, YAMLError):  # a card that nobody can read declares nothing
+    except (OSError, ValueError, YAMLError):  # a card that nobody can read declares nothing
         return {}
     return {key: declared[key] for key in ("license", "license_name", "license_link") if key in declared}
-
-
-def method_steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return step, method and link to the method's paper, a row each, of a plan's options."""
-    steps = []
-    for stage, registry in REGISTRIES.items():
-        method = registry.methods.get(config[stage])
-        paper = f"[arXiv {method.paper}](https://arxiv.org/abs/{method.paper})" if method and method.paper else ""
-        steps.append((stage, config[stage], paper))
-    kept = f"{config['experts']} per layer" if isinstance(config["experts"], int) else f"{config['experts']:.0%}"
-    return [("experts kept", kept, ""), *steps, ("aligned to", config["reference"], "")]

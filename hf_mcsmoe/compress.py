@@ -1,25 +1,34 @@
-"""M-SMoE from top to bottom: statistics, plan, then layer by layer read, align, merge, write (paper, section 3.1).
+"""The story from top to bottom: statistics, plan, merge (M-SMoE), then repair and low rank + sparse (MC-SMoE)."""
 
-`refinement.py` then repairs the merged layers and stores them as low rank + sparse (section 3.2).
-"""
-
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import collect_statistics
-from hf_mcsmoe.evaluation.costs import account, folder_bytes
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.card import attach_record, new_record
+from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
-from hf_mcsmoe.merge import Progress, merge_experts
+from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
+from hf_mcsmoe.low_rank.ranks import check_low_rank
+from hf_mcsmoe.merge import merge_layers
+from hf_mcsmoe.methods.budget import BUDGET, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import check_request, plan_merge
-from hf_mcsmoe.refinement import check_refinement, refine_and_account, wanted
+from hf_mcsmoe.record import Costs, Step
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.repair.repair import RepairReport, repair_experts
+
+# Told as `progress(stage, done, total)`; the total is None while nobody knows it.
+Progress = Callable[[str, int, int | None], None]
 
 
 def compress(
@@ -30,46 +39,170 @@ def compress(
     repair: RepairConfig | None = None,
     low_rank: LoSparseConfig | None = None,
     consume: bool = False,
+    statistics: RoutingStatistics | None = None,
     progress: Progress | None = None,
+    repetitions: int = 0,
 ) -> PreTrainedModel:
-    """Return `model` with merged experts: statistics over `batches`, plan, merge; then what `refine` adds.
+    """Return `model` with merged experts: statistics over `batches`, plan, merge (paper, section 3.1).
 
-    The card tells what each stage holds, and what it executes in a forward of the first batch.
+    Then merged layers are repaired and stored as low rank + sparse (section 3.2), where that is asked for. The record
+    tells what was done and what each stage holds, and what it executes in a forward of one batch: the first, of a list
+    that in the middle.
 
     Args:
+        batches: dictionaries for `model(**batch)`; may be empty where `statistics` are given and nothing else needs
+            them.
         repair: how merged layers are fitted to the original ones; None leaves them as merged.
         low_rank: how merged experts are stored as low rank + sparse; None leaves them dense.
         consume: see `merge_experts`; not together with `repair`, which needs the original, nor with what may be
             refused only after the merge (`LoSparseConfig(energy=...)` without `allow_dense`).
-        progress: called as `progress(layer name, layers done, layers)` while merging.
+        statistics: sums that were collected before, instead of a pass over `batches`.
+        progress: called as `progress(stage, done, total)` in the stages "statistics" (batches; the total is None for
+            an iterator), "merge" and "repair" (layers), and "low rank".
+        repetitions: forwards to time in each stage, of which the fastest counts; none by default.
 
     Raises:
-        ValueError: see `collect_statistics`, `plan_merge`, `merge_experts` and `refine`. Options are checked before
-            any forward; only ranks by `energy` that make an expert larger are refused later, with `model` unchanged.
+        ValueError: see `check_options`, `collect_statistics`, `plan_merge`, `merge_experts`, `repair_experts` and
+            `decompose_experts`. Options are checked before any forward; only ranks by `energy` that make an expert
+            larger, and a repair where an adaptive budget kept all experts, are refused later, with `model` unchanged.
     """
-    config, repair = config or MergeConfig(), wanted(repair)
+    config, repair = config or MergeConfig(), chosen_repair(repair)
     layers = Layers.of(model).uncompressed()
-    model = layers.model
-    check_refinement(check_request(layers, config), config, repair=repair, low_rank=low_rank)
-    if consume:
-        _check_consumed(repair, low_rank)
-    stream = iter(batches)
-    first = list(islice(stream, 1))
-    batches = [*first, *stream] if repair or low_rank else chain(first, stream)
-    statistics = collect_statistics(layers, batches)
-    measure = partial(account, batch=first[0])
-    before = replace(measure(model), bytes_on_disk=folder_bytes(model.name_or_path))
-    merged = merge_experts(layers, plan_merge(layers, statistics, config), consume=consume, progress=progress)
-    refine_and_account(merged, model, batches, before, measure, repair=repair, low_rank=low_rank)
+    check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
+    batches, sample = _sampled(batches, keep=bool(repair or low_rank))
+    if statistics is None:
+        statistics = collect_statistics(layers, _with_progress(batches, progress))
+    plan = plan_merge(layers, statistics, config)
+    is_merged = any(not layer.is_whole for layer in plan.layers.values())
+    if not is_merged:
+        _check_repair_of_whole_layers(repair, low_rank)
+    measure = partial(account, batch=sample, repetitions=repetitions if sample else 0)
+    costs = {"before": replace(measure(layers.model), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
+
+    merged = merge_layers(layers, plan, consume=consume, progress=_layers("merge", progress))
+    record, report = new_record(merged, plan.to_dict()), None
+    fit = partial(repair_experts, merged, layers, batches, repair, progress=_layers("repair", progress))
+    if low_rank and is_merged:
+        costs["merged"] = _measured(merged, measure)
+    if repair and is_merged:
+        report = fit()
+    if low_rank:
+        _store(merged, low_rank, batches, progress)
+        if repair and repair.method == "local":  # once more, with what is stored now
+            report = fit()
+    costs["compressed" if low_rank else "merged" if is_merged else "after"] = _measured(merged, measure)
+    for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank)]:
+        record = record.with_step(step)
+    attach_record(merged, replace(record, costs=costs))
     return merged
 
 
-def _check_consumed(repair: RepairConfig | None, low_rank: LoSparseConfig | None) -> None:
-    """Raise ValueError where the original would be needed after the merge, or be lost to a refusal then."""
-    if repair:
+def chosen_repair(repair: RepairConfig | None) -> RepairConfig | None:
+    """Return the repair, or None where its method is "none"."""
+    return None if repair is None or repair.method == "none" else repair
+
+
+def check_options(
+    layers: Layers,
+    config: MergeConfig,
+    *,
+    repair: RepairConfig | None,
+    low_rank: LoSparseConfig | None,
+    consume: bool = False,
+) -> None:
+    """Check, before any forward and without weights, that all of `compress` can be done to a model of these `layers`.
+
+    Raises:
+        ValueError: see `check_request` and `check_low_rank`; nothing to repair; `consume` together with what needs the
+            original, or may be refused when it is used up.
+    """
+    chosen = check_request(layers, config)
+    if low_rank:
+        check_low_rank(chosen, low_rank)
+    if _merges_nothing(chosen, config):
+        _check_repair_of_whole_layers(repair, low_rank)
+    if consume and repair:
         raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
-    if low_rank and low_rank.energy is not None and not low_rank.allow_dense:
+    if consume and low_rank and low_rank.energy is not None and not low_rank.allow_dense:
         raise ValueError(
             f"With energy={low_rank.energy} the merged weights decide on the ranks, and consume=True leaves no model "
             "to go back to if they are too large: pass allow_dense=True, or leave out consume."
         )
+
+
+def _merges_nothing(layers: Layers, config: MergeConfig) -> bool:
+    """Tell whether every layer will keep all its experts; False where that depends on their saliency."""
+    budget, sizes = BUDGET[config.budget], [layer.num_experts for layer, *_ in layers.tied]
+    if budget not in (uniform_budget, adaptive_budget):
+        return False
+    return budget([torch.ones(size) for size in sizes], config.experts, config.min_experts) == sizes
+
+
+def _check_repair_of_whole_layers(repair: RepairConfig | None, low_rank: LoSparseConfig | None) -> None:
+    if repair and (low_rank is None or repair.method != "local"):
+        raise ValueError(
+            f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: leave it out. Where "
+            "the experts become low rank + sparse, method 'local' repairs that."
+        )
+
+
+def _sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], Batch | None]:
+    """Return the batches, as a list to read more than once with `keep`, and one of them to measure costs on."""
+    if isinstance(batches, Sequence):
+        return batches, batches[len(batches) // 2] if batches else None
+    stream = iter(batches)
+    first = list(islice(stream, 1))
+    return [*first, *stream] if keep else chain(first, stream), first[0] if first else None
+
+
+def _with_progress(batches: Iterable[Batch], progress: Progress | None) -> Iterator[Batch]:
+    """Yield the batches, and tell of each once it is done with."""
+    total = len(batches) if isinstance(batches, Sequence) else None
+    tell = progress or (lambda stage, done, total: None)
+    tell("statistics", 0, total)
+    for done, batch in enumerate(batches, start=1):
+        yield batch
+        tell("statistics", done, total)
+
+
+def _layers(stage: str, progress: Progress | None) -> Callable[[str, int, int], None] | None:
+    """Return what tells of a stage's layers, by their number."""
+    return None if progress is None else lambda name, done, total: progress(stage, done, total)
+
+
+def _store(
+    merged: PreTrainedModel, config: LoSparseConfig, batches: Iterable[Batch], progress: Progress | None
+) -> None:
+    """Store the experts as low rank + sparse, in the compact form."""
+    tell = progress or (lambda stage, done, total: None)
+    tell("low rank", 0, 1)
+    decompose_layers(Layers.of(merged), config, batches, prune=True)
+    if sparse_parts(merged):  # or all of it was to stay dense
+        compact_layers(merged)
+    tell("low rank", 1, 1)
+
+
+def _measured(merged: PreTrainedModel, measure: Callable[[PreTrainedModel], Costs]) -> Costs:
+    return replace(measure(merged), bytes_on_disk=saved_costs(merged).bytes_on_disk)
+
+
+def _repair_steps(report: RepairReport | None) -> list[Step]:
+    """Return what the record tells of a repair; what that could not do is a warning as well."""
+    if report is None:
+        return []
+    if shortfall := report.shortfall():
+        warnings.warn(f"{shortfall} Calibrate on more text, or leave them so.", stacklevel=3)
+    return [report.step()]
+
+
+def _low_rank_steps(merged: PreTrainedModel, config: LoSparseConfig | None) -> list[Step]:
+    """Return what the record tells of how experts are stored; where none is smaller so, warn instead."""
+    if config is None:
+        return []
+    step = low_rank_step(merged, config)
+    if step is None:
+        warnings.warn(
+            f"keep={config.keep} and the ranks asked for make no expert smaller, so all stay dense: lower them.",
+            stacklevel=3,
+        )
+    return [] if step is None else [step]

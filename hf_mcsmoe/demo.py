@@ -11,14 +11,12 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.compress import compress
 from hf_mcsmoe.data.features import feature_batches, pair_features
 from hf_mcsmoe.data.tasks import Example
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
-from hf_mcsmoe.merge import merge_experts
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.plan import plan_merge
-from hf_mcsmoe.refinement import refine
 from hf_mcsmoe.repair.methods import RepairConfig
 
 ASSETS = Path(__file__).parent / "demo_assets"
@@ -95,12 +93,12 @@ def run(experts: int | float = 0.5, output: Path | None = None) -> list[Result]:
     model, tokenizer = load_model(str(ASSETS / "model"), dtype="float32"), load_tokenizer(str(ASSETS / "model"))
     calibration = demo_batches(tokenizer, "calibration")
     statistics = collect_statistics(model, calibration)
+    rows: dict[str, tuple[MergeConfig, dict[str, Any]]]
+    rows = {name: (MergeConfig(experts=experts, **changes), {}) for name, changes in METHODS.items()}
+    rows |= {name: (MergeConfig(experts=experts), steps) for name, steps in REFINEMENTS.items()}
     models = {"original": model}
-    for name, changes in METHODS.items():
-        models[name] = merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=experts, **changes)))
-    for name, steps in REFINEMENTS.items():
-        merged = merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=experts)))
-        models[name] = refine(merged, model, calibration, **steps)
+    for name, (config, steps) in rows.items():
+        models[name] = compress(model, calibration, config, statistics=statistics, **steps)
     if output is not None:
         models["M-SMoE"].save_pretrained(output)
     examples = demo_examples("evaluation")

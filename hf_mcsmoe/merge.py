@@ -10,8 +10,8 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.card import model_card
-from hf_mcsmoe.evaluation.costs import account, folder_bytes, stored_bytes
+from hf_mcsmoe.card import attach_record, new_record
+from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
@@ -22,8 +22,6 @@ from hf_mcsmoe.methods.merging import merge_group
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, describe, install_layer
 from hf_mcsmoe.plan import LayerPlan, MergePlan
-
-PLAN_FILE = "mcsmoe_plan.json"
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,10 +42,19 @@ def merge_experts(
             anything is changed.
     """
     layers = Layers.of(model).uncompressed()
-    model = layers.model
     _check_plan(layers, plan)
-    before = replace(account(model), bytes_on_disk=folder_bytes(model.name_or_path))
-    tables = {name: (len(item.expert_map), len(item.dominant)) for name, item in plan.layers.items()}
+    before = replace(account(layers.model), bytes_on_disk=folder_bytes(layers.model.name_or_path))
+    result = merge_layers(layers, plan, consume=consume, progress=progress)
+    after = saved_costs(result)
+    attach_record(result, replace(new_record(result, plan.to_dict()), costs={"before": before, "after": after}))
+    return result
+
+
+def merge_layers(
+    layers: Layers, plan: MergePlan, *, consume: bool = False, progress: Progress | None = None
+) -> PreTrainedModel:
+    """Do what `merge_experts` does, but for the record: it is written once, when all that follows is done."""
+    _check_plan(layers, plan)
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     layers = layers.only([layer for layer in layers if layer.name in merged])
     result, done = _prepare(layers, consume), 0
@@ -64,9 +71,6 @@ def merge_experts(
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)
-    accounts = {"before": before, "after": replace(account(result), bytes_on_disk=stored_bytes(result))}
-    files = {PLAN_FILE: plan.to_json(), "README.md": model_card(result, plan, tables, accounts)}
-    vars(result)["mcsmoe_files"] = files
     return result
 
 

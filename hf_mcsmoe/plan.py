@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.collect import check_finite
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.loading import public_name
 from hf_mcsmoe.methods.budget import budget_total
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
+from hf_mcsmoe.record import json_text, public_name
 
 FORMAT = "mcsmoe-plan"
 FORMAT_VERSION = 1
@@ -86,17 +86,14 @@ class MergePlan:
         """The options, as `MergeConfig.to_dict` wrote them."""
         return self.provenance["config"]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **self.provenance, "layers": layers}
+
     def to_json(self) -> str:
         """Return the plan as JSON text, a line per list."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.provenance}
-        text = json.dumps(head, indent=2)[:-2]
-        rows = ",\n".join(
-            f"    {json.dumps(name)}: {{\n"
-            + ",\n".join(f'      "{key}": {json.dumps(value)}' for key, value in asdict(layer).items())
-            + "\n    }"
-            for name, layer in self.layers.items()
-        )
-        return f'{text},\n  "layers": {{\n{rows}\n  }}\n}}\n'
+        return json_text(self.to_dict()) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -174,6 +171,14 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
             "lower it or raise `experts`."
         )
     return layers
+
+
+def saved_parameters(layers: Layers, config: MergeConfig) -> int:
+    """Return how many parameters the merge removes, up to how the layers share the experts."""
+    chosen = [tied[0] for tied in layers.selected(config.skip).tied]
+    sizes = [layer.num_experts for layer in chosen]
+    held = sum(layer.num_parameters for layer in chosen)
+    return round(held * (1 - budget_total(config.experts, sizes) / sum(sizes)))
 
 
 def _check_counts(counts: list[int], sizes: list[int], name: str) -> None:

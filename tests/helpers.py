@@ -52,7 +52,7 @@ def state(model: PreTrainedModel) -> dict[str, Any]:
 
 def costs_on_card(card: str) -> dict[str, list[str]]:
     """Return the cells of the table of costs by their row; the head's is ""."""
-    table = card.partition("<!-- costs -->\n")[2].partition("\n<!-- /costs -->")[0]
+    table = card.partition("## Costs\n\n")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     return {label: cells for label, *cells in rows if not label.startswith("---")}
 

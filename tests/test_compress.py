@@ -15,7 +15,17 @@ from layouts import LAYOUTS, Expert
 from offloaded import OFFLOADED
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import MergeConfig, MergePlan, collect_statistics, compress, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe import (
+    LoSparseConfig,
+    MergeConfig,
+    MergePlan,
+    RepairConfig,
+    collect_statistics,
+    compress,
+    merge_experts,
+    moe_layers,
+    plan_merge,
+)
 
 NUM_EXPERTS = 8
 
@@ -246,8 +256,9 @@ def test_consuming_in_one_call_frees_each_layers_experts_as_it_goes() -> None:
     experts = [weakref.ref(layer.container) for layer in moe_layers(model)]
     alive: list[int] = []
 
-    def count(name: str, done: int, total: int) -> None:
-        alive.append(sum(reference() is not None for reference in experts))
+    def count(stage: str, done: int, total: int) -> None:
+        if stage == "merge":
+            alive.append(sum(reference() is not None for reference in experts))
 
     data = batches("switch_transformers", model)
     compress(model, data, MergeConfig(experts=2, budget="uniform"), consume=True, progress=count)
@@ -278,3 +289,33 @@ def test_who_keeps_the_layers_of_a_consumed_model_keeps_none_of_their_experts(na
     assert all(left <= len(layers) - done for done, left in enumerate(alive))
     assert sum(reference() is not None for reference in experts) == 0
     assert all(layer.name in dict(model.named_modules()) for layer in layers)
+
+
+def test_statistics_of_before_need_no_batches() -> None:
+    model, config = build("mixtral"), MergeConfig(experts=3)
+    data = batches("mixtral", model)
+    expected = compress(model, data, config)
+    merged = compress(model, [], config, statistics=collect_statistics(model, data))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in merged.state_dict().items())
+    flops = [list(each.mcsmoe_record.costs.values())[-1].flops_per_token for each in (merged, expected)]
+    assert flops[0] is None
+    assert flops[1] > 0
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        compress(model, [], config)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_every_stage_tells_of_its_progress(as_list: bool) -> None:
+    model, calls = build("mixtral"), []
+    data = batches("mixtral", model, number=16)
+    options = {"repair": RepairConfig(method="mean_shift"), "low_rank": LoSparseConfig(rank=2, keep=0.25)}
+    given = data if as_list else iter(data)
+    compress(model, given, MergeConfig(experts=2), **options, progress=lambda *call: calls.append(call))
+    total = 16 if as_list else None
+    assert calls[:17] == [("statistics", done, total) for done in range(17)]
+    assert calls[17:] == [
+        *(("merge", done, 4) for done in range(1, 5)),
+        *(("repair", done, 4) for done in range(1, 5)),
+        ("low rank", 0, 1),
+        ("low rank", 1, 1),
+    ]

@@ -11,13 +11,11 @@ import hf_mcsmoe
 ROOT = Path(hf_mcsmoe.__file__).parent
 # From the ground up; the rooms of a floor do not know each other. A room is a folder, or a file at the top.
 FLOORS = [
-    ["modeling", "methods"],
-    ["layers", "data"],
+    ["modeling", "methods", "record"],
+    ["layers", "data", "card"],
     ["calibration", "evaluation"],
-    ["plan"],
-    ["card"],
-    ["repair", "low_rank"],
-    ["merge", "distillation", "refinement"],
+    ["plan", "repair", "low_rank"],
+    ["merge", "distillation"],
     ["compress"],
     ["demo"],
     ["cli"],

@@ -94,7 +94,13 @@ def saves_all_files_again(saved: Saved) -> None:
     again = saved.scratch / "again"
     saved.load().save_pretrained(again)
     assert {file.name for file in again.iterdir()} == {file.name for file in saved.folder.iterdir()}
-    for name in ("mcsmoe_plan.json", "tokenizer.json", "tokenizer_config.json", "modeling_mcsmoe.py"):
+    for name in (
+        "mcsmoe_plan.json",
+        "mcsmoe_record.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "modeling_mcsmoe.py",
+    ):
         assert (again / name).read_bytes() == (saved.folder / name).read_bytes(), name
     card = (saved.folder / "README.md").read_text()
     assert (again / "README.md").read_text() == card.replace(f'("{saved.folder.name}"', '("again"')

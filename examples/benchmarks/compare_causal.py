@@ -35,9 +35,10 @@ from hf_mcsmoe import (
 )
 from hf_mcsmoe.data.features import Feature, collator, feature_batches, text_features
 from hf_mcsmoe.data.text import read_samples
-from hf_mcsmoe.evaluation.costs import Account, account
+from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.evaluation.quality import perplexity
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
+from hf_mcsmoe.record import Costs
 
 REFIT, ONE_SHOT = "M-SMoE, refit", "MC-SMoE in one shot"
 NAMES = [*METHODS, REFIT, ONE_SHOT]
@@ -138,7 +139,7 @@ def main() -> None:
     train = train[: round(options.train_share * len(train))]
     evaluation_batches = feature_batches(evaluation, tokenizer, BATCH_SIZE)
     found: dict[str, list[float]] = defaultdict(list)
-    costs: dict[str, Account] = {}
+    costs: dict[str, Costs] = {}
     for seed in options.seeds:
         for name, version in versions(model, tokenizer, train, seed, options):
             found[name].append(perplexity(version, evaluation_batches))

@@ -2,137 +2,116 @@
 
 import os
 import time
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.markup import escape
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.cli.display import console, cost_table, plan_table, progress_bar
-from hf_mcsmoe.cli.options import (
-    DeviceMap,
-    Experts,
-    Model,
-    Overwrite,
-    Skip,
-    Tokenizer,
-    itemsize,
-    options_of,
-    parse_experts,
-)
+from hf_mcsmoe.card import record_of
+from hf_mcsmoe.cli.display import Stages, console, cost_table, plan_table, stage_bars
+from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, described, itemsize, options_of
+from hf_mcsmoe.compress import check_options, chosen_repair, compress
 from hf_mcsmoe.data.features import calibration_batches
-from hf_mcsmoe.data.text import read_samples
-from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes
+from hf_mcsmoe.data.text import Sample, read_samples
+from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
-from hf_mcsmoe.low_rank.config import LoSparseConfig
-from hf_mcsmoe.merge import merge_experts
-from hf_mcsmoe.methods.budget import budget_total
-from hf_mcsmoe.methods.config import MergeConfig, option_help
-from hf_mcsmoe.plan import check_request, plan_merge
-from hf_mcsmoe.refinement import check_refinement, refine_and_account
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 
-KEEP = 0.1
 MERGE = ["budget", "min_experts", "saliency", "similarity", "grouping", "alignment", "reference", "merging"]
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a model is compressed on."""
+
+    data: str = described(MISSING, "calibration text: a file (txt, json, jsonl, csv, parquet) or a data set")
+    column: str | None = described(None, "column of the data with the text")
+    target_column: str | None = described(None, "column with the target, for encoder-decoders")
+    split: str = described("train", "split of a data set")
+    num_samples: int = described(256, "calibration samples", min=1)
+    max_length: int = described(512, "longest sample, in tokens", min=2)
+    batch_size: int = described(8, "samples per forward", min=1)
+    seed: int = described(0, "seed of the samples drawn and of random methods")
+
+    def read(self) -> list[Sample]:
+        """Return the samples.
+
+        Raises:
+            ValueError: there is no such data, or no such column.
+        """
+        return read_samples(self.data, column=self.column, target_column=self.target_column, split=self.split)
+
+    def batches(
+        self, samples: list[Sample], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return some of the samples as batches for `model(**batch)`."""
+        lengths: dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "max_length": self.max_length,
+            "batch_size": self.batch_size,
+        }
+        return calibration_batches(samples, tokenizer, model, **lengths, seed=self.seed)
+
+
+@options_of(Calibration, "calibration")
+@options_of(Output, "target")
+@options_of(Selection, "selection")
 @options_of(MergeConfig, "merge", MERGE)
+@options_of(Storage, "storage")
+@options_of(Loading, "loading")
 def compress_command(
     model: Model,
-    data: Annotated[str, typer.Option(help="calibration text: a file (txt, json, jsonl, csv, parquet) or a data set")],
-    output: Annotated[Path, typer.Option(help="folder to write the merged model to")],
-    experts: Experts = "0.5",
-    skip: Skip = None,
-    *,
+    calibration: Calibration,
+    target: Output,
+    selection: Selection,
     merge: MergeConfig,
+    storage: Storage,
+    loading: Loading,
     repair: Annotated[str, typer.Option(help="fit merged layers to the original ones: " + ", ".join(REPAIR))] = "none",
-    rank: Annotated[
-        int | None, typer.Option(help="store merged experts as low rank + sparse (MC-SMoE), e.g. 32")
-    ] = None,
-    keep: Annotated[
-        float | None, typer.Option(help=option_help("keep", LoSparseConfig) + f", {KEEP} unless given otherwise")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the samples drawn and of random methods")] = 0,
-    column: Annotated[str | None, typer.Option(help="column of the data with the text")] = None,
-    target_column: Annotated[str | None, typer.Option(help="column with the target, for encoder-decoders")] = None,
-    split: Annotated[str, typer.Option(help="split of a data set")] = "train",
-    num_samples: Annotated[int, typer.Option(help="calibration samples", min=1)] = 256,
-    max_length: Annotated[int, typer.Option(help="longest sample, in tokens", min=2)] = 512,
-    batch_size: Annotated[int, typer.Option(help="samples per forward", min=1)] = 8,
-    tokenizer: Tokenizer = None,
-    dtype: Annotated[str, typer.Option(help="dtype to load and save in: auto, float32, bfloat16 ...")] = "auto",
-    device_map: DeviceMap = None,
     statistics: Annotated[
         Path | None, typer.Option(help="file of routing statistics: read if it is there, else written")
     ] = None,
-    overwrite: Overwrite = False,
-    push_to_hub: Annotated[str | None, typer.Option(help="also upload, to this repository of the Hub")] = None,
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
-    config = replace(merge, experts=parse_experts(experts), skip=tuple(skip or ()), seed=seed)
-    steps: dict[str, Any] = {
-        "repair": None if repair == "none" else RepairConfig(method=repair),
-        "low_rank": _low_rank(rank, keep),
+    config = replace(selection.apply(merge), seed=calibration.seed)
+    stages: dict[str, Any] = {
+        "repair": chosen_repair(RepairConfig(method=repair)),
+        "low_rank": storage.low_rank(),
     }
-    output = _check(model, config, output, dtype, overwrite, statistics, steps)
-    source_tokenizer, reuse = load_tokenizer(tokenizer or model), statistics is not None and statistics.exists()
-    reads = not reuse or any(steps.values())
-    samples = read_samples(data, column=column, target_column=target_column, split=split) if reads else []
+    output = _check(model, config, stages, target, loading.dtype, statistics)
+    tokenizer = load_tokenizer(loading.tokenizer or model)
+    reads = statistics is None or not statistics.exists() or any(stages.values())
+    samples = calibration.read() if reads else []
     started = time.perf_counter()
-    loaded = load_model(model, dtype=dtype, device_map=device_map)
-    sampling: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "batch_size": batch_size}
-    batches = calibration_batches(samples, source_tokenizer, loaded, **sampling, seed=seed) if reads else []
-    batch = batches[len(batches) // 2] if batches else None  # of middling length
-    if statistics and reuse:
-        console.print(f"statistics read from {escape(str(statistics))}" + ("" if reads else "; --data is not used"))
-        sums = RoutingStatistics.load(statistics)
-    else:
-        sums = _statistics(loaded, batches)
-        if statistics:
-            sums.save(statistics)
-    measure = partial(account, batch=batch, repetitions=REPETITIONS if batch else 0)
-    before = replace(measure(loaded), bytes_on_disk=folder_bytes(model))
-    plan = plan_merge(loaded, sums, config)
-    with progress_bar("merge", len(plan.layers)) as advance:
-        merged = merge_experts(loaded, plan, consume=not steps["repair"], progress=advance.layer)
-    with console.status("repair, decomposition and costs") if any(steps.values()) else nullcontext():
-        accounts = refine_and_account(merged, loaded, batches, before, measure, **steps)
+    loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map)
+    batches = calibration.batches(samples, tokenizer, loaded) if reads else []
+    with stage_bars() as progress:
+        sums = _statistics(statistics, loaded, batches, progress) if statistics else None
+        shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS}
+        merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
     merged.save_pretrained(output)
-    last = list(accounts)[-1]
-    accounts[last] = replace(accounts[last], bytes_on_disk=folder_bytes(output))
-    if tokenizer:
-        load_tokenizer(tokenizer).save_pretrained(output)
-    console.print(plan_table(plan))
-    console.print(cost_table(accounts))
+    record = record_of(merged)
+    *_, last = record.costs
+    costs = record.costs | {last: replace(record.costs[last], bytes_on_disk=folder_bytes(output))}
+    if loading.tokenizer:
+        tokenizer.save_pretrained(output)
+    console.print(plan_table(record.plan))
+    console.print(cost_table(costs))
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
-    if push_to_hub:
-        console.print(f"uploaded: {cast(Any, merged).push_to_hub(push_to_hub)}")
-        if tokenizer:
-            load_tokenizer(tokenizer).push_to_hub(push_to_hub)
-
-
-def _low_rank(rank: int | None, keep: float | None) -> LoSparseConfig | None:
-    if rank is None and keep is not None:
-        raise ValueError(f"--keep {keep} is a share of S, which only --rank stores: give --rank as well.")
-    return None if rank is None else LoSparseConfig(rank=rank, keep=KEEP if keep is None else keep)
+    target.push(merged, tokenizer if loading.tokenizer else None)
 
 
 def _check(
-    model: str,
-    config: MergeConfig,
-    output: Path,
-    dtype: str,
-    overwrite: bool,
-    statistics: Path | None,
-    steps: dict[str, Any],
+    model: str, config: MergeConfig, stages: dict[str, Any], target: Output, dtype: str, statistics: Path | None
 ) -> Path:
     """Check all that can be checked before weights are loaded; returns the folder to write."""
     if statistics and not (statistics.is_file() or os.access(statistics.absolute().parent, os.W_OK)):
@@ -141,19 +120,19 @@ def _check(
         )
     empty = empty_model(model)
     layers = Layers.of(empty).uncompressed()
-    check_refinement(check_request(layers, config), config, **steps)
+    check_options(layers, config, **stages)
     parameters = empty.num_parameters() - saved_parameters(layers, config)
-    return check_output(output, overwrite=overwrite, needed_bytes=parameters * itemsize(dtype, empty))
+    needed = parameters * itemsize(dtype, empty)
+    return check_output(target.output, overwrite=target.overwrite, needed_bytes=needed)
 
 
-def _statistics(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> RoutingStatistics:
-    with progress_bar("statistics", len(batches)) as advance:
-        return collect_statistics(model, advance(batches))
-
-
-def saved_parameters(layers: Layers, config: MergeConfig) -> int:
-    """Return how many parameters the merge removes, up to how the layers share the experts."""
-    chosen = [tied[0] for tied in layers.selected(config.skip).tied]
-    sizes = [layer.num_experts for layer in chosen]
-    held = sum(layer.num_parameters for layer in chosen)
-    return round(held * (1 - budget_total(config.experts, sizes) / sum(sizes)))
+def _statistics(
+    file: Path, model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], progress: Stages
+) -> RoutingStatistics:
+    """Return what a file holds; where there is none, collect statistics and write it."""
+    if file.exists():
+        console.print(f"statistics read from {escape(str(file))}" + ("" if batches else "; --data is not used"))
+        return RoutingStatistics.load(file)
+    sums = collect_statistics(model, progress.over("statistics", batches))
+    sums.save(file)
+    return sums

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from hf_mcsmoe.evaluation.costs import Account, cost_rows
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.record import Costs, cost_rows
 
 console = Console()
 
@@ -25,26 +24,55 @@ class Advance:
 
     def __call__(self, items: list[Any]) -> Iterator[Any]:
         """Yield the items; each is a step once it is done with."""
-        self.to(0, len(items))
+        self.show(0, len(items))
         for done, item in enumerate(items, start=1):
             yield item
-            self.to(done, len(items))
+            self.show(done, len(items))
 
-    def layer(self, name: str, done: int, total: int) -> None:
-        """Show that `done` of `total` layers are done."""
-        self.to(done, total)
-
-    def to(self, done: int, total: int) -> None:
+    def show(self, done: int, total: int | None) -> None:
         """Show that `done` of `total` steps are done."""
         self.progress.update(self.task, completed=done, total=total)
+
+
+class Stages:
+    """Shows a bar for each stage of `compress`, from when it begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        """Show nothing yet."""
+        self.progress = progress
+        self.bars: dict[str, Advance] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Show that `done` of `total` steps of a stage are done."""
+        self._bar(stage).show(done, total)
+
+    def over(self, stage: str, items: list[Any]) -> Iterator[Any]:
+        """Yield the items; each is a step of the stage once it is done with."""
+        return self._bar(stage)(items)
+
+    def _bar(self, stage: str) -> Advance:
+        if stage not in self.bars:
+            self.bars[stage] = Advance(self.progress, stage, 1)
+        return self.bars[stage]
+
+
+def _bars() -> Progress:
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Advance]:
     """Show a progress bar for the time of the block."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with _bars() as progress:
         yield Advance(progress, description, total)
+
+
+@contextmanager
+def stage_bars() -> Iterator[Stages]:
+    """Show the bars of stages for the time of the block."""
+    with _bars() as progress:
+        yield Stages(progress)
 
 
 _NAME = Column("layer", overflow="fold")
@@ -59,18 +87,18 @@ def layer_table(layers: Layers) -> Table:
     return table
 
 
-def plan_table(plan: MergePlan) -> Table:
+def plan_table(plan: Mapping[str, Any]) -> Table:
     """Return the experts of each layer before and after a merge, and the tokens that it was planned on."""
     table = Table(_NAME, "experts before", "after", "tokens", box=None)
-    for name, layer in plan.layers.items():
-        counts = (len(layer.expert_map), len(layer.dominant), plan.provenance["tokens"][name])
+    for name, layer in plan["layers"].items():
+        counts = (len(layer["expert_map"]), len(layer["dominant"]), plan["tokens"][name])
         table.add_row(name, *(f"{count:,}" for count in counts))
     return table
 
 
-def cost_table(accounts: Mapping[str, Account]) -> Table:
+def cost_table(costs: Mapping[str, Costs]) -> Table:
     """Return the costs of a model in its stages, a column each."""
-    head, *rows = cost_rows(accounts)
+    head, *rows = cost_rows(costs)
     table = Table(*head, box=None)
     for row in rows:
         table.add_row(*row)

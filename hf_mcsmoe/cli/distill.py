@@ -13,9 +13,9 @@ from peft import PeftModel
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
-from hf_mcsmoe.card import add_to_card, adopt_card, describe_costs
+from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table
-from hf_mcsmoe.cli.options import Overwrite, Tokenizer, described, itemsize, options_of
+from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, described, itemsize, options_of
 from hf_mcsmoe.cli.sources import Source
 from hf_mcsmoe.cli.training import (
     Training,
@@ -34,15 +34,18 @@ from hf_mcsmoe.distillation import (
     DistillationTrainer,
 )
 from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
-from hf_mcsmoe.evaluation.costs import REPETITIONS, Account, account, folder_bytes, stored_bytes
+from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
-from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
 from hf_mcsmoe.low_rank.pruning import SparsificationCallback
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.config import option_help
+from hf_mcsmoe.methods.registry import method_name
+from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
+from hf_mcsmoe.record import Costs, Step
 
 # Fields of DistillationOptions that are options of the command; a new one needs its name here, and no more.
 DISTILLATION = [
@@ -58,21 +61,14 @@ DISTILLATION = [
     "teacher_dtype",
     "teacher_device_map",
 ]
-KEEP = 0.1
 # Training rows by whose inputs experts are decomposed, and on which costs are counted.
 SAMPLE = 256
-CARD_TEXT = (
-    "Each matrix of a merged expert is stored as `U V + S` (MC-SMoE), with the share {keep} of S (hidden units):\n"
-    "those of the highest {importance}, chosen while the model was distilled. No dense matrix is kept or rebuilt."
-)
 
 
 @dataclass(frozen=True)
-class Pruning:
+class Pruning(Storage):
     """How experts are stored as low rank + sparse while they learn."""
 
-    rank: int | None = described(None, "store merged experts as low rank + sparse (MC-SMoE) of this rank, e.g. 32")
-    keep: float | None = described(None, option_help("keep", LoSparseConfig) + f", {KEEP} unless given otherwise")
     factorisation: str = described("weighted_svd", option_help("factorisation", LoSparseConfig))
     start: float = described(0.04, "share of the steps before the first row of S is pruned")
     end: float = described(0.16, "share of the steps after the last one was")
@@ -89,8 +85,7 @@ class Pruning:
             return None
         if any(low_rank_modules(student)):
             raise ValueError(f"{name} is decomposed already: leave out --rank, or name the merged model.")
-        keep = KEEP if self.keep is None else self.keep
-        config = LoSparseConfig(rank=self.rank, keep=keep, factorisation=self.factorisation)
+        config = cast(LoSparseConfig, self.low_rank(factorisation=self.factorisation))
         whole = student.config.mcsmoe.get("whole", [])
         layers = Layers.of(student)
         check_low_rank(layers.only([layer for layer in layers if layer.merged or layer.name in whole]), config)
@@ -98,10 +93,11 @@ class Pruning:
 
     def _check_without_rank(self, name: str, student: PreTrainedModel) -> None:
         unused = {"factorisation"} if sparse_parts(student) else {item.name for item in fields(self)}
+        values = asdict(self)
         given = [
-            f"--{item.name} {getattr(self, item.name)}"
+            f"--{item.name} {values[item.name]}"
             for item in fields(self)
-            if item.name in unused and getattr(self, item.name) != item.default
+            if item.name in unused and values[item.name] != item.default
         ]
         if given:
             raise ValueError(
@@ -126,6 +122,13 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class TrainedOutput(Output):
+    """Where the result of a training goes, which may be killed on the way."""
+
+    resume: bool = described(False, "go on with a run that was killed, if there is one", names=("--resume",))
+
+
+@dataclass(frozen=True)
 class Run:
     """A run that was checked: what it trains, by which teacher, on what, and how."""
 
@@ -146,6 +149,7 @@ class Run:
         return feature_batches(rows, self.tokenizer, self.arguments.per_device_train_batch_size)
 
 
+@options_of(TrainedOutput, "target")
 @options_of(Source, "source")
 @options_of(Training, "training")
 @options_of(Pruning, "pruning")
@@ -153,45 +157,37 @@ class Run:
 def distill_command(
     student: Annotated[str, typer.Argument(help="folder or Hub id of the merged model", metavar="STUDENT")],
     teacher: Annotated[str, typer.Option(help="folder or Hub id of the original model")],
-    output: Annotated[Path, typer.Option(help="folder to write the trained model to")],
+    target: TrainedOutput,
     source: Source,
     training: Training,
     distillation: DistillationOptions,
     pruning: Pruning,
     tokenizer: Tokenizer = None,
     dtype: Annotated[str, typer.Option(help="dtype to train in; the result is saved in the student's")] = "float32",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with a run that was killed, if there is one")
-    ] = False,
-    overwrite: Overwrite = False,
-    push_to_hub: Annotated[str | None, typer.Option(help="also upload, to this repository of the Hub")] = None,
 ) -> None:
     """Train a merged model on a task or text and on its teacher's outputs; with --rank, compress it further (MC-SMoE).
 
     Checkpoints lie in OUTPUT.training until the result is complete.
     """
     started = time.perf_counter()
-    output = check_output(output, overwrite=overwrite, needed_bytes=0)
+    output = check_output(target.output, overwrite=target.overwrite, needed_bytes=0)
     folder = working_folder(output)
     parts = [asdict(part) for part in (source, training, pruning, distillation)]
     asked = {name: str(value) if isinstance(value, Path) else value for part in parts for name, value in part.items()}
     asked |= {"student": student, "teacher": teacher, "tokenizer": tokenizer, "dtype": dtype}
-    checkpoint = check_working_folder(folder, asked, resume=resume, overwrite=overwrite)
+    checkpoint = check_working_folder(folder, asked, resume=target.resume, overwrite=target.overwrite)
     run = _check(student, teacher, source, training, pruning, distillation, tokenizer, dtype, folder)
     begin = f"resumed from {checkpoint.name}" if checkpoint else "from the beginning"
     console.print(f"{len(run.features):,} rows, {run.arguments.max_steps:,} steps, {begin}")
     with kept_until_complete(folder, asked, checkpoint):
-        model, accounts = _train(run, checkpoint)
+        model, costs = _train(run, checkpoint)
         model.save_pretrained(output)
         if tokenizer:
             run.tokenizer.save_pretrained(output)
-    accounts["distilled"] = replace(accounts["distilled"], bytes_on_disk=folder_bytes(output))
-    console.print(cost_table(accounts))
+    costs["distilled"] = replace(costs["distilled"], bytes_on_disk=folder_bytes(output))
+    console.print(cost_table(costs))
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
-    if push_to_hub:
-        console.print(f"uploaded: {cast(Any, model).push_to_hub(push_to_hub)}")
-        if tokenizer:
-            run.tokenizer.push_to_hub(push_to_hub)
+    target.push(model, run.tokenizer if tokenizer else None)
 
 
 def _check(
@@ -240,7 +236,7 @@ def _check(
 
 def check_pair(name: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError where a model is not one that `teacher` can teach; neither needs weights."""
-    if not getattr(student.config, "mcsmoe", None):
+    if not compression(student):
         raise ValueError(f"{name} is not compressed: merge its experts first, with hf-mcsmoe compress.")
     if not type(student).can_generate():
         raise ValueError(f"{name} is a {type(student).__name__}, which writes no text; it cannot be distilled.")
@@ -248,18 +244,17 @@ def check_pair(name: str, student: PreTrainedModel, teacher: PreTrainedModel) ->
     check_vocabulary(vocabulary_size(student), vocabulary_size(teacher))
 
 
-def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str, Account]]:
+def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str, Costs]]:
     """Load, decompose, train and compact; returns the result and the costs of teacher, student and result."""
     options, batches = run.arguments, run.batches
     batch = batches[len(batches) // 2]  # of middling length
     model = load_model(run.student, dtype=run.dtype)
     teacher = load_model(run.teacher, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
     measure = partial(account, batch=batch, repetitions=REPETITIONS)
-    accounts = {
+    costs = {
         "teacher": replace(measure(teacher), bytes_on_disk=folder_bytes(run.teacher)),
         "student": replace(measure(model), bytes_on_disk=folder_bytes(run.student)),
     }
-    has_card = adopt_card(model)
     if run.low_rank:
         with console.status("decomposition, layer by layer"):
             _decompose(model, run.low_rank, batches, checkpoint)
@@ -282,13 +277,24 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
     if run.pruning:
         compact(model)
     torch.nn.Module.to(model, run.saved_dtype)
-    accounts["distilled"] = replace(measure(model), bytes_on_disk=stored_bytes(model))
-    if has_card:
-        if run.pruning:
-            text = CARD_TEXT.format(keep=run.pruning.keep, importance=run.pruning.importance)
-            add_to_card(model, "Low rank + sparse", text)
-        describe_costs(model, accounts)
-    return model, accounts
+    costs["distilled"] = replace(measure(model), bytes_on_disk=saved_costs(model).bytes_on_disk)
+    record = record_of(model)
+    if run.pruning:
+        record = record.with_step(_pruning_step(run.pruning))
+    attach_record(model, replace(record, costs=costs))
+    return model, costs
+
+
+def _pruning_step(pruning: SparsificationCallback) -> Step:
+    """Return what the record tells of how experts are stored."""
+    importance = method_name(pruning.importance)
+    lines = [
+        f"Each matrix of a merged expert is stored as `U V + S` (MC-SMoE), with the share {pruning.keep} of S (hidden "
+        "units):",
+        f"those of the highest {importance}, chosen while the model was distilled. No dense matrix is kept or "
+        "rebuilt.",
+    ]
+    return Step("Low rank + sparse", {"keep": pruning.keep, "importance": importance}, lines)
 
 
 def _decompose(

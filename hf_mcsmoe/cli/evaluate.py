@@ -117,7 +117,7 @@ def _choose(
 ) -> Figures:
     rows = [make(row) for row in contents.rows]
     options: dict[str, Any] = {"batch_size": batch_size, "max_length": contents.max_length}
-    return multiple_choice(model, tokenizer, rows, progress=advance.to, **options)
+    return multiple_choice(model, tokenizer, rows, progress=advance.show, **options)
 
 
 def _answer(
@@ -131,7 +131,7 @@ def _answer(
 ) -> Figures:
     examples = task.examples(contents.rows)
     options: dict[str, Any] = {"batch_size": batch_size, "by": by, "max_source_length": contents.max_length}
-    return score(task, predict(model, tokenizer, task, examples, progress=advance.to, **options), examples)
+    return score(task, predict(model, tokenizer, task, examples, progress=advance.show, **options), examples)
 
 
 def figure_table(found: dict[str, Figures]) -> Table:

@@ -1,21 +1,21 @@
 """`hf-mcsmoe inspect`."""
 
-from hf_mcsmoe.cli.compress import saved_parameters
 from hf_mcsmoe.cli.display import console, layer_table
-from hf_mcsmoe.cli.options import Experts, Model, Skip, parse_experts
+from hf_mcsmoe.cli.options import Model, Selection, options_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.plan import check_request
+from hf_mcsmoe.plan import check_request, saved_parameters
 
 
-def inspect_command(model: Model, experts: Experts = "0.5", skip: Skip = None) -> None:
+@options_of(Selection, "selection")
+def inspect_command(model: Model, selection: Selection) -> None:
     """Show a model's layers of experts and what merging them would save. Loads no weights."""
-    config = MergeConfig(experts=parse_experts(experts), skip=tuple(skip or ()))
+    config = selection.apply(MergeConfig())
     empty = empty_model(model)
     layers = Layers.of(empty)
     merged = any(layer.merged for layer in layers)
-    kind = getattr(empty.config, "base_model_type", None) or empty.config.model_type
+    kind = empty.config.base_model_type if merged else empty.config.model_type
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if merged else ""))
     console.print(layer_table(layers))
     total, held = empty.num_parameters(), sum(tied[0].num_parameters for tied in layers.tied)
@@ -25,6 +25,6 @@ def inspect_command(model: Model, experts: Experts = "0.5", skip: Skip = None) -
     check_request(layers, config)
     after = total - saved_parameters(layers, config)
     console.print(
-        f"with --experts {experts}: parameters {after:,} ({1 - after / total:.1%} fewer), "
+        f"with --experts {selection.experts}: parameters {after:,} ({1 - after / total:.1%} fewer), "
         f"{after * empty.dtype.itemsize / 1e9:,.2f} GB in {str(empty.dtype).removeprefix('torch.')}"
     )

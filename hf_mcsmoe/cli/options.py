@@ -3,26 +3,97 @@
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import Field, field, fields
-from typing import Annotated, Any, get_type_hints
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, cast, get_type_hints
 
 import torch
 import typer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.methods.config import option_help
+from hf_mcsmoe.cli.display import console
+from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
+from hf_mcsmoe.methods.config import MergeConfig, option_help
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
 Experts = Annotated[str, typer.Option(help=option_help("experts"))]
-Skip = Annotated[list[str] | None, typer.Option(help=option_help("skip"))]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own")]
+# Dtypes to load in, by name.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 DeviceMap = Annotated[str | None, typer.Option(help="where to load the model: cpu, cuda, auto ...")]
 
 
 def described(default: Any, text: str, **settings: Any) -> Any:
-    """Return a field that becomes an option of the command line, with its description and settings of Typer."""
+    """Return a field that becomes an option of the command line, with its description and settings of Typer.
+
+    Args:
+        default: MISSING for an option that must be given.
+    """
     return field(default=default, metadata={"help": text, "typer": settings})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many experts to keep, and in which layers."""
+
+    experts: str = described("0.5", option_help("experts"))
+    skip: list[str] | None = described(None, option_help("skip"))
+
+    def apply(self, config: MergeConfig) -> MergeConfig:
+        """Return the configuration with this choice.
+
+        Raises:
+            ValueError: `experts` is no number, or one out of range.
+        """
+        return replace(config, experts=parse_experts(self.experts), skip=tuple(self.skip or ()))
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    tokenizer: str | None = described(None, "tokenizer, if not the model's own")
+    dtype: str = described("auto", "dtype to load and save in: auto, float32, bfloat16 ...")
+    device_map: str | None = described(None, "where to load the model: cpu, cuda, auto ...")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes."""
+
+    output: Path = described(MISSING, "folder to write the model to")
+    overwrite: bool = described(False, "write into a folder that is not empty", names=("--overwrite",))
+    push_to_hub: str | None = described(None, "also upload, to this repository of the Hub")
+
+    def push(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Upload the model, and a tokenizer that is not its own, if that is asked for."""
+        if self.push_to_hub:
+            console.print(f"uploaded: {cast(Any, model).push_to_hub(self.push_to_hub)}")
+            if tokenizer:
+                tokenizer.push_to_hub(self.push_to_hub)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How experts are stored."""
+
+    rank: int | None = described(None, "store merged experts as low rank + sparse (MC-SMoE) of this rank, e.g. 32")
+    keep: float | None = described(None, option_help("keep", LoSparseConfig) + f", {KEEP} unless given otherwise")
+
+    def low_rank(self, **options: Any) -> LoSparseConfig | None:
+        """Return how they become low rank + sparse; None where they stay dense.
+
+        Raises:
+            ValueError: a number out of range, or a share of S without a rank.
+        """
+        if self.rank is None and self.keep is not None:
+            raise ValueError(f"--keep {self.keep} is a share of S, which only --rank stores: give --rank as well.")
+        if self.rank is None:
+            return None
+        return LoSparseConfig(rank=self.rank, keep=KEEP if self.keep is None else self.keep, **options)
 
 
 def options_of(config: type, into: str, names: list[str] | None = None) -> Callable[[Callable], Callable]:
@@ -55,11 +126,12 @@ def options_of(config: type, into: str, names: list[str] | None = None) -> Calla
 
 def _parameter(item: Field, hint: Any) -> inspect.Parameter:
     # A method is given by name here, where the dataclass would take a callable as well.
-    kind = hint if item.default is None else type(item.default)
+    kind = hint if item.default is None or item.default is MISSING else type(item.default)
     settings = {"help": item.metadata["help"], **item.metadata.get("typer", {})}
     declared = settings.pop("names", ())
     annotation = Annotated[kind, typer.Option(*declared, **settings)]  # type: ignore[valid-type]
-    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)
+    default = inspect.Parameter.empty if item.default is MISSING else item.default
+    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def parse_experts(text: str) -> int | float:
@@ -82,7 +154,6 @@ def itemsize(dtype: str, model: PreTrainedModel) -> int:
     """
     if dtype == "auto":
         return model.dtype.itemsize
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"--dtype {dtype!r} is no floating-point dtype of torch (auto, float32, bfloat16, float16).")
-    return found.itemsize
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is no floating-point dtype of torch (auto, {', '.join(DTYPES)}).")
+    return DTYPES[dtype].itemsize

@@ -22,6 +22,7 @@ from hf_mcsmoe.distillation.checkpoints import (
     written_last,
 )
 from hf_mcsmoe.distillation.trainable import merged_state, student_of
+from hf_mcsmoe.modeling.auto import compression
 
 
 class CompressedModelTrainer(Trainer):
@@ -45,7 +46,7 @@ class CompressedModelTrainer(Trainer):
     @property
     def is_compressed(self) -> bool:
         """Whether the model is compressed, and so brings a card of its own."""
-        return bool(getattr(self.student.config, "mcsmoe", None))
+        return bool(compression(self.student))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; a run that resumes goes on at the learning rate of its own arguments.

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
-from hf_mcsmoe.modeling.saving_mcsmoe import TOKENIZER, source_folder
+from hf_mcsmoe.modeling.saving_mcsmoe import TOKENIZER, source_of
 
 
 def load_teacher(
@@ -87,7 +87,7 @@ def check_tokenizer(student: PreTrainedModel, teacher: PreTrainedModel, processi
 
 def _tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer in the folder or repository that a model was loaded from; None where there is none."""
-    folder = source_folder(model.name_or_path or "", vars(model.config).get("_commit_hash"))
+    folder = source_of(model)
     if folder is None or not any(list(Path(folder).glob(pattern)) for pattern in TOKENIZER):
         return None
     try:

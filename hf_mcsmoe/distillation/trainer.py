@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_mcsmoe.card import add_to_card
+from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.distillation.arguments import DistillationOptions
 from hf_mcsmoe.distillation.compressed_trainer import CompressedModelTrainer
 from hf_mcsmoe.distillation.expert_outputs import SCALE_ROWS
@@ -28,15 +28,18 @@ from hf_mcsmoe.distillation.teacher_outputs import (
     store_teacher_outputs,
 )
 from hf_mcsmoe.distillation.trainable import add_lora, choose_parameters
+from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
-from hf_mcsmoe.layers.loading import public_name
+from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
+from hf_mcsmoe.record import Step, public_name
 
-# What the card tells of the last entry of the log.
+# What the record tells of the last entry of the log.
 LOGGED = (*TERMS, "kept_share")
-CARD_TEXT = (
-    "Trained for {steps} steps on the task's loss and `{weight} x T^2 x KL` from {teacher} at temperature T = "
-    "{temperature}\n(trained: {parts}; routers {routers}). Last losses: {losses}."
+# What it tells of the options.
+RECORDED = (
+    *("kd_weight", "kd_temperature", "hidden_weight", "expert_weight", "reference_kd"),
+    *("train_parts", "freeze_routers", "lora_rank", "lora_alpha"),
 )
 
 
@@ -67,7 +70,7 @@ class DistillationTrainer(CompressedModelTrainer):
         options = kwargs.get("args") or (args[0] if args else None)
         if not isinstance(options, DistillationOptions):
             raise TypeError(f"args must be DistillationArguments or DistillationSeq2SeqArguments, not {options!r}.")
-        if not getattr(model.config, "mcsmoe", None) and not options.allow_uncompressed:
+        if not compression(model) and not options.allow_uncompressed:
             raise ValueError(
                 f"{type(model).__name__} is not compressed: merge its experts first, or set allow_uncompressed."
             )
@@ -255,37 +258,48 @@ class DistillationTrainer(CompressedModelTrainer):
         return super().training_step(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and let the student's card say how; see `CompressedModelTrainer`."""
+        """Train, and let the student's record say how; see `CompressedModelTrainer`."""
         self._terms.clear()
         self._measure_experts()
         result = super().train(*args, **kwargs)
-        self._write_card()
+        self._write_record()
         return result
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write, and push, a checkpoint whose card says how far the training is; see `CompressedModelTrainer`."""
-        self._write_card()
+        """Write, and push, a checkpoint whose record says how far the training is; see `CompressedModelTrainer`."""
+        self._write_record()
         super()._save_checkpoint(*args, **kwargs)
 
-    def _write_card(self) -> None:
+    def _write_record(self) -> None:
         if self.is_compressed:
-            add_to_card(self.student, "Distillation", self._card_text())
+            record = record_of(self.student).with_step(self._step())
+            attach_record(self.student, record.with_present_costs(saved_costs(self.student)))
 
-    def _card_text(self) -> str:
+    def _step(self) -> Step:
+        """Return what the record tells of the training so far."""
         history = [entry for entry in self.state.log_history if "task_loss" in entry]
         last = {name: value for name, value in (history[-1] if history else {}).items() if name in LOGGED}
         frozen = self.args.freeze_routers and self.args.train_parts != "routers"
         name = cast(Any, self.teacher).name_or_path if self._outputs is None else self._outputs.description["teacher"]
-        lora = f"adapters of rank {self.args.lora_rank} (LoRA), merged into the weights"
-        return CARD_TEXT.format(
-            steps=self.state.global_step,
-            weight=self.args.kd_weight,
-            temperature=self.args.kd_temperature,
-            teacher=public_name(name) or "the original model",
-            parts=lora if self.args.train_parts == "lora" else self.args.train_parts,
-            routers="frozen" if frozen else "trained",
-            losses=", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "not logged",
+        teacher, lora = public_name(name) or "the original model", self.args.train_parts == "lora"
+        parts = (
+            f"adapters of rank {self.args.lora_rank} (LoRA), merged into the weights"
+            if lora
+            else self.args.train_parts
         )
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in last.items()) or "not logged"
+        lines = [
+            f"Trained for {self.state.global_step} steps on the task's loss and `{self.args.kd_weight} x T^2 x KL` "
+            f"from {teacher} at temperature T = {self.args.kd_temperature}",
+            f"(trained: {parts}; routers {'frozen' if frozen else 'trained'}). Last losses: {losses}.",
+        ]
+        given = self.args.to_dict()
+        options = {name: given[name] for name in RECORDED} | {
+            "teacher": teacher,
+            "steps": self.state.global_step,
+            "losses": last,
+        }
+        return Step("Distillation", options, lines)
 
 
 def _stored_before(folder: str | None) -> TeacherOutputs | None:

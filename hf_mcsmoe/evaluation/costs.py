@@ -2,8 +2,8 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,16 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, on_device
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, sparse_parts
+from hf_mcsmoe.record import Costs
 
 # Forwards that commands time, of which the fastest counts.
 REPETITIONS = 3
 
 
-@dataclass(frozen=True)
-class Account:
-    """What a model costs; None where it was not measured.
-
-    `bytes_resident` are those of parameters and buffers, `bytes_on_disk` those of a folder's safetensors files, or of
-    what a stage that is not saved would write.
-    `flops_per_token` counts a multiplication and an addition as two, over all positions of a batch, padding included.
-    `expert_macs_per_token` is the multiply-adds of the experts alone, by layer name.
-    """
-
-    parameters: int
-    bytes_resident: int
-    bytes_on_disk: int | None = None
-    flops_per_token: float | None = None
-    expert_macs_per_token: dict[str, float] = field(default_factory=dict)
-    tokens_per_second: float | None = None
-
-
 def account(
     model: PreTrainedModel, batch: Batch | None = None, folder: str | Path | None = None, *, repetitions: int = 0
-) -> Account:
+) -> Costs:
     """Return what `model` holds and, on `batch`, executes. The model is left as it was.
 
     Args:
@@ -57,14 +41,14 @@ def account(
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     on_disk = None if folder is None else bytes_on_disk(folder)
     if batch is None:
-        return Account(model.num_parameters(), held, on_disk)
+        return Costs(model.num_parameters(), held, on_disk)
     tokens, batch = _positions(model, batch), on_device(batch, model)
     with torch.no_grad(), evaluation_mode(model), _frozen(model):
         flops, experts = _count(model, batch)
         seconds = min((_seconds(model, batch) for _ in range(repetitions)), default=None)
     macs = {name: count / 2 / tokens for name, count in experts.items()}
     speed = None if seconds is None else tokens / seconds
-    return Account(model.num_parameters(), held, on_disk, flops / tokens, macs, speed)
+    return Costs(model.num_parameters(), held, on_disk, flops / tokens, macs, speed)
 
 
 def bytes_on_disk(folder: str | Path) -> int:
@@ -89,6 +73,24 @@ def stored_bytes(model: PreTrainedModel) -> int:
     saved = model.state_dict().keys()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name in saved)
+
+
+def saved_costs(model: PreTrainedModel) -> Costs:
+    """Return what a compressed model holds as it will be saved: S compact, without adapters. Runs no forward."""
+    own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]
+    buffers, saved = dict(model.named_buffers()), model.state_dict().keys()
+    parameters = sum(tensor.numel() for _, tensor in own)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in [*dict(own).values(), *buffers.values()])
+    unsaved = sum(tensor.numel() * tensor.element_size() for name, tensor in buffers.items() if name not in saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rows yet to be pruned are spoken of when they are
+        kept = final_rows(model, model.config.mcsmoe.get("keep"))
+    for name, part in sparse_parts(model).items():
+        rows = int(kept[name].sum())
+        gone = (kept[name].numel() - rows) * part.weight.shape[-1]
+        parameters -= gone
+        size += rows * torch.int32.itemsize - kept[name].numel() - gone * part.weight.element_size()
+    return Costs(parameters, size, size - unsaved)
 
 
 def expert_parameters(model: PreTrainedModel | Layers) -> int:
@@ -132,32 +134,10 @@ def _expert_parameters(layer: MoELayer, rank: int | None, keep: float) -> float:
     return biases + sum(rank * (rows + columns) + keep * rows * columns for rows, columns in matrices)
 
 
-def cost_rows(accounts: Mapping[str, Account]) -> list[list[str]]:
-    """Return a table of costs, a column per account and what the last saves against the first; head first.
-
-    What no account measured gets no row.
-    """
-    figures: dict[str, list[Any]] = {
-        "parameters": [item.parameters for item in accounts.values()],
-        "bytes": [item.bytes_resident for item in accounts.values()],
-        "bytes on disk": [item.bytes_on_disk for item in accounts.values()],
-        "FLOPs per token": [item.flops_per_token for item in accounts.values()],
-        "of them in experts": [2 * sum(item.expert_macs_per_token.values()) or None for item in accounts.values()],
-        "tokens/s": [item.tokens_per_second for item in accounts.values()],
-    }
-    rows = [["", *accounts, "saved"]]
-    for label, values in figures.items():
-        first, last = values[0], values[-1]
-        saved = f"{1 - last / first:.1%}" if first and last is not None and label != "tokens/s" else ""
-        if any(value is not None for value in values):
-            rows.append([label, *("" if value is None else f"{value:,.0f}" for value in values), saved])
-    return rows
-
-
 def _positions(model: PreTrainedModel, batch: Batch) -> int:
     """Return the positions of a batch, those of encoder and decoder together."""
     names: list[tuple[str, ...]] = [("input_ids", "inputs_embeds")]
-    if getattr(model.config, "is_encoder_decoder", False) or batch.get("decoder_input_ids") is not None:
+    if model.config.is_encoder_decoder or batch.get("decoder_input_ids") is not None:
         names.append(("decoder_input_ids", "decoder_inputs_embeds", "labels"))
     inputs = [next(batch[name] for name in side if batch.get(name) is not None) for side in names]
     return sum(values.shape[0] * values.shape[1] for values in inputs)

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -122,18 +121,3 @@ def check_output(path: str | os.PathLike, *, overwrite: bool, needed_bytes: int)
             f"The result takes about {needed_bytes / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free."
         )
     return target
-
-
-def public_name(name_or_path: str | None) -> str:
-    """Return a Hub id as it is, and of a path, which says nothing elsewhere, only the last part."""
-    name = name_or_path or ""
-    return name if is_repo_id(name) else Path(name).name
-
-
-def is_repo_id(name: str) -> bool:
-    """Tell whether a model's name is the id of a Hub repository, not a path of some machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).exists()

@@ -1,14 +1,16 @@
 """Options of a decomposition. Each is described once, here; the command line reads the descriptions."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hf_mcsmoe.low_rank.split import FACTORISATION
 from hf_mcsmoe.methods.config import option
-from hf_mcsmoe.methods.registry import method_name, unknown
+from hf_mcsmoe.methods.registry import option_values, unknown
 
 SCOPES = ("layer", "global")
+# Share of S that is kept unless another is given (paper, section 4).
+KEEP = 0.1
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,19 @@ class LoSparseConfig:
     parameter_ratio: float | None = option(None, "stored share of each matrix, U, V and kept rows together")
     energy: float | None = option(None, "share of the squared singular values that U V holds")
     scope: str = option("layer", "whether weights get their ranks one by one (layer) or compete (global)")
-    keep: float = option(0.10, "share of S kept in the end: rows of W_in's, columns of W_out's")
+    keep: float = option(KEEP, "share of S kept in the end: rows of W_in's, columns of W_out's")
     factorisation: str | Callable = option("weighted_svd", "how U and V are found: weighted_svd (needs data) or svd")
     skip: tuple[str, ...] = option((), "layers to leave dense: patterns of layer names")
     allow_dense: bool = option(False, "leave a weight dense where its factors would be larger, instead of refusing")
 
     def __post_init__(self) -> None:
-        FACTORISATION[self.factorisation]
+        FACTORISATION.check(self.factorisation)
         if self.scope not in SCOPES:
             raise ValueError(unknown("scope", self.scope, list(SCOPES)))
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
-        given = [name for name in ("rank", "parameter_ratio", "energy") if getattr(self, name) is not None]
+        shares = {"parameter_ratio": self.parameter_ratio, "energy": self.energy}
+        given = [name for name, value in {"rank": self.rank, **shares}.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; the rank follows from one of them.")
         if not given:
@@ -43,9 +46,9 @@ class LoSparseConfig:
             raise ValueError(f"rank={self.rank!r} must be a whole number, at least 1.")
         if not 0 <= self.keep <= 1:
             raise ValueError(f"keep={self.keep!r} must be a share in [0, 1].")
-        for name in ("parameter_ratio", "energy"):
-            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}={value!r} must be a share in (0, 1].")
+        for name, share in shares.items():
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name}={share!r} must be a share in (0, 1].")
         if self.parameter_ratio is not None and self.parameter_ratio <= self.keep:
             raise ValueError(
                 f"parameter_ratio={self.parameter_ratio} is no more than keep={self.keep}, which the rows of S alone "
@@ -54,5 +57,4 @@ class LoSparseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; a callable is written as its name."""
-        values = {key: method_name(value) if callable(value) else value for key, value in asdict(self).items()}
-        return {**values, "skip": list(self.skip)}
+        return option_values(self)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.inputs import LayerInputs, stream_inputs
-from hf_mcsmoe.card import renew_costs
+from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.fused import fused_views
@@ -16,9 +17,11 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import layer_ranks, layers_to_decompose
 from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_columns
+from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, describe, install_layer
+from hf_mcsmoe.record import Step
 
 Model = TypeVar("Model", bound=nn.Module)
 # One expert's matrix [out, in]; on calibration data the second moment of its inputs [in, in] and, for W_in, what an
@@ -51,8 +54,17 @@ def decompose_experts(
         ValueError: a model without merged experts or decomposed already, a rank larger than a matrix, factors that
             are larger than the matrix, a pattern of `skip` that matches nothing.
     """
-    config = config or LoSparseConfig()
     found = Layers.of(model)
+    decompose_layers(found, config or LoSparseConfig(), batches, prune=prune)
+    _renew_costs(found.model)
+    return found.model
+
+
+@torch.no_grad()
+def decompose_layers(
+    found: Layers, config: LoSparseConfig, batches: Iterable[Batch] | None = None, *, prune: bool = False
+) -> None:
+    """Do what `decompose_experts` does, but for the record: it is written once, when all is done."""
     model, chosen = found.model, _chosen_layers(found, config)
     ranks, names = layer_ranks(chosen, config), {layer.original_name for layer in chosen}
     for layer in chosen:
@@ -69,8 +81,6 @@ def decompose_experts(
             _decompose_layer(layer.container, own, config, inputs, prune)
     model.config.mcsmoe["keep"] = config.keep
     model.config.mcsmoe = describe(model)
-    renew_costs(model)
-    return model
 
 
 @torch.no_grad()
@@ -86,6 +96,15 @@ def compact(model: Model, keep: float | None = None) -> Model:
     Raises:
         ValueError: the model has no weight in the training form, or `keep` is no share.
     """
+    compact_layers(model, keep)
+    if isinstance(model, PreTrainedModel) and _entries(model):
+        _renew_costs(model)
+    return model
+
+
+@torch.no_grad()
+def compact_layers(model: nn.Module, keep: float | None = None) -> None:
+    """Do what `compact` does, but for the record: it is written once, when all is done."""
     if keep is not None and not 0 <= keep <= 1:
         raise ValueError(f"keep={keep!r} must be a share in [0, 1].")
     entries = _entries(model)
@@ -98,13 +117,31 @@ def compact(model: Model, keep: float | None = None) -> Model:
                 module.compact_weight(name, kept[f"{path}.{name}"])
     if isinstance(model, PreTrainedModel) and entries:
         model.config.mcsmoe = describe(model)
-        renew_costs(model)
-    return model
+
+
+def low_rank_step(model: PreTrainedModel, config: LoSparseConfig) -> Step | None:
+    """Return what the record tells of a decomposition on calibration data; None where all experts stayed dense."""
+    ranks = sorted({entry["rank"] for _, module in low_rank_modules(model) for entry in module.low_rank.values()})
+    if not ranks:
+        return None
+    lines = [
+        f"Each matrix of a stored expert is held as `U V + S` (MC-SMoE): ranks {ranks}, and the share {config.keep} "
+        "of S",
+        "(hidden units: rows of the first matrix, columns of the second). The factors err least on the calibration "
+        "data;",
+        "no dense matrix is kept or rebuilt.",
+    ]
+    return Step("Low rank + sparse", config.to_dict(), lines)
+
+
+def _renew_costs(model: PreTrainedModel) -> None:
+    """Let the model's record tell what it holds now."""
+    attach_record(model, record_of(model).with_present_costs(saved_costs(model)))
 
 
 def _entries(model: nn.Module) -> dict[str, Any] | None:
     """Return `config.mcsmoe` of a compressed model; None for other modules."""
-    return getattr(model.config, "mcsmoe", None) if isinstance(model, PreTrainedModel) else None
+    return compression(model) if isinstance(model, PreTrainedModel) else None
 
 
 def _chosen_layers(layers: Layers, config: LoSparseConfig) -> Layers:

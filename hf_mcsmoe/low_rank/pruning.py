@@ -14,8 +14,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_mcsmoe.layers.batches import Batch, on_device
+from hf_mcsmoe.low_rank.config import KEEP
 from hf_mcsmoe.low_rank.importance import AGGREGATES, IMPORTANCE, RowAverages, Scores, row_scores
 from hf_mcsmoe.methods.registry import method_name, unknown
+from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import SparsePart, sparse_parts
 
 STATE_FILE, OPTIONS_FILE = "sparsification.safetensors", "sparsification.json"
@@ -132,7 +134,7 @@ class SparsificationCallback(TrainerCallback):
 
     def __init__(
         self,
-        keep: float = 0.10,
+        keep: float = KEEP,
         *,
         start: int | float = 0.04,
         end: int | float = 0.16,
@@ -157,7 +159,7 @@ class SparsificationCallback(TrainerCallback):
         Raises:
             ValueError: a number out of range or an unknown name.
         """
-        IMPORTANCE[importance]
+        IMPORTANCE.check(importance)
         if aggregate not in AGGREGATES:
             raise ValueError(unknown("aggregate", aggregate, list(AGGREGATES)))
         if not 0 <= keep <= 1:
@@ -223,7 +225,7 @@ class SparsificationCallback(TrainerCallback):
         self.averages = self._new_averages()
         # Inside whatever wraps it for training.
         whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-        if whole is not None and (entries := vars(whole.config).get("mcsmoe")):
+        if whole is not None and (entries := compression(whole)):
             entries["keep"] = self.keep
         if state.global_step:
             self._resume(_resumed_folder(args, state), state.max_steps)

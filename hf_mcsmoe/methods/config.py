@@ -1,13 +1,13 @@
 """Options of a merge. Each is described once, here; the command line reads the descriptions."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.budget import BUDGET
 from hf_mcsmoe.methods.grouping import GROUPING
-from hf_mcsmoe.methods.registry import method_name, unknown
+from hf_mcsmoe.methods.registry import option_values, unknown
 from hf_mcsmoe.methods.saliency import SALIENCY
 from hf_mcsmoe.methods.similarity import SIMILARITY
 from hf_mcsmoe.methods.weighting import MERGING
@@ -50,7 +50,7 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         for name, registry in REGISTRIES.items():
-            registry[getattr(self, name)]
+            registry.check(getattr(self, name))
         if self.reference not in REFERENCES:
             raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
         if isinstance(self.skip, str):
@@ -68,8 +68,7 @@ class MergeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; a callable is written as its name."""
-        values = {key: method_name(value) if callable(value) else value for key, value in asdict(self).items()}
-        return {**values, "skip": list(self.skip)}
+        return option_values(self)
 
 
 def option_help(name: str, config: type = MergeConfig) -> str:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -43,6 +43,10 @@ class Registry:
             raise ValueError(unknown(f"{self.stage} method", method, list(self.methods)))
         return self.methods[method].function
 
+    def check(self, method: str | Callable[..., Any]) -> None:
+        """Raise ValueError where no method has that name; any callable will do."""
+        self[method]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.methods)
 
@@ -63,3 +67,12 @@ def method_name(method: str | Callable[..., Any]) -> str:
         return method
     named = method if hasattr(method, "__qualname__") else type(method)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def option_values(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass of options as JSON values: callables by name, tuples as lists."""
+    values = asdict(config)
+    return {
+        key: method_name(value) if callable(value) else list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+    }

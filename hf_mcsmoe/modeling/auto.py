@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_mcsmoe.modeling import modeling_mcsmoe
@@ -29,3 +29,8 @@ def register_family(base_model_type: str) -> type[PreTrainedConfig]:
             model_class = getattr(modeling_mcsmoe, path.rpartition(".")[2])
             auto_class.register(config_class, model_class, exist_ok=True)
     return config_class
+
+
+def compression(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return what a model's configuration says of its compressed layers; None for a model that is not compressed."""
+    return getattr(model.config, "mcsmoe", None)

@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi, metadata_load, metadata_save, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -25,18 +26,21 @@ TOKENIZER = (
 )
 COMPANIONS = (*TOKENIZER, "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*")
 # What a checkpoint that is merged already passes on when it is saved again.
-DOCUMENTS = ("README.md", "mcsmoe_plan.json")
+CARD_FILE, PLAN_FILE, RECORD_FILE = "README.md", "mcsmoe_plan.json", "mcsmoe_record.json"
+DOCUMENTS = (CARD_FILE, PLAN_FILE, RECORD_FILE)
 # Arguments of `push_to_hub` that describe the commit.
 COMMIT_ARGUMENTS = ("commit_message", "commit_description", "revision", "create_pr")
-# Stands in the card for the name of the folder or repository, which is known when it is saved.
-MODEL_ID = "@MODEL_ID@"
+# Stand in the card for what is known when it is saved: the name of the folder or repository, and the weights' bytes.
+MODEL_ID, BYTES_ON_DISK, SAVED = "@MODEL_ID@", "@BYTES_ON_DISK@", "@SAVED@"
+# What the generated section of the card stands between; all else belongs to whoever wrote it.
+SECTION = ("<!-- mcsmoe -->", "<!-- /mcsmoe -->")
 
 
 class SavedWhole:
-    """Base of merged models: saves and pushes code, tokenizer, plan and card together with the weights."""
+    """Base of merged models: saves and pushes code, tokenizer, plan, record and card together with the weights."""
 
-    # Text files that `save_pretrained` writes beside the weights: the plan and the card of the merge.
-    mcsmoe_files: ClassVar[dict[str, str]] = {}
+    # What was done to the model in this process; None where the record beside its source still tells all.
+    mcsmoe_record: Any = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
@@ -98,14 +102,11 @@ class SavedWhole:
             return
         for file in source_files():
             shutil.copyfile(file, folder / file.name)
-        if source := source_folder(self.name_or_path, vars(self.config).get("_commit_hash")):
-            _copy_companions(source, folder, COMPANIONS if self.mcsmoe_files else COMPANIONS + DOCUMENTS)
-        for name, text in self.mcsmoe_files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        loaded_from = Path(self.name_or_path).name if Path(self.name_or_path).is_dir() else self.name_or_path
-        _rename_in_card(folder / "README.md", MODEL_ID if self.mcsmoe_files else loaded_from, model_id)
-        _tell_bytes_on_disk(folder)
-        _add_tags(folder / "README.md", [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
+        source = source_of(self)
+        if source:
+            _copy_companions(source, folder, COMPANIONS)
+        _write_documents(self.mcsmoe_record, source, folder, model_id)
+        _add_tags(folder / CARD_FILE, [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs: Any
@@ -136,11 +137,16 @@ def source_folder(name_or_path: str, revision: str | None = None) -> Path | None
     """Return the folder with the files of a model given by path or Hub id; None where there is none to be had."""
     if Path(name_or_path or "/nowhere").is_dir():
         return Path(name_or_path)
-    wanted = ["config.json", *COMPANIONS, *DOCUMENTS]
+    patterns = ["config.json", *COMPANIONS, *DOCUMENTS]
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError):  # no id, or neither online nor in the cache
         return None
+
+
+def source_of(model: PreTrainedModel) -> Path | None:
+    """Return the folder with the files of the checkpoint that a model was loaded from, if there is one."""
+    return source_folder(model.name_or_path or "", vars(model.config).get("_commit_hash"))
 
 
 def _copy_companions(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
@@ -169,31 +175,76 @@ def _name_tokenizer_class(source: Path, settings: Path) -> None:
             settings.write_text(text + "\n", encoding="utf-8")
 
 
-def _rename_in_card(card: Path, old: str, new: str) -> None:
-    """Let the card's example load the model by the name of the folder or repository that it now lies in."""
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(text.replace(f'from_pretrained("{old}"', f'from_pretrained("{new}"'), encoding="utf-8")
+def _write_documents(record: Any, source: Path | None, folder: Path, model_id: str) -> None:
+    """Write plan, record and card into `folder`: those of a compressed source, with what `record` knows anew.
+
+    The card is new for a model that was merged just now. A source's card is left alone but for its marked section, and
+    whatever has become of it, or of the record, is no reason not to save.
+    """
+    kept = source is not None and _is_compressed(source)
+    if kept:
+        _copy_documents(cast(Path, source), folder)
+    if record is not None:
+        (folder / PLAN_FILE).write_text(record.plan_json(), encoding="utf-8")
+        (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or a damaged one
+        text = _filled(folder, model_id).encode()
+        card, (start, end) = folder / CARD_FILE, (mark.encode() for mark in SECTION)
+        if not kept:
+            card.write_bytes(text)
+        before, _, rest = card.read_bytes().partition(start)
+        _, closed, after = rest.partition(end)
+        if closed:
+            section = text.partition(start)[2].partition(end)[0]
+            card.write_bytes(before + start + section + end + after)
 
 
-def _tell_bytes_on_disk(folder: Path) -> None:
-    """Let the card's table of costs, where it has bytes on disk, tell those of the weights beside it."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if size and (found := re.search(r"^\| bytes on disk \|.*\|$", text, flags=re.MULTILINE)):
-        *stages, _, _ = (cell.strip() for cell in found[0][1:-1].split("|"))
-        first = stages[1].replace(",", "") if len(stages) > 1 else ""
-        saved = f"{1 - size / int(first):.1%}" if first.isdigit() else ""
-        row = " | ".join([*stages, f"{size:,}", saved])
-        card.write_text(text.replace(found[0], f"| {row} |"), encoding="utf-8")
+def _copy_documents(source: Path, folder: Path) -> None:
+    for file in (source / name for name in DOCUMENTS):
+        try:
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        except OSError as error:
+            warnings.warn(f"{file} cannot be read, so the model is saved without: {error}", stacklevel=6)
+
+
+def _is_compressed(source: Path) -> bool:
+    """Tell whether a folder holds a model of ours, and so a card of it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return json.loads((source / "config.json").read_text(encoding="utf-8"))["model_type"] == "mcsmoe"
+    return False
+
+
+def _filled(folder: Path, model_id: str) -> str:
+    """Return the card of the record in `folder` with the name and the bytes of the weights, which it is told as well.
+
+    Raises:
+        KeyError, TypeError, ValueError, OSError: no such record, or a damaged one.
+    """
+    file, size = folder / RECORD_FILE, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    text, stages = "\n".join([*record["card"], ""]), list(record["costs"].values())
+    if stages and size:
+        stages[-1]["bytes_on_disk"] = size
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    first = stages[0]["bytes_on_disk"] if stages else None
+    figures = {MODEL_ID: model_id, BYTES_ON_DISK: f"{size:,}", SAVED: f"{1 - size / first:.1%}" if first else ""}
+    for place, value in figures.items():
+        text = text.replace(place, value)
+    return text
 
 
 def _add_tags(card: Path, tags: list[str]) -> None:
     """Add tags to those of the card's metadata, which is made where there is none."""
-    if tags:
+    if not tags:
+        return
+    try:
         metadata = (metadata_load(card) if card.is_file() else None) or {}
         metadata_save(card, {**metadata, "tags": list(dict.fromkeys([*(metadata.get("tags") or []), *tags]))})
+    except Exception as error:
+        warnings.warn(
+            f"The tags {tags} are not in {CARD_FILE}, whose metadata cannot be read: {error!r}", stacklevel=4
+        )
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ hidden states times the weights that the router gave it, `target` [n, D] what it
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,12 +23,12 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Solution:
+class ExpertFit:
     """What became of one expert.
 
-    `weight` float64 [D, F]; `ridge` that was chosen, None where the weight stays as it was; `tokens` that it was
-    fitted to; `before` and `after`, squared errors on held-out tokens, and `energy`, the squared norm of their
-    targets. `after` is that of a fit without these tokens, which the weight then includes.
+    `weight` float64 [D, F], empty in a report; `ridge` that was chosen, None where the weight stays as it was;
+    `tokens` that it was fitted to; `before` and `after`, squared errors on held-out tokens, and `energy`, the squared
+    norm of their targets. `after` is that of a fit without these tokens, which the weight then includes.
     """
 
     weight: torch.Tensor
@@ -35,6 +37,25 @@ class Solution:
     before: float
     after: float
     energy: float
+
+    @property
+    def relative(self) -> tuple[float | None, float | None]:
+        """The relative errors before and after, on held-out tokens."""
+        return relative(self.before, self.energy), relative(self.after, self.energy)
+
+    def without_weight(self) -> "ExpertFit":
+        """Return the fit without its weight, which the model holds."""
+        return replace(self, weight=self.weight.new_empty(0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return tokens, ridge and relative errors as JSON values."""
+        before, after = self.relative
+        return {"tokens": self.tokens, "ridge": self.ridge, "before": before, "after": after}
+
+
+def relative(error: float, energy: float) -> float | None:
+    """Return the root of squared error over squared norm; None where there is nothing to compare with."""
+    return math.sqrt(max(error, 0.0) / energy) if energy > 0 else None
 
 
 @dataclass
@@ -80,7 +101,7 @@ class NormalEquations:
 
 def refit(
     rows: RowSource, start: torch.Tensor, ridges: Sequence[float], *, memory_limit: int, final: bool = True
-) -> Solution:
+) -> ExpertFit:
     """Return the output matrix that fits the targets best, as held-out tokens judge; `start` itself is a candidate.
 
     Args:
@@ -99,7 +120,7 @@ def refit(
         fit.add(hidden[~held_out], target[~held_out])
         judge.add(hidden[held_out], target[held_out])
     before = judge.error(start)
-    kept = Solution(start, None, fit.count, before, before, judge.energy)
+    kept = ExpertFit(start, None, fit.count, before, before, judge.energy)
     if not (fit.count and judge.count and fit.gram.diagonal().sum() > 0):
         return kept
     best = min(zip(fit.solve(start, ridges), ridges, strict=True), key=lambda item: judge.error(item[0]))
@@ -109,10 +130,10 @@ def refit(
         return kept
     if final:
         weight = next((fit + judge).solve(start, [ridge]))
-    return Solution(weight, ridge, fit.count, before, after, judge.energy)
+    return ExpertFit(weight, ridge, fit.count, before, after, judge.energy)
 
 
-def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool) -> Solution:
+def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool) -> ExpertFit:
     """Return the output matrix moved as little as it takes for the mean output to be the targets' mean.
 
     With `has_bias` the last column alone moves, else it is a change of rank one along the mean hidden state.
@@ -123,8 +144,8 @@ def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool) -> Solut
         judge = judge + _Means.of(hidden[held_out].to(start), target[held_out].to(start), start)
     before, after, energy = errors(rows, [start, fit.moved(start, has_bias)])
     if not after < before:
-        return Solution(start, None, fit.count, before, before, energy)
-    return Solution((fit + judge).moved(start, has_bias), 0.0, fit.count, before, after, energy)
+        return ExpertFit(start, None, fit.count, before, before, energy)
+    return ExpertFit((fit + judge).moved(start, has_bias), 0.0, fit.count, before, after, energy)
 
 
 @dataclass(frozen=True)
@@ -168,7 +189,7 @@ def errors(rows: RowSource, weights: Sequence[torch.Tensor]) -> list[float]:
 
 def _refit_wide(
     rows: RowSource, start: torch.Tensor, ridges: Sequence[float], memory_limit: int, final: bool
-) -> Solution:
+) -> ExpertFit:
     """Do what `refit` does without a matrix [F, F], for as many rows of the output matrix at a time as memory holds.
 
     Args:
@@ -179,7 +200,7 @@ def _refit_wide(
     count = sum(map(len, seen)) - judging
     if not (count and judging):
         before, energy = errors(rows, [start])
-        return Solution(start, None, count, before, before, energy)
+        return ExpertFit(start, None, count, before, before, energy)
     width, number = start.shape[1], count + judging
     # Hidden states and what they become; the Gram matrix of tokens and what its eigendecomposition takes.
     taken = 8 * number * (2 * width + 6 * number)
@@ -194,13 +215,13 @@ def _refit_wide(
             judged[position] += value
     before, after, energy = judged[0], min(judged[1:-1]), judged[-1]
     if not after < before:
-        return Solution(start, None, count, before, before, energy)
+        return ExpertFit(start, None, count, before, before, energy)
     ridge = ridges[judged[1:-1].index(after)]
     if final:
         del solve  # what it holds must not stay beside what the next one does
         solve = method(rows, start, True)
     weight = torch.cat([next(solve(block, [ridge])) for block in blocks])
-    return Solution(weight, ridge, count, before, after, energy)
+    return ExpertFit(weight, ridge, count, before, after, energy)
 
 
 def _columns(rows: RowSource, block: slice) -> RowSource:

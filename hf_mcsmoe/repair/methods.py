@@ -2,15 +2,17 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hf_mcsmoe.calibration.inputs import MEMORY_LIMIT
 from hf_mcsmoe.methods.config import option
-from hf_mcsmoe.methods.registry import Registry, method_name
+from hf_mcsmoe.methods.registry import Registry, option_values
+from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.repair.fit import (
     CHUNK,
     LayerFit,
@@ -21,7 +23,7 @@ from hf_mcsmoe.repair.fit import (
     output_weight,
     write_output_weight,
 )
-from hf_mcsmoe.repair.least_squares import RowSource, Solution, mean_shift, refit
+from hf_mcsmoe.repair.least_squares import ExpertFit, RowSource, mean_shift, refit, relative
 
 REPAIR = Registry("repair")
 # Steps of training after which the held-out tokens are asked.
@@ -50,9 +52,10 @@ class RepairConfig:
     seed: int = option(0, "seed of the batches (local)")
 
     def __post_init__(self) -> None:
-        REPAIR[self.method]
-        for name in ("sweeps", "steps", "batch_tokens", "memory_limit"):
-            value = getattr(self, name)
+        REPAIR.check(self.method)
+        counts = {"sweeps": self.sweeps, "steps": self.steps}
+        counts |= {"batch_tokens": self.batch_tokens, "memory_limit": self.memory_limit}
+        for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number.")
         if not 0 < self.learning_rate < math.inf:
@@ -69,34 +72,55 @@ class RepairConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; a callable is written as its name."""
-        return {**asdict(self), "method": method_name(self.method), "ridges": list(self.ridges)}
+        return option_values(self)
 
 
 @dataclass(frozen=True)
-class Repaired:
-    """What became of a layer: a solution per stored expert, and the relative error of held-out outputs."""
+class LayerRepair:
+    """One layer: tokens fitted to and held out, held-out relative errors of its outputs, seconds, and its experts.
 
-    solutions: list[Solution]
+    Where experts are fitted one by one, the errors are those of all of them together. `lossy` are the experts that had
+    lost something: several in one, or stored as low rank + sparse.
+    """
+
+    tokens: int
+    held_out: int
     before: float | None
     after: float | None
+    experts: list[ExpertFit]
+    lossy: list[int]
+    seconds: float = 0.0
 
-    @classmethod
-    def of(cls, solutions: list[Solution]) -> "Repaired":
-        """Return the layer whose error is that of its experts, together."""
-        energy = sum(solution.energy for solution in solutions)
-        return cls(
-            solutions,
-            relative(sum(solution.before for solution in solutions), energy),
-            relative(sum(solution.after for solution in solutions), energy),
-        )
+    @property
+    def unchanged(self) -> list[int]:
+        """The experts that fell back to the weights they had: too few tokens, or no fit was better."""
+        return [number for number, expert in enumerate(self.experts) if expert.ridge is None]
 
-
-def relative(error: float, energy: float) -> float | None:
-    """Return the root of squared error over squared norm; None where there is nothing to compare with."""
-    return math.sqrt(max(error, 0.0) / energy) if energy > 0 else None
+    @property
+    def is_better(self) -> bool:
+        """Whether the held-out outputs are nearer to the original's than before."""
+        return self.before is not None and self.after is not None and self.after < self.before
 
 
-def _per_expert(problem: LayerFit, solve: Callable[[RowSource, torch.Tensor], Solution]) -> list[Solution]:
+def repaired(
+    problem: LayerFit, fits: list[ExpertFit], errors: tuple[float | None, float | None] | None = None
+) -> LayerRepair:
+    """Return what became of a layer.
+
+    Args:
+        errors: relative ones before and after; None for those of the experts, together.
+    """
+    if errors is None:
+        energy = sum(fit.energy for fit in fits)
+        errors = relative(sum(fit.before for fit in fits), energy), relative(sum(fit.after for fit in fits), energy)
+    held_out, members = int(problem.inputs.held_out.sum()), Counter(problem.expert_map)
+    lossy = [expert for expert in sorted(members) if members[expert] > 1 or low_rank_of(problem.experts)]
+    return LayerRepair(
+        len(problem.inputs) - held_out, held_out, *errors, [fit.without_weight() for fit in fits], lossy
+    )
+
+
+def _per_expert(problem: LayerFit, solve: Callable[[RowSource, torch.Tensor], ExpertFit]) -> list[ExpertFit]:
     """Fit each stored expert to the gated sum of its members' outputs, and store the result."""
     solutions = []
     for expert in range(problem.experts.num_experts):
@@ -109,29 +133,29 @@ def _per_expert(problem: LayerFit, solve: Callable[[RowSource, torch.Tensor], So
 
 
 @REPAIR.register("none")
-def leave_layer(problem: LayerFit, config: RepairConfig) -> Repaired:
+def leave_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
     """Leave the layer as it is."""
-    return Repaired([], None, None)
+    return repaired(problem, [], (None, None))
 
 
 @REPAIR.register("refit")
-def refit_layer(problem: LayerFit, config: RepairConfig) -> Repaired:
+def refit_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
     """Refit the output matrices in closed form, each expert by itself or, with `joint`, all of them together."""
-    return Repaired.of(_refitted(problem, config, final=True))
+    return repaired(problem, _refitted(problem, config, final=True))
 
 
-def _refitted(problem: LayerFit, config: RepairConfig, *, final: bool) -> list[Solution]:
+def _refitted(problem: LayerFit, config: RepairConfig, *, final: bool) -> list[ExpertFit]:
     """Refit and store the output matrices; unless `final`, the held-out tokens stay unseen."""
     if config.is_joint:
         return _refit_jointly(problem, config, final)
     return _per_expert(problem, lambda rows, start: _refit(rows, start, config, final))
 
 
-def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig, final: bool) -> Solution:
+def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig, final: bool) -> ExpertFit:
     return refit(rows, start, config.ridges, memory_limit=config.memory_limit, final=final)
 
 
-def _refit_jointly(problem: LayerFit, config: RepairConfig, final: bool) -> list[Solution]:
+def _refit_jointly(problem: LayerFit, config: RepairConfig, final: bool) -> list[ExpertFit]:
     """Fit the layer's whole output: one expert after the other what the others leave over, a few times round.
 
     Raises:
@@ -142,7 +166,7 @@ def _refit_jointly(problem: LayerFit, config: RepairConfig, final: bool) -> list
         raise ValueError(f"{problem.name} has a norm behind each expert; refit its experts with joint=False.")
     residual = original_sum(problem)
     starts = [output_weight(experts, expert) for expert in range(experts.num_experts)]
-    solutions = {expert: Solution(start, None, 0, 0.0, 0.0, 0.0) for expert, start in enumerate(starts)}
+    solutions = {expert: ExpertFit(start, None, 0, 0.0, 0.0, 0.0) for expert, start in enumerate(starts)}
     for expert, start in enumerate(starts):
         _subtract(problem, expert, start, residual)
     for sweep in range(config.sweeps):
@@ -165,14 +189,14 @@ def _subtract(problem: LayerFit, expert: int, weight: torch.Tensor, residual: to
 
 
 @REPAIR.register("mean_shift")
-def shift_layer(problem: LayerFit, config: RepairConfig) -> Repaired:
+def shift_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
     """Make each expert's mean output that of its members: by its bias, or by a change of rank one."""
     has_bias = problem.experts.has_bias
-    return Repaired.of(_per_expert(problem, lambda rows, start: mean_shift(rows, start, has_bias=has_bias)))
+    return repaired(problem, _per_expert(problem, lambda rows, start: mean_shift(rows, start, has_bias=has_bias)))
 
 
 @REPAIR.register("local")
-def distil_layer(problem: LayerFit, config: RepairConfig) -> Repaired:
+def distil_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
     """Train all weights of the layer's experts on its output, from the refit on; the best held-out state stays.
 
     Experts that no closed form can refit are trained from where they are.
@@ -190,7 +214,7 @@ def distil_layer(problem: LayerFit, config: RepairConfig) -> Repaired:
     for name, parameter in problem.experts.named_parameters():
         parameter.copy_(state[name])
     energy = target[judge].square().sum().item()
-    return Repaired(solutions, relative(before, energy), relative(error, energy))
+    return repaired(problem, solutions, (relative(before, energy), relative(error, energy)))
 
 
 def _values(experts: Any) -> dict[str, torch.Tensor]:

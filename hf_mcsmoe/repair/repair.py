@@ -12,41 +12,12 @@ from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inp
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.record import Step
 from hf_mcsmoe.repair.fit import LayerFit
-from hf_mcsmoe.repair.methods import REPAIR, RepairConfig, Repaired, relative
+from hf_mcsmoe.repair.methods import REPAIR, LayerRepair, RepairConfig
 
 Progress = Callable[[str, int, int], None]
 Pair = tuple[MoELayer, MoELayer]
-
-
-@dataclass(frozen=True)
-class ExpertRepair:
-    """One stored expert: tokens it was fitted to, the ridge (None: it keeps its weights), held-out relative errors."""
-
-    tokens: int
-    ridge: float | None
-    before: float | None
-    after: float | None
-
-
-@dataclass(frozen=True)
-class LayerRepair:
-    """One layer: tokens fitted to and held out, held-out relative errors of its outputs, seconds, and its experts.
-
-    Where experts are fitted one by one, the errors are those of all of them together.
-    """
-
-    tokens: int
-    held_out: int
-    before: float | None
-    after: float | None
-    seconds: float
-    experts: list[ExpertRepair]
-
-    @property
-    def unchanged(self) -> list[int]:
-        """The experts that fell back to the weights they had: too few tokens, or no fit was better."""
-        return [number for number, expert in enumerate(self.experts) if expert.ridge is None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +30,46 @@ class RepairReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self)
+        layers = {
+            name: {**asdict(layer), "experts": [expert.to_dict() for expert in layer.experts]}
+            for name, layer in self.layers.items()
+        }
+        return {"config": self.config, "layers": layers, "seconds": self.seconds}
+
+    def step(self) -> Step:
+        """Return what the record of the model tells."""
+        told = (
+            "Each changed layer was fitted to the original one on the calibration data, layer by layer (method "
+            f"`{self.config['method']}`)."
+        )
+        shortfall = self.shortfall()
+        return Step("Repair", self.config, [told, *(["", shortfall] if shortfall else [])])
+
+    def unfitted(self, name: str) -> list[int]:
+        """Return the experts of a layer that had lost something and stayed as they were.
+
+        "local" trains all of a layer together, and keeps the result or nothing.
+        """
+        layer = self.layers[name]
+        if self.config["method"] == "local":
+            return [] if layer.is_better else layer.lossy
+        return [expert for expert in layer.lossy if expert in layer.unchanged]
+
+    def shortfall(self) -> str | None:
+        """Return the sentence that tells which experts could not be improved; None where all were."""
+        places = [
+            f"{name} (experts {', '.join(map(str, experts))}; {layer.tokens:,} tokens in the layer)"
+            for name, layer in self.layers.items()
+            if (experts := self.unfitted(name))
+        ]
+        if not places:
+            return None
+        total = sum(len(layer.lossy) for layer in self.layers.values())
+        return (
+            f"The repair left {sum(len(self.unfitted(name)) for name in self.layers)} of the {total} experts that it "
+            "was to fit as they were, because too few tokens reached them or no fit did better on tokens held out: "
+            f"{', '.join(places)}."
+        )
 
 
 def repair_experts(
@@ -167,11 +177,5 @@ def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs,
     with original.open() as weights:
         expert_map = list(layer.expert_map or ())
         problem = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, expert_map)
-        repaired: Repaired = REPAIR[config.method](problem, config)
-    experts = [
-        ExpertRepair(s.tokens, s.ridge, relative(s.before, s.energy), relative(s.after, s.energy))
-        for s in repaired.solutions
-    ]
-    held_out = int(inputs.held_out.sum())
-    seconds = time.perf_counter() - begin
-    return LayerRepair(len(inputs) - held_out, held_out, repaired.before, repaired.after, seconds, experts)
+        repaired: LayerRepair = REPAIR[config.method](problem, config)
+    return replace(repaired, seconds=time.perf_counter() - begin)

@@ -93,7 +93,7 @@ def test_where_no_expert_would_be_smaller_all_stay_dense_with_a_warning() -> Non
         dense = compress(model, data, low_rank=config, consume=True)
     assert dense is model
     assert torch.equal(logits(dense, data[0]), logits(plain, data[0]))
-    assert "Low rank + sparse" not in dense.mcsmoe_files["README.md"]
+    assert "Low rank + sparse" not in dense.mcsmoe_record.card
 
 
 def test_a_layer_is_skipped_by_the_name_that_the_original_has() -> None:
@@ -109,7 +109,7 @@ def test_no_repair_is_not_told_of() -> None:
     for options in ({}, {"config": MergeConfig(experts=1.0)}, {"consume": True}):
         model = compress(copy.deepcopy(base), data, repair=RepairConfig(method="none"), **options)
         plain = compress(copy.deepcopy(base), data, **options)
-        assert "Repair" not in model.mcsmoe_files["README.md"]
+        assert "Repair" not in model.mcsmoe_record.card
         assert torch.equal(logits(model, data[0]), logits(plain, data[0]))
 
 
@@ -136,7 +136,7 @@ def test_experts_that_a_repair_could_not_fit_are_told_of(low_rank: LoSparseConfi
     message = rf"The repair left {total - changed} of the {total} experts"
     with pytest.warns(UserWarning, match=message):
         model = compress(base, data, MergeConfig(experts=0.5), repair=RepairConfig(), low_rank=low_rank)
-    card = model.mcsmoe_files["README.md"]
+    card = model.mcsmoe_record.card
     assert message in card.partition("## Repair\n")[2].partition("\n## ")[0]
 
 
@@ -147,7 +147,7 @@ def test_a_repair_that_changes_no_layer_is_told_of() -> None:
     few, left = (pytest.warns(UserWarning, match=text) for text in ("Few calibration tokens", "The repair left"))
     with few, left:
         model = compress(base, data, MergeConfig(experts=2, budget="uniform"), repair=config)
-    assert "The repair left" in model.mcsmoe_files["README.md"]
+    assert "The repair left" in model.mcsmoe_record.card
 
 
 def test_the_command_line_tells_of_experts_that_were_not_repaired(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hf_mcsmoe import LoSparseConfig, SparsificationCallback, compact, compress, decompose_experts
-from hf_mcsmoe.card import add_to_card, describe_costs
+from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.layers.loading import load_model
 
@@ -96,14 +97,16 @@ def test_figures_that_no_longer_hold_are_renewed_or_gone(trained: bool, tmp_path
         assert costs[row] == [old[row][0], "", ""]
 
 
-def test_a_longer_table_of_costs_keeps_its_columns() -> None:
+def test_more_stages_keep_their_columns() -> None:
     student = make_student("mixtral")
-    accounts = {"teacher": account(example("mixtral").base), "student": account(student), "before": account(student)}
-    describe_costs(student, accounts)
-    add_to_card(student, "Distillation", "Done.")
-    found = next(line for line in student.mcsmoe_files["README.md"].splitlines() if line.startswith("| parameters |"))
-    old, new = example("mixtral").base.num_parameters(), student.num_parameters()
-    assert found == f"| parameters | {old:,} | {new:,} | {new:,} | {1 - new / old:.1%} |"
+    whole, small = account(example("mixtral").base), account(student)
+    record = replace(record_of(student), costs={"teacher": whole, "student": small, "before": replace(small)})
+    attach_record(student, record)
+    decompose_experts(student, LoSparseConfig(rank=2, keep=0.25))
+    table = costs_on_card(student.mcsmoe_record.card)
+    assert table[""] == ["teacher", "student", "after", "saved"]
+    assert table["parameters"][:2] == [f"{each.parameters:,}" for each in (whole, small)]
+    assert int(table["parameters"][2].replace(",", "")) < small.parameters
 
 
 def test_a_model_without_a_card_is_saved_without(tmp_path: Path) -> None:

@@ -3,23 +3,21 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import oracle
 import pytest
 import torch
 from families import build, inputs
 from helpers import Batch, batches, state
-from huggingface_hub import ModelCard
 from layouts import LAYOUTS
-from merged import example, merge
+from merged import example
 from torch import nn
 from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from hf_mcsmoe import MergeConfig, compress, moe_layers
-from hf_mcsmoe.card import describe_costs
-from hf_mcsmoe.evaluation.costs import Account, account, bytes_on_disk, cost_rows, expected_parameters
+from hf_mcsmoe.evaluation.costs import account, bytes_on_disk, expected_parameters
 from hf_mcsmoe.modeling.modeling_mcsmoe import convert_model, decomposable, install_layer
+from hf_mcsmoe.record import Costs, cost_rows
 
 D, F, E, T = 32, 24, 8, 24
 IMPLEMENTATIONS = ["mcsmoe", "eager", "batched_mm", "grouped_mm"]
@@ -207,7 +205,7 @@ def test_a_dense_model_has_no_experts_to_count() -> None:
 
 
 def test_a_table_shows_what_was_measured_and_the_saving_of_the_last() -> None:
-    whole = Account(1000, 4000, flops_per_token=300.0, expert_macs_per_token={"a": 50.0, "b": 50.0})
+    whole = Costs(1000, 4000, flops_per_token=300.0, expert_macs_per_token={"a": 50.0, "b": 50.0})
     small = replace(whole, parameters=250, bytes_resident=1000, bytes_on_disk=1100)
     table = cost_rows({"before": whole, "merged": whole, "compressed": small})
     assert table == [
@@ -218,20 +216,3 @@ def test_a_table_shows_what_was_measured_and_the_saving_of_the_last() -> None:
         ["FLOPs per token", "300", "300", "300", "0.0%"],
         ["of them in experts", "200", "200", "200", "0.0%"],
     ]
-
-
-def test_the_card_tells_the_costs_that_are_known(tmp_path: Path) -> None:
-    model = build("mixtral")
-    _, merged = merge(model, "mixtral")
-    batch = inputs("mixtral", model)
-    figures: dict[str, Any] = {"before": account(model, batch), "merged": account(merged, batch)}
-    cards = []
-    for number in range(2):
-        merged.save_pretrained(tmp_path / str(number))
-        cards.append(ModelCard.load(tmp_path / str(number) / "README.md").text)
-        describe_costs(merged, figures)
-    assert [card.count("| parameters |") for card in cards] == [1, 1]
-    assert ["FLOPs per token" in card for card in cards] == [False, True]
-    assert f"| FLOPs per token | {figures['before'].flops_per_token:,.0f} |" in cards[1]
-    with pytest.raises(ValueError, match="carries no card"):
-        describe_costs(model, figures)

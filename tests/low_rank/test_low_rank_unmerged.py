@@ -50,7 +50,7 @@ def test_it_holds_what_the_sizes_say_and_its_card_tells_the_truth(name: str) -> 
     base, model = example(name).base, _compressed(name)
     stored = {layer.name: layer.num_experts for layer in moe_layers(base)}
     assert model.num_parameters() == expected_parameters(base, stored, rank=2, keep=0.25)
-    card = model.mcsmoe_files["README.md"]
+    card = model.mcsmoe_record.card
     assert f"| parameters | {base.num_parameters():,} | {model.num_parameters():,} |" in card
     assert "none were merged" in card
     assert "fewer experts" not in card
@@ -124,7 +124,7 @@ def test_repair_where_nothing_was_merged() -> None:
         compress(case.base, data, config, low_rank=low_rank, repair=repair)
         for repair in (RepairConfig(method="local", steps=60, batch_tokens=256), None)
     )
-    assert "## Repair" in repaired.mcsmoe_files["README.md"]
+    assert "## Repair" in repaired.mcsmoe_record.card
     errors = [
         sum(float((logits(model, batch) - logits(case.base, batch)).norm()) for batch in data)
         for model in (repaired, plain)

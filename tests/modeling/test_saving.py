@@ -16,7 +16,8 @@ from merged import Example, example, merge, run_python, save, stored_experts, to
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_utils
 
 FILES = {
-    *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "model.safetensors"),
+    *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "mcsmoe_record.json"),
+    *("model.safetensors",),
     *("configuration_mcsmoe.py", "experts_mcsmoe.py", "forward_mcsmoe.py", "losparse_mcsmoe.py"),
     *("modeling_mcsmoe.py", "router_mcsmoe.py", "saving_mcsmoe.py"),
 }

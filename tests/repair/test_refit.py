@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import relative_error
 
-from hf_mcsmoe.repair.least_squares import NormalEquations, Rows, RowSource, Solution, mean_shift, refit
+from hf_mcsmoe.repair.least_squares import ExpertFit, NormalEquations, Rows, RowSource, mean_shift, refit
 
 LIMIT = 10**9
 F, D, TOKENS = 12, 5, 200
@@ -66,7 +66,7 @@ def test_the_ridge_is_the_one_that_held_out_tokens_prefer() -> None:
     assert found.before == pytest.approx(float((hidden[held_out] @ start.T - target[held_out]).square().sum()))
 
 
-def _stays(found: Solution, start: torch.Tensor) -> bool:
+def _stays(found: ExpertFit, start: torch.Tensor) -> bool:
     return found.ridge is None and torch.equal(found.weight, start) and found.after == found.before
 
 

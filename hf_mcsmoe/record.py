@@ -1,0 +1,173 @@
+"""What was done to a compressed model, as data: base model, plan, steps, costs of each stage; JSON in and out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+FORMAT = "mcsmoe-record"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was compressed.
+
+    `name` is a Hub id (with a slash) or the name of a folder; `licence` holds what its card declares of `license`,
+    `license_name` and `license_link`.
+    """
+
+    name: str
+    model_type: str
+    licence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was done after the merge: a title, the options it was done with, and lines of Markdown that tell of it."""
+
+    title: str
+    options: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs; None where it was not measured.
+
+    `bytes_resident` are those of parameters and buffers, `bytes_on_disk` those of a folder's safetensors files, or of
+    what a stage that is not saved would write.
+    `flops_per_token` counts a multiplication and an addition as two, over all positions of a batch, padding included.
+    `expert_macs_per_token` is the multiply-adds of the experts alone, by layer name.
+    """
+
+    parameters: int
+    bytes_resident: int
+    bytes_on_disk: int | None = None
+    flops_per_token: float | None = None
+    expert_macs_per_token: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done to a model, for the folder that it is saved in.
+
+    Args:
+        base: the model that was compressed.
+        auto_class: the Auto class that loads the result.
+        plan: the merge plan as JSON values, which has a file of its own; empty where it is not known.
+        steps: what followed the merge, in order.
+        costs: by stage, the original first and the model as it is now last.
+        card: the model card that was rendered from all this, with places for what is known when it is saved.
+    """
+
+    base: Base
+    auto_class: str = "AutoModel"
+    plan: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    costs: dict[str, Costs] = field(default_factory=dict)
+    card: str = ""
+
+    def with_step(self, step: Step) -> "Record":
+        """Return the record with one more step; one of the same title is replaced, and comes last."""
+        return replace(self, steps=(*(item for item in self.steps if item.title != step.title), step))
+
+    def with_present_costs(self, costs: Costs, stage: str = "after") -> "Record":
+        """Return the record with the present costs of the model in place of those of the last stage.
+
+        They stay, with what only a forward tells, where the model holds as much as it did, and where there are none to
+        compare with.
+        """
+        *earlier, last = self.costs or [""]
+        if not earlier or (costs.parameters, costs.bytes_resident) == _held(self.costs[last]):
+            return self
+        return replace(self, costs={name: self.costs[name] for name in earlier} | {stage: costs})
+
+    def to_json(self) -> str:
+        """Return all but the plan as JSON text; of the card, a line each."""
+        values = {key: value for key, value in asdict(self).items() if key != "plan"}
+        values["card"] = self.card.splitlines()
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **values}, indent=2) + "\n"
+
+    def plan_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json_text(self.plan) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, plan: dict[str, Any] | None = None) -> "Record":
+        """Return the record that `to_json` wrote, with its plan.
+
+        Raises:
+            ValueError: the text is no record, or one of a later format.
+        """
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT or content["format_version"] > FORMAT_VERSION:
+                raise ValueError(
+                    f"This is no record that this version reads: format {content['format']!r}, version "
+                    f"{content['format_version']!r}."
+                )
+            return cls(
+                Base(**content["base"]),
+                content["auto_class"],
+                plan or {},
+                tuple(Step(**step) for step in content["steps"]),
+                {stage: Costs(**costs) for stage, costs in content["costs"].items()},
+                "".join(f"{line}\n" for line in content["card"]),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"This is no record of a compression ({error!r}).") from None
+
+
+def _held(costs: Costs) -> tuple[int, int]:
+    return costs.parameters, costs.bytes_resident
+
+
+def json_text(value: Any, indent: int = 0) -> str:
+    """Return JSON text in which each entry of an object has a line, and so each list."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    space = " " * (indent + 2)
+    rows = (f"{space}{json.dumps(key)}: {json_text(item, indent + 2)}" for key, item in value.items())
+    return "{\n" + ",\n".join(rows) + "\n" + " " * indent + "}"
+
+
+def cost_rows(costs: Mapping[str, Costs]) -> list[list[str]]:
+    """Return a table of costs, a column per stage and what the last saves against the first; head first.
+
+    What no stage measured gets no row.
+    """
+    figures: dict[str, list[Any]] = {
+        "parameters": [item.parameters for item in costs.values()],
+        "bytes": [item.bytes_resident for item in costs.values()],
+        "bytes on disk": [item.bytes_on_disk for item in costs.values()],
+        "FLOPs per token": [item.flops_per_token for item in costs.values()],
+        "of them in experts": [2 * sum(item.expert_macs_per_token.values()) or None for item in costs.values()],
+        "tokens/s": [item.tokens_per_second for item in costs.values()],
+    }
+    rows = [["", *costs, "saved"]]
+    for label, values in figures.items():
+        first, last = values[0], values[-1]
+        saved = f"{1 - last / first:.1%}" if first and last is not None and label != "tokens/s" else ""
+        if any(value is not None for value in values):
+            rows.append([label, *("" if value is None else f"{value:,.0f}" for value in values), saved])
+    return rows
+
+
+def public_name(name_or_path: str | None) -> str:
+    """Return a Hub id as it is, and of a path, which says nothing elsewhere, only the last part."""
+    name = name_or_path or ""
+    return name if is_repo_id(name) else Path(name).name
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether a model's name is the id of a Hub repository, not a path of some machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).exists()

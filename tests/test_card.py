@@ -1,0 +1,232 @@
+"""The card: rendered from the record once, and left alone where somebody has written in it; it never stops a save."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from distilled import make_trainer
+from helpers import batches, costs_on_card, logits
+from huggingface_hub import ModelCard
+from merged import example, run_python
+from transformers import AutoModelForCausalLM
+
+from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, card, compress
+from hf_mcsmoe.record import Base, Costs, Record, Step
+
+START, END = "<!-- mcsmoe -->", "<!-- /mcsmoe -->"
+
+
+def test_all_of_a_record_is_in_its_card() -> None:
+    plan = {
+        "versions": {"hf_mcsmoe": "1.2.3"},
+        "tokens": {"one": 1234, "two": 1200, "three": 1},
+        "config": {"experts": 0.5, "similarity": "router_logits", "budget": "mine", "reference": "first"},
+        "layers": {"one": {"expert_map": [0, 1, 0], "dominant": [2, 1]}, "two": {"expert_map": [0], "dominant": [0]}},
+    }
+    steps = (Step("Repair", {}, ["Line 1", "", "Line 2"]), Step("Sparsity", {}, ["Half."]))
+    costs = {"before": Costs(2000, 8000, 8100, 500.0), "after": Costs(500, 2000)}
+    base = Base("team/base-model", "mixtral", {"license": "mit"})
+    text = card.render(Record(base, "AutoModelForCausalLM", plan, steps, costs))
+    found = ModelCard(text)
+    assert (found.data.base_model, found.data.license, found.data.pipeline_tag) == (
+        "team/base-model",
+        "mit",
+        "text-generation",
+    )
+    lines = text.splitlines()
+    for line in ("# base-model with merged experts", "| `one` | 3 | 2 |", "| `two` | 1 | 1 |", "Left whole: `three`."):
+        assert line in lines
+    assert "| similarity | router_logits |" in text
+    assert "| budget | mine |  |" in lines
+    assert "| experts kept | 50% |  |" in lines
+    assert "Calibrated on 1,234 tokens." in text
+    assert "`hf_mcsmoe` 1.2.3" in text
+    table = costs_on_card(text)
+    assert table["parameters"] == ["2,000", "500", "75.0%"]
+    assert table["FLOPs per token"] == ["500", "", ""]
+    assert table["bytes on disk"] == ["8,100", "@BYTES_ON_DISK@", "@SAVED@"]
+    titles = [line for line in lines if line.startswith("## ")]
+    assert titles[-3:] == ["## Repair", "## Sparsity", "## Citation"]
+    assert "## Repair\n\nLine 1\n\nLine 2\n" in text
+    assert text.count(START) == text.count(END) == 1
+
+
+def test_a_record_of_little_has_a_card_of_little() -> None:
+    text = card.render(Record(Base("", "mixtral")))
+    assert "# mixtral with merged experts" in text.splitlines()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## How to load", "## Citation"]
+
+
+def test_one_compression_renders_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, rendered = example("mixtral").base, []
+    render = card.render
+    monkeypatch.setattr(card, "render", lambda record: rendered.append(record) or render(record))
+    data = batches("mixtral", base, number=16)
+    config = MergeConfig(experts=4, budget="uniform")
+    repair, low_rank = RepairConfig(method="local", steps=5), LoSparseConfig(rank=2, keep=0.25)
+    model = compress(base, data, config, repair=repair, low_rank=low_rank)
+    assert len(rendered) == 1
+    assert model.mcsmoe_record.card == render(rendered[0])
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card") / "merged"
+    example("mixtral").merged.save_pretrained(folder)
+    return folder
+
+
+def _between(text: str) -> str:
+    return text.partition(START)[2].partition(END)[0]
+
+
+def _written_around(folder: Path) -> None:
+    text = (folder / "README.md").read_text().replace("tags:\n", "license: apache-2.0\ntags:\n")
+    text = text.replace(START, f"Hello, é.\r\n\n{START}") + "\n## My results\n\n| a | b |\n"
+    (folder / "README.md").write_bytes(text.encode())
+
+
+def _rewritten(folder: Path) -> None:
+    (folder / "README.md").write_text("# All mine\n\n| parameters | 1 |\n<!-- costs -->\n")
+
+
+def _half_marked(folder: Path) -> None:
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(END + text.replace(END, ""))
+
+
+def _binary(folder: Path) -> None:
+    (folder / "README.md").write_bytes(bytes(range(256)) * 3)
+
+
+def _broken_metadata(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlicense: [mit\n  : :\n---\n# Broken\n")
+
+
+def _deleted(folder: Path) -> None:
+    (folder / "README.md").unlink()
+
+
+def _directory(folder: Path) -> None:
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+
+
+EDITS: dict[str, Callable[[Path], None]] = {
+    "written around": _written_around,
+    "rewritten": _rewritten,
+    "half marked": _half_marked,
+    "binary": _binary,
+    "broken metadata": _broken_metadata,
+    "deleted": _deleted,
+    "a directory": _directory,
+}
+
+
+def _edited(merged: Path, edit: str, target: Path) -> tuple[Path, bytes | None]:
+    """Return a copy of a saved model whose card somebody has edited, and that card."""
+    folder = shutil.copytree(merged, target / "mine")
+    EDITS[edit](folder)
+    return folder, (folder / "README.md").read_bytes() if (folder / "README.md").is_file() else None
+
+
+def _check_left_alone(edit: str, before: bytes | None, saved: Path, *, told: str) -> None:
+    """Check a card that was saved anew: the marked section says `told`, and all else is as it was."""
+    if before is None:
+        assert not (saved / "README.md").exists()
+        return
+    after = (saved / "README.md").read_bytes()
+    if edit != "written around":
+        assert after == before
+        return
+    ours, theirs = (text.decode() for text in (after, before))
+    assert ours.replace(_between(ours), "") == theirs.replace(_between(theirs), "")
+    assert f'from_pretrained("{saved.name}"' in _between(ours)
+    assert told in _between(ours)
+    size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    assert costs_on_card(ours)["bytes on disk"][-2] == f"{size:,}"
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_card_stops_no_training_and_is_left_alone(edit: str, merged: Path, tmp_path: Path) -> None:
+    folder, before = _edited(merged, edit, tmp_path)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = make_trainer("mixtral", tmp_path / "run", model=student, max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    for saved in (tmp_path / "run" / "checkpoint-1", tmp_path / "final"):
+        _check_left_alone(edit, before, saved, told="Trained for 1 steps")
+        record = json.loads((saved / "mcsmoe_record.json").read_text())
+        assert [step["title"] for step in record["steps"]] == ["Distillation"]
+
+
+SAVE = """
+import sys, transformers
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(folder + "-again", max_shard_size="100KB")
+assert "hf_mcsmoe" not in sys.modules
+"""
+
+
+def test_an_edited_card_is_left_alone_without_the_package(merged: Path, tmp_path: Path) -> None:
+    cases = {}
+    for number, edit in enumerate(EDITS):
+        (tmp_path / str(number)).mkdir()
+        cases[edit] = _edited(merged, edit, tmp_path / str(number))
+    done = run_python(["-c", SAVE, *(str(folder) for folder, _ in cases.values())], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for edit, (folder, before) in cases.items():
+        again = folder.with_name("mine-again")
+        _check_left_alone(edit, before, again, told="## Experts per layer")
+        record = json.loads((again / "mcsmoe_record.json").read_text())
+        on_disk = sum(file.stat().st_size for file in again.glob("*.safetensors"))
+        assert list(record["costs"].values())[-1]["bytes_on_disk"] == on_disk
+        assert (again / "mcsmoe_plan.json").read_bytes() == (folder / "mcsmoe_plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": "mcsmoe-record"}', '{"card": 1, "costs": []}', "[1]", "\0"])
+def test_a_damaged_record_stops_no_save(text: str, merged: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(merged, tmp_path / "mine")
+    (folder / "mcsmoe_record.json").write_text(text)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "mcsmoe_record.json").read_text() == text
+    assert (tmp_path / "again" / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    with pytest.warns(UserWarning, match=r"mcsmoe_record\.json is damaged"):
+        record = card.record_of(loaded)
+    assert len(record.plan["layers"]) == 4
+
+
+def test_a_folder_of_before_goes_on_without_its_card_being_touched(merged: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(merged, tmp_path / "mine")
+    (folder / "mcsmoe_record.json").unlink()
+    old = (folder / "README.md").read_text().replace(START, "").replace(END, "")
+    (folder / "README.md").write_text(old)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    student.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "mcsmoe_record.json").exists()
+    trainer = make_trainer("mixtral", tmp_path / "run", model=student, max_steps=1, save_strategy="no")
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    assert (tmp_path / "final" / "README.md").read_text() == (tmp_path / "again" / "README.md").read_text() == old
+    written = json.loads((tmp_path / "final" / "mcsmoe_record.json").read_text())
+    assert (written["base"]["model_type"], [step["title"] for step in written["steps"]]) == (
+        "mixtral",
+        ["Distillation"],
+    )
+    assert (tmp_path / "final" / "mcsmoe_plan.json").read_bytes() == (folder / "mcsmoe_plan.json").read_bytes()
+
+
+def test_tags_that_a_broken_card_cannot_take_are_a_warning(merged: Path, tmp_path: Path) -> None:
+    folder, before = _edited(merged, "broken metadata", tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"\['mine'\] are not in README\.md"):
+        loaded.save_pretrained(tmp_path / "again", tags="mine")
+    assert (tmp_path / "again" / "README.md").read_bytes() == before
+    batch = example("mixtral").batch
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, batch), logits(loaded, batch))

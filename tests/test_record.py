@@ -1,0 +1,105 @@
+"""The record of what was done to a model: JSON in and out, steps and costs in order, the file beside the weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import batches
+from merged import example
+
+from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, compress
+from hf_mcsmoe.card import record_of
+from hf_mcsmoe.record import Base, Costs, Record, Step, json_text
+
+BEFORE, SMALL = Costs(100, 400, 420, 9.5, {"a": 2.0}, 3.0), Costs(50, 200, 210)
+PLAN = {"model": "me/base", "layers": {"a": {"expert_map": [0, 0], "dominant": [1], "weights": [0.5, 0.5]}}}
+RECORD = Record(
+    Base("me/base", "mixtral", {"license": "mit"}),
+    "AutoModelForCausalLM",
+    PLAN,
+    (Step("Repair", {"ridges": [1.0]}, ["Done.", "Well."]), Step("Distillation")),
+    {"before": BEFORE, "merged": SMALL},
+    "---\ntags: []\n---\n\n# Ünicode\n",
+)
+
+
+def test_a_record_is_read_as_it_was_written() -> None:
+    text = RECORD.to_json()
+    assert Record.from_json(text, json.loads(RECORD.plan_json())) == RECORD
+    content = json.loads(text)
+    assert content["base"] == {"name": "me/base", "model_type": "mixtral", "licence": {"license": "mit"}}
+    assert content["steps"][0] == {"title": "Repair", "options": {"ridges": [1.0]}, "lines": ["Done.", "Well."]}
+    assert content["costs"]["before"]["bytes_on_disk"] == 420
+    assert "plan" not in content, "it has a file of its own"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("base"),
+        lambda content: content.update(format="other"),
+        lambda content: content.update(format_version=99),
+        lambda content: content.update(format_version=None),
+        lambda content: content["costs"].update(before={"weight": 1}),
+        lambda content: content.update(steps=[1]),
+        lambda content: content.update(card=None),
+    ],
+)
+def test_what_is_no_record_is_refused(change: Any) -> None:
+    content = json.loads(RECORD.to_json())
+    change(content)
+    for text in (json.dumps(content), "[]", "{", ""):
+        with pytest.raises(ValueError, match="no record"):
+            Record.from_json(text)
+
+
+def test_a_step_that_is_done_again_comes_last() -> None:
+    again = RECORD.with_step(Step("Repair", {}, ["Better."])).with_step(Step("Export"))
+    assert [step.title for step in again.steps] == ["Distillation", "Repair", "Export"]
+    assert again.steps[1].lines == ["Better."]
+    assert [step.title for step in RECORD.steps] == ["Repair", "Distillation"]
+
+
+def test_present_costs_take_the_place_of_the_last_ones_where_they_differ() -> None:
+    less = Costs(40, 160)
+    assert RECORD.with_present_costs(less).costs == {"before": BEFORE, "after": less}
+    assert RECORD.with_present_costs(less, "distilled").costs == {"before": BEFORE, "distilled": less}
+    assert RECORD.with_present_costs(Costs(50, 200)) == RECORD, "what a forward told still holds"
+    for known in ({}, {"before": BEFORE}):
+        assert replace(RECORD, costs=known).with_present_costs(less).costs == known, "nothing to compare with"
+
+
+def test_json_text_has_a_line_for_each_list() -> None:
+    value = {"a": {"b": [1, 2], "c": {}}, "d": "é", "e": None}
+    text = json_text(value)
+    assert json.loads(text) == value
+    assert text.splitlines() == ["{", '  "a": {', '    "b": [1, 2],', '    "c": {}', "  },", '  "d": "\\u00e9",'] + [
+        '  "e": null',
+        "}",
+    ]
+
+
+def test_a_saved_model_has_its_record_beside_it(tmp_path: Path) -> None:
+    base, data = example("mixtral").base, batches("mixtral", example("mixtral").base, number=16)
+    low_rank, repair = LoSparseConfig(rank=2, keep=0.25), RepairConfig(method="local", steps=10)
+    model = compress(base, data, MergeConfig(experts=4, budget="uniform"), repair=repair, low_rank=low_rank)
+    model.save_pretrained(tmp_path / "small")
+    written = json.loads((tmp_path / "small" / "mcsmoe_record.json").read_text())
+    assert (written["base"]["model_type"], written["auto_class"]) == ("mixtral", "AutoModelForCausalLM")
+    assert [(step["title"], step["options"].get("rank")) for step in written["steps"]] == [
+        ("Repair", None),
+        ("Low rank + sparse", 2),
+    ]
+    assert written["steps"][0]["options"]["steps"] == 10
+    assert list(written["costs"]) == ["before", "merged", "compressed"]
+    sizes = [costs["parameters"] for costs in written["costs"].values()]
+    assert sizes[0] == base.num_parameters() > sizes[1] > sizes[2] == model.num_parameters()
+    on_disk = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert written["costs"]["compressed"]["bytes_on_disk"] == on_disk
+    loaded = record_of(type(model).from_pretrained(tmp_path / "small"))
+    told = model.mcsmoe_record
+    assert (loaded.base, loaded.plan, loaded.steps) == (told.base, told.plan, told.steps)
+    assert len(loaded.plan["layers"]) == 4
+    assert replace(loaded.costs["compressed"], bytes_on_disk=0) == replace(told.costs["compressed"], bytes_on_disk=0)
