@@ -1,9 +1,12 @@
 """The merge of a plan, layer by layer: read, align, merge, write (paper, section 3.1)."""
 
 import copy
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model
@@ -13,21 +16,60 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_copies
+from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.experts import ExpertWeights
 from hf_mcsmoe.methods.merging import merge_group
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, describe, install_layer
+from hf_mcsmoe.modeling.saving_mcsmoe import completed_folder
 from hf_mcsmoe.plan import LayerPlan, MergePlan
 
 Progress = Callable[[str, int, int], None]
+# Called with each layer of merged experts and its path in the result; it may move their weights to the meta device.
+Sink = Callable[[str, nn.Module], None]
+
+
+def merge_to_folder(
+    source: Folder | Layers, plan: MergePlan, target: str | os.PathLike, *, progress: Progress | None = None
+) -> None:
+    """Write the folder that `merge_experts` and `save_pretrained` would, with no more than one layer in memory.
+
+    Args:
+        source: the checkpoint to be merged, or its layers where they are found already.
+        plan: made with `plan_merge` for the same checkpoint.
+        target: the folder to be written; it is complete or not there.
+        progress: called as `progress(layer name, layers done, layers)`.
+
+    Raises:
+        ValueError: see `merge_experts`; or a source that is no folder.
+    """
+    layers = Layers.of(source)
+    if not isinstance(layers.source, Folder):
+        raise ValueError(
+            f"{type(layers.model).__name__} is loaded, and not a `Folder(path)`: merge it with merge_experts, and "
+            "save the result with save_pretrained."
+        )
+    path = Path(target).resolve()
+    with completed_folder(path) as folder:
+        writer = ShardWriter(folder, layers.source)
+        result = merge_experts(layers, plan, progress=progress, sink=writer.write)
+        writer.write_rest(result)
+        cast(Any, result)._save_folder(folder, path.name, state_dict={})
+        writer.close()
 
 
 def merge_experts(
-    model: PreTrainedModel | Layers, plan: MergePlan, *, consume: bool = False, progress: Progress | None = None
+    model: PreTrainedModel | Layers,
+    plan: MergePlan,
+    *,
+    consume: bool = False,
+    progress: Progress | None = None,
+    sink: Sink | None = None,
 ) -> PreTrainedModel:
     """Return a model of a subclass of `type(model)` whose layers hold the merged experts of `plan`.
 
@@ -36,6 +78,8 @@ def merge_experts(
         consume: turn `model` itself into the result, freeing each layer's experts as it goes; otherwise it stays
             usable and unchanged, and the result shares no memory with it.
         progress: called as `progress(layer name, layers done, layers)`.
+        sink: called as `sink(path, experts)` with what was merged, a layer at a time; layers that share their experts
+            are handed over once.
 
     Raises:
         ValueError: a plan of another model or with an unknown method, or weights that are not finite; raised before
@@ -62,6 +106,8 @@ def merge_layers(
     result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
     for first, *others in layers.tied:
         experts = _merge_layer(first, merged[first.name], result, plan)
+        if sink:
+            sink(next(path for path, module in result.named_modules() if module is experts), experts)
         for layer in others:
             _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
         done += 1 + len(others)

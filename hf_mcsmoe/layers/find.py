@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.fused import FusedLayer, fused_sizes, is_fused
-from hf_mcsmoe.layers.layer import MoELayer, Resident, Source, find_router
+from hf_mcsmoe.layers.layer import MoELayer, find_router
 from hf_mcsmoe.layers.outside import REFUSED, DbrxLayer, JetMoeLayer, Llama4Layer, SwitchLayer
+from hf_mcsmoe.layers.source import Source, source_of
 
 # Parts of a multimodal model that are not its text part; their experts stay as they are.
 OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "talker")
@@ -54,7 +55,7 @@ class Layers(Sequence[MoELayer]):
         """
         if isinstance(origin, Layers):
             return origin
-        source = Resident(origin) if isinstance(origin, nn.Module) else origin
+        source = source_of(origin)
         model = source.model
         _check_not_quantized(model)
         entries = _merged_entries(model)

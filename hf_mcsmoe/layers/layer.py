@@ -2,17 +2,16 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.layers.offloading import onloaded
+from hf_mcsmoe.layers.source import Source
 from hf_mcsmoe.methods.experts import ExpertWeights
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 
@@ -23,42 +22,6 @@ Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 # Called once per forward with the experts' inputs [T, D], picked experts int [T, K] and their final weights [T, K].
 Sink = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-class Source(Protocol):
-    """A model and access to its weights, wherever they are."""
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model; its weights may be elsewhere."""
-
-    def loaded(self, path: str) -> AbstractContextManager[nn.Module]:
-        """Yield the module at `path` of `model`, with its weights there for the time of the block."""
-
-    def streamed(self) -> AbstractContextManager[Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]]:
-        """Let forwards of `model` find their weights for the time of the block.
-
-        Yields what runs a function of a batch over all batches and returns the answers.
-        """
-
-
-@dataclass(frozen=True)
-class Resident:
-    """The source of a model that was loaded: in memory, or offloaded by Accelerate."""
-
-    model: PreTrainedModel
-
-    @contextlib.contextmanager
-    def loaded(self, path: str) -> Iterator[nn.Module]:
-        """Yield the module at `path`, with its weights on the CPU where they were offloaded."""
-        module = self.model.get_submodule(path)
-        with onloaded(module):
-            yield module
-
-    @contextlib.contextmanager
-    def streamed(self) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]]:
-        """Yield what runs batches one after the other."""
-        yield lambda forward, batches: [forward(batch) for batch in batches]
 
 
 @dataclass(frozen=True, eq=False)

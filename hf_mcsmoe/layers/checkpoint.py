@@ -1,0 +1,175 @@
+"""The safetensors files of a folder, and which of their tensors make which weights of a model."""
+
+import contextlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.utils import logging
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, read by `[...]`.
+
+    Read and not mapped: a mapped one may lie unaligned, and keeps all that is touched of its file in memory.
+    """
+
+    file: Path
+    start: int
+    empty: torch.Tensor  # of its shape and dtype, on the meta device
+
+    def __getitem__(self, _: EllipsisType) -> torch.Tensor:
+        tensor = torch.empty_like(self.empty, device="cpu")
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise ValueError(f"{self.file} has become shorter since it was opened.")
+        return tensor
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a folder's safetensors by name: one file, or shards under an index. Reads headers only.
+
+    Raises:
+        ValueError: there are no safetensors, a shard or a tensor of the index is missing, or a file is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return _tensors_of_file(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}. Weights of another format can be loaded with "
+            "from_pretrained and saved as safetensors with save_pretrained."
+        )
+    files = {name: folder / file for name, file in _weight_map(folder / INDEX).items()}
+    if missing := sorted({file.name for file in files.values() if not file.is_file()}):
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: the download is incomplete.")
+    inside = {file: _tensors_of_file(file) for file in dict.fromkeys(files.values())}
+    if absent := sorted(name for name, file in files.items() if name not in inside[file]):
+        raise ValueError(
+            f"{files[absent[0]]} lacks {len(absent)} of the tensors that {INDEX} says it holds ({absent[0]}, ...): "
+            "index and shards belong to different checkpoints. Download both again."
+        )
+    return {name: inside[file][name] for name, file in files.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of safetensors ({error!r}); download it again.") from None
+
+
+def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
+    """Read a file's header: its length in eight bytes, then JSON with dtype, shape and place of each tensor."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            empty = torch.empty(entry["shape"], dtype=str_to_torch_dtype[entry["dtype"]], device="meta")
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            if end - start != empty.nbytes or end > path.stat().st_size:
+                raise ValueError(f"{name} lies outside of it")
+            tensors[name] = StoredTensor(path, start, empty)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error!r}); download it again.") from None
+    return tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Tensors of a checkpoint that make weights of the model together, such as all experts' matrices of one role."""
+
+    stored: tuple[str, ...]
+    names: tuple[str, ...]
+    is_renamed: bool  # and nothing else: one tensor under another name, or the same
+
+
+class Conversion:
+    """From stored tensors to weights of a model on the meta device, by Transformers' own conversion of checkpoints."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+        """Look up what the family converts; weights go to `device`, in `dtype` but for those kept in float32."""
+        self.model = model
+        self.transforms = get_model_conversion_mapping(model)
+        self.device = device
+        self.settings: dict[str, Any] = {
+            "dtype": dtype,
+            "dtype_plan": model._get_dtype_plan(dtype),
+            "weight_mapping": self.transforms,
+        }
+
+    def parts(self, stored: Iterable[str]) -> list[Part]:
+        """Group stored tensors, by name, by what they become; those that the model has no place for are left out."""
+        target_of = self._target()
+        groups: dict[tuple[tuple[str, ...], bool], list[str]] = defaultdict(list)
+        for name in stored:
+            names, is_renamed = target_of(name)
+            if names:
+                groups[names, is_renamed].append(name)
+        return [
+            Part(tuple(group), names, is_renamed and len(group) == 1) for (names, is_renamed), group in groups.items()
+        ]
+
+    def load(self, tensors: dict[str, Any], *, device: torch.device | None = None) -> Any:
+        """Put what `tensors` make into the model; returns what Transformers reports of it.
+
+        `model._weight_conversions`, by which the model is saved in the format that it came in, stays.
+        """
+        config = LoadStateDictConfig(device_map={"": device or self.device}, **self.settings)
+        before = vars(self.model).get("_weight_conversions")
+        with _no_progress():
+            report, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        if before is not None:
+            self.model._weight_conversions = before
+        return report
+
+    def _target(self) -> Callable[[str], tuple[tuple[str, ...], bool]]:
+        """Return the function from the name of a stored tensor to the names of the weights that it is a part of.
+
+        Its answer also tells whether the tensor is renamed only.
+        """
+        state, prefix = self.model.state_dict(), self.model.base_model_prefix
+        renamings = [entry for entry in self.transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.transforms if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+        def target(stored: str) -> tuple[tuple[str, ...], bool]:
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, state)
+            if name not in state and stored in state:
+                name, pattern = rename_source_key(stored, [], [], prefix, state)
+            patterns = by_pattern[pattern].target_patterns if pattern is not None else [name]
+            # A converter is told by its first target.
+            names = (name.replace(patterns[0], other) for other in patterns)
+            return tuple(name for name in names if name in state), pattern is None
+
+        return target
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    """Show no bar, which would be one a block."""
+    before = logging.set_tqdm_hook(lambda factory, arguments, options: logging.EmptyTqdm(*arguments, **options))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)

@@ -1,0 +1,263 @@
+"""A checkpoint on disk as a model: weights are read when a block asks for them, and freed after it."""
+
+import contextlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_mcsmoe.layers.checkpoint import Conversion, Part, StoredTensor, find_tensors
+from hf_mcsmoe.layers.loading import load_config, model_class
+from hf_mcsmoe.layers.streaming import Run, Turnstile, blocks
+
+
+class Folder:
+    """A checkpoint on disk: the model stands on the meta device, and has weights only where a block asked for them.
+
+    What is written to them within the block is lost with it. Buffers that no checkpoint holds (of rotary embeddings,
+    for example) are there all the time.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    ) -> None:
+        """Build the model of a folder, and find each of its weights in the files without reading any.
+
+        Args:
+            path: a folder with `config.json` and safetensors, one file or several with an index.
+            dtype: "auto" for the checkpoint's own, as in `from_pretrained`, or a torch dtype or its name.
+            device: where weights are read to.
+
+        Raises:
+            ValueError: no such folder, a damaged or incomplete one, a quantized checkpoint, or weights of another
+                model than the configuration's.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder. Download a checkpoint of the Hub with `hf download` first.")
+        config = load_config(str(folder))
+        _check_not_quantized(config, folder)
+        self.stored = find_tensors(folder)
+        self.device = torch.device(device)
+        dtype = _dtype(dtype, config, self.stored)
+        with torch.device("meta"):
+            self.model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype).eval()
+        self.model.config.name_or_path = self.model.name_or_path = str(folder)
+        self._conversion = Conversion(self.model, dtype, self.device)
+        self._places = {name: _Place.of(self.model, name) for name in self.model.state_dict()}
+        self._parts = {name: part for part in self._conversion.parts(self.stored) for name in part.names}
+        self._tied = self._ties()
+        self._uses: Counter[Part] = Counter()
+        self._dtypes = self._check(folder)
+        self._initialise()
+
+    @contextlib.contextmanager
+    def loaded(self, path: str) -> Iterator[nn.Module]:
+        """Yield the module at `path` with its weights, which are read unless they are there, and freed afterwards."""
+        module = self.model.get_submodule(path)
+        with self._held(name for name in self._places if name.startswith(f"{path}.") or not path):
+            yield module
+
+    @contextlib.contextmanager
+    def streamed(self) -> Iterator[Run]:
+        """Let forwards load and free block by block; what lies outside the blocks is there all the time.
+
+        Pass `use_cache=False` in the batches, or each keeps the keys and values of all blocks. Gradients reach no
+        weight, since it is gone after the forward.
+        """
+        of_model = blocks(self.model)
+        turnstile = Turnstile(of_model, self.loaded)
+        inside = tuple(f"{path}." for path in of_model)
+        with self._held(name for name in self._places if not name.startswith(inside)), turnstile.installed():
+            yield turnstile.run
+
+    @contextlib.contextmanager
+    def tensors(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the weights called `names`, as in `model.state_dict()`."""
+        names = list(names)
+        if unknown := [name for name in names if name not in self._places]:
+            raise ValueError(f"{self.model.name_or_path} has no weight {unknown[0]!r}.")
+        with self._held(names):
+            yield {name: self._places[name].tensor for name in names}
+
+    @contextlib.contextmanager
+    def _held(self, names: Iterable[str]) -> Iterator[None]:
+        """Hold the weights called `names`, together with those that are stored as one with them."""
+        parts = list(dict.fromkeys(self._parts[name] for name in names if name in self._parts))
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                self._uses[part] += 1
+                stack.callback(self._release, part)
+                if self._uses[part] == 1:
+                    self._load(part)
+            yield
+
+    def _load(self, part: Part) -> None:
+        if part.is_renamed:
+            place, tensor = self._places[part.names[0]], self.stored[part.stored[0]][...]
+            place.tensor = _like(place.empty, tensor.to(self.device, self._dtypes[part.names[0]]))
+        else:
+            report = self._conversion.load({name: self.stored[name] for name in part.stored})
+            _check_report(report, part.names)
+        for name in part.names:
+            tensor = self._places[name].tensor
+            tensor.requires_grad_(self._places[name].empty.requires_grad)
+            for alias in self._tied.get(name, ()):
+                self._places[alias].tensor = tensor
+
+    def _release(self, part: Part) -> None:
+        self._uses[part] -= 1
+        if not self._uses[part]:
+            for name in part.names:
+                for place in (self._places[name] for name in (name, *self._tied.get(name, ()))):
+                    place.tensor = place.empty
+
+    def _ties(self) -> dict[str, list[str]]:
+        """Return the other names of weights that have several, by the name under which they are stored.
+
+        Where a checkpoint holds two of them with different values they are no longer one, as in `from_pretrained`.
+        """
+        shared: dict[int, list[str]] = defaultdict(list)
+        for name, place in self._places.items():
+            shared[id(place.empty)].append(name)
+        ties = {}
+        for names in (names for names in shared.values() if len(names) > 1):
+            first = next((name for name in names if name in self._parts), names[0])
+            for name in names:
+                if name in self._parts and not self._equal(self._parts[first], self._parts[name]):
+                    self._places[name].untie()
+                    self.model.all_tied_weights_keys.pop(name, None)
+            ties[first] = [name for name in names if self._places[name].empty is self._places[first].empty]
+            ties[first].remove(first)
+            self._parts |= {name: self._parts[first] for name in ties[first] if first in self._parts}
+        return ties
+
+    def _equal(self, one: Part, other: Part) -> bool:
+        if one is other:
+            return True
+        pairs = zip(one.stored, other.stored, strict=False)
+        return len(one.stored) == len(other.stored) and all(
+            torch.equal(self.stored[first][...], self.stored[second][...]) for first, second in pairs
+        )
+
+    def _check(self, folder: Path) -> dict[str, torch.dtype]:
+        """Return the dtype that each weight is loaded in, found by a load on the meta device.
+
+        Raises:
+            ValueError: the files do not hold all weights of the model, in the shapes of its configuration.
+        """
+        ignored = self.model._keys_to_ignore_on_load_missing or ()
+        missing = [
+            name
+            for name in self._places
+            if name not in self._parts and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} weights of {type(self.model).__name__} ({missing[0]}, ...): the "
+                "download is incomplete or the checkpoint belongs to another class."
+            )
+        empty = {name: tensor.empty for name, tensor in self.stored.items()}
+        try:
+            report = self._conversion.load(empty, device=torch.device("meta"))
+            dtypes = {name: place.tensor.dtype for name, place in self._places.items()}
+        finally:
+            for place in self._places.values():
+                place.tensor = place.empty
+        _check_report(report, [name for part in set(self._parts.values()) for name in part.names])
+        return dtypes
+
+    def _initialise(self) -> None:
+        """Give buffers that are not stored, and weights that need not be, the values that the model's class gives."""
+        made = [_Place.of(self.model, name) for name, _ in self.model.named_non_persistent_buffers()]
+        for name, place in self._places.items():
+            if name in self._parts:
+                place.empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            else:
+                made.append(place)
+        for place in made:
+            place.materialise()
+        self.model.initialize_weights()
+        for place in made:
+            place.move(self.device)
+
+
+@dataclass
+class _Place:
+    """Where a module keeps one tensor, and what stands there while it is not loaded."""
+
+    owner: dict[str, Any]
+    attribute: str
+    empty: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> "_Place":
+        """Return the place of a parameter or buffer by its name in the model."""
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        owner = vars(module)["_parameters" if attribute in vars(module)["_parameters"] else "_buffers"]
+        return cls(owner, attribute, owner[attribute])
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What stands there."""
+        return self.owner[self.attribute]
+
+    @tensor.setter
+    def tensor(self, tensor: torch.Tensor) -> None:
+        self.owner[self.attribute] = tensor
+
+    def untie(self) -> None:
+        """Let something of its own stand there while it is not loaded."""
+        self.tensor = self.empty = _like(self.empty, self.empty)
+
+    def materialise(self) -> None:
+        """Give it memory on the CPU for good."""
+        self.tensor = _like(self.empty, torch.empty_like(self.empty, device="cpu"))
+
+    def move(self, device: torch.device) -> None:
+        """Move it for good."""
+        self.tensor = self.empty = _like(self.empty, self.tensor.detach().to(device))
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(new.detach(), old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _check_not_quantized(config: PreTrainedConfig, folder: Path) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{folder} is quantized, and packed weights cannot be averaged. Compress the checkpoint that it was "
+            "quantized from, and quantize the result."
+        )
+
+
+def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, StoredTensor]) -> torch.dtype:
+    if dtype == "auto":
+        floating = (tensor.empty.dtype for tensor in stored.values() if tensor.empty.is_floating_point())
+        dtype = config.dtype or next(floating, torch.float32)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} names no dtype of Torch; say auto, bfloat16, float16 or float32.")
+    return found
+
+
+def _check_report(report: Any, names: Iterable[str]) -> None:
+    """Raise ValueError where weights called `names` could not be made of the stored tensors."""
+    told = [
+        f"{name} is {tuple(stored)} and should be {tuple(shape)}" for name, stored, shape in report.mismatched_keys
+    ]
+    told += [f"{name}: {error}" for name, error in report.conversion_errors.items()]
+    told += [f"{name} was not made" for name in sorted(report.missing_keys.intersection(names))]
+    if told:
+        raise ValueError(
+            f"The checkpoint does not fit its configuration: {'; '.join(told[:3])}. It is damaged or belongs to "
+            "another model."
+        )

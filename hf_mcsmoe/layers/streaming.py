@@ -1,0 +1,178 @@
+"""Forwards of several batches that take turns at each block of a model, so that a block is loaded once for all."""
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+R = TypeVar("R")
+THREAD = "hf_mcsmoe forward"
+CURRENT: contextvars.ContextVar["_Forward | None"] = contextvars.ContextVar("hf_mcsmoe_forward", default=None)
+
+
+class Run(Protocol):
+    """Runs a forward over batches, as `map` does."""
+
+    def __call__(self, forward: Callable[[T], R], batches: Iterable[T], /) -> list[R]:
+        """Return `forward(batch)` for each of the batches, in their order."""
+
+
+def blocks(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
+    """Return a model's blocks by path: the entries of every `ModuleList` that is not inside another."""
+    found = {}
+    for name, child in module.named_children():
+        where = f"{path}.{name}" if path else name
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            found[where] = child
+        else:
+            found |= blocks(child, where)
+    return found
+
+
+class Turnstile:
+    """Loads a block when a forward reaches it, and frees it when all forwards that wait there have passed.
+
+    Each forward of `run` has a thread of its own and runs until it reaches a block, where it waits. When all wait, the
+    first of these blocks is loaded, and the forwards that wait there go on to their next block, one after the other:
+    only one thread ever runs. No signature is rebuilt and no mask recomputed, and hooks see what they always see.
+    """
+
+    def __init__(
+        self, blocks: Mapping[str, nn.Module], loaded: Callable[[str], AbstractContextManager[object]]
+    ) -> None:
+        """Take the blocks by path, in the order in which they are to pass, and what holds the weights of a path."""
+        self.blocks = dict(blocks)
+        self.loaded = loaded
+        self._alone: list[tuple[str, contextlib.ExitStack]] = []
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let all forwards of the blocks load and free their weights for the time of the block."""
+        handles = []
+        try:
+            for path, block in self.blocks.items():
+                handles.append(block.register_forward_pre_hook(partial(self._enter, path), prepend=True))
+                handles.append(block.register_forward_hook(partial(self._leave, path), always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            while self._alone:  # of a forward that was interrupted
+                self._alone.pop()[1].close()
+
+    def run(self, forward: Callable[[T], R], batches: Iterable[T]) -> list[R]:
+        """Return `forward(batch)` for each batch, as `map` does, with all of them under way at once.
+
+        Each runs in a copy of the caller's context (`contextvars`) and in its gradient and autocast mode.
+
+        Raises:
+            Whatever a forward raises; the others are then given up.
+        """
+        order = {path: number for number, path in enumerate(self.blocks)}
+        forwards = [_Forward(partial(forward, batch)) for batch in batches]
+        try:
+            for one in forwards:
+                one.resume()
+            while waiting := [one.block for one in forwards if one.block is not None]:
+                path = min(waiting, key=order.__getitem__)
+                with self.loaded(path):
+                    for one in forwards:
+                        if one.block == path:
+                            one.resume()
+            return [one.result for one in forwards]
+        finally:
+            for one in forwards:
+                one.give_up()
+
+    def _enter(self, path: str, module: nn.Module, arguments: Any) -> None:
+        current = CURRENT.get()
+        if current is not None and current.inside is None:
+            current.wait(path)
+            return
+        # A forward outside `run`, or a block that another block calls.
+        stack = contextlib.ExitStack()
+        self._alone.append((path, stack))
+        stack.enter_context(self.loaded(path))
+
+    def _leave(self, path: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        current = CURRENT.get()
+        if self._alone and self._alone[-1][0] == path:
+            self._alone.pop()[1].close()
+        elif current is not None:
+            current.inside = None
+
+
+class _GivenUp(BaseException):
+    """Ends the thread of a forward that nobody waits for any more."""
+
+
+class _Forward:
+    """A forward in a thread of its own that runs only while another thread is in `resume`."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.block: str | None = None  # at which it waits
+        self.inside: str | None = None  # the block that it passes
+        self.result: Any = None
+        self._error: BaseException | None = None
+        self._given_up = False
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        run = partial(contextvars.copy_context().run, self._run, call, _modes())
+        self._thread = threading.Thread(target=run, name=THREAD, daemon=True)
+
+    def resume(self) -> None:
+        """Let it run until it waits at its next block or ends; raises what it raised."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def give_up(self) -> None:
+        """End it where it waits."""
+        self._given_up = True
+        if self._thread.is_alive():
+            self._go.release()
+            self._thread.join()
+
+    def wait(self, block: str) -> None:
+        """Stop at a block until it is resumed; called by its own thread."""
+        self.block = block
+        self._stopped.release()
+        self._go.acquire()
+        if self._given_up:
+            raise _GivenUp
+        self.block, self.inside = None, block
+
+    def _run(self, call: Callable[[], Any], modes: list[AbstractContextManager[object]]) -> None:
+        CURRENT.set(self)
+        try:
+            with contextlib.ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode)
+                self.result = call()
+        except _GivenUp:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.block = None
+            self._stopped.release()
+
+
+def _modes() -> list[AbstractContextManager[object]]:
+    """Return the calling thread's modes of Torch, to be entered in another thread, which starts without them."""
+    modes: list[AbstractContextManager[object]] = [torch.inference_mode(torch.is_inference_mode_enabled())]
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            modes.append(torch.autocast(device, torch.get_autocast_dtype(device)))
+    # Last, since entering inference mode, on or off, sets the gradient mode as well.
+    return [*modes, torch.set_grad_enabled(torch.is_grad_enabled())]
