@@ -88,14 +88,19 @@ def merge_experts(
     layers = Layers.of(model).uncompressed()
     _check_plan(layers, plan)
     before = replace(account(layers.model), bytes_on_disk=folder_bytes(layers.model.name_or_path))
-    result = merge_layers(layers, plan, consume=consume, progress=progress)
+    result = merge_layers(layers, plan, consume=consume, progress=progress, sink=sink)
     after = saved_costs(result)
     attach_record(result, replace(new_record(result, plan.to_dict()), costs={"before": before, "after": after}))
     return result
 
 
 def merge_layers(
-    layers: Layers, plan: MergePlan, *, consume: bool = False, progress: Progress | None = None
+    layers: Layers,
+    plan: MergePlan,
+    *,
+    consume: bool = False,
+    progress: Progress | None = None,
+    sink: Sink | None = None,
 ) -> PreTrainedModel:
     """Do what `merge_experts` does, but for the record: it is written once, when all that follows is done."""
     _check_plan(layers, plan)
