@@ -20,6 +20,7 @@ class MergedExperts(LowRankSparse):
 
     low_rank: ClassVar[dict[str, dict]] = {}
     sparse_columns = ("down_proj",)
+    picks_meet = True
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -221,7 +222,7 @@ def _shrink(experts: Any, num_experts: int) -> Any:
         rows = parameter.data.new_empty(num_experts, *parameter.shape[1:])
         setattr(experts, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
     vars(experts).pop("_is_hf_initialized", None)
-    experts.num_experts = num_experts
+    experts.num_experts, experts.picks_meet = num_experts, True
     if not hasattr(experts, "has_gate"):  # the interface's default layout without its decorator (Step 3.7)
         experts.has_gate, experts.is_concatenated = True, True
         experts.has_bias = experts.is_transposed = experts.has_post_expert_norm = False

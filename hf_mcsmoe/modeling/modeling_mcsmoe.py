@@ -48,7 +48,8 @@ class MCSMoEModel(SavedWhole):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the base model for `config`, then give each merged layer its map and its G empty experts."""
         _serve_generic_heads(config)
-        prefer_ours(config, [None])
+        if not self._has_own_choice():
+            prefer_ours(config, [None])
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
             experts = install_layer(self, name, layer["expert_map"])
@@ -69,8 +70,14 @@ class MCSMoEModel(SavedWhole):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Return what is asked for, by default our implementation, which computes picks that meet once."""
-        requested_experts = IMPLEMENTATION if requested_experts is None else requested_experts
+        if requested_experts is None and not self._has_own_choice():
+            requested_experts = IMPLEMENTATION
         return super().get_correct_experts_implementation(requested_experts)
+
+    def _has_own_choice(self) -> bool:
+        """Tell whether the family chooses another implementation than the library's default, for its accuracy."""
+        choice = super().get_correct_experts_implementation(None)
+        return self._can_set_experts_implementation() and choice != "grouped_mm"
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ExpertMap):

@@ -1,17 +1,21 @@
 """Layouts of two processes by Transformers' `DistributedConfig`: tensor, data and expert parallelism, without us."""
 
+import copy
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from families import build, inputs
-from merged import TESTS, Example, merge, run_python, save
+from helpers import batches
+from merged import TESTS, Example, example, merge, run_python, save
 
-from hf_mcsmoe import MergeConfig
+from hf_mcsmoe import LoSparseConfig, MergeConfig, compact, decompose_experts
 
 NAMES = ["mixtral", "qwen3_moe", "deepseek_v3"]
+# Whose experts no plan of the family splits: they are whole in each process.
+DECOMPOSED = "mixtral_low_rank"
 LAYOUTS = ["plain", "tp", "fsdp", "tp and ep", "fsdp and ep"]
 
 
@@ -33,6 +37,10 @@ def distances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         )
         assert {len(layer.dominant) for layer in plan.layers.values()} == {2, 4}
         folders.append(str(save(Example(name, base, inputs(name, base), plan, merged), folder)))
+    case = example("mixtral")
+    data, config = batches("mixtral", case.base), LoSparseConfig(rank=3, keep=0.25)
+    small = compact(decompose_experts(copy.deepcopy(case.merged), config, data, prune=True))
+    folders.append(str(save(replace(case, name=DECOMPOSED, merged=small), folder)))
     script, report, port = TESTS / "parallel_without_package.py", folder / "report.json", str(_free_port())
 
     def run(rank: int) -> tuple[int, str]:
@@ -48,6 +56,6 @@ def distances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, DECOMPOSED])
 def test_two_processes_give_the_logits_of_one(name: str, layout: str, distances: dict[str, float]) -> None:
-    assert distances[f"{Path(name).name}, {layout}"] < 1e-5
+    assert distances[f"{name}, {layout}"] < 1e-5
