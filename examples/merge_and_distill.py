@@ -49,7 +49,7 @@ def merge(
         budget=choice.budget,
         similarity=choice.similarity,
         alignment=choice.alignment,
-        merging=choice.merging,
+        weighting=choice.weighting,
         seed=seed,
     )
     sampling = {"num_samples": choice.num_samples, "max_length": max_length, "batch_size": choice.merge_batch_size}

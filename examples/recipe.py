@@ -95,7 +95,7 @@ class MergeArguments:
     budget: str = field(default="adaptive", metadata={"help": "how layers share the experts: adaptive or uniform"})
     similarity: str = field(default="router_logits", metadata={"help": "which experts belong together"})
     alignment: str = field(default="weight_matching", metadata={"help": "how neurons are aligned, or none"})
-    merging: str = field(default="frequency", metadata={"help": "frequency, uniform, or dominant, which prunes"})
+    weighting: str = field(default="saliency", metadata={"help": "saliency, uniform, or dominant, which prunes"})
     repair: str = field(
         default="none",
         metadata={"help": "fit merged layers to the original before training: none (paper), refit, local"},

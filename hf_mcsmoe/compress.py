@@ -56,10 +56,12 @@ def compress(
     stream = iter(batches)
     first = list(islice(stream, 1))
     batches = [*first, *stream] if repair or low_rank else chain(first, stream)
-    statistics = collect_statistics(layers, batches)
+    statistics = collect_statistics(layers, batches, config.needs)
     measure = partial(account, batch=first[0])
     before = replace(measure(model), bytes_on_disk=folder_bytes(model.name_or_path))
-    merged = merge_experts(layers, plan_merge(layers, statistics, config), consume=consume, progress=progress)
+    merged = merge_experts(
+        layers, plan_merge(layers, statistics, config), statistics=statistics, consume=consume, progress=progress
+    )
     refine_and_account(merged, model, batches, before, measure, repair=repair, low_rank=low_rank)
     return merged
 

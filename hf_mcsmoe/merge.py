@@ -10,6 +10,7 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import model_card
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, stored_bytes
 from hf_mcsmoe.layers.find import Layers
@@ -17,8 +18,9 @@ from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_copies
 from hf_mcsmoe.methods.alignment import ALIGNMENT
-from hf_mcsmoe.methods.experts import ExpertWeights
-from hf_mcsmoe.methods.merging import merge_group
+from hf_mcsmoe.methods.experts import Expert, Experts
+from hf_mcsmoe.methods.merging import MERGING
+from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
@@ -30,12 +32,18 @@ Progress = Callable[[str, int, int], None]
 
 
 def merge_experts(
-    model: PreTrainedModel | Layers, plan: MergePlan, *, consume: bool = False, progress: Progress | None = None
+    model: PreTrainedModel | Layers,
+    plan: MergePlan,
+    *,
+    statistics: RoutingStatistics | None = None,
+    consume: bool = False,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Return a model of a subclass of `type(model)` whose layers hold the merged experts of `plan`.
 
     Args:
         model: a model, or its layers where they are found already.
+        statistics: for methods of alignment and of merging that read sums; those of this package do not.
         consume: turn `model` itself into the result, freeing each layer's experts as it goes; otherwise it stays
             usable and unchanged, and the result shares no memory with it.
         progress: called as `progress(layer name, layers done, layers)`.
@@ -58,7 +66,8 @@ def merge_experts(
     )
     result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
     for first, *others in layers.tied:
-        experts = _merge_layer(first, merged[first.name], result, plan)
+        sums = _sums(statistics, [first, *others])
+        experts = _merge_layer(first, merged[first.name], result, plan, sums)
         for layer in others:
             _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
         done += 1 + len(others)
@@ -83,38 +92,46 @@ def _check_plan(layers: Layers, plan: MergePlan) -> None:
         if any(item != items[0] for item in items):
             names = ", ".join(layer.name for layer in shared)
             raise ValueError(f"The layers {names} share their experts; the plan must say the same of all of them.")
-    _alignment_method(plan)
+    _methods(plan)
     for layer in layers:
         if layer.name in plan.layers:
             with layer.open() as weights:
                 _check_finite(layer.name, weights)
 
 
-def _check_finite(name: str, weights: ExpertWeights) -> None:
+def _check_finite(name: str, weights: Experts) -> None:
     for expert in range(len(weights)):
         if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
             raise ValueError(f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged.")
 
 
-def _alignment_method(plan: MergePlan) -> Callable[..., torch.Tensor | None]:
-    return ALIGNMENT[plan.alignment or plan.config["alignment"]]
+def _methods(plan: MergePlan) -> tuple[Callable[..., torch.Tensor | None], Callable[..., Expert]]:
+    """Return how the plan aligns and merges."""
+    return ALIGNMENT[plan.alignment or plan.config["alignment"]], MERGING[plan.merging or plan.config["merging"]]
 
 
-def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan) -> MergedExperts:
+def _sums(statistics: RoutingStatistics | None, tied: list[MoELayer]) -> Sums:
+    return Sums() if statistics is None else statistics.together([layer.name for layer in tied])
+
+
+def _merge_layer(
+    layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan, sums: Sums
+) -> MergedExperts:
     """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
     if layer.model is result:
         for module in layer.container.modules():
             detach(module, module)
-    with layer.open() as weights:
-        device = weights.expert(0)["down"].device
-        permutations = _alignments(weights, item, plan)
+    _, merge = _methods(plan)
+    with layer.view(sums, plan.config["seed"]) as view:
+        device = view.experts.expert(0)["down"].device  # the experts are open now, before others take their place
+        permutations = _alignments(view, item, plan)
         experts = install_layer(result, layer.name, item.expert_map)
         _materialise(experts, device)
         target = fused_views(experts)
         for group in range(len(item.dominant)):
             members = item.members(group)
             shares = [item.weights[member] for member in members]
-            target.set_expert(group, merge_group(weights, members, shares, [permutations.get(m) for m in members]))
+            target.set_expert(group, merge(view, members, shares, [permutations.get(m) for m in members]))
     return experts
 
 
@@ -125,12 +142,12 @@ def _tie(experts: MergedExperts, source: MergedExperts) -> None:
     experts.set_expert_map(source.expert_map_values, source.expert_map.device)
 
 
-def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
+def _alignments(view: LayerView, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
     """Return a permutation int [F] per expert that has to be aligned, solved side by side.
 
     Experts alone in their group, references and members of weight 0 need none.
     """
-    align, first = _alignment_method(plan), plan.config["reference"] == "first"
+    align, first = _methods(plan)[0], plan.config["reference"] == "first"
     shared = [group for group in range(len(item.dominant)) if len(item.members(group)) > 1]
     pairs = {
         member: 0 if first else item.dominant[group]
@@ -143,13 +160,13 @@ def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dic
         return {}
 
     def solve(pair: tuple[int, int]) -> torch.Tensor | None:
-        return align(weights.expert(pair[1]), weights.expert(pair[0]))
+        return align(view, pair[1], pair[0])
 
-    with ThreadPoolExecutor(max_workers=_solvers(weights)) as pool:
+    with ThreadPoolExecutor(max_workers=_solvers(view.experts)) as pool:
         return dict(zip(pairs, pool.map(solve, pairs.items()), strict=True))
 
 
-def _solvers(weights: ExpertWeights) -> int:
+def _solvers(weights: Experts) -> int:
     """Return how many assignments to solve side by side: one a core, while their matrices fit the memory of a layer.
 
     The solver releases the interpreter, and holds the costs [F, F] in float32 and once more in float64.

@@ -40,7 +40,17 @@ from hf_mcsmoe.refinement import check_refinement, refine_and_account
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 
 KEEP = 0.1
-MERGE = ["budget", "min_experts", "saliency", "similarity", "grouping", "alignment", "reference", "merging"]
+MERGE = [
+    "budget",
+    "min_experts",
+    "saliency",
+    "similarity",
+    "grouping",
+    "weighting",
+    "alignment",
+    "reference",
+    "merging",
+]
 
 
 @options_of(MergeConfig, "merge", MERGE)
@@ -94,14 +104,14 @@ def compress_command(
         console.print(f"statistics read from {escape(str(statistics))}" + ("" if reads else "; --data is not used"))
         sums = RoutingStatistics.load(statistics)
     else:
-        sums = _statistics(loaded, batches)
+        sums = _statistics(loaded, batches, config)
         if statistics:
             sums.save(statistics)
     measure = partial(account, batch=batch, repetitions=REPETITIONS if batch else 0)
     before = replace(measure(loaded), bytes_on_disk=folder_bytes(model))
     plan = plan_merge(loaded, sums, config)
     with progress_bar("merge", len(plan.layers)) as advance:
-        merged = merge_experts(loaded, plan, consume=not steps["repair"], progress=advance.layer)
+        merged = merge_experts(loaded, plan, statistics=sums, consume=not steps["repair"], progress=advance.layer)
     with console.status("repair, decomposition and costs") if any(steps.values()) else nullcontext():
         accounts = refine_and_account(merged, loaded, batches, before, measure, **steps)
     merged.save_pretrained(output)
@@ -145,9 +155,11 @@ def _check(
     return check_output(output, overwrite=overwrite, needed_bytes=parameters * itemsize(dtype, empty))
 
 
-def _statistics(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> RoutingStatistics:
+def _statistics(
+    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], config: MergeConfig
+) -> RoutingStatistics:
     with progress_bar("statistics", len(batches)) as advance:
-        return collect_statistics(model, advance(batches))
+        return collect_statistics(model, advance(batches), config.needs)
 
 
 def saved_parameters(layers: Layers, config: MergeConfig) -> int:

@@ -10,7 +10,7 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.methods.config import option_help
+from hf_mcsmoe.methods.config import help_of, option_help
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
 Experts = Annotated[str, typer.Option(help=option_help("experts"))]
@@ -56,7 +56,7 @@ def options_of(config: type, into: str, names: list[str] | None = None) -> Calla
 def _parameter(item: Field, hint: Any) -> inspect.Parameter:
     # A method is given by name here, where the dataclass would take a callable as well.
     kind = hint if item.default is None else type(item.default)
-    settings = {"help": item.metadata["help"], **item.metadata.get("typer", {})}
+    settings = {"help": help_of(item), **item.metadata.get("typer", {})}
     declared = settings.pop("names", ())
     annotation = Annotated[kind, typer.Option(*declared, **settings)]  # type: ignore[valid-type]
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)

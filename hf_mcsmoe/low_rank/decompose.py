@@ -203,10 +203,9 @@ def _install(experts: Any, name: str, rank: int, parts: Iterable[Part], config: 
 
 def _tokens(experts: Any, inputs: LayerInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return per merged expert the inputs [n, D] that reach it and their gates [n, 1]."""
-    known = inputs.index < len(experts.expert_map)  # the others are experts without weights, which stay
-    index, weights = inputs.index.masked_fill(~known, 0), inputs.weights.masked_fill(~known, 0)
-    index, weights = merge_picks(experts.expert_map.cpu(), index, weights, experts.num_experts)
-    device, picked = experts.expert_map.device, [index == expert for expert in range(experts.num_experts)]
+    number = experts.num_experts
+    index, weights = merge_picks(torch.arange(number + 1), inputs.index, inputs.weights, number)
+    device, picked = next(experts.parameters()).device, [index == expert for expert in range(number)]
     chosen = [(inputs.hidden[here.any(-1)], weights[here][:, None]) for here in picked]
     return [(states.to(device), gates.to(device)) for states, gates in chosen]
 

@@ -1,13 +1,13 @@
 """What a merged layer and the original one give for the same tokens: rows for a fit, whole outputs, their distance."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hf_mcsmoe.calibration.inputs import LayerInputs
-from hf_mcsmoe.methods.experts import ExpertWeights
+from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, expert_hidden, merge_picks, unstacked
 from hf_mcsmoe.repair.least_squares import Rows, RowSource
 
@@ -19,21 +19,20 @@ CHUNK = 4096
 class LayerFit:
     """One layer, or several that share their experts: merged `experts`, the `originals`, and the inputs of both.
 
-    `original_inputs` are those of the original layer at the same tokens; `inputs`, what the merged experts see, are
-    the same unless the layers before have been changed too.
+    `expert_map` int [E] -> [G] leads from the ones to the others. `original_inputs` are those of the original layer at
+    the same tokens, with the original's picks; `inputs`, what the merged experts see, with picks of stored experts,
+    are the same unless the layers before have been changed too.
     """
 
     name: str
     experts: Any
-    originals: ExpertWeights
+    expert_map: Sequence[int]
+    originals: Experts
     inputs: LayerInputs
     original_inputs: LayerInputs
 
     def __post_init__(self) -> None:
-        stored = merge_picks(
-            self.experts.expert_map.cpu(), self.inputs.index, self.inputs.weights, self.experts.num_experts
-        )
-        self.picks, self.gates = stored  # int [T, K] stored expert or G, [T, K] summed weights
+        self.picks, self.gates = stored_picks(self.inputs, self.experts.num_experts)
 
     @property
     def device(self) -> torch.device:
@@ -61,29 +60,9 @@ class LayerFit:
         return hidden * gates.to(hidden)[:, None]
 
 
-def original_output(experts: Any, original: dict[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Return an original expert's output [n, D], before a norm that follows the experts, for `states` [n, D].
-
-    Args:
-        experts: merged experts of the layer, for the activation.
-        original: its weights by role; computed in float32.
-    """
-    parts = []
-    for role in ("gate", "up"):
-        if role in original:
-            bias = original.get(role + "_bias")
-            parts.append(torch.nn.functional.linear(states.float(), original[role].float(), _float(bias)))
-    if not experts.has_gate:
-        hidden = experts.act_fn(parts[0])
-    elif experts.is_concatenated:
-        hidden = experts._apply_gate(torch.cat(parts, -1))
-    else:
-        hidden = experts._apply_gate(torch.stack(parts, -1).flatten(-2))
-    return torch.nn.functional.linear(hidden, original["down"].float(), _float(original.get("down_bias")))
-
-
-def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.float()
+def stored_picks(inputs: LayerInputs, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the stored experts that tokens reach, int [T, K] with G for none, once each, and their weights [T, K]."""
+    return merge_picks(torch.arange(num_experts + 1), inputs.index, inputs.weights, num_experts)
 
 
 def original_sum(
@@ -96,18 +75,15 @@ def original_sum(
         token: int [n], the tokens; None for all.
         normed: whether a norm that follows the experts is applied.
     """
-    inputs, experts = problem.original_inputs, problem.experts
+    inputs = problem.original_inputs
     token = torch.arange(len(inputs)) if token is None else token
     index, weights = inputs.index[token], inputs.weights[token].float()
     total = torch.zeros(len(token), inputs.hidden.shape[1])
     for member in range(len(problem.originals)) if members is None else members:
-        original = {role: tensor.to(problem.device) for role, tensor in problem.originals.expert(member).items()}
         rows, pick = torch.where((index == member) & (weights != 0))
         for part in torch.arange(len(rows)).split(CHUNK):
             states = inputs.hidden[token[rows[part]]].to(problem.device)
-            output = original_output(experts, original, states)
-            if normed and experts.has_post_expert_norm:
-                output = experts.post_expert_norm(output)
+            output = problem.originals.output(member, states, normed=normed)
             total.index_add_(0, rows[part], output.float().cpu() * weights[rows[part], pick[part], None])
     return total
 

@@ -100,7 +100,7 @@ def _per_expert(problem: LayerFit, solve: Callable[[RowSource, torch.Tensor], So
     """Fit each stored expert to the gated sum of its members' outputs, and store the result."""
     solutions = []
     for expert in range(problem.experts.num_experts):
-        members = [m for m, target in enumerate(problem.experts.expert_map_values) if target == expert]
+        members = [m for m, target in enumerate(problem.expert_map) if target == expert]
         targets = original_sum(problem, members, problem.tokens_of(expert)[0])
         solution = solve(expert_rows(problem, expert, targets), output_weight(problem.experts, expert))
         write_output_weight(problem.experts, expert, solution.weight)

@@ -154,7 +154,7 @@ def _inputs(
     streamed = stream_inputs(originals, batches, memory_limit=limit)
     for pairs, (_, original_inputs) in zip(groups, streamed, strict=True):
         if not config.sequential:
-            yield pairs, original_inputs, original_inputs
+            yield pairs, original_inputs.mapped(pairs[0][0].expert_map or ()), original_inputs
             continue
         captured = capture_inputs([layer for layer, _ in pairs], batches)
         first, *others = captured.values()
@@ -164,7 +164,7 @@ def _inputs(
 def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
     begin, (layer, original) = time.perf_counter(), pair
     with original.open() as weights:
-        problem = LayerFit(layer.name, layer.container, weights, inputs, original_inputs)
+        problem = LayerFit(layer.name, layer.container, layer.expert_map or (), weights, inputs, original_inputs)
         repaired: Repaired = REPAIR[config.method](problem, config)
     experts = [
         ExpertRepair(s.tokens, s.ridge, relative(s.before, s.energy), relative(s.after, s.energy))

@@ -94,7 +94,9 @@ def test_what_is_computed_from_captured_inputs_is_what_the_layers_give(name: str
     captured = capture_inputs([original for ((_, original),) in groups], data)
     own = capture_inputs([layer for ((layer, _),) in groups], data)
     for ((layer, original),) in groups:
-        problem = LayerFit(layer.name, layer.container, original.read(), own[layer.name], captured[original.name])
+        problem = LayerFit(
+            layer.name, layer.container, layer.expert_map, original.read(), own[layer.name], captured[original.name]
+        )
         sums = original_sum(problem, normed=True)
         if name == "llama4":  # a row for each pick
             sums = sums.view(len(given[original.name]), -1, sums.shape[-1]).sum(1)
@@ -124,7 +126,7 @@ def test_a_refit_restores_spoilt_output_matrices(name: str) -> None:
 def test_a_repair_lowers_the_error_of_pruned_experts_and_touches_nothing_else(name: str, method: str) -> None:
     model = build(name)
     data = batches(name, model, number=4)
-    student = _merged(name, model, data, merging="dominant")
+    student = _merged(name, model, data, weighting="dominant")
     teacher_before, student_before = state(model), state(student)
     bits = dict(zip((key for key, *_ in student_before["tensors"]), student_before["bits"], strict=True))
     report = repair_experts(student, model, data, RepairConfig(method=method, steps=60))
@@ -296,7 +298,9 @@ def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
     for one in (seen, other):
         student = copy.deepcopy(ours)
         ((merged, original), *_) = matching_layers(student, model)[0]
-        problem = LayerFit(layer.name, merged.container, original.read(), one, one)
+        problem = LayerFit(
+            layer.name, merged.container, merged.expert_map, original.read(), one.mapped(merged.expert_map), one
+        )
         REPAIR["local"](problem, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
         results.append(merged.container.down_proj.clone())
     assert not torch.equal(results[0], moe_layers(ours)[0].container.down_proj)
