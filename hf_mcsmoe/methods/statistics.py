@@ -23,10 +23,8 @@ def counts(routed: Routed) -> torch.Tensor:
 @STATISTICS.register("gate_sum")
 def gate_sum(routed: Routed) -> torch.Tensor:
     """Return the sum of the weights that each expert received, float64 [E]."""
-    picks, weights = routed.index[routed.reached], routed.weights[routed.reached]
-    return torch.zeros(routed.num_experts, dtype=torch.float64, device=picks.device).index_add_(
-        0, picks, weights.double()
-    )
+    picks, gates = routed.index[routed.reached], routed.gates[routed.reached].double()
+    return torch.zeros(routed.num_experts, dtype=torch.float64, device=picks.device).index_add_(0, picks, gates)
 
 
 @STATISTICS.register("logit_gram")

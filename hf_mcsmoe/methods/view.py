@@ -45,6 +45,11 @@ class Routed:
         return (self.index < self.num_experts) & (self.weights != 0)
 
     @property
+    def gates(self) -> torch.Tensor:
+        """What the router says of each pick, [T, K], whether it multiplies the input or the output."""
+        return self.weights if self.scale is None else self.weights * self.scale
+
+    @property
     def turned_away(self) -> torch.Tensor:
         """Which tokens the capacity of their experts turned away, bool [T]."""
         return ((self.index == self.num_experts) & (self.weights == 0)).all(-1)
@@ -54,11 +59,6 @@ class Routed:
         tensors = {name: getattr(self, name) for name in ("logits", "hidden", "index", "weights", "scale")}
         chosen = {name: value[counted.to(value.device)] for name, value in tensors.items() if value is not None}
         return replace(self, **chosen)
-
-    def picks_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens int [n] that reach an expert and their weights [n]."""
-        token, pick = torch.where(self.reached & (self.index == expert))
-        return token, self.weights[token, pick]
 
     def outputs_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the outputs [n, D] of an expert for the tokens that reach it, and their weights [n]."""
