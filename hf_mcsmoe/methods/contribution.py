@@ -25,5 +25,5 @@ def contribution(view: LayerView) -> torch.Tensor:
 
 @SALIENCY.register("reap", paper="2510.13999", needs=["contribution", "counts"])
 def reap(view: LayerView) -> torch.Tensor:
-    """Return the mean of `g |f(x)|` over an expert's tokens, float64 [E] (REAP, section 4); 0 where none reached it."""
+    """Return the mean of `g |f(x)|` over an expert's tokens, float64 [E] (REAP); 0 where none reached it."""
     return view.sums["contribution"] / view.sums.counts.clamp(min=1)
