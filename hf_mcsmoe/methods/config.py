@@ -32,7 +32,7 @@ def option(default: Any, text: str, registry: Registry | None = None) -> Any:
     Args:
         registry: of an option that names a method; its names, those registered later included, end the description.
     """
-    return field(default=default, metadata={"help": text, "registry": registry})
+    return field(default=default, metadata={"help": text} | ({"registry": registry} if registry else {}))
 
 
 def help_of(item: Field) -> str:
