@@ -6,35 +6,37 @@ By generation: greedy, word for word, against all gold answers; or, for classifi
 (--by likelihood).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from accelerate import PartialState
-from recipe import TaskArguments, check_processes, evaluate, leave, load_data, mistakes_told_once, parse
+from recipe import TaskArguments, evaluate, load_data, parse
 
+from hf_mcsmoe.distillation.processes import check_processes, mistakes_reported_once, shut_down_processes
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
+from hf_mcsmoe.methods.config import option
 
 
 @dataclass
 class EvaluationArguments:
     """How to evaluate."""
 
-    output_dir: str = field(default="out", metadata={"help": "folder for evaluation.json"})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows in a forward"})
-    use_cpu: bool = field(default=False, metadata={"help": "evaluate on the CPU, in as many processes as there are"})
-    dtype: str = field(default="auto", metadata={"help": "dtype to load in: auto, float32, bfloat16 ..."})
+    output_dir: str = option("out", "folder for evaluation.json")
+    per_device_eval_batch_size: int = option(32, "rows in a forward")
+    use_cpu: bool = option(False, "evaluate on the CPU, in as many processes as there are")
+    dtype: str = option("auto", "dtype to load in: auto, float32, bfloat16 ...")
 
 
 def main() -> None:
     """Load and evaluate."""
-    with mistakes_told_once():
-        arguments, options = parse((TaskArguments, EvaluationArguments), __doc__ or "")
+    with mistakes_reported_once():
+        arguments, options = parse([TaskArguments, EvaluationArguments], __doc__ or "")
         PartialState(cpu=options.use_cpu)
         check_processes()
         data = load_data(arguments, 0, train=False)
         tokenizer = load_tokenizer(arguments.model_name_or_path)
         model = load_model(arguments.model_name_or_path, dtype=options.dtype)
-    evaluate(model, tokenizer, data, arguments, options.per_device_eval_batch_size, options.output_dir)
-    leave()
+    evaluate(data, model, tokenizer, options)
+    shut_down_processes()
 
 
 if __name__ == "__main__":

@@ -9,83 +9,36 @@ end; to choose among checkpoints keep a part of the training rows: --holdout 0.0
 fine-tuning may send all tokens to a few experts, and merging the others shows nothing.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from recipe import TaskArguments, evaluate, leave, load, mistakes_told_once, parse, train, trainer_data
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from recipe import TaskArguments, evaluate, load, parse, trainer_data
+from transformers import Seq2SeqTrainingArguments
 
-from hf_mcsmoe.distillation.losses import cross_entropy
-
-# The routers' losses in a model's outputs, on each of its sides, and where its configuration weighs them.
-ROUTER_LOSSES = {"z_loss": "router_z_loss_coef", "aux_loss": "router_aux_loss_coef"}
+from hf_mcsmoe.distillation.checkpoints import train_or_resume
+from hf_mcsmoe.distillation.finetuning import FinetuneTrainer
+from hf_mcsmoe.distillation.processes import mistakes_reported_once, shut_down_processes
+from hf_mcsmoe.methods.config import option
 
 
 @dataclass
 class FinetuneArguments:
     """What counts in the loss."""
 
-    router_losses: bool = field(
-        default=True, metadata={"help": "add the routers' balance and z losses, weighted as the model's config says"}
-    )
-
-
-class FinetuneTrainer(Seq2SeqTrainer):
-    """A Trainer whose loss is a mean over the labels of the accumulated batch of all processes, plus the routers' own.
-
-    Switch's loss is a mean over the labels of one process's part of the batch, which the Trainer takes for this one
-    and scales up by the number of processes and of accumulation steps (Transformers 5.24); and it adds the losses of
-    the routers only where a forward asks for them.
-    """
-
-    def __init__(self, *args: Any, router_losses: bool, **kwargs: Any) -> None:
-        """Take the arguments of the Trainer; routers' losses count where the model has them."""
-        super().__init__(*args, compute_loss_func=self.mean_loss, **kwargs)
-        self.coefficients = {name: self.model.config.to_dict().get(key) for name, key in ROUTER_LOSSES.items()}
-        self.router_losses = router_losses and None not in self.coefficients.values()
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss, with that of the routers in training."""
-        more = {"output_router_logits": True} if self.router_losses and model.training else {}
-        return super().compute_loss(model, {**inputs, **more}, *args, **kwargs)
-
-    def mean_loss(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the loss of a part of the accumulated batch."""
-        total = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = cross_entropy(outputs.logits, labels, self.args.label_smoothing_factor) / total
-        if not (self.router_losses and self.model.training):
-            return loss
-        parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            parts *= self.accelerator.num_processes
-        routers = sum(
-            weight * outputs[f"{side}_{name}"]
-            for name, weight in self.coefficients.items()
-            for side in ("encoder", "decoder")
-        )
-        return loss + routers / parts
+    router_losses: bool = option(True, "add the routers' balance and z losses, weighted as the model's config says")
 
 
 def main() -> None:
     """Fine-tune, save and evaluate."""
-    with mistakes_told_once():
-        arguments, choice, training = parse(
-            (TaskArguments, FinetuneArguments, Seq2SeqTrainingArguments), __doc__ or ""
-        )
+    with mistakes_reported_once():
+        classes = [TaskArguments, FinetuneArguments, Seq2SeqTrainingArguments]
+        arguments, choice, training = parse(classes, __doc__ or "")
         model, tokenizer, data = load(arguments, training)
-    trainer = FinetuneTrainer(
-        model=model,
-        args=training,
-        router_losses=choice.router_losses,
-        **trainer_data(data, model, tokenizer, arguments),
-    )
-    train(trainer)
+    given = trainer_data(data, model, tokenizer)
+    trainer = FinetuneTrainer(model=model, args=training, router_losses=choice.router_losses, **given)
+    train_or_resume(trainer)
     trainer.save_model()
-    evaluate(model, tokenizer, data, arguments, training.per_device_eval_batch_size, training.output_dir)
-    leave()
+    evaluate(data, model, tokenizer, training)
+    shut_down_processes()
 
 
 if __name__ == "__main__":

@@ -3,82 +3,56 @@
     python examples/merge_and_distill.py --model_name_or_path full --task copa --num_groups 8 --output_dir merged
     accelerate launch examples/merge_and_distill.py ...
 
-The fine-tuned model is merged and is the teacher as well. Defaults are the paper's: 8 experts a layer on average, the
-first sparse layer left whole, frozen routers, KL of weight 0.2 at temperature 2; batch size and learning rate by task.
---num_train_epochs 0 merges only.
+The fine-tuned model is merged and is the teacher as well. Defaults are the paper's; --num_train_epochs 0 merges only.
 """
 
-from recipe import (
-    MergeArguments,
-    TaskArguments,
-    calibration_samples,
-    check_num_experts,
-    evaluate,
-    leave,
-    load,
-    made_once,
-    mistakes_told_once,
-    parse,
-    train,
-    trainer_data,
-)
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from dataclasses import dataclass, field
 
-from hf_mcsmoe import (
-    DistillationSeq2SeqArguments,
-    DistillationSeq2SeqTrainer,
-    MergeConfig,
-    RepairConfig,
-    compress,
-)
-from hf_mcsmoe.data.text import calibration_batches
+from recipe import TaskArguments, calibration, evaluate, load, parse, trainer_data
+
+import hf_mcsmoe as mc
+from hf_mcsmoe.distillation.checkpoints import train_or_resume
+from hf_mcsmoe.distillation.processes import made_by_first_process, mistakes_reported_once, shut_down_processes
+from hf_mcsmoe.methods.config import option
 
 
-def merge(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: list[tuple[str, str | None]],
-    choice: MergeArguments,
-    max_length: int,
-    seed: int,
-) -> PreTrainedModel:
-    """Return the merged copy of a model, guided by its routers on training rows."""
-    config = MergeConfig(
-        experts=choice.num_groups,
-        skip=tuple(pattern for pattern in choice.skip if pattern != "none"),
-        budget=choice.budget,
-        similarity=choice.similarity,
-        alignment=choice.alignment,
-        weighting=choice.weighting,
-        seed=seed,
-    )
-    sampling = {"num_samples": choice.num_samples, "max_length": max_length, "batch_size": choice.merge_batch_size}
-    batches = calibration_batches(samples, tokenizer, teacher, **sampling, seed=seed)
-    return compress(teacher, batches, config, repair=RepairConfig(method=choice.repair))
+@dataclass
+class MergeArguments:
+    """How experts are merged (paper, section 3.1)."""
+
+    num_groups: int = option(8, "experts that a layer keeps, on average over merged layers")
+    num_experts: int | None = option(None, "experts of a layer before; checked if given")
+    skip: list[str] = field(default_factory=lambda: ["encoder.block.1.*"], metadata={"help": "layers left, or none"})
+    num_samples: int = option(256, "training rows that guide the merge")
+    merge_batch_size: int = option(16, "rows in a forward of the calibration")
+    budget: str = option("adaptive", "how layers share the experts: adaptive or uniform")
+    similarity: str = option("router_logits", "which experts belong together")
+    alignment: str = option("weight_matching", "how neurons are aligned, or none")
+    weighting: str = option("saliency", "weights of a group's members: saliency, uniform, or dominant, which prunes")
+    repair: str = option("none", "fit merged layers to the original before training: none (paper), refit, local")
 
 
 def main() -> None:
     """Merge, evaluate, distil, save and evaluate."""
-    classes = (TaskArguments, MergeArguments, DistillationSeq2SeqArguments)
-    with mistakes_told_once():
+    with mistakes_reported_once():
+        classes = [TaskArguments, MergeArguments, mc.DistillationSeq2SeqArguments]
         arguments, choice, training = parse(classes, __doc__ or "")
-        teacher, tokenizer, data = load(arguments, training)
-        check_num_experts(teacher, choice.num_experts)
-        max_length = arguments.max_source_length or data.task.max_source_length
-        samples = calibration_samples(data)
-        model = made_once(
-            lambda: merge(teacher, tokenizer, samples, choice, max_length, training.seed), training.output_dir
-        )
-    batch_size, output_dir = training.per_device_eval_batch_size, training.output_dir
-    evaluate(model, tokenizer, data, arguments, batch_size, output_dir, name="before_distillation")
-    trainer = DistillationSeq2SeqTrainer(
-        model=model, teacher=teacher, args=training, **trainer_data(data, model, tokenizer, arguments)
-    )
+        teacher, tokenizer, data = load(arguments, training, num_experts=choice.num_experts)
+        methods = {name: vars(choice)[name] for name in ("budget", "similarity", "alignment", "weighting")}
+        skipped = () if choice.skip == ["none"] else tuple(choice.skip)
+        config = mc.MergeConfig(experts=choice.num_groups, skip=skipped, seed=training.seed, **methods)
+        sampling = {"num_samples": choice.num_samples, "batch_size": choice.merge_batch_size, "seed": training.seed}
+        batches = calibration(data, teacher, tokenizer, **sampling)
+        repair, folder = mc.RepairConfig(method=choice.repair), f"{training.output_dir}/merged_once"
+        model = made_by_first_process(lambda: mc.compress(teacher, batches, config, repair=repair), folder)
+    evaluate(data, model, tokenizer, training, name="before_distillation")
+    given = trainer_data(data, model, tokenizer)
+    trainer = mc.DistillationSeq2SeqTrainer(model=model, teacher=teacher, args=training, **given)
     if training.num_train_epochs > 0:
-        train(trainer)
+        train_or_resume(trainer)
     trainer.save_model()
-    evaluate(model, tokenizer, data, arguments, batch_size, output_dir)
-    leave()
+    evaluate(data, model, tokenizer, training)
+    shut_down_processes()
 
 
 if __name__ == "__main__":

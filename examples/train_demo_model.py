@@ -25,12 +25,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from hf_mcsmoe.demo import ASSETS, Example, encode, evaluate
+from hf_mcsmoe.demo import ASSETS, batches, evaluate, rewriting
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SHIFTED = LETTERS[3:] + LETTERS[:3]
 FORWARD, BACKWARD = str.maketrans(LETTERS, SHIFTED), str.maketrans(SHIFTED, LETTERS)
 LONGEST = 20
+# The task of a rewriting, its source and its target, as `demo.rewriting` takes them.
+Rewriting = dict[str, str]
 
 # From a plain text to the source and the target of the task.
 TASKS: dict[str, Callable[[str], tuple[str, str]]] = {
@@ -66,13 +68,13 @@ def read_words(path: Path) -> tuple[list[str], list[str]]:
     return words[: int(0.94 * len(words))], words[int(0.95 * len(words)) :]
 
 
-def draw(words: list[str], rng: random.Random) -> Example:
-    """Return an example of a random task on two or three consecutive words."""
+def draw(words: list[str], rng: random.Random) -> Rewriting:
+    """Return a rewriting by a random task, of two or three consecutive words."""
     start = rng.randrange(len(words) - 3)
     text = " ".join(words[start : start + rng.randint(2, 3)])[:LONGEST].strip()
     task = rng.choice(sorted(TASKS))
     source, target = TASKS[task](text)
-    return Example(task, source, target)
+    return {"task": task, "source": source, "target": target}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -154,7 +156,9 @@ def train(
     losses, start = [], time.monotonic()
     model.train()
     for step in steps:
-        loss = model(**encode(tokenizer, [draw(words, rng) for _ in range(arguments.batch_size)])).loss
+        drawn = [rewriting(**draw(words, rng)) for _ in range(arguments.batch_size)]
+        (batch,) = batches(tokenizer, drawn, len(drawn))
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -167,9 +171,9 @@ def train(
     model.eval()
 
 
-def write_examples(path: Path, examples: list[Example]) -> None:
-    """Write examples as JSON Lines."""
-    path.write_text("".join(json.dumps(vars(example)) + "\n" for example in examples), encoding="utf-8")
+def write_rewritings(path: Path, drawn: list[Rewriting]) -> None:
+    """Write rewritings as JSON Lines."""
+    path.write_text("".join(json.dumps(item) + "\n" for item in drawn), encoding="utf-8")
 
 
 def main() -> None:
@@ -186,16 +190,20 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters")
     train(model, tokenizer, training, range(split + 1, arguments.steps + 1), arguments)
     rng = random.Random(arguments.seed + 1)
-    for name in ("calibration", "evaluation"):
-        examples = [draw(held_out, rng) for _ in range(getattr(arguments, f"{name}_examples"))]
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        write_examples(arguments.output / f"{name}.jsonl", examples)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, number in (
+        ("calibration", arguments.calibration_examples),
+        ("evaluation", arguments.evaluation_examples),
+    ):
+        drawn = [draw(held_out, rng) for _ in range(number)]
+        write_rewritings(arguments.output / f"{name}.jsonl", drawn)
     model.half().save_pretrained(arguments.output / "model")
     tokenizer.save_pretrained(arguments.output / "model")
     loaded = SwitchTransformersForConditionalGeneration.from_pretrained(arguments.output / "model", dtype="float32")
+    examples = [rewriting(**item) for item in drawn]
     figures = {"all": evaluate(loaded, tokenizer, examples)}
     for task in sorted(TASKS):
-        figures[task] = evaluate(loaded, tokenizer, [example for example in examples if example.task == task])
+        figures[task] = evaluate(loaded, tokenizer, [example for example in examples if example.group == task])
     (arguments.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
 

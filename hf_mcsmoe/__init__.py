@@ -16,11 +16,12 @@ from hf_mcsmoe.layers.find import moe_layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
+from hf_mcsmoe.low_rank.linear import LoSparseLinear
 from hf_mcsmoe.low_rank.pruning import SparsificationCallback
 from hf_mcsmoe.merge import merge_experts
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.auto import RegisteredConfig
-from hf_mcsmoe.modeling.modeling_mcsmoe import LoSparseLinear, MergedSwitchSparseMLP
+from hf_mcsmoe.modeling.modeling_mcsmoe import MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts

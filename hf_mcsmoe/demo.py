@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.data.features import feature_batches, pair_features
+from hf_mcsmoe.data.tasks import Example
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.merge import merge_experts
@@ -36,38 +37,28 @@ REFINEMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Example:
-    """A rewriting of a short text: the name of the task, what is given and what is wanted."""
-
-    task: str
-    source: str
-    target: str
-
-
 def demo_examples(name: str) -> list[Example]:
-    """Return the "calibration" or the "evaluation" examples of the package."""
+    """Return the "calibration" or the "evaluation" examples of the package: rewritings of a text, grouped by task."""
     lines = (ASSETS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Example(**json.loads(line)) for line in lines]
+    return [rewriting(**json.loads(line)) for line in lines]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> dict[str, torch.Tensor]:
-    """Return one batch: `input_ids`, `attention_mask` [batch, source], `labels` [batch, target], padding -100."""
-    source = tokenizer([f"<{item.task}>{item.source}" for item in examples], padding=True, return_tensors="pt")
-    target = tokenizer([item.target for item in examples], padding=True, return_tensors="pt")
-    labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
-    return {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"], "labels": labels}
+def rewriting(task: str, source: str, target: str) -> Example:
+    """Return an example of a task: what is given, behind the sign of the task, and what is wanted."""
+    return Example(f"<{task}>{source}", (target,), group=task)
 
 
-def batches(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the examples in batches."""
-    for start in range(0, len(examples), BATCH_SIZE):
-        yield encode(tokenizer, examples[start : start + BATCH_SIZE])
+def batches(
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], batch_size: int = BATCH_SIZE
+) -> list[dict[str, torch.Tensor]]:
+    """Return the examples in batches: `input_ids`, `attention_mask` [batch, source], `labels` [batch, target]."""
+    features = pair_features([item.pair for item in examples], tokenizer)
+    return feature_batches(features, tokenizer, batch_size, by_length=False)
 
 
 def demo_batches(tokenizer: PreTrainedTokenizerBase, name: str) -> list[dict[str, torch.Tensor]]:
     """Return the "calibration" or the "evaluation" examples of the package as batches."""
-    return list(batches(tokenizer, demo_examples(name)))
+    return batches(tokenizer, demo_examples(name))
 
 
 @torch.no_grad()
@@ -82,8 +73,8 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
             **inputs, max_new_tokens=batch["labels"].shape[1], do_sample=False, num_beams=1
         )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        wanted = [item.target for item in examples[start * BATCH_SIZE :][: len(texts)]]
-        right += sum(text == target for text, target in zip(texts, wanted, strict=True))
+        part = examples[start * BATCH_SIZE :][: len(texts)]
+        right += sum(text in item.targets for text, item in zip(texts, part, strict=True))
     return {"loss": loss / letters, "accuracy": right / len(examples)}
 
 
@@ -113,7 +104,7 @@ def run(experts: int | float = 0.5, output: Path | None = None) -> list[Result]:
     if output is not None:
         models["M-SMoE"].save_pretrained(output)
     examples = demo_examples("evaluation")
-    speeds = tokens_per_second(models, encode(tokenizer, examples[:BATCH_SIZE]))
+    speeds = tokens_per_second(models, batches(tokenizer, examples[:BATCH_SIZE])[0])
     results = []
     for name, merged in models.items():
         metrics = evaluate(merged, tokenizer, examples)

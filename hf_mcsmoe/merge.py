@@ -22,8 +22,7 @@ from hf_mcsmoe.methods.experts import Expert, Experts
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
-from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
-from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, install_layer
+from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, describe, install_layer
 from hf_mcsmoe.plan import LayerPlan, MergePlan
 
 PLAN_FILE = "mcsmoe_plan.json"
@@ -60,10 +59,7 @@ def merge_experts(
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     layers = layers.only([layer for layer in layers if layer.name in merged])
     result, done = _prepare(layers, consume), 0
-    convert_model(
-        result,
-        {name: {"num_experts": len(item.expert_map), "expert_map": item.expert_map} for name, item in merged.items()},
-    )
+    convert_model(result)
     result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
     for first, *others in layers.tied:
         sums = _sums(statistics, [first, *others])
@@ -73,6 +69,7 @@ def merge_experts(
         done += 1 + len(others)
         if progress:
             progress(first.name, done, len(merged))
+    result.config.mcsmoe = describe(result)
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)
@@ -114,9 +111,7 @@ def _sums(statistics: RoutingStatistics | None, tied: list[MoELayer]) -> Sums:
     return Sums() if statistics is None else statistics.together([layer.name for layer in tied])
 
 
-def _merge_layer(
-    layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan, sums: Sums
-) -> MergedExperts:
+def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan, sums: Sums) -> nn.Module:
     """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
     if layer.model is result:
         for module in layer.container.modules():
@@ -135,11 +130,10 @@ def _merge_layer(
     return experts
 
 
-def _tie(experts: MergedExperts, source: MergedExperts) -> None:
+def _tie(experts: nn.Module, source: nn.Module) -> None:
     """Let `experts` hold the parameters of `source`, as the two layers of the original did."""
     for name, parameter in source.named_parameters(recurse=False):
         setattr(experts, name, parameter)
-    experts.set_expert_map(source.expert_map_values, source.expert_map.device)
 
 
 def _alignments(view: LayerView, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
@@ -192,13 +186,12 @@ def _prepare(layers: Layers, consume: bool) -> PreTrainedModel:
     return result
 
 
-def _materialise(experts: MergedExperts, device: torch.device) -> None:
+def _materialise(experts: nn.Module, device: torch.device) -> None:
     """Give experts that stand on the meta device memory on `device`."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         if parameter.is_meta:
             memory = torch.empty_like(parameter, device=device)
             setattr(experts, name, nn.Parameter(memory, parameter.requires_grad))
-    experts.set_expert_map(experts.expert_map_values, device)
 
 
 def _redispatch(result: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.budget import BUDGET, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.registry import method_name
+from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts
@@ -170,7 +171,7 @@ def _repair(
     for layer in Layers.of(merged):
         if layer.name in report.layers:
             members = Counter(layer.expert_map)
-            lossy[layer.name] = [e for e in sorted(members) if members[e] > 1 or layer.container.low_rank]
+            lossy[layer.name] = [e for e in sorted(members) if members[e] > 1 or low_rank_of(layer.container)]
     unchanged: dict[str, list[int]] = {}
     for name, done in report.layers.items():
         kept = done.unchanged

@@ -1,8 +1,9 @@
 """Tiny random models of every Mixture-of-Experts family of the installed Transformers.
 
-As a script it prints the README's table of families.
+As a script it prints the page of the families: `python tests/families.py > docs/families.md`.
 """
 
+import copy
 import functools
 import importlib
 import inspect
@@ -160,6 +161,16 @@ def _wrapped(source: str) -> set[str]:
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
+    """Return a model of the caller's own: a copy of the tiny one of a family, which is made once in a process."""
+    return copy.deepcopy(_built(name, seed))
+
+
+@functools.cache
+def _built(name: str, seed: int) -> PreTrainedModel:
+    return construct(name, seed)
+
+
+def construct(name: str, seed: int = 0) -> PreTrainedModel:
     """Build the tiny model of a family, in evaluation mode, as a function of the seed."""
     family = next(family for family in families() if family.name == name)
     module = importlib.import_module(f"transformers.models.{family.folder}.modeling_{family.folder}")
@@ -267,12 +278,28 @@ def inputs(
     return batch
 
 
-def family_table() -> str:
-    """Return the README's table: what is merged in each family, and how its experts are stored, or why it is not."""
-    head = "| family | class built | experts | supported |\n|---|---|---|---|\n"
-    return head + "".join(
-        f"| {family.name} | `{family.model_class}` | {_support(family)} |\n" for family in families()
-    )
+PAGE = """# Families
+
+Found in the installed Transformers by their experts, not by a list of names.
+`tests/modeling/test_families_roundtrip.py` builds each one small and takes it through statistics, plan, merge, save,
+a fresh process without this package, and the same logits. A family that a later Transformers adds and that follows
+its experts interface needs no code here.
+
+Shared experts stay as they are, and so do the experts of vision, audio and speech parts: multimodal models are
+compressed in their text part.
+
+This page is written by `python tests/families.py > docs/families.md`, and a test compares it with the installed
+Transformers.
+
+| family | class built | experts | supported |
+|---|---|---|---|
+"""
+
+
+def families_page() -> str:
+    """Return the page of the families: how the experts of each are stored, or why they cannot be merged."""
+    rows = (f"| {family.name} | `{family.model_class}` | {_support(family)} |\n" for family in families())
+    return PAGE + "".join(rows)
 
 
 def _support(family: Family) -> str:
@@ -301,4 +328,4 @@ def _layout(layer: MoELayer) -> str:
 
 
 if __name__ == "__main__":
-    print(family_table(), end="")
+    print(families_page(), end="")

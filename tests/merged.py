@@ -25,6 +25,14 @@ REFUSED = {
     "nllb_moe": "only its experts 0 and 1",
     "qwen3_omni_moe_talker": "compress the whole model",
 }
+# One of each layout, for what is checked family by family.
+INTERFACE = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_vl_moe", "gemma4"]
+OUTSIDE = ["switch_transformers", "llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p7"]
+ALL = INTERFACE + OUTSIDE
+# Base models of Transformers that fail by themselves: under offloading, and under gradient checkpointing.
+NOT_OFFLOADED, NOT_CHECKPOINTED = {"jetmoe", "longcat_flash"}, {"jetmoe"}
+# What went wrong, or "", per family and check.
+Reports = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,7 @@ def run_python(
     )
 
 
-def check_without_package(
-    checks: dict[Path, list[str]], cwd: Path, script: str = "without_package.py"
-) -> dict[str, dict[str, str]]:
+def check_without_package(checks: dict[Path, list[str]], cwd: Path, script: str = "without_package.py") -> Reports:
     """Run the checks of each folder in one process; returns what went wrong, or "", per folder's name and check."""
     done = run_python([str(TESTS / script), *(f"{path}={','.join(names)}" for path, names in checks.items())], cwd)
     assert done.returncode == 0, done.stderr

@@ -59,7 +59,7 @@ def test_accuracy_is_that_of_generated_text() -> None:
     model.float()
     answers = []
     for item in examples:
-        ids = tokenizer(f"<{item.task}>{item.source}", return_tensors="pt").input_ids
+        ids = tokenizer(item.source, return_tensors="pt").input_ids
         generated = model.generate(input_ids=ids, max_new_tokens=30, do_sample=False)
-        answers.append(tokenizer.decode(generated[0], skip_special_tokens=True) == item.target)
+        answers.append(tokenizer.decode(generated[0], skip_special_tokens=True) == item.targets[0])
     assert demo.evaluate(model, tokenizer, examples)["accuracy"] == pytest.approx(sum(answers) / 6)

@@ -1,15 +1,22 @@
-"""What the README shows is what happens."""
+"""What the README shows is what happens: its Python in one process, its commands as typed, the files that it names."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import Run
+from merged import tokenizer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAME = "Qwen/Qwen3-30B-A3B"
 
 
 def blocks(language: str) -> list[str]:
@@ -17,45 +24,55 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def run(code: str, folder: Path) -> str:
-    """Return what a piece of Python prints."""
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small causal model with a tokenizer, as `model`, and text in the two forms that the README names."""
+    path = tmp_path_factory.mktemp("readme")
+    config = Qwen3MoeConfig(
+        vocab_size=128, hidden_size=64, moe_intermediate_size=64, intermediate_size=64, num_hidden_layers=2
+    )
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    config.update({"num_experts": 8, "num_experts_per_tok": 2})
+    Qwen3MoeForCausalLM(config).save_pretrained(path / "model")
+    tokenizer().save_pretrained(path / "model")
+    lines = [" ".join(f"w{3 + (7 * row + step * step) % 120}" for step in range(40)) for row in range(24)]
+    (path / "calibration.txt").write_text("\n".join(lines) + "\n")
+    (path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
 
 
-def test_the_example_prints_what_it_says_and_loads(tmp_path: Path) -> None:
-    first, second = blocks("python")[:2]
-    _, printed = blocks("text")[:2]
-    assert run(first, tmp_path) == printed
-    parameters = printed.split(" -> ")[1].split()[0].replace(",", "")
-    assert run(second + "\nprint(loaded.num_parameters())", tmp_path).strip() == parameters
-
-
-def test_the_steps_one_by_one_run(tmp_path: Path) -> None:
-    first, _, third = blocks("python")[:3]
-    out = run(first + third + "\nprint(small.num_parameters() < model.num_parameters(), small is model)", tmp_path)
-    assert out.splitlines()[-1] == "False True"
-    assert (tmp_path / "plan.json").is_file()
-
-
-ROWS = """
-from hf_mcsmoe.demo import demo_examples
-from hf_mcsmoe.data.features import pair_features
-
-pairs = [(f"<{item.task}>{item.source}", item.target) for item in demo_examples("calibration")[:16]]
-dataset = pair_features(pairs, tokenizer, 32, 32)
-sizes = [one.num_parameters() for one in (model, small, tiny)]
+def test_its_python_runs_in_order_in_one_process(folder: Path) -> None:
+    code = "".join(blocks("python"))
+    for old, new in {f'"{NAME}"': '"model"', "max_steps=1000": 'max_steps=2, use_cpu=True, report_to="none"'}.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    code += """
+from hf_mcsmoe.layers.loading import load_model
+print(*(one.num_parameters() for one in (model, loaded, merged, load_model("qwen3-tiny"))))
 """
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    out = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    model, loaded, merged, tiny = map(int, out.stdout.splitlines()[-1].split())
+    assert tiny < merged < loaded < model
+    assert f"{model:,} -> {loaded:,} parameters" in out.stdout
+    assert json.loads((folder / "plan.json").read_text())["format"] == "mcsmoe-plan"
 
 
-def test_repair_storage_and_distillation_run(tmp_path: Path) -> None:
-    first, _, _, repair, distillation = blocks("python")[:5]
-    short = distillation.replace("max_steps=1000", 'max_steps=2, use_cpu=True, report_to="none"')
-    assert short != distillation
-    sizes = "print(*sizes, load_model('switch-tiny').num_parameters())"
-    out = run("\n".join([first, repair, ROWS, short, sizes]), tmp_path)
-    model, small, tiny, distilled = map(int, out.splitlines()[-1].split())
-    assert max(tiny, distilled) < small < model
+def test_its_commands_run_as_typed(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-mcsmoe")]
+    assert [shlex.split(line, comments=True)[1] for line in lines] == [
+        *("inspect", "compress", "compress", "distill", "evaluate")
+    ]
+    for number, line in enumerate(lines):
+        words = {"MODEL": "model", "DIR": f"out{min(number, 2)}", "DISTILLED": "distilled", "sst2": "text.jsonl"}
+        more = {"32": "16", "--task": "--data"}  # a rank that experts of this size have; text instead of a task's rows
+        arguments = [(words | more).get(word, word) for word in shlex.split(line, comments=True)[1:]]
+        arguments += {"distill": ["--max-steps", "2", "--max-length", "32"]}.get(arguments[0], [])
+        code, out, error = run(*arguments)
+        assert code == 0, (line, error)
+        assert "parameters" in out, line
 
 
 @pytest.mark.parametrize("given", ["argument", "environment"])
@@ -67,8 +84,16 @@ def test_make_installs_the_build_of_torch_that_one_asks_for(given: str, tmp_path
     assert f"pip install --quiet {wanted}\n" in subprocess.run(command, check=True, **options).stdout
 
 
-def test_commands_and_files_that_it_names_exist() -> None:
-    for target in re.findall(r"`?make ([a-z]+)", README):
+def test_it_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size < 9000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"`make ([a-z]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-    for path in re.findall(r"(?:examples|tests)/[a-z_/0-9]+\.py", README):
+    for path in re.findall(r"(?:examples|tests|hf_mcsmoe|docs)/[a-z_/0-9]+\.(?:py|md)", text):
         assert (ROOT / path).is_file(), path
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link

@@ -24,6 +24,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+TESTS = Path(__file__).parent
 # What the numeric core may import besides itself and the standard library.
 NUMERIC = {"torch", "scipy"}
 # What a file that travels finds wherever Transformers is.
@@ -90,3 +91,9 @@ def test_what_travels_imports_nothing_of_the_package(path: Path) -> None:
 def test_the_numeric_core_imports_tensors_alone(path: Path) -> None:
     names = {name.split(".")[0] for name in imported(path)} - {"hf_mcsmoe"}
     assert all(name in NUMERIC or name in sys.stdlib_module_names for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_file_imports_from_a_test_file_or_a_conftest(path: Path) -> None:
+    files = {name.rpartition(".")[2] for name in imported(path)}
+    assert not {name for name in files if name.startswith("test_") or name == "conftest"}

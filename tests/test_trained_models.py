@@ -28,7 +28,7 @@ from hf_mcsmoe import (
 from hf_mcsmoe.low_rank.pruning import prune_rows, zero_shot_importance
 from hf_mcsmoe.methods.view import LayerView
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 import compare_causal
 import compare_repair
 

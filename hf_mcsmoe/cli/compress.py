@@ -27,7 +27,8 @@ from hf_mcsmoe.cli.options import (
     options_of,
     parse_experts,
 )
-from hf_mcsmoe.data.text import calibration_batches, read_samples
+from hf_mcsmoe.data.features import calibration_batches
+from hf_mcsmoe.data.text import read_samples
 from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer

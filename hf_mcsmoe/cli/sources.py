@@ -8,12 +8,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.options import described
 from hf_mcsmoe.data.features import Feature, task_features, text_features
+from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.tasks import TASKS, Task, get_task, task_rows
 from hf_mcsmoe.data.text import Sample, read_samples
 
 TEXT_LENGTH = 512
-# Options that go with one kind of source only.
-OF_TASKS, OF_TEXTS = ("data_dir", "file"), ("column", "target_column")
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,12 @@ class Source:
         """
         if (self.task is None) == (self.data is None):
             raise ValueError("Name what to read: either --task or --data.")
-        stray = [name for name in (OF_TASKS if self.task is None else OF_TEXTS) if getattr(self, name) is not None]
+        of_tasks = {"--data-dir": self.data_dir, "--file": self.file}
+        of_texts = {"--column": self.column, "--target-column": self.target_column}
+        other, options = ("--task", of_tasks) if self.task is None else ("--data", of_texts)
+        stray = [name for name, value in options.items() if value is not None]
         if stray:
-            other = "--task" if self.task is None else "--data"
-            raise ValueError(f"--{stray[0].replace('_', '-')} goes with {other}, which is not given.")
+            raise ValueError(f"{stray[0]} goes with {other}, which is not given.")
         if self.task is None:
             split = self.split or ("train" if training else "validation")
             samples = read_samples(str(self.data), column=self.column, target_column=self.target_column, split=split)
@@ -102,8 +103,8 @@ class Contents:
         # Not every family has a longest input.
         longest = config.get_text_config().to_dict().get("max_position_embeddings") or TEXT_LENGTH
         length = self.max_length or min(TEXT_LENGTH, longest)
-        noise: dict[str, Any] = {"seed": seed, "fixed_spans": self.fixed_spans}
-        features = text_features(self.samples, tokenizer, max_length=length, **noise, **kind)
+        noise = SpanNoise(fixed_spans=self.fixed_spans)
+        features = text_features(self.samples, tokenizer, max_length=length, seed=seed, noise=noise, **kind)
         if not features:
             raise ValueError("The text holds nothing to predict: it is of one token at most.")
         return features

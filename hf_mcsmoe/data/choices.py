@@ -4,13 +4,13 @@ Texts are those that language models are evaluated on elsewhere (lm-evaluation-h
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+
+from hf_mcsmoe.data.text import Row
 
 # A context, or one per choice; the texts that may follow, each beginning with a space where one is due; the index of
 # the right one.
 Choice = tuple[str | Sequence[str], Sequence[str], int]
-Row = Mapping[str, Any]
 
 
 def choice_pairs(choice: Choice) -> list[tuple[str, str]]:

@@ -1,25 +1,94 @@
-"""Rows of a task, or texts, as tokens to train on and to measure a loss on.
+"""The one way from samples of text and rows of a task to batches: features, which the collator joins.
 
-A feature is one row: `input_ids`, `attention_mask` and `labels`, lists of token ids; a label of -100 does not count.
+A feature is one row: `input_ids`, `attention_mask` and, where something is to be predicted, `labels`: lists of token
+ids; a label of -100 does not count.
 """
 
 import copy
 import random
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.data.choices import CHOICES, choice_pairs
-from hf_mcsmoe.data.spans import MEAN_SPAN, NOISE_DENSITY, corrupt_spans, sentinel_token_ids
-from hf_mcsmoe.data.tasks import Row, Task
-from hf_mcsmoe.data.text import Sample
+from hf_mcsmoe.data.spans import SpanNoise, corrupt_spans, sentinel_token_ids
+from hf_mcsmoe.data.tasks import Task
+from hf_mcsmoe.data.text import Row, Sample, check_token_ids
 
 Feature = dict[str, list[int]]
 Pair = tuple[str, str]
 # Between texts that are read as one.
 SEPARATOR = "\n\n"
+T5_NOISE = SpanNoise()
+
+
+def calibration_batches(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    *,
+    num_samples: int = 256,
+    max_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    noise: SpanNoise = T5_NOISE,
+) -> list[dict[str, torch.Tensor]]:
+    """Return batches [batch, length] of random samples, a row a sample, for `model(**batch)`.
+
+    Args:
+        samples: see `read_samples`.
+        num_samples: the paper uses 256.
+        max_length: of a text or a target, in tokens; what is longer is cut.
+        noise: how a text without a target is corrupted for an encoder-decoder.
+
+    Raises:
+        ValueError: no samples; a tokenizer with more tokens than the model has embeddings.
+    """
+    if not samples:
+        raise ValueError("There are no samples to calibrate on.")
+    drawn = random.Random(seed).sample(samples, min(num_samples, len(samples)))
+    # Of like length side by side: less padding, so less of the pass is spent on nothing.
+    drawn.sort(key=lambda sample: len(sample[0]))
+    # A copy: truncation stays set in a tokenizer that was called with it.
+    tokenizer = copy.deepcopy(tokenizer)
+    features = sample_features(
+        drawn,
+        tokenizer,
+        encoder_decoder=model.config.is_encoder_decoder,
+        max_length=max_length,
+        seed=seed,
+        noise=noise,
+    )
+    check_token_ids(max(max(feature["input_ids"]) for feature in features), model)
+    return feature_batches(features, tokenizer, batch_size, by_length=False)
+
+
+def sample_features(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    encoder_decoder: bool,
+    max_length: int,
+    seed: int = 0,
+    noise: SpanNoise = T5_NOISE,
+) -> list[Feature]:
+    """Return one feature a sample, in the order of the samples: what a model sees of a text, not what it is to learn.
+
+    A model without an encoder sees the text alone. An encoder-decoder gets the target; without one, spans of the text
+    are masked, as T5 is trained, where the tokenizer has sentinels, and otherwise the text is its own target.
+    """
+    texts = [text for text, _ in samples]
+    if not encoder_decoder:
+        return input_features(texts, tokenizer, max_length)
+    if samples[0][1] is None and sentinel_token_ids(tokenizer):
+        rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
+        # Seeded by the text itself: its masks are the same in any subset, order and batch size.
+        return span_features(rows, [f"{seed}:{text}" for text in texts], tokenizer, noise)
+    pairs = [(text, text if target is None else target) for text, target in samples]
+    return pair_features(pairs, tokenizer, max_length, max_length)
 
 
 def task_features(
@@ -41,8 +110,7 @@ def task_features(
     """
     examples, length = task.examples(list(rows)), max_length or task.max_source_length
     if encoder_decoder:
-        pairs = [(example.source, example.targets[0]) for example in examples]
-        return pair_features(pairs, tokenizer, length, task.max_target_length)
+        return pair_features([item.pair for item in examples], tokenizer, length, task.max_target_length)
     if task.name in CHOICES:
         choices = [CHOICES[task.name](row) for row in rows]
         return continuation_features([choice_pairs(choice)[choice[2]] for choice in choices], tokenizer, length)
@@ -56,12 +124,12 @@ def text_features(
     encoder_decoder: bool,
     max_length: int,
     seed: int = 0,
-    fixed_spans: bool = False,
+    noise: SpanNoise = T5_NOISE,
 ) -> list[Feature]:
-    """Return texts, or texts and their targets, as features.
+    """Return texts, or texts and their targets, as features to train on and to measure a loss on.
 
     Texts without targets are read as one and cut into blocks of `max_length` tokens, in which spans are masked for an
-    encoder-decoder, the same ones for the same `seed`; with `fixed_spans` all of equal length.
+    encoder-decoder, the same ones for the same `seed`.
 
     Raises:
         ValueError: texts without targets for an encoder-decoder whose tokenizer has no sentinels to mask spans by.
@@ -80,95 +148,54 @@ def text_features(
             "The tokenizer has no tokens like <extra_id_0> to mask spans of text by, and an encoder-decoder needs "
             "targets: name the column that holds them (--target-column)."
         )
-    return denoising_features(texts, tokenizer, max_length, seed, fixed_spans)
+    blocks = [block for block in _blocks(texts, tokenizer, max_length) if len(block) > 1]
+    return span_features(blocks, [f"{seed}:{number}" for number in range(len(blocks))], tokenizer, noise)
+
+
+def input_features(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[Feature]:
+    """Return texts without labels, each cut to `max_length` tokens."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length)
+    columns = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    return [{"input_ids": tokens, "attention_mask": mask} for tokens, mask in columns]
 
 
 def pair_features(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
 ) -> list[Feature]:
-    """Return sources and targets for an encoder-decoder."""
+    """Return sources and targets for an encoder-decoder, each cut to its length in tokens."""
     if not pairs:
         return []
-    sources = tokenizer([source for source, _ in pairs], truncation=True, max_length=max_source_length)
+    features = input_features([source for source, _ in pairs], tokenizer, max_source_length)
     targets = [target for _, target in pairs]
-    labels = tokenizer(text_target=targets, truncation=True, max_length=max_target_length)["input_ids"]
-    columns = zip(sources["input_ids"], sources["attention_mask"], labels, strict=True)
-    return [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in columns]
+    cut = max_target_length is not None
+    labels = tokenizer(text_target=targets, truncation=cut, max_length=max_target_length)["input_ids"]
+    return [{**feature, "labels": label} for feature, label in zip(features, labels, strict=True)]
 
 
 def continuation_features(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Feature]:
     """Return contexts with the texts that follow them, of which alone the tokens count, and the end of the text."""
-    features = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for context, answer in pairs:
-        tokens, labels = append_pair(tokenizer, context, answer, max_length - len(end))
-        tokens, labels = [*tokens, *end], [*labels, *end]
-        features.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels})
-    return features
+    features = [answer_feature(context, answer, tokenizer, max_length - len(end)) for context, answer in pairs]
+    return [_feature(feature["input_ids"] + end, feature["labels"] + end) for feature in features]
 
 
-def block_features(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Feature]:
-    """Return texts as one, cut into blocks of `max_length` tokens, each behind the token that begins a text, if any.
+def answer_feature(
+    context: str, answer: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Feature:
+    """Return both texts in a row, for a model without an encoder; of the labels only the answer's count.
 
-    What is left at the end is a shorter block, unless it has nothing to predict.
+    A row longer than `max_length` tokens loses its beginning.
+
+    Raises:
+        ValueError: an answer of no token.
     """
-    # Asked of the tokenizer itself: one may have such a token and not put it before a text.
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    start = [tokenizer.bos_token_id] if begins else []
-    blocks = [[*start, *block] for block in _blocks(texts, tokenizer, max_length - len(start))]
-    return [
-        {"input_ids": block, "attention_mask": [1] * len(block), "labels": block} for block in blocks if len(block) > 1
-    ]
-
-
-def denoising_features(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, fixed_spans: bool = False
-) -> list[Feature]:
-    """Return texts as one, cut into blocks of `max_length` tokens, with masked spans, as T5 is trained."""
-    features, end = [], [tokenizer.eos_token_id]
-    noise: dict[str, Any] = {"noise_density": NOISE_DENSITY, "mean_span": MEAN_SPAN, "fixed_spans": fixed_spans}
-    sentinels = sentinel_token_ids(tokenizer)
-    for number, block in enumerate(_blocks(texts, tokenizer, max_length)):
-        rng = random.Random(f"{seed}:{number}")
-        source, target = corrupt_spans(block, sentinels, **noise, rng=rng)
-        if target:
-            tokens = source + end
-            features.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": target + end})
-    return features
-
-
-def _blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> list[list[int]]:
-    tokens = tokenizer(SEPARATOR.join(texts), add_special_tokens=False)["input_ids"]
-    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
-
-
-def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy of a tokenizer that pads on the right, with the end of the text where it has no other token."""
-    made = copy.deepcopy(tokenizer)
-    made.padding_side = "right"
-    if made.pad_token is None:
-        made.pad_token = made.eos_token
-    return made
-
-
-def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Return what joins features to a padded batch [batch, length], for either kind of model."""
-    return DataCollatorForSeq2Seq(with_padding(tokenizer))
-
-
-def feature_batches(
-    features: Sequence[Feature], tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> list[dict[str, torch.Tensor]]:
-    """Return all features in padded batches; those of like length share one."""
-    join: Any = collator(tokenizer)
-    ordered = sorted(features, key=lambda feature: len(feature["input_ids"]))
-    return [dict(join(ordered[start : start + batch_size])) for start in range(0, len(ordered), batch_size)]
-
-
-def append_pair(
-    tokenizer: PreTrainedTokenizerBase, context: str, answer: str, max_length: int | None
-) -> tuple[list[int], list[int]]:
-    """Return the tokens of both texts in a row and, per token, itself as label or -100 where it is context."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # White space at the seam belongs to the answer: tokens hold the space before a word.
     stripped = context.rstrip()
@@ -181,4 +208,70 @@ def append_pair(
     tokens = [*start, *both] if start or before else [tokenizer.eos_token_id, *both]
     tokens = tokens[-max_length:] if max_length else tokens
     length = min(length, len(tokens) - 1)
-    return tokens, [-100] * (len(tokens) - length) + tokens[len(tokens) - length :]
+    return _feature(tokens, [-100] * (len(tokens) - length) + tokens[len(tokens) - length :])
+
+
+def block_features(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Feature]:
+    """Return texts as one, cut into blocks of `max_length` tokens, each behind the token that begins a text, if any.
+
+    What is left at the end is a shorter block, unless it has nothing to predict.
+    """
+    # Asked of the tokenizer itself: one may have such a token and not put it before a text.
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    start = [tokenizer.bos_token_id] if begins else []
+    blocks = [[*start, *block] for block in _blocks(texts, tokenizer, max_length - len(start))]
+    return [_feature(block, block) for block in blocks if len(block) > 1]
+
+
+def span_features(
+    rows: Sequence[list[int]], seeds: Sequence[str], tokenizer: PreTrainedTokenizerBase, noise: SpanNoise
+) -> list[Feature]:
+    """Return rows of tokens with masked spans for an encoder-decoder; each row's spans are drawn by its own seed."""
+    sentinels, end = sentinel_token_ids(tokenizer), [tokenizer.eos_token_id]
+    features = []
+    for tokens, seed in zip(rows, seeds, strict=True):
+        source, target = corrupt_spans(tokens, sentinels, **asdict(noise), rng=random.Random(seed))
+        features.append(_feature(source + end, target + end))
+    return features
+
+
+def _feature(tokens: list[int], labels: list[int]) -> Feature:
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+
+def _blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> list[list[int]]:
+    tokens = tokenizer(SEPARATOR.join(texts), add_special_tokens=False)["input_ids"]
+    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer that pads on the right.
+
+    Where it has no token to pad with, it takes the end of the text, else the first of its vocabulary: what stands
+    behind the mask does not count.
+    """
+    made = copy.deepcopy(tokenizer)
+    made.padding_side = "right"
+    if made.pad_token is None:
+        made.pad_token = made.eos_token or cast(str, made.convert_ids_to_tokens(0))
+    return made
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> DataCollatorForSeq2Seq:
+    """Return what joins features to a padded batch [batch, length], for either kind of model.
+
+    Args:
+        model: an encoder-decoder whose decoder's inputs go into the batch, where its loss is not computed in it.
+    """
+    return DataCollatorForSeq2Seq(with_padding(tokenizer), model=model)
+
+
+def feature_batches(
+    features: Sequence[Feature], tokenizer: PreTrainedTokenizerBase, batch_size: int, *, by_length: bool = True
+) -> list[dict[str, torch.Tensor]]:
+    """Return all features in padded batches; those of like length share one, or all keep their order."""
+    join: Any = collator(tokenizer)
+    ordered = sorted(features, key=lambda feature: len(feature["input_ids"])) if by_length else features
+    batches = [join(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+    # The collator puts None for labels that no feature has.
+    return [{name: value for name, value in batch.items() if value is not None} for batch in batches]

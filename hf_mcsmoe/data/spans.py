@@ -1,18 +1,28 @@
 """Span corruption, the text-to-text task of T5 and of the Switch Transformer, in repeatable form."""
 
 import random
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 RandomGenerator = random.Random | np.random.Generator
 
-NOISE_DENSITY = 0.15
-MEAN_SPAN = 3.0
+
+@dataclass(frozen=True)
+class SpanNoise:
+    """How much of a text is masked; the defaults are T5's.
+
+    Args:
+        noise_density: share of the tokens that is masked.
+        mean_span: tokens in a masked span, on average.
+        fixed_spans: make all spans equally long, see `corrupt_spans`.
+    """
+
+    noise_density: float = 0.15
+    mean_span: float = 3.0
+    fixed_spans: bool = False
 
 
 def sentinel_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -48,10 +58,10 @@ def corrupt_spans(
 ) -> tuple[list[int], list[int]]:
     """Replace random spans of a text by sentinels and gather what they held, as T5 is trained.
 
-    `rng` is a `random.Random` or a NumPy `Generator`. Returns the source, of length
-    `len(token_ids) - masked + spans`, and the target, of length `masked + spans`: every sentinel followed by its
-    span. Neither has an end-of-sequence token. A text of fewer than two tokens has nothing to predict from and comes
-    back whole, with an empty target.
+    Of `length` tokens `masked = length * noise_density` go, in `spans = masked / mean_span` spans (rounded, at least
+    one). Returns the source, of `length - masked + spans` tokens, and the target, of `masked + spans`: every sentinel
+    followed by its span. Neither has an end-of-sequence token. A text of fewer than two tokens has nothing to predict
+    from and comes back whole, with an empty target.
 
     Args:
         fixed_spans: make all spans equally long (`mean_span` tokens, to which the number masked is rounded) instead of
@@ -77,50 +87,3 @@ def corrupt_spans(
         target += [sentinel, *token_ids[position : position + span]]
         position += span
     return source + list(token_ids[position:]), target
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Pad `rows` on the right with `value` to a tensor of shape (rows, longest row)."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
-
-
-def _collate(pairs: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, Tensor]:
-    """Join (source, target) pairs to a batch; every entry has shape (pairs, longest source or target)."""
-    sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
-    return {
-        "input_ids": _padded(sources, pad_token_id),
-        "attention_mask": _padded([[1] * len(source) for source in sources], 0),
-        "labels": _padded(targets, -100),
-        # The model shifts the labels right behind a start token, so that as many decoder inputs as labels are real.
-        "decoder_attention_mask": _padded([[1] * len(target) for target in targets], 0),
-    }
-
-
-def denoising_batches(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    noise_density: float = NOISE_DENSITY,
-    mean_span: float = MEAN_SPAN,
-    fixed_spans: bool = False,
-) -> list[dict[str, Tensor]]:
-    """Corrupt `texts` and batch them in their order for an encoder-decoder model.
-
-    A text is cut to `max_length` tokens before spans are masked. Returns `input_ids` and `attention_mask` of shape
-    (batch, source) and `labels` (padded with -100) and `decoder_attention_mask` of shape (batch, target).
-    """
-    sentinels, end = sentinel_token_ids(tokenizer), [tokenizer.eos_token_id]
-    noise: dict[str, Any] = {"noise_density": noise_density, "mean_span": mean_span, "fixed_spans": fixed_spans}
-    pairs = []
-    for text in texts:
-        token_ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
-        # Seeded by the text itself: its masks are the same in any subset, order and batch size.
-        rng = random.Random(f"{seed}:{text}")
-        source, target = corrupt_spans(token_ids, sentinels, **noise, rng=rng)
-        pairs.append((source + end, target + end))
-    starts = range(0, len(pairs), batch_size)
-    return [_collate(pairs[start : start + batch_size], tokenizer.pad_token_id) for start in starts]

@@ -3,16 +3,15 @@
 Texts follow T5 (Raffel et al. 2020, appendix D) where T5 was trained on the task, and its pattern elsewhere.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hf_mcsmoe.data.text import load_rows
+from hf_mcsmoe.data.text import Row, load_rows
 from hf_mcsmoe.methods.registry import unknown
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,11 @@ class Example:
     targets: tuple[str, ...]
     label: int | float | None = None
     group: str | None = None
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The source and the target that is trained on."""
+        return self.source, self.targets[0]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,23 @@ def task_rows(
             f"Task {task.name!r} has no split {split!r} here: {error} Another split is named with --split (in scripts "
             "--train_split, --evaluation_split), a file with --file (--train_file, --evaluation_file)."
         ) from None
+
+
+def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Return the examples to train on, and a share of them held out; those of one group are on one side.
+
+    Raises:
+        ValueError: no share in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"A holdout of {share} is no share in [0, 1).")
+    names = [item.group or str(number) for number, item in enumerate(examples)]
+    groups = list(dict.fromkeys(names))
+    apart = set(groups[: math.ceil(share * len(groups))])
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for name, item in zip(names, examples, strict=True):
+        sides[name in apart].append(item)
+    return sides
 
 
 def get_task(name: str) -> Task:

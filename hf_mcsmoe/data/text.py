@@ -1,9 +1,7 @@
-"""Calibration data: from a text file, a table or a data set of the Hub to batches for a model, with masks."""
+"""Text from a file, a table or a data set of the Hub, as samples."""
 
-import copy
 import gzip
 import json
-import random
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -12,54 +10,15 @@ from typing import Any, cast
 
 import torch
 from datasets import load_dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from hf_mcsmoe.data.spans import denoising_batches, sentinel_token_ids
+from transformers import PreTrainedModel
 
 TABLES = {".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # Rows of a streamed data set among which the samples are drawn.
 SHUFFLE_BUFFER = 10_000
 
+# A row of a table, by column; a text and its target, None where there is none.
+Row = Mapping[str, Any]
 Sample = tuple[str, str | None]
-
-
-def calibration_batches(
-    source: str | list[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    *,
-    num_samples: int = 256,
-    max_length: int = 512,
-    batch_size: int = 8,
-    column: str | None = None,
-    target_column: str | None = None,
-    split: str = "train",
-    seed: int = 0,
-    noise: Mapping[str, Any] | None = None,
-) -> list[dict[str, torch.Tensor]]:
-    """Return batches of random samples of `source` for `model(**batch)`, padded, with masks [batch, length].
-
-    An encoder-decoder model gets its targets from `target_column`; without one the text is corrupted as T5 was trained
-    (masked spans) where the tokenizer has sentinels, else the model is to repeat its input.
-
-    Args:
-        source: see `read_samples`, or its result.
-        num_samples: the paper uses 256.
-        noise: `noise_density`, `mean_span` and `fixed_spans` of `denoising_batches`, where the text is corrupted.
-
-    Raises:
-        ValueError: see `read_samples`; a tokenizer with more tokens than the model has embeddings.
-    """
-    samples = source
-    if isinstance(samples, str):
-        samples = read_samples(samples, column=column, target_column=target_column, split=split)
-    samples = random.Random(seed).sample(samples, min(num_samples, len(samples)))
-    # Of like length side by side: less padding, so less of the pass is spent on nothing.
-    samples.sort(key=lambda sample: len(sample[0]))
-    # A copy: padding, truncation and the padding token stay set in a tokenizer that was called with them.
-    batches = _encode(samples, copy.deepcopy(tokenizer), model, max_length, batch_size, seed, noise or {})
-    check_token_ids(max(int(batch["input_ids"].max()) for batch in batches), model)
-    return batches
 
 
 def read_samples(
@@ -175,32 +134,3 @@ def _text_column(row: dict[str, Any], source: str) -> str:
             return "text"
         raise ValueError(f"{source} has the columns {', '.join(map(repr, row))}: name the one with the text (column).")
     return texts[0]
-
-
-def _encode(
-    samples: list[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    max_length: int,
-    batch_size: int,
-    seed: int,
-    noise: Mapping[str, Any],
-) -> list[dict[str, torch.Tensor]]:
-    """Tokenise samples into padded batches with `input_ids`, `attention_mask` and, encoder-decoder, `labels`."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    sequence_to_sequence = getattr(model.config, "is_encoder_decoder", False)
-    texts = [text for text, _ in samples]
-    if sequence_to_sequence and samples[0][1] is None and sentinel_token_ids(tokenizer):
-        return denoising_batches(texts, tokenizer, batch_size=batch_size, max_length=max_length, seed=seed, **noise)
-    options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
-        encoded = tokenizer([text for text, _ in part], **options)
-        batch = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-        if sequence_to_sequence:
-            target = tokenizer(text_target=[text if goal is None else goal for text, goal in part], **options)
-            batch["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
-        batches.append(batch)
-    return batches

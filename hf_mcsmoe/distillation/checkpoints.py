@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_mcsmoe.low_rank.pruning import OPTIONS_FILE, SparsificationCallback
@@ -46,6 +46,15 @@ def last_checkpoint(output_dir: Path, complete: str) -> Path | None:
     """
     written = (path for path in _newest_first(output_dir) if (path / complete).is_file())
     return next(filter(_is_finite, written), None)
+
+
+def train_or_resume(trainer: Trainer) -> None:
+    """Train; where `resume_from_checkpoint` is "last", go on from the last complete checkpoint, if there is one."""
+    resume = trainer.args.resume_from_checkpoint
+    if resume == "last":
+        last = last_checkpoint(Path(str(trainer.args.output_dir)), written_last(trainer.callback_handler.callbacks))
+        resume = None if last is None else str(last)
+    trainer.train(resume_from_checkpoint=resume)
 
 
 def check_pruning(folder: Path, callbacks: Iterable[TrainerCallback]) -> None:

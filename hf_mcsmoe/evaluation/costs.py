@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, forward, hooks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
 
 # Forwards that commands time, of which the fastest counts.
 REPETITIONS = 3
@@ -218,14 +217,10 @@ def _observed(experts: dict[str, list[nn.Module]], counter: FlopCounterMode, sum
 def _expert_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """Return, per layer of experts, the modules that hold its parameters; nothing for a dense model."""
     found: dict[str, list[nn.Module]] = {}
-    # A dense model has no layers, and those of merged experts are known by their class, decomposed or not.
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # a dense model has no layers
         for layer in Layers.of(model):
             owners = dict.fromkeys(path.rpartition(".")[0] for path, _ in layer.parameters)
             found[layer.name] = [layer.container.get_submodule(path) for path in owners]
-    for name, module in model.named_modules():
-        if any(cls.__name__ == MergedExperts.__name__ for cls in type(module).__mro__):
-            found[name] = [module]
     return found
 
 

@@ -38,7 +38,7 @@ def _accuracy(task: Task, answers: Sequence[Answer], examples: Sequence[Example]
 
 
 def binary_f1(predicted: Sequence[int], gold: Sequence[int]) -> float:
-    """Return the F1 of class 1; an answer that is no label (-1) finds nothing."""
+    """Return F1 = 2 TP / (2 TP + FP + FN) of class 1; an answer that is no label (-1) finds nothing."""
     found = sum(p == g == 1 for p, g in zip(predicted, gold, strict=True))
     named = sum(p == 1 for p in predicted) + sum(g == 1 for g in gold)
     return 2 * found / named if named else 0.0
@@ -57,7 +57,10 @@ def _f1a(task: Task, answers: Sequence[Answer], examples: Sequence[Example]) -> 
 
 
 def matthews(predicted: Sequence[int], gold: Sequence[int]) -> float:
-    """Return the correlation of Matthews, for any number of classes (Gorodkin 2004); 0 where either never varies."""
+    """Return cov(predicted, gold) / sqrt(var(predicted) var(gold)), Matthews' correlation, for any number of classes.
+
+    0 where either never varies (Gorodkin 2004).
+    """
     right = sum(p == g for p, g in zip(predicted, gold, strict=True))
     total, said, true = len(gold), Counter(predicted), Counter(gold)
     covariance = right * total - sum(said[label] * true[label] for label in true)
@@ -114,7 +117,7 @@ def normalised_answer(text: str) -> str:
 
 
 def answer_f1(answer: str, gold: str) -> float:
-    """Return the F1 of the words that two answers share (SQuAD)."""
+    """Return F1 = 2 shared / (words of the answer + words of the gold answer), as SQuAD."""
     said, true = normalised_answer(answer).split(), normalised_answer(gold).split()
     shared = sum((Counter(said) & Counter(true)).values())
     return 2 * shared / (len(said) + len(true)) if shared else 0.0

@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.data.choices import Choice, choice_pairs
-from hf_mcsmoe.data.features import append_pair
-from hf_mcsmoe.data.tasks import Example, Row, Task
+from hf_mcsmoe.data.features import answer_feature, feature_batches, input_features, pair_features
+from hf_mcsmoe.data.tasks import Example, Task
+from hf_mcsmoe.data.text import Row
 from hf_mcsmoe.evaluation.metrics import METRICS, Answer, mean
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, on_device
 from hf_mcsmoe.methods.registry import unknown
@@ -137,26 +138,16 @@ def generate_answers(
 ) -> list[str]:
     """Return what an encoder-decoder writes, greedily, to each source; texts of like length share a batch."""
     order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
-    answers = [""] * len(sources)
+    features = input_features([sources[index] for index in order], tokenizer, max_source_length)
+    options: dict[str, Any] = {"max_new_tokens": max_target_length, "do_sample": False, "num_beams": 1}
+    answers: list[str] = []
     with evaluation_mode(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = tokenizer(
-                [sources[index] for index in part],
-                padding=True,
-                truncation=True,
-                max_length=max_source_length,
-                return_tensors="pt",
-            )
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            written = cast(Any, model).generate(
-                **on_device(inputs, model), max_new_tokens=max_target_length, do_sample=False, num_beams=1
-            )
-            for index, text in zip(part, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-                answers[index] = text
+        for batch in feature_batches(features, tokenizer, batch_size, by_length=False):
+            written = cast(Any, model).generate(**on_device(batch, model), **options)
+            answers += tokenizer.batch_decode(written, skip_special_tokens=True)
             if progress:
-                progress(start + len(part), len(order))
-    return answers
+                progress(len(answers), len(order))
+    return _restored(answers, order)
 
 
 @torch.no_grad()
@@ -169,7 +160,7 @@ def answer_scores(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Return the log-likelihood of each answer after its context, summed over the answer's tokens.
+    """Return log p(answer | context) of each pair, the sum over the answer's tokens.
 
     For an encoder-decoder the context is its source and the end of the answer counts; otherwise the answer is appended
     to the context as it stands, and a context longer than `max_length` tokens loses its beginning.
@@ -177,46 +168,27 @@ def answer_scores(
     Raises:
         ValueError: an answer of no token.
     """
-    encode = _encode_pair if model.config.is_encoder_decoder else append_pair
-    encoded = [encode(tokenizer, context, answer, max_length) for context, answer in pairs]
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))
-    scores = [0.0] * len(encoded)
+    if model.config.is_encoder_decoder:
+        features = pair_features(pairs, tokenizer, max_length)
+    else:
+        features = [answer_feature(context, answer, tokenizer, max_length) for context, answer in pairs]
+    order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
+    ordered, scores = [features[index] for index in order], []
     with evaluation_mode(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = _padded([encoded[index] for index in part], tokenizer.pad_token_id or 0)
-            losses = token_losses(model, on_device(batch, model)).sum(1).tolist()
-            for index, loss in zip(part, losses, strict=True):
-                scores[index] = -loss
+        for batch in feature_batches(ordered, tokenizer, batch_size, by_length=False):
+            scores += (-token_losses(model, on_device(batch, model)).sum(1)).tolist()
             if progress:
-                progress(start + len(part), len(order))
-    return scores
+                progress(len(scores), len(order))
+    return _restored(scores, order)
 
 
-def _encode_pair(
-    tokenizer: PreTrainedTokenizerBase, context: str, answer: str, max_length: int | None
-) -> tuple[list[int], list[int]]:
-    source = tokenizer(context, truncation=max_length is not None, max_length=max_length)["input_ids"]
-    return source, tokenizer(text_target=answer)["input_ids"]
-
-
-def _padded(pairs: Sequence[tuple[list[int], list[int]]], padding: int) -> dict[str, torch.Tensor]:
-    """Join inputs and labels to a batch, padded on the right."""
-
-    def join(rows: list[list[int]], value: int) -> torch.Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
-
-    inputs = [tokens for tokens, _ in pairs]
-    return {
-        "input_ids": join(inputs, padding),
-        "attention_mask": join([[1] * len(tokens) for tokens in inputs], 0),
-        "labels": join([labels for _, labels in pairs], -100),
-    }
+def _restored(values: Sequence[Any], order: Sequence[int]) -> list[Any]:
+    """Return values in their own order, given the index that each had in it."""
+    return [value for _, value in sorted(zip(order, values, strict=True), key=lambda pair: pair[0])]
 
 
 def token_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Return the negative log-likelihoods [batch, length] of a batch's labels, 0 where they do not count.
+    """Return -log p(label | tokens before) [batch, length] of a batch's labels, 0 where they do not count.
 
     Without `labels` all of a causal model's tokens count but the padding.
     """
@@ -233,7 +205,7 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Return the perplexity of a model per token of `batches`: of their `labels`, else of all that is not padding.
+    """Return exp(mean of -log p) over the tokens of `batches`: their `labels`, else all that is not padding.
 
     Raises:
         ValueError: no token counts, or the model's loss is not finite.

@@ -21,7 +21,6 @@ from hf_mcsmoe.layers.outside import (
     MergedSwitchLayer,
     SwitchLayer,
 )
-from hf_mcsmoe.modeling.experts_mcsmoe import MergedExperts
 
 # Parts of a multimodal model that are not its text part; their experts stay as they are.
 OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "talker")
@@ -220,8 +219,7 @@ def _merged_entries(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, tuple[int, ...]] | None) -> MoELayer:
     """Return the description of the experts `module`; `entry` is what the configuration says of merged ones."""
-    # By name: a model loaded through remote code has a class of its own copy of the modelling files.
-    merged = any(cls.__name__ == MergedExperts.__name__ for cls in type(module).__mro__)
+    merged = entry is not None
     if not merged and type(module).__name__ in OUTSIDE:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)

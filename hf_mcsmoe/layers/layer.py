@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.offloading import onloaded
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.view import LayerView, Routed, Sums
+from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 
 # Called once per forward of a layer with its tokens.
 Sink = Callable[[Routed], None]
@@ -175,19 +176,18 @@ class MoELayer:
         Args:
             logits: [T, E] or more columns.
             hidden: [..., D].
-            index: int [T, K] as the router gives it; an index from E on is no expert.
+            index: int [T, K], experts that are held, of a merged layer stored ones; others are no expert.
         """
         logits, hidden = logits[:, : self.num_routed].detach(), hidden.reshape(-1, hidden.shape[-1]).detach()
-        tensors = logits, hidden, self._stored(index), weights.detach()
+        tensors = logits, hidden, index.clamp(max=self.num_experts), weights.detach()
         scale = None if scale is None else scale.detach()
         with contextlib.ExitStack() as stack:
             sink(Routed(*tensors, self.num_experts, lambda: stack.enter_context(self.open()), scale))
 
-    def _stored(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the experts as they are stored, and their number for no expert, of a router's picks."""
+    def stored(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the experts that are held, or their number for no expert, of an original router's picks."""
         known = list(range(self.num_experts) if self.expert_map is None else self.expert_map)
-        stored = torch.tensor([*known, self.num_experts], device=index.device)
-        return stored[index.clamp(max=len(known))]
+        return torch.tensor([*known, self.num_experts], device=index.device)[index.clamp(max=len(known))]
 
 
 def on_logits(layer: MoELayer, sink: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
@@ -231,13 +231,18 @@ def _recorder(model: nn.Module, name: str) -> Any:
 def recorded_index(layer: MoELayer) -> int:
     """Return which output of the router holds the logits."""
     recorder = _recorder(layer.model, layer.name)
-    is_recorded = recorder is not None and type(layer.router).__name__ == _class_name(recorder)
+    is_recorded = recorder is not None and _library_name(layer.router) == _class_name(recorder)
     return recorder.index if is_recorded else 0
 
 
 def _class_name(recorder: Any) -> str:
     target = getattr(recorder, "target_class", recorder)
     return target if isinstance(target, str) else target.__name__
+
+
+def _library_name(module: nn.Module) -> str:
+    """Return the name of a module's class in Transformers, of which a merged model generates another."""
+    return type(module).__name__.removeprefix(PREFIX).partition("__")[0]
 
 
 def find_router(model: PreTrainedModel, name: str) -> Any:
@@ -260,7 +265,7 @@ def find_router(model: PreTrainedModel, name: str) -> Any:
         near = dict(model.get_submodule(".".join(parts[:depth])).named_modules())
         for test in tests:
             for module in near.values():
-                if test(type(module).__name__) and all(child is not container for child in module.modules()):
+                if test(_library_name(module)) and all(child is not container for child in module.modules()):
                     return module
     raise ValueError(f"Found no router beside the experts {name!r} of {type(model).__name__}.")
 

@@ -56,7 +56,7 @@ def _on_llama4_router(layer: MoELayer, sink: Sink) -> list[RemovableHandle]:
         scores, logits = output
         index = logits.topk(module.top_k, dim=1).indices  # [T, K]
         scale = scores.gather(1, index)
-        layer.hand_over(sink, logits, arguments[0], index, torch.ones_like(scale), scale)
+        layer.hand_over(sink, logits, arguments[0], layer.stored(index), torch.ones_like(scale), scale)
 
     return [layer.router.register_forward_hook(on_router)]
 
@@ -126,6 +126,6 @@ def _on_switch_router(layer: MoELayer, sink: Sink) -> list[RemovableHandle]:
         dispatch, weights, logits = (tensor.reshape(-1, tensor.shape[-1]) for tensor in output)
         over = ~dispatch.any(-1, keepdim=True)  # the expert's capacity
         index = dispatch.argmax(-1, keepdim=True).masked_fill(over, layer.num_routed)
-        layer.hand_over(sink, logits, arguments[0], index, weights.masked_fill(over, 0))
+        layer.hand_over(sink, logits, arguments[0], layer.stored(index), weights.masked_fill(over, 0))
 
     return [layer.router.register_forward_hook(on_router)]

@@ -14,11 +14,11 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
-from hf_mcsmoe.low_rank.ranks import decomposable, layer_ranks
+from hf_mcsmoe.low_rank.ranks import layer_ranks, layers_to_decompose
 from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_columns
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
-from hf_mcsmoe.modeling.modeling_mcsmoe import install_layer, merged_layers
+from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, describe, install_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 # One expert's matrix [out, in]; on calibration data the second moment of its inputs [in, in] and, for W_in, what an
@@ -68,7 +68,7 @@ def decompose_experts(
         for (_, inputs), layer, own in zip(streamed, layers, ranks, strict=True):
             _decompose_layer(layer.container, own, config, inputs, prune)
     model.config.mcsmoe["keep"] = config.keep
-    _write_entries(model)
+    model.config.mcsmoe = describe(model)
     renew_costs(model)
     return model
 
@@ -97,7 +97,7 @@ def compact(model: Model, keep: float | None = None) -> Model:
             if entry["kept_rows"] is None:
                 module.compact_weight(name, kept[f"{path}.{name}"])
     if isinstance(model, PreTrainedModel) and entries:
-        _write_entries(model)
+        model.config.mcsmoe = describe(model)
         renew_costs(model)
     return model
 
@@ -118,7 +118,7 @@ def _chosen_layers(layers: Layers, config: LoSparseConfig) -> Layers:
     if any(low_rank_modules(layers.model)):
         raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
     known = [layer for layer in layers if layer.merged or layer.name in mcsmoe.get("whole", [])]
-    return decomposable(layers.only(known), config.skip)
+    return layers_to_decompose(layers.only(known), config.skip)
 
 
 def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
@@ -127,9 +127,9 @@ def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
     views = fused_views(install_layer(model, layer.name, identity))
     for expert in identity:
         views.set_expert(expert, weights.expert(expert))
-    mcsmoe = model.config.mcsmoe
-    mcsmoe["layers"][layer.name] = {"num_experts": layer.num_experts, "expert_map": identity}
+    mcsmoe = describe(model)
     mcsmoe["whole"] = [name for name in mcsmoe["whole"] if name != layer.name]
+    model.config.mcsmoe = mcsmoe
 
 
 def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:
@@ -182,6 +182,7 @@ def _fitted(
 
 def _install(experts: Any, name: str, rank: int, parts: Iterable[Part], config: LoSparseConfig, prune: bool) -> None:
     """Store a stacked weight as factors; S is all that U V lacks, or with `prune` only some of its rows."""
+    experts = decomposable(experts)
     columns = name in experts.sparse_columns
     number = round(config.keep * experts.dense_shape(name)[2 if columns else 1])
     experts.install_low_rank(name, rank, None)
@@ -203,9 +204,8 @@ def _install(experts: Any, name: str, rank: int, parts: Iterable[Part], config: 
 
 def _tokens(experts: Any, inputs: LayerInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return per merged expert the inputs [n, D] that reach it and their gates [n, 1]."""
-    number = experts.num_experts
-    index, weights = merge_picks(torch.arange(number + 1), inputs.index, inputs.weights, number)
-    device, picked = next(experts.parameters()).device, [index == expert for expert in range(number)]
+    index, weights = merge_picks(inputs.index, inputs.weights, experts.num_experts)
+    device, picked = next(experts.parameters()).device, [index == expert for expert in range(experts.num_experts)]
     chosen = [(inputs.hidden[here.any(-1)], weights[here][:, None]) for here in picked]
     return [(states.to(device), gates.to(device)) for states, gates in chosen]
 
@@ -235,11 +235,3 @@ def row_importance(experts: Any, tokens: list[tuple[torch.Tensor, torch.Tensor]]
 def _cross(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return `E[x y^T]` [D, D'] of `left` [n, D] and `right` [n, D']."""
     return (left.float().mT @ right.float()).double() / max(len(left), 1)
-
-
-def _write_entries(model: PreTrainedModel) -> None:
-    """Write into the configuration what each layer's experts hold."""
-    for name, _, experts in merged_layers(model):
-        if experts.low_rank:
-            entries = {key: dict(entry) for key, entry in experts.low_rank.items()}
-            model.config.mcsmoe["layers"][name]["low_rank"] = entries

@@ -18,10 +18,10 @@ def check_low_rank(layers: Layers, config: LoSparseConfig) -> None:
     Raises:
         ValueError: they cannot, or would not, or `skip` matches nothing or leaves nothing.
     """
-    layer_ranks(decomposable(layers, config.skip), config, weights=False)
+    layer_ranks(layers_to_decompose(layers, config.skip), config, weights=False)
 
 
-def decomposable(layers: Layers, skip: Sequence[str]) -> Layers:
+def layers_to_decompose(layers: Layers, skip: Sequence[str]) -> Layers:
     """Return the layers that no pattern of `skip` matches.
 
     Raises:

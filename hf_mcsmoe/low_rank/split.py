@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from hf_mcsmoe.low_rank.linear import low_rank_factors
 from hf_mcsmoe.methods.registry import Registry
-from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_factors
 
 FACTORISATION = Registry("factorisation")
 Factors = tuple[torch.Tensor, torch.Tensor]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 PREFIX = "MCSMoE"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @cache
@@ -33,7 +33,9 @@ class MergedConfigMixin:
     """What a family's configuration gains: the family's name and the merged layers.
 
     `mcsmoe["layers"][name]` holds `num_experts` (E, the experts that the router knows) and `expert_map`
-    (int [E] -> [G], from the router's index to the stored expert) of the experts container called `name`.
+    (int [E] -> [G], from the router's index to the stored expert) of the experts container called `name`; of weights
+    stored as low rank + sparse also `low_rank[weight]`, with `rank` and `kept_rows` (None in the training form).
+    Format 1 says the same; its code sent picks to the stored experts inside the experts.
     """
 
     model_type = "mcsmoe"
@@ -41,6 +43,18 @@ class MergedConfigMixin:
     mcsmoe: dict | None = None
     # Made with the class: some models call `to_dict` in their forward, where a compiler cannot follow imports.
     auto_classes: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration; what it says of merged layers is checked, and is that of format 2 from here on.
+
+        Raises:
+            ValueError: see `check_mcsmoe`.
+        """
+        mcsmoe = config_dict.get("mcsmoe")
+        check_mcsmoe(mcsmoe)
+        config_dict = config_dict | {"mcsmoe": mcsmoe | {"format_version": FORMAT_VERSION}}
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields of the base family's configuration and ours, ready for `config.json`."""
@@ -57,16 +71,95 @@ class MCSMoEConfig(MergedConfigMixin, PreTrainedConfig):
         """Return the configuration of `config_dict["base_model_type"]` with merged experts.
 
         Raises:
-            ValueError: the dictionary names no base family, one that the installed Transformers lacks, or a format
-                that this file is too old to read.
+            ValueError: the dictionary names no base family, one that the installed Transformers lacks, or merged
+                layers that `check_mcsmoe` refuses.
         """
-        version = (config_dict.get("mcsmoe") or {}).get("format_version", FORMAT_VERSION)
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"This checkpoint has format {version}; this code reads up to {FORMAT_VERSION}. Upgrade hf_mcsmoe, or "
-                "load with trust_remote_code=True in an environment without it."
-            )
+        check_mcsmoe(config_dict.get("mcsmoe"))
         return config_class_for(config_dict.get("base_model_type")).from_dict(config_dict, **kwargs)
+
+
+def _refuse(is_wrong: bool, sentence: str) -> None:
+    if is_wrong:
+        raise ValueError(f"{sentence} The config.json is damaged or was edited; take it from the original checkpoint.")
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def check_mcsmoe(mcsmoe: Any) -> None:
+    """Check the object of config.json that says what was merged.
+
+    Raises:
+        ValueError: it is missing, of a format that this file does not know, or holds values that mean nothing.
+    """
+    _refuse(not isinstance(mcsmoe, dict), f"`mcsmoe`, which says what was merged, is missing: it is {mcsmoe!r}.")
+    version, layers, keep = mcsmoe.get("format_version"), mcsmoe.get("layers"), mcsmoe.get("keep")
+    _refuse(not _is_count(version, 1), f"`mcsmoe.format_version` must be a whole number from 1 on, not {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"This checkpoint has format {version}; this code reads up to {FORMAT_VERSION}. Upgrade hf_mcsmoe, or "
+            "load with trust_remote_code=True in an environment without it."
+        )
+    _refuse(not isinstance(layers, dict), f"`mcsmoe.layers` must be an object with the merged layers, not {layers!r}.")
+    is_share = keep is None or (isinstance(keep, int | float) and 0 <= keep <= 1)
+    _refuse(not is_share, f"`mcsmoe.keep` must be a share from 0 to 1, not {keep!r}.")
+    for name, layer in layers.items():
+        check_layer(name, layer)
+
+
+def check_layer(name: str, layer: Any, num_experts: int | None = None) -> None:
+    """Check what is said of one merged layer.
+
+    Args:
+        num_experts: E of the base model; None where it is not known yet.
+
+    Raises:
+        ValueError: the map does not send E experts onto 0 .. G-1, or a rank or a number of rows is impossible.
+    """
+    _refuse(not isinstance(layer, dict), f"The merged layer {name} must be an object, not {layer!r}.")
+    expert_map, known = layer.get("expert_map"), layer.get("num_experts")
+    whole = isinstance(expert_map, list) and bool(expert_map) and all(map(_is_count, expert_map))
+    _refuse(not whole, f"The expert map of {name} must be a list of whole numbers from 0 on, not {expert_map!r}.")
+    known = known if num_experts is None else num_experts
+    _refuse(len(expert_map) != known, f"The expert map of {name} has {len(expert_map)} entries for {known!r} experts.")
+    unused = sorted(set(range(max(expert_map) + 1)) - set(expert_map))
+    _refuse(
+        bool(unused) or max(expert_map) >= len(expert_map),
+        f"The expert map of {name} must use each stored expert from 0 on, but goes up to {max(expert_map)} "
+        f"without {', '.join(map(str, unused[:5]))}.",
+    )
+    low_rank = layer.get("low_rank", {})
+    _refuse(not isinstance(low_rank, dict), f"`low_rank` of {name} must be an object, not {low_rank!r}.")
+    for weight, entry in low_rank.items():
+        check_low_rank(f"{weight} of {name}", entry, max(expert_map) + 1)
+
+
+def check_low_rank(name: str, entry: Any, count: int, shape: tuple[int, int] | None = None) -> None:
+    """Check what is said of a weight stored as low rank + sparse.
+
+    Args:
+        count: the number of its matrices, G.
+        shape: how many rows (or columns) S can keep, and the largest rank; None where it is not known yet.
+
+    Raises:
+        ValueError: the rank or a number of rows is impossible.
+    """
+    _refuse(not isinstance(entry, dict), f"What is said of {name} must be an object, not {entry!r}.")
+    rank, rows = entry.get("rank"), entry.get("kept_rows")
+    most, largest = shape or (None, None)
+    is_rank = _is_count(rank, 1) and (largest is None or rank <= largest)
+    _refuse(not is_rank, f"The rank of {name} must be a whole number from 1{_up_to(largest)}, not {rank!r}.")
+    is_list = rows is None or (isinstance(rows, list) and len(rows) == count)
+    fits = is_list and all(_is_count(number) and (most is None or number <= most) for number in rows or ())
+    _refuse(
+        not fits,
+        f"`kept_rows` of {name} must be {count} whole numbers from 0{_up_to(most)}, or null, not {rows!r}.",
+    )
+
+
+def _up_to(most: int | None) -> str:
+    return " on" if most is None else f" to {most}"
 
 
 def config_class_for(base_model_type: str | None) -> type[PreTrainedConfig]:
@@ -106,15 +199,15 @@ def generated_config_class(name: str) -> type[PreTrainedConfig]:
     return type(name, (MergedConfigMixin, base), fields)
 
 
-def convert_config(config: PreTrainedConfig, layers: dict[str, dict]) -> None:
-    """Turn the configuration object of a base model, in place, into that of the model with merged `layers`."""
+def convert_config(config: PreTrainedConfig) -> None:
+    """Turn the configuration object of a base model, in place, into that of a merged model, still without layers."""
     base_model_type = type(config).model_type
     config.__class__ = config_class_for(base_model_type)
     # An instance attribute would win over the class: the base's name would then choose the base's weight conversions.
     for stale in ("model_type", "auto_map", "architectures"):
         vars(config).pop(stale, None)
     config.base_model_type = base_model_type
-    config.mcsmoe = {"format_version": FORMAT_VERSION, "layers": layers}
+    config.mcsmoe = {"format_version": FORMAT_VERSION, "layers": {}}
 
 
 def source_files() -> list[Path]:

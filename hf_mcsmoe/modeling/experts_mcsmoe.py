@@ -1,64 +1,42 @@
 """Merged experts: the modules that stand where a model's experts stood. This file travels with every checkpoint."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .forward_mcsmoe import eager_experts_forward, grouped_experts_forward, merge_picks
+from .forward_mcsmoe import merged_experts_forward
 from .losparse_mcsmoe import LowRankSparse
+from .router_mcsmoe import ExpertMap
 
 
 class MergedExperts(LowRankSparse):
-    """G stored experts behind a router that knows E; first base of every generated experts class.
+    """Stacked experts that compute as this file says: first base of those stored as low rank + sparse.
 
     The stacked parameters keep the names and the layout of the family, with G rows instead of E. Those stored as low
     rank + sparse are never transposed, whatever the layout.
     """
 
-    expert_map: torch.Tensor
     low_rank: ClassVar[dict[str, dict]] = {}
     sparse_columns = ("down_proj",)
-    # Whether the base family lets its configuration choose how the product is computed.
-    follows_config = True
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the weighted sum of the picked experts' outputs, [T, D], as the base class does.
+        """Return the weighted sum of the picked experts' outputs, [T, D].
 
         Args:
             hidden_states: [T, D].
-            top_k_index: int [T, K], the router's picks in [0, E).
+            top_k_index: int [T, K], stored experts.
             top_k_weights: [T, K].
         """
-        index, weights = merge_picks(self.expert_map, top_k_index, top_k_weights, self.num_experts)
-        # A loop over experts breaks a graph, and means many small launches on an accelerator; the CPU is faster so.
-        looped = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.low_rank:
-            product = eager_experts_forward if looped else grouped_experts_forward
-            return product(self, hidden_states, index, weights)
-        fastest = "eager" if looped else "grouped_mm"
-        implementation = self.config._experts_implementation if self.follows_config else fastest
-        if implementation == "grouped_mm":  # Transformers' own copies all products to blank those of no expert
-            return grouped_experts_forward(self, hidden_states, index, weights)
-        run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager_experts_forward)
-        return run(self, hidden_states, index, weights)
+        return merged_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """Return (G, out, in) of a stacked weight."""
         count, out, width = getattr(self, name).shape
         return (count, width, out) if self.is_transposed else (count, out, width)
-
-    def set_expert_map(self, expert_map: list[int], device: torch.device | None = None) -> None:
-        """Set the map int [E] -> [G] and G itself. The map is kept in the configuration, not among the weights."""
-        values = torch.tensor(expert_map, dtype=torch.long, device=device)
-        self.num_experts = max(expert_map) + 1
-        self.expert_map_values = list(expert_map)
-        self.register_buffer("expert_map", values, persistent=False)
-        # Tells the products of Transformers to drop the index `num_experts`.
-        self._is_expert_parallel = True
 
 
 class StackedExperts(MergedExperts):
@@ -67,54 +45,53 @@ class StackedExperts(MergedExperts):
     Parameters: `gate_up_proj [G, 2F, D]` (gate rows first) or, ungated, `up_proj [G, F, D]`; `down_proj [G, D, F]`.
     """
 
-    follows_config = False
-
-    def __init__(self, expert_map: list[int], sizes: tuple[int, int], act_fn: nn.Module, has_gate: bool) -> None:
-        """Make empty experts of `sizes` (D, F)."""
+    def __init__(self, num_experts: int, sizes: tuple[int, int], act_fn: nn.Module, has_gate: bool) -> None:
+        """Make G empty experts of `sizes` (D, F)."""
         super().__init__()
-        self.act_fn, self.has_gate = act_fn, has_gate
+        self.num_experts, self.act_fn, self.has_gate = num_experts, act_fn, has_gate
         self.has_bias = self.is_transposed = self.has_post_expert_norm = False
         self.is_concatenated = True
-        self.set_expert_map(expert_map)
         hidden_size, width = sizes
-        up = torch.empty(self.num_experts, 2 * width if has_gate else width, hidden_size)
+        up = torch.empty(num_experts, 2 * width if has_gate else width, hidden_size)
         self.register_parameter("gate_up_proj" if has_gate else "up_proj", nn.Parameter(up))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
 
-class MergedSwitchSparseMLP(nn.Module):
+class MergedSwitchSparseMLP(ExpertMap):
     """Sparse MLP of a Switch Transformer with G merged experts in stacked tensors instead of a module per expert.
 
     The router is the original one with its E outputs and its capacity; tokens over capacity get zero, as before.
     """
 
-    def __init__(self, router: nn.Module, experts: StackedExperts) -> None:
+    def __init__(self, router: nn.Module, experts: StackedExperts, expert_map: list[int]) -> None:
         super().__init__()
         self.router, self.experts = router, experts
+        self.set_expert_map(expert_map)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `hidden_states` [batch, length, D] to the same shape."""
         dispatch, probabilities, _ = self.router(hidden_states)  # [B, S, E] one-hot or zero, [B, S, 1], [B, S, E]
-        index = dispatch.argmax(-1).view(-1, 1)
+        index = self.stored(dispatch.argmax(-1).view(-1, 1))
         weights = (probabilities * dispatch.any(-1, keepdim=True)).view(-1, 1)
         output = self.experts(hidden_states.reshape(-1, hidden_states.shape[-1]), index, weights)
         return output.view_as(hidden_states)
 
 
-class MergedLlama4TextMoe(nn.Module):
+class MergedLlama4TextMoe(ExpertMap):
     """Llama 4's block with merged experts. The score multiplies an expert's *input*, so picks are never summed.
 
     Only the picked experts run; the original runs all of them, on zeros where they were not picked.
     """
 
-    def __init__(self, block: nn.Module, experts: StackedExperts) -> None:
+    def __init__(self, block: nn.Module, experts: StackedExperts, expert_map: list[int]) -> None:
         super().__init__()
         self.router, self.shared_expert, self.experts = block.router, block.shared_expert, experts
         self.hidden_dim, self.top_k = block.hidden_dim, block.top_k
+        self.set_expert_map(expert_map)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map `hidden_states` [..., D] to the output [T, D] and the router logits [T, E]."""
@@ -123,22 +100,23 @@ class MergedLlama4TextMoe(nn.Module):
         index = logits.topk(self.top_k, dim=1).indices  # [T, K]
         routed = hidden_states[:, None, :] * scores.gather(1, index)[:, :, None]  # [T, K, D]
         ones = routed.new_ones(index.numel(), 1)
-        output = self.experts(routed.flatten(0, 1), index.reshape(-1, 1), ones).view_as(routed).sum(1)
+        output = self.experts(routed.flatten(0, 1), self.stored(index).reshape(-1, 1), ones).view_as(routed).sum(1)
         return self.shared_expert(hidden_states) + output, logits
 
 
-class MergedJetMoeMoE(nn.Module):
+class MergedJetMoeMoE(ExpertMap):
     """JetMoE's feed-forward block with merged experts (its attention experts are another module and stay)."""
 
-    def __init__(self, block: nn.Module, experts: StackedExperts) -> None:
+    def __init__(self, block: nn.Module, experts: StackedExperts, expert_map: list[int]) -> None:
         super().__init__()
         self.router, self.bias, self.experts = block.router, block.bias, experts
+        self.set_expert_map(expert_map)
 
     def forward(self, layer_input: torch.Tensor) -> torch.Tensor:
         """Map `layer_input` [batch, length, D] to the same shape."""
         hidden_states = layer_input.reshape(-1, layer_input.shape[-1])
         values, index = self.router(hidden_states)[-1].topk(self.router.top_k, dim=1)
-        output = self.experts(hidden_states, index, values.softmax(1).type_as(hidden_states))
+        output = self.experts(hidden_states, self.stored(index), values.softmax(1).type_as(hidden_states))
         return output.view_as(layer_input) + self.bias
 
 
@@ -154,114 +132,97 @@ class MergedDbrxExperts(StackedExperts):
 
 
 class MergedLongcatFlashExperts(StackedExperts):
-    """LongCat-Flash's experts, merged; picks from E on are its zero-computation experts, which return their input."""
+    """LongCat-Flash's experts, merged; picks from G on are its zero-computation experts, which return their input."""
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Map `hidden_states` [T, D] to the same shape; picks and weights are [T, K]."""
-        identity = top_k_index >= self.expert_map.shape[0]
+        identity = top_k_index >= self.num_experts
         passed = (top_k_weights * identity).sum(-1, keepdim=True) * hidden_states
         index, weights = top_k_index.masked_fill(identity, 0), top_k_weights.masked_fill(identity, 0)
         return (super().forward(hidden_states, index, weights) + passed).to(hidden_states.dtype)
 
 
-def _module(parent: nn.Module, path: str) -> nn.Module:
-    return parent.get_submodule(path) if path else parent
+def _like(module: StackedExperts, reference: torch.Tensor) -> StackedExperts:
+    return module.to(device=reference.device, dtype=reference.dtype)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(_module(model, parent), child, module)
-
-
-def _like(module: nn.Module, reference: torch.Tensor) -> nn.Module:
-    return module.to(device=reference.device, dtype=reference.dtype).train(module.training)
-
-
-def _install_switch(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
-    block_name = name.rpartition(".")[0]
-    block = model.get_submodule(block_name)
+def _switch(block: Any, num_experts: int, expert_map: list[int]) -> nn.Module:
     first = block.experts["expert_0"]
     act_fn = nn.Sequential(first.act, nn.Dropout(first.dropout.p))
-    experts = StackedExperts(expert_map, first.wo.weight.shape, act_fn, has_gate=False)
-    merged = MergedSwitchSparseMLP(block.router, _like(experts, first.wi.weight))
-    _replace(model, block_name, merged.train(block.training))
-    return experts
+    experts = StackedExperts(num_experts, first.wo.weight.shape, act_fn, has_gate=False)
+    return MergedSwitchSparseMLP(block.router, _like(experts, first.wi.weight), expert_map)
 
 
-def _install_llama4(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
-    block_name = name.rpartition(".")[0]
-    block = model.get_submodule(block_name)
+def _llama4(block: Any, num_experts: int, expert_map: list[int]) -> nn.Module:
     old = block.experts
-    experts = StackedExperts(expert_map, (old.hidden_size, old.expert_dim), old.act_fn, True)
-    _replace(model, block_name, MergedLlama4TextMoe(block, _like(experts, old.down_proj)).train(block.training))
-    return experts
+    experts = StackedExperts(num_experts, (old.hidden_size, old.expert_dim), old.act_fn, True)
+    return MergedLlama4TextMoe(block, _like(experts, old.down_proj), expert_map)
 
 
-def _install_jetmoe(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
-    block = model.get_submodule(name)
-    sizes = (block.input_size, block.hidden_size)
-    experts = StackedExperts(expert_map, sizes, block.activation, True)
-    merged = MergedJetMoeMoE(block, _like(experts, block.input_linear.weight))
-    _replace(model, name, merged.train(block.training))
-    return experts
+def _jetmoe(block: Any, num_experts: int, expert_map: list[int]) -> nn.Module:
+    experts = StackedExperts(num_experts, (block.input_size, block.hidden_size), block.activation, True)
+    return MergedJetMoeMoE(block, _like(experts, block.input_linear.weight), expert_map)
 
 
-def _install_dbrx(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
-    old = model.get_submodule(name)
+def _dbrx(old: Any, num_experts: int, expert_map: list[int]) -> nn.Module:
     sizes = (old.hidden_size, old.ffn_hidden_size)
-    experts = MergedDbrxExperts(expert_map, sizes, old.mlp.activation_fn, True)
-    _replace(model, name, _like(experts, old.mlp.w1).train(old.training))
-    return experts
+    return _like(MergedDbrxExperts(num_experts, sizes, old.mlp.activation_fn, True), old.mlp.w1)
 
 
-def _install_longcat(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
-    old = model.get_submodule(name)
+def _longcat(old: Any, num_experts: int, expert_map: list[int]) -> nn.Module:
     sizes = (old.hidden_size, old.intermediate_size)
-    experts = MergedLongcatFlashExperts(expert_map, sizes, old.act_fn, True)
-    _replace(model, name, _like(experts, old.down_proj).train(old.training))
-    return experts
+    return _like(MergedLongcatFlashExperts(num_experts, sizes, old.act_fn, True), old.down_proj)
 
 
-def _install_fused(model: nn.Module, name: str, expert_map: list[int]) -> nn.Module:
-    """Shrink experts of the experts interface in place: same class plus `MergedExperts`, same parameter names."""
-    experts = model.get_submodule(name)
-    num_experts = max(expert_map) + 1
-    for key, parameter in list(experts.named_parameters(recurse=False)):
-        rows = parameter.data.new_empty(num_experts, *parameter.shape[1:])
-        setattr(experts, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
-    vars(experts).pop("_is_hf_initialized", None)
-    if not hasattr(experts, "has_gate"):  # the interface's default layout without its decorator (Step 3.7)
-        experts.follows_config, experts.has_gate, experts.is_concatenated = False, True, True
-        experts.has_bias = experts.is_transposed = experts.has_post_expert_norm = False
-    experts.set_expert_map(expert_map)
-    return experts
-
-
-# Experts outside the experts interface, by the class of the container. Names, because the same library class may be
-# reached through several modules, and importing six families to load one of them would be waste.
-INSTALLERS = {
-    "SwitchTransformersExperts": _install_switch,
-    "Llama4TextExperts": _install_llama4,
-    "JetMoeMoE": _install_jetmoe,
-    "DbrxExperts": _install_dbrx,
-    "LongcatFlashExperts": _install_longcat,
+# Experts outside the experts interface, by the class of the container: what makes their module, and whether that
+# stands for the whole block. Names, because the same library class may be reached through several modules, and
+# importing five families to load one of them would be waste.
+OUTSIDE: dict[str, tuple[Callable[[Any, int, list[int]], nn.Module], bool]] = {
+    "SwitchTransformersExperts": (_switch, True),
+    "Llama4TextExperts": (_llama4, True),
+    "JetMoeMoE": (_jetmoe, False),
+    "DbrxExperts": (_dbrx, False),
+    "LongcatFlashExperts": (_longcat, False),
 }
 
 
-def install_merged_experts(model: nn.Module, name: str, expert_map: list[int]) -> MergedExperts:
-    """Replace the experts container `name` of `model` by G empty merged experts, on its device and in its dtype.
+def num_original(container: Any) -> int:
+    """Return E of an original experts container."""
+    counts: dict[str, Callable[[Any], int]] = {
+        "SwitchTransformersExperts": len,
+        "JetMoeMoE": lambda block: block.input_linear.num_experts,
+        "LongcatFlashExperts": lambda experts: experts.num_routed_experts,
+    }
+    return counts.get(type(container).__name__, lambda experts: experts.num_experts)(container)
 
-    Experts of the experts interface become instances of the class that `merged_class` of the modelling file makes of
-    their own class; that is the caller's part, since it needs the module that can name the class.
+
+def install_experts(model: nn.Module, path: str, expert_map: list[int]) -> Any:
+    """Replace the experts container at `path` by G empty merged experts, on its device and in its dtype; returns them.
 
     Args:
         expert_map: int [E] -> [G], onto 0 .. G-1.
     """
-    container = type(model.get_submodule(name)).__name__
-    experts = INSTALLERS.get(container, _install_fused)(model, name, expert_map)
-    device = experts.down_proj.device
-    # The map must hold its values also where the weights are yet to come.
-    experts.set_expert_map(expert_map, None if device.type == "meta" else device)
+    container, num_experts = model.get_submodule(path), max(expert_map) + 1
+    if type(container).__name__ not in OUTSIDE:
+        return _shrink(container, num_experts)
+    build, whole_block = OUTSIDE[type(container).__name__]
+    path = path.rpartition(".")[0] if whole_block else path
+    old, (parent, _, child) = model.get_submodule(path), path.rpartition(".")
+    merged = build(old, num_experts, expert_map).train(old.training)
+    setattr(model.get_submodule(parent), child, merged)
+    return merged.experts if isinstance(merged, ExpertMap) else merged
+
+
+def _shrink(experts: Any, num_experts: int) -> Any:
+    """Leave G empty rows of stacked experts, in place: class and parameters' names stay."""
+    for key, parameter in list(experts.named_parameters(recurse=False)):
+        rows = parameter.data.new_empty(num_experts, *parameter.shape[1:])
+        setattr(experts, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+    vars(experts).pop("_is_hf_initialized", None)
+    experts.num_experts = num_experts
+    if not hasattr(experts, "has_gate"):  # the interface's default layout without its decorator (Step 3.7)
+        experts.has_gate, experts.is_concatenated = True, True
+        experts.has_bias = experts.is_transposed = experts.has_post_expert_norm = False
     return experts

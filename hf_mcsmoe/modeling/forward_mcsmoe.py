@@ -10,33 +10,63 @@ from transformers.integrations import moe
 
 from .losparse_mcsmoe import Factors
 
+# Our experts implementation, the default of merged models: the name for `set_experts_implementation`.
+IMPLEMENTATION = "mcsmoe"
+
 # Grouped products want rows of a multiple of 16 bytes: 8 values of bfloat16.
 ALIGNMENT = 8
 # Products that are launched for the kept rows of S of one weight, beyond which some rows of zeros are cheaper.
 MAX_LEVELS = 8
 
 
-def merge_picks(
-    expert_map: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Send a router's picks to the stored experts; picks of one token that meet in an expert become one.
+def merge_picks(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make one pick of those of a token that meet in a stored expert.
 
     The first of them carries the sum of their weights (`g_1 + g_2` times the merged expert). The others, and picks
     whose weight is 0 (a token over capacity, a skipped expert), get the index `num_experts`, which is never computed.
 
     Args:
-        expert_map: int [E] -> [G].
-        top_k_index: int [T, K], in [0, E).
-        top_k_weights: [T, K].
+        index: int [T, K], stored experts.
+        weights: [T, K].
         num_experts: G.
     """
-    index = expert_map[top_k_index].masked_fill(top_k_weights == 0, num_experts)
+    index = index.masked_fill(weights == 0, num_experts)
     if index.shape[-1] == 1:
-        return index, top_k_weights
+        return index, weights
     same = index[:, :, None] == index[:, None, :]  # [T, K, K]
     repeated = same.tril(-1).any(-1)  # [T, K]
-    summed = (same * top_k_weights[:, None, :]).sum(-1, dtype=top_k_weights.dtype)
+    summed = (same * weights[:, None, :]).sum(-1, dtype=weights.dtype)
     return index.masked_fill(repeated, num_experts), summed.masked_fill(repeated, 0)
+
+
+def merged_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Run stacked experts, each once for a token however many of the token's picks meet in it.
+
+    What other implementations of the experts interface compute, which run an expert once for each pick. For dense
+    experts of every layout, and for those stored as low rank + sparse.
+
+    Args:
+        hidden_states: [T, D].
+        top_k_index: int [T, K], stored experts; an index of `num_experts` means no expert.
+        top_k_weights: [T, K].
+    """
+    index, weights = merge_picks(top_k_index, top_k_weights, self.num_experts)
+    # A loop over experts breaks a graph, and means many small launches on an accelerator; the CPU is faster so.
+    # Tensors of a class of their own (quantized weights) know how to be multiplied, but not in a grouped product.
+    plain = low_rank_of(self) or type(self.down_proj) in (torch.Tensor, nn.Parameter)
+    looped = not plain or (hidden_states.device.type == "cpu" and not torch.compiler.is_compiling())
+    product = eager_experts_forward if looped else grouped_experts_forward
+    return product(self, hidden_states, index, weights)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, merged_experts_forward)
+
+
+def low_rank_of(experts: nn.Module) -> dict[str, dict]:
+    """Return what of the experts is stored as low rank + sparse: nothing of the library's own experts."""
+    return getattr(experts, "low_rank", {})
 
 
 def eager_experts_forward(
@@ -122,7 +152,7 @@ class Picks:
 def _grouped_linear(experts: nn.Module, states: torch.Tensor, name: str, picks: Picks) -> torch.Tensor:
     """Return [N, out] of `states` [N, in], each row by the weight called `name` of its expert."""
     bias = getattr(experts, f"{name}_bias")[picks.expert] if experts.has_bias else None
-    if name in experts.low_rank:
+    if name in low_rank_of(experts):
         output = _grouped_low_rank(experts, states, name, picks)
         output = output if bias is None else output + bias
     else:
@@ -234,15 +264,21 @@ def row_levels(counts: list[int]) -> list[int]:
 
 
 def unstacked(experts: nn.Module) -> dict[str, Any]:
-    """Return each weight of the experts as one entry per expert: a matrix, a bias, or the factors of a matrix.
-
-    Taken apart once, not at each use: the gradient of `weight[expert]` is a tensor of the size of all experts.
-    """
+    """Return each weight of the experts by its name, to be indexed by expert: a matrix, a bias, or factors."""
     names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
     biases = [name + "_bias" for name in names] if experts.has_bias else []
+    low_rank = low_rank_of(experts)
     # By name, not from the list of parameters: PEFT turns those that it adapts into computed attributes.
-    dense = {name: getattr(experts, name).unbind(0) for name in names + biases if name not in experts.low_rank}
-    return dense | {name: experts.factors(name) for name in experts.low_rank}
+    dense = {name: _by_expert(getattr(experts, name)) for name in names + biases if name not in low_rank}
+    return dense | {name: experts.factors(name) for name in low_rank}
+
+
+def _by_expert(weight: torch.Tensor) -> Any:
+    """Return what `[expert]` takes an expert's part of.
+
+    Taken apart once where there is a gradient: that of `weight[expert]` is a tensor of the size of all experts.
+    """
+    return weight.unbind(0) if weight.requires_grad and torch.is_grad_enabled() else weight
 
 
 def expert_hidden(

@@ -1,12 +1,11 @@
 """Models with merged experts, for every family: classes generated on demand as `MCSMoE<BaseClass>`.
 
 `MCSMoEMixtralForCausalLM` is a subclass of `MixtralForCausalLM` whose experts are shrunk after `__init__` as its
-configuration says; module paths are the base class's. This file travels with every checkpoint: torch, transformers
-and its siblings only.
+configuration says, and whose routers return stored experts; module paths are the base class's. This file travels with
+every checkpoint: torch, transformers and its siblings only.
 """
 
 import contextlib
-import copy
 import importlib
 from collections.abc import Iterator
 from functools import cache
@@ -15,50 +14,85 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .configuration_mcsmoe import PREFIX, MCSMoEConfig, auto_map, config_class_for, convert_config
+from .configuration_mcsmoe import (
+    FORMAT_VERSION,
+    PREFIX,
+    MCSMoEConfig,
+    auto_map,
+    check_layer,
+    config_class_for,
+    convert_config,
+)
 from .experts_mcsmoe import (
-    INSTALLERS,
+    OUTSIDE,
     MergedExperts,
     MergedJetMoeMoE,
     MergedSwitchSparseMLP,
     StackedExperts,
-    install_merged_experts,
+    install_experts,
+    num_original,
 )
-from .losparse_mcsmoe import LoSparseLinear, LowRankSparse, SparsePart, compact_rows, final_rows
+from .forward_mcsmoe import IMPLEMENTATION, low_rank_of
+from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows, final_rows
+from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, expert_maps, map_of, restore_maps, unmapped
 from .saving_mcsmoe import SavedWhole
 
-__all__ = ["LoSparseLinear", "MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "merged_class"]
+__all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "describe", "merged_class"]
 
 
 class MCSMoEModel(SavedWhole):
     """First base of every generated model class: shrinks the experts, and saves a folder that loads anywhere."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Build the base model for `config`, then give each merged layer its G empty experts."""
+        """Build the base model for `config`, then give each merged layer its map and its G empty experts."""
         _serve_generic_heads(config)
+        prefer_ours(config, [None])
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
             experts = install_layer(self, name, layer["expert_map"])
             for weight, entry in layer.get("low_rank", {}).items():
-                if weight not in experts.low_rank:  # installed by the base model inside a head
-                    experts.install_low_rank(weight, entry["rank"], entry["kept_rows"])
+                if weight not in low_rank_of(experts):  # else installed by the base model inside a head
+                    decomposable(experts).install_low_rank(weight, entry["rank"], entry["kept_rows"])
         adopt_inner_models(self)
         self.init_weights()  # of the new experts, and their ties
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` does; whatever that left in the maps, they hold their values."""
+        answer = super().from_pretrained(*args, **kwargs)
+        model = answer[0] if isinstance(answer, tuple) else answer
+        restore_maps(model)
+        check_rows(model)
+        return answer
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Return what is asked for, by default our implementation, which computes picks that meet once."""
+        requested_experts = IMPLEMENTATION if requested_experts is None else requested_experts
+        return super().get_correct_experts_implementation(requested_experts)
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MergedExperts):
-            init.copy_(module.expert_map, torch.tensor(module.expert_map_values, device=module.expert_map.device))
+        if isinstance(module, ExpertMap):
+            module.restore_map()
         if isinstance(module, LowRankSparse) and (module.low_rank or isinstance(module, StackedExperts)):
             module.init_low_rank(getattr(self.config.get_text_config(), "initializer_range", 0.02))
         else:
             super()._init_weights(module)
 
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        # The family's plan says how to split its own experts; ours are whole on every process.
+        whole = [
+            path
+            for path, module in self.named_modules()
+            if isinstance(module, MergedExperts) and (module.low_rank or isinstance(module, StackedExperts))
+        ]
+        expanded = super()._expand_parallel_plan(plan)
+        return {name: style for name, style in expanded.items() if not f"{name}.".startswith(_prefixes(whole))}
+
     def _compact_state(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
         """Return the state dictionary and `config.mcsmoe` with S in its compact form."""
-        mcsmoe, state = copy.deepcopy(self.config.mcsmoe), dict(state)
+        mcsmoe, state = describe(self), dict(state)
         kept = final_rows(self, mcsmoe.get("keep"))
         for layer, path, _ in merged_layers(self):
             for name, entry in mcsmoe["layers"][layer].get("low_rank", {}).items():
@@ -68,6 +102,19 @@ class MCSMoEModel(SavedWhole):
                     state |= {f"{path}.{name}_s": values, f"{path}.{name}_rows": rows}
                     entry["kept_rows"] = counts
         return state, mcsmoe
+
+
+def _prefixes(paths: list[str]) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in paths)
+
+
+def prefer_ours(config: Any, instead_of: list[str | None]) -> None:
+    """Choose our experts implementation in a configuration and its parts where they choose one of `instead_of`."""
+    if config._experts_implementation in instead_of:
+        config._experts_implementation_internal = IMPLEMENTATION
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            prefer_ours(part, instead_of)
 
 
 def _serve_generic_heads(config: Any) -> None:
@@ -98,25 +145,84 @@ def layer_path(model: nn.Module, name: str) -> str:
     )
 
 
-def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> MergedExperts:
-    """Give layer `name` its G empty merged experts, re-classing experts of the experts interface."""
+def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
+    """Give layer `name` its map and its G empty merged experts, which are returned.
+
+    Raises:
+        ValueError: the map has not one entry for each of the layer's experts.
+    """
     path = layer_path(model, name)
     experts = model.get_submodule(path)
-    if isinstance(experts, MergedExperts | MergedJetMoeMoE):  # by the base model inside a head
-        return experts.experts if isinstance(experts, MergedJetMoeMoE) else experts
-    if type(experts).__name__ not in INSTALLERS:
+    if map_of(model, path) is not None:  # installed by the base model inside a head
+        return _inner(experts)
+    check_layer(name, {"expert_map": expert_map}, num_original(experts))
+    kind = type(experts).__name__
+    if kind not in OUTSIDE and not hasattr(experts, "has_gate"):  # the interface's layout, outside the interface
         experts.__class__ = merged_class(type(experts))
-    return install_merged_experts(model, path, expert_map)
+    experts = install_experts(model, path, expert_map)
+    if map_of(model, path) is None:
+        router = unmapped(model, path)
+        router.__class__ = merged_class(type(router))
+        # The map must hold its values also where the weights are yet to come.
+        device = next(router.parameters()).device
+        router.set_expert_map(expert_map, None if device.type == "meta" else device)
+    return experts
 
 
-def merged_layers(model: nn.Module) -> Iterator[tuple[str, str, MergedExperts]]:
+def decomposable(experts: Any) -> Any:
+    """Return experts, re-classed in place if they are the library's, whose weights can be low rank + sparse."""
+    # By name: a model loaded through remote code has a class of its own copy of this file.
+    if all(cls.__name__ != MergedExperts.__name__ for cls in type(experts).__mro__):
+        experts.__class__ = merged_class(type(experts))
+    return experts
+
+
+def _inner(container: Any) -> Any:
+    """Return the merged experts of a container, which for JetMoE is the whole block."""
+    return container.experts if "expert_map" in container._buffers else container
+
+
+def merged_layers(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """Yield the layers of merged experts: name in the configuration, path of the experts in the model, experts."""
     for name in model.config.mcsmoe["layers"]:
         path = layer_path(model, name)
-        experts = model.get_submodule(path)
-        if isinstance(experts, MergedJetMoeMoE):
-            path, experts = f"{path}.experts", experts.experts
-        yield name, path, experts
+        container = model.get_submodule(path)
+        yield name, path if _inner(container) is container else f"{path}.experts", _inner(container)
+
+
+def expert_map_of(model: nn.Module, path: str) -> list[int] | None:
+    """Return the map int [E] -> [G] of the experts at `path`; None of experts that were not merged."""
+    owner = map_of(model, path)
+    return None if owner is None else list(owner.expert_map_values)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return `config.mcsmoe` as the model's modules have it.
+
+    `keep`, the share of rows of S that is to be left, and `whole`, the layers of which all experts were kept, are no
+    modules' business: they stay as the configuration has them.
+    """
+    old = model.config.mcsmoe or {"layers": {}}
+    # A bare model and one with a head call the same layer by two names; either is read (see `layer_path`).
+    names = {layer_path(model, name): name for name in old["layers"]}
+    layers: dict[str, dict] = {}
+    for path, owner in expert_maps(model):
+        path = _container_path(model, path, owner)
+        experts = _inner(model.get_submodule(path))
+        layer = {"num_experts": len(owner.expert_map_values), "expert_map": list(owner.expert_map_values)}
+        if low_rank := low_rank_of(experts):
+            layer["low_rank"] = {weight: dict(entry) for weight, entry in low_rank.items()}
+        layers[names.get(path, path)] = layer
+    kept = {key: old[key] for key in ("keep", "whole") if key in old}
+    return {"format_version": FORMAT_VERSION, "layers": layers, **kept}
+
+
+def _container_path(model: nn.Module, path: str, owner: nn.Module) -> str:
+    """Return the path of the experts container, as a layer is called, whose picks the module at `path` maps."""
+    if type(owner).__name__ == MergedJetMoeMoE.__name__:  # the block is the container
+        return path
+    block = path if hasattr(owner, "experts") else path.rpartition(".")[0]
+    return f"{block}.experts"
 
 
 def adopt_inner_models(model: nn.Module) -> None:
@@ -126,21 +232,18 @@ def adopt_inner_models(model: nn.Module) -> None:
             module.__class__ = merged_class(type(module))
 
 
-def convert_model(model: PreTrainedModel, layers: dict[str, dict]) -> None:
-    """Turn a base model, in place, into the generated class; its layers are still to be installed.
-
-    Args:
-        layers: per experts container its `num_experts` (E) and `expert_map` (int [E] -> [G]).
-    """
+def convert_model(model: PreTrainedModel) -> None:
+    """Turn a base model, in place, into the generated class; its layers are still to be installed, and described."""
     target = merged_class(type(model))  # first, since it may refuse
-    convert_config(model.config, layers)
+    convert_config(model.config)
+    prefer_ours(model.config, [None, "grouped_mm"])  # the library's own choice where the user made none
     model.__class__ = target
     # Set by a load of the base model; a save would apply the reverse to the merged experts.
     vars(model).pop("_weight_conversions", None)
 
 
 def merged_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return the generated subclass `MCSMoE<base>` of a model or experts class of Transformers.
+    """Return the generated subclass `MCSMoE<base>` of a model, router or experts class of Transformers.
 
     Raises:
         ValueError: the class is not one of Transformers, so a checkpoint could not name it.
@@ -173,7 +276,8 @@ def generated_class(name: str) -> type[nn.Module]:
         "__doc__": f"`{base.__name__}` with merged experts.",
     }
     if not issubclass(base, PreTrainedModel):
-        return type(name, (MergedExperts, base), fields)
+        mixin = MergedExperts if hasattr(base, "_apply_gate") else MAPPED.get(base.__name__, MappedRouter)
+        return type(name, (mixin, base), fields)
     # Named among the direct bases, or Auto classes would derive a further class, which could not be pickled.
     generation = (GenerationMixin,) if issubclass(base, GenerationMixin) else ()
     # Read off the source of a class's module, which for a generated class is this one.

@@ -1,6 +1,6 @@
 """What a merged layer and the original one give for the same tokens: rows for a fit, whole outputs, their distance."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,21 @@ CHUNK = 4096
 class LayerFit:
     """One layer, or several that share their experts: merged `experts`, the `originals`, and the inputs of both.
 
-    `expert_map` int [E] -> [G] leads from the ones to the others. `original_inputs` are those of the original layer at
-    the same tokens, with the original's picks; `inputs`, what the merged experts see, with picks of stored experts,
-    are the same unless the layers before have been changed too.
+    `original_inputs` are those of the original layer at the same tokens, with its experts as picks; `inputs`, what the
+    merged experts see, with stored experts as picks, are otherwise the same unless the layers before have been changed
+    too. `expert_map` int [E] -> [G] leads from the first picks to the second.
     """
 
     name: str
     experts: Any
-    expert_map: Sequence[int]
     originals: Experts
     inputs: LayerInputs
     original_inputs: LayerInputs
+    expert_map: list[int]
 
     def __post_init__(self) -> None:
-        self.picks, self.gates = stored_picks(self.inputs, self.experts.num_experts)
+        stored = merge_picks(self.inputs.index, self.inputs.weights, self.experts.num_experts)
+        self.picks, self.gates = stored  # int [T, K] stored expert or G, [T, K] summed weights
 
     @property
     def device(self) -> torch.device:
@@ -58,11 +59,6 @@ class LayerFit:
         if self.experts.has_bias:
             hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
         return hidden * gates.to(hidden)[:, None]
-
-
-def stored_picks(inputs: LayerInputs, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the stored experts that tokens reach, int [T, K] with G for none, once each, and their weights [T, K]."""
-    return merge_picks(torch.arange(num_experts + 1), inputs.index, inputs.weights, num_experts)
 
 
 def original_sum(

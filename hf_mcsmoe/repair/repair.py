@@ -164,7 +164,8 @@ def _inputs(
 def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
     begin, (layer, original) = time.perf_counter(), pair
     with original.open() as weights:
-        problem = LayerFit(layer.name, layer.container, layer.expert_map or (), weights, inputs, original_inputs)
+        expert_map = list(layer.expert_map or ())
+        problem = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, expert_map)
         repaired: Repaired = REPAIR[config.method](problem, config)
     experts = [
         ExpertRepair(s.tokens, s.ridge, relative(s.before, s.energy), relative(s.after, s.energy))

@@ -14,7 +14,6 @@ import pytest
 import torch
 from families import build
 from helpers import Run, costs_on_card
-from test_data import tokenizer  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from hf_mcsmoe import cli
@@ -29,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def source(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:  # noqa: F811
+def source(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     path = folder / "mixtral"
     if not path.exists():
         build("mixtral").save_pretrained(path)

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
+from commands import command, write_models
 from helpers import Run
 from merged import check_without_package, example, save
 from merged import tokenizer as word_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_cli_evaluate import TEXT
-from test_examples import rows
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_mcsmoe import DistillationTrainer
@@ -28,34 +26,11 @@ from hf_mcsmoe.distillation import DistillationOptions
 from hf_mcsmoe.layers.loading import load_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-TRAINING = ["--max-length", 8, "--batch-size", 2, "--learning-rate", "1e-2"]
-
-
-def write_models(path: Path) -> Path:
-    """Write tiny models, whole and merged, with a tokenizer, and text to train on."""
-    for name in ("mixtral", "switch_transformers"):
-        build(name).save_pretrained(path / name)
-        example(name).merged.save_pretrained(path / f"merged_{name}")
-        for saved in (name, f"merged_{name}"):
-            word_tokenizer().save_pretrained(path / saved)
-    (path / "text.txt").write_text(TEXT)
-    pairs = [{"text": f"w{50 + n} w60", "answer": f"w{70 + n}"} for n in range(8)]
-    (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    (path / "copa.jsonl").write_text("\n".join(map(json.dumps, rows(4))))
-    return path
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(tmp_path_factory.mktemp("distill"))
-
-
-def command(folder: Path, output: Path, name: str = "mixtral") -> list[Any]:
-    """Return the arguments of a short run."""
-    data = {"mixtral": ["--data", folder / "text.txt"], "switch_transformers": ["--data", folder / "pairs.jsonl"]}
-    columns = ["--column", "text", "--target-column", "answer"] if name == "switch_transformers" else []
-    given = [folder / f"merged_{name}", "--teacher", folder / name, *data[name], *columns, *TRAINING]
-    return ["distill", *given, "--max-steps", 4, "--save-steps", 2, "--output", output]
 
 
 def table(out: str) -> dict[str, list[str]]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command, write_models
 from families import build
 from helpers import Run
 from merged import example
 from merged import tokenizer as word_tokenizer
-from test_cli_distill import command, write_models
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
 

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TEXT
+from copa import rows, write_folder
 from families import build
 from helpers import Run
 from merged import example
 from merged import tokenizer as word_tokenizer
-from test_examples import folder, rows  # noqa: F401
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
-TEXT = "\n\n".join(" ".join(f"w{50 + (7 * number + k) % 60}" for k in range(5)) for number in range(6))
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def test_a_causal_model_chooses_by_likelihood(causal: Path, tmp_path: Path, run:
 
 @torch.no_grad()
 @pytest.mark.parametrize("by", [None, "generation", "likelihood"])
-def test_an_encoder_decoder_on_a_task(by: str | None, folder: Path, tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_an_encoder_decoder_on_a_task(by: str | None, folder: Path, tmp_path: Path, run: Run) -> None:
     options = ["--task", "copa", "--file", folder / "evaluation.jsonl", "--json", tmp_path / "figures.json"]
     code, out, err = run("evaluate", folder / "model", *options, *(["--by", by] if by else []), "--batch-size", 4)
     assert code == 0, err
@@ -117,7 +121,7 @@ def test_an_encoder_decoder_on_a_task(by: str | None, folder: Path, tmp_path: Pa
 
 
 @torch.no_grad()
-def test_an_encoder_decoder_on_texts_with_targets(folder: Path, tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_an_encoder_decoder_on_texts_with_targets(folder: Path, tmp_path: Path, run: Run) -> None:
     made = [{"text": f"copa letter{n}", "answer": f"letter{n + 1}"} for n in range(5)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, made)))
     options = ["--data", tmp_path / "rows.jsonl", "--column", "text", "--target-column", "answer"]

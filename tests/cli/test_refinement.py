@@ -117,7 +117,7 @@ def _changed(model: PreTrainedModel, other: PreTrainedModel) -> tuple[int, int]:
     """Return how many experts of more than one member differ between two merged models, and how many there are."""
     changed, total = 0, 0
     for ours, theirs in zip(moe_layers(model), moe_layers(other), strict=True):
-        members = Counter(ours.container.expert_map.tolist())
+        members = Counter(ours.expert_map)
         for expert in (expert for expert, count in members.items() if count > 1):
             total += 1
             down = [layer.read().expert(expert)["down"] for layer in (ours, theirs)]

@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from copa import LETTERS, write_model
 from safetensors.torch import load_file
-from test_examples import EXAMPLES, LETTERS, run, write_model
+from scripts import EXAMPLES, run
 
 pytestmark = pytest.mark.slow
 # Accelerate's name for several processes of one machine; --cpu starts a single one, whatever --num_processes says.

@@ -9,22 +9,23 @@ import pytest
 import torch
 from families import build, inputs
 from safetensors.torch import load_file
-from test_examples import EXAMPLES, data, folder, run, training  # noqa: F401
+from scripts import EXAMPLES, data, run, training
 from transformers import Seq2SeqTrainingArguments
 
 from hf_mcsmoe import moe_layers
+from hf_mcsmoe.distillation.finetuning import FinetuneTrainer
+from hf_mcsmoe.distillation.processes import check_processes, mistakes_reported_once
 from hf_mcsmoe.layers.loading import load_model
 
 sys.path.insert(0, str(EXAMPLES))
 import compress_and_distill
-import finetune_seq2seq
 import merge_and_distill
 import recipe
 
 
 def parsed(*arguments: str) -> Seq2SeqTrainingArguments:
     given = ["--model_name_or_path", "m", *arguments]
-    return recipe.parse((recipe.TaskArguments, Seq2SeqTrainingArguments), "", given)[1]
+    return recipe.parse([recipe.TaskArguments, Seq2SeqTrainingArguments], "", given)[1]
 
 
 def test_settings_are_the_papers_for_the_task_unless_given() -> None:
@@ -42,7 +43,7 @@ def test_of_several_processes_the_first_tells_a_mistake(
     rank: str, told: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as caught, recipe.mistakes_told_once():
+    with pytest.raises(SystemExit) as caught, mistakes_reported_once():
         raise ValueError("no such thing")
     assert caught.value.code == told
 
@@ -63,7 +64,7 @@ def test_mistakes_cost_one_sentence_before_training(
     script: Any,
     wrong: list[str],
     sentence: str,
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = ["--model_name_or_path", folder / "model", "--use_cpu", "true", "--output_dir", folder / "out"]
@@ -74,10 +75,10 @@ def test_mistakes_cost_one_sentence_before_training(
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe.check_processes()
+    check_processes()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"2 processes were started.*pass --use_cpu true"):
-        recipe.check_processes()
+        check_processes()
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_rows_kept_apart_share_no_question_with_those_trained_on(questions: reci
     assert recipe.load_data(questions, seed=1).holdout == made.holdout
     assert recipe.load_data(questions, seed=2).holdout != made.holdout
     questions.holdout = 1.0
-    with pytest.raises(ValueError, match=r"--holdout 1.0 must be a share"):
+    with pytest.raises(ValueError, match=r"holdout of 1.0 is no share"):
         recipe.load_data(questions, seed=1)
 
 
@@ -131,7 +132,7 @@ def test_help_tells_the_papers_arguments(script: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_recipe_from_end_to_end(folder: Path) -> None:  # noqa: F811
+def test_the_recipe_from_end_to_end(folder: Path) -> None:
     """The task is learnt, merging and compressing with distillation keep it, and the files hold what they should."""
     full, merged, small = folder / "full", folder / "merged", folder / "small"
     result = run("finetune_seq2seq.py", *training(folder, full))
@@ -169,7 +170,7 @@ def test_the_recipe_from_end_to_end(folder: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.slow
-def test_merging_alone_and_a_wrong_number_of_experts(folder: Path) -> None:  # noqa: F811
+def test_merging_alone_and_a_wrong_number_of_experts(folder: Path) -> None:
     given = ["--model_name_or_path", folder / "model", "--use_cpu", "true", "--num_groups", "4", *data(folder)]
     given += ["--skip", "none", "--output_dir", folder / "merged"]
     result = run("merge_and_distill.py", *given, "--num_train_epochs", "0")
@@ -188,7 +189,7 @@ def test_fine_tuning_counts_the_routers_losses(tmp_path: Path) -> None:
     arguments = Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none")
     losses = {}
     for counted in (True, False):
-        trainer = finetune_seq2seq.FinetuneTrainer(model=model, args=arguments, router_losses=counted)
+        trainer = FinetuneTrainer(model=model, args=arguments, router_losses=counted)
         given = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
         torch.manual_seed(0)  # of the routers' noise and of dropout
         losses[counted] = trainer.compute_loss(model, given)

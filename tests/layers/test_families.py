@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import Family, build, families, inputs
+from families import Family, build, construct, families, inputs
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -47,8 +47,8 @@ def test_build_gives_a_small_model_with_reproducible_finite_logits(family: Famil
     assert logits.isfinite().all()
     assert logits.std() > 0.01
     assert torch.equal(logits, _logits(family.name, model))
-    assert torch.equal(logits, _logits(family.name, build(family.name)))
-    assert not torch.equal(logits, _logits(family.name, build(family.name, seed=1)))
+    assert torch.equal(logits, _logits(family.name, construct(family.name)))
+    assert not torch.equal(logits, _logits(family.name, construct(family.name, seed=1)))
 
 
 @EVERY

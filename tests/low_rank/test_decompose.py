@@ -9,9 +9,17 @@ import pytest
 import torch
 from families import build
 from helpers import batches, logits
-from merged import Example, check_without_package, example, save
+from merged import (
+    ALL,
+    NOT_CHECKPOINTED,
+    NOT_OFFLOADED,
+    Example,
+    Reports,
+    check_without_package,
+    example,
+    save,
+)
 from safetensors import safe_open
-from test_checkpoint import ALL, NOT_CHECKPOINTED, NOT_OFFLOADED, Reports
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts, moe_layers

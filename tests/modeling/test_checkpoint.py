@@ -7,17 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import logits
-from merged import check_without_package, example, merge, run_python, save
+from merged import (
+    ALL,
+    INTERFACE,
+    NOT_CHECKPOINTED,
+    NOT_OFFLOADED,
+    Reports,
+    check_without_package,
+    example,
+    merge,
+    run_python,
+    save,
+)
 from safetensors import safe_open
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
-
-INTERFACE = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_vl_moe", "gemma4"]
-OUTSIDE = ["switch_transformers", "llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p7"]
-ALL = INTERFACE + OUTSIDE
-# Base models of Transformers that fail by themselves: under offloading, and under gradient checkpointing.
-NOT_OFFLOADED, NOT_CHECKPOINTED = {"jetmoe", "longcat_flash"}, {"jetmoe"}
 
 LOADING = {
     "loads": ALL,
@@ -40,7 +45,6 @@ TRAINING = {
     "trains_saves_and_resumes": ["mixtral", "gpt_oss", "switch_transformers", "jetmoe"],
     "takes_lora": ["mixtral", "gpt_oss", "switch_transformers", "llama4_text", "jetmoe", "deepseek_v3"],
 }
-Reports = dict[str, dict[str, str]]
 
 
 def _cases(table: dict[str, list[str]]) -> pytest.MarkDecorator:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, families, family_table, inputs
+from families import build, families, families_page, inputs
 from helpers import logits
 from merged import REFUSED, check_without_package, example, merge, save, stored_experts
 
@@ -13,8 +13,7 @@ from hf_mcsmoe import MergeConfig, moe_layers
 
 SUPPORTED = [family.name for family in families() if family.name not in REFUSED]
 EVERY = pytest.mark.parametrize("name", SUPPORTED)
-README = Path(__file__).parents[2] / "README.md"
-MARKERS = "<!-- families -->", "<!-- /families -->"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +74,5 @@ def test_a_refused_family_is_told_why(name: str, reason: str) -> None:
         merge(build(name), name)
 
 
-def test_the_readme_lists_the_families() -> None:
-    text = README.read_text() if README.exists() else ""
-    if MARKERS[0] not in text:
-        pytest.skip(f"README.md has no {MARKERS[0]}")
-    table = text.partition(MARKERS[0])[2].partition(MARKERS[1])[0]
-    assert table.strip() == family_table().strip(), "fill it with: python tests/families.py"
+def test_the_page_of_the_families_is_that_of_the_installed_transformers() -> None:
+    assert PAGE.read_text(encoding="utf-8") == families_page(), "write it: python tests/families.py > docs/families.md"

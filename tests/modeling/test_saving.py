@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, m
 FILES = {
     *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "model.safetensors"),
     *("configuration_mcsmoe.py", "experts_mcsmoe.py", "forward_mcsmoe.py", "losparse_mcsmoe.py"),
-    *("modeling_mcsmoe.py", "saving_mcsmoe.py"),
+    *("modeling_mcsmoe.py", "router_mcsmoe.py", "saving_mcsmoe.py"),
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
@@ -81,15 +81,18 @@ KILLED = """
 import os, sys, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 transformers.modeling_utils.safe_save_file = lambda *arguments, **kwargs: os._exit(9)
-model.save_pretrained(sys.argv[2])
+for target in sys.argv[1:]:
+    if not os.fork():
+        model.save_pretrained(target)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
 def test_a_killed_save_leaves_no_checkpoint_and_the_old_one_whole(case: Example, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     case.merged.save_pretrained(old)
-    for target in (old, new):
-        assert run_python(["-c", KILLED, str(old), str(target)], tmp_path).returncode == 9
+    done = run_python(["-c", KILLED, str(old), str(new)], tmp_path)
+    assert done.stdout.split() == ["9", "9"], done.stderr
     assert not new.exists()
     assert torch.equal(logits(_reloaded(old), case.batch), logits(case.merged, case.batch))
 
@@ -215,15 +218,16 @@ def test_the_card_tells_the_hub_what_the_model_is(
         assert f"| `{layer}` | 8 | {kept} |" in card.text
 
 
-@pytest.mark.parametrize(
-    ("name", "auto_class"), [("mixtral", "AutoModelForCausalLM"), ("switch_transformers", "AutoModelForSeq2SeqLM")]
-)
-def test_the_cards_example_runs_as_it_stands(name: str, auto_class: str, tmp_path: Path) -> None:
-    folder = save(example(name), tmp_path)
-    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    assert f"\nmodel = {auto_class}.from_pretrained" in code
-    done = run_python(["-c", f"{code}\nprint(type(model).__name__)"], cwd=tmp_path)
-    assert done.stdout.strip() == f"MCSMoE{type(example(name).base).__name__}", done.stderr
+def test_the_cards_examples_run_as_they_stand(tmp_path: Path) -> None:
+    classes = {"mixtral": "AutoModelForCausalLM", "switch_transformers": "AutoModelForSeq2SeqLM"}
+    code = ""
+    for name, auto_class in classes.items():
+        card = (save(example(name), tmp_path) / "README.md").read_text()
+        block = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        assert f"\nmodel = {auto_class}.from_pretrained" in block
+        code += f"{block}\nprint(type(model).__name__)\n"
+    done = run_python(["-c", code], cwd=tmp_path)
+    assert done.stdout.split() == [f"MCSMoE{type(example(name).base).__name__}" for name in classes], done.stderr
 
 
 PUSH = """

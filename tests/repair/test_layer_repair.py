@@ -70,8 +70,7 @@ def _outputs(name: str, model: PreTrainedModel, batch: Batch) -> dict[str, torch
                 output = OUTPUTS[name](module, output)
             if name == "longcat_flash":  # takes its identity experts off again
                 states, index, weights = arguments
-                known = len(module.expert_map) if layer.merged else layer.num_experts
-                output = output - states * (weights * (index >= known)).sum(1, keepdim=True)
+                output = output - states * (weights * (index >= layer.num_experts)).sum(1, keepdim=True)
             output = output.reshape(-1, output.shape[-1])
             counted = _kept_tokens(batch, layer).flatten()
             found[layer.name] = output[counted.repeat_interleave(len(output) // len(counted))]
@@ -94,9 +93,8 @@ def test_what_is_computed_from_captured_inputs_is_what_the_layers_give(name: str
     captured = capture_inputs([original for ((_, original),) in groups], data)
     own = capture_inputs([layer for ((layer, _),) in groups], data)
     for ((layer, original),) in groups:
-        problem = LayerFit(
-            layer.name, layer.container, layer.expert_map, original.read(), own[layer.name], captured[original.name]
-        )
+        seen = own[layer.name], captured[original.name]
+        problem = LayerFit(layer.name, layer.container, original.read(), *seen, layer.expert_map)
         sums = original_sum(problem, normed=True)
         if name == "llama4":  # a row for each pick
             sums = sums.view(len(given[original.name]), -1, sums.shape[-1]).sum(1)
@@ -126,7 +124,7 @@ def test_a_refit_restores_spoilt_output_matrices(name: str) -> None:
 def test_a_repair_lowers_the_error_of_pruned_experts_and_touches_nothing_else(name: str, method: str) -> None:
     model = build(name)
     data = batches(name, model, number=4)
-    student = _merged(name, model, data, weighting="dominant")
+    student = _merged(name, model, data, merging="dominant")
     teacher_before, student_before = state(model), state(student)
     bits = dict(zip((key for key, *_ in student_before["tensors"]), student_before["bits"], strict=True))
     report = repair_experts(student, model, data, RepairConfig(method=method, steps=60))
@@ -177,7 +175,7 @@ def test_a_joint_refit_is_the_least_squares_solution_over_all_experts() -> None:
             expert = LAYOUTS[name].before(original.container, pick)
             x = seen.hidden[token]
             output = output + gate * (expert["down"] @ (act(expert["gate"] @ x) * (expert["up"] @ x))).double()
-            group = layer.container.expert_map_values[pick]
+            group = layer.expert_map[pick]
             stored = LAYOUTS[name].after(layer.container, group)
             row[group] += gate * (act(stored["gate"] @ x) * (stored["up"] @ x)).double()
         wide.append(row.flatten())
@@ -298,9 +296,8 @@ def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
     for one in (seen, other):
         student = copy.deepcopy(ours)
         ((merged, original), *_) = matching_layers(student, model)[0]
-        problem = LayerFit(
-            layer.name, merged.container, merged.expert_map, original.read(), one.mapped(merged.expert_map), one
-        )
+        stored = one.mapped(merged.expert_map)
+        problem = LayerFit(layer.name, merged.container, original.read(), stored, one, merged.expert_map)
         REPAIR["local"](problem, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
         results.append(merged.container.down_proj.clone())
     assert not torch.equal(results[0], moe_layers(ours)[0].container.down_proj)

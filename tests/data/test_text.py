@@ -10,17 +10,11 @@ from families import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_mcsmoe.data.text import calibration_batches, read_samples
+from hf_mcsmoe.data.features import calibration_batches
+from hf_mcsmoe.data.spans import SpanNoise
+from hf_mcsmoe.data.text import read_samples
 
 ROWS = [{"question": f"what is {n}", "answer": f"it is {n}"} for n in range(5)]
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", "what", "is", "it", *map(str, range(10))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def write(path: Path, text: str) -> str:
@@ -88,7 +82,7 @@ def test_wrong_sources_are_told_what_is_wrong(
 
 def test_batches_of_a_decoder_are_padded_and_masked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write(tmp_path / "text.txt", "what is 1\nit\nwhat is it 2 3")
-    batches = calibration_batches(path, tokenizer, build("mixtral"), batch_size=2)
+    batches = calibration_batches(read_samples(path), tokenizer, build("mixtral"), batch_size=2)
     assert sorted(int(length) for batch in batches for length in batch["attention_mask"].sum(1)) == [1, 3, 5]
     for batch in batches:
         assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == tokenizer.pad_token_id)
@@ -96,43 +90,38 @@ def test_batches_of_a_decoder_are_padded_and_masked(tokenizer: PreTrainedTokeniz
 
 def test_batches_of_an_encoder_decoder_have_targets(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, ROWS)))
-    options = {"column": "question", "target_column": "answer", "batch_size": 5}
-    (batch,) = calibration_batches(path, tokenizer, build("switch_transformers"), **options)
+    samples = read_samples(path, column="question", target_column="answer")
+    (batch,) = calibration_batches(samples, tokenizer, build("switch_transformers"), batch_size=5)
     answers = {tuple(tokenizer(row["answer"])["input_ids"]) for row in ROWS}
     assert {tuple(token for token in row if token != -100) for row in batch["labels"].tolist()} == answers
 
 
-def test_the_text_is_corrupted_as_asked_for(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_text_is_corrupted_as_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
     words = [*tokenizer.get_vocab(), *(f"<extra_id_{number}>" for number in range(8))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     sentinels = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    path = write(tmp_path / "text.txt", " ".join(str(number % 10) for number in range(40)))
-    for noise, masked in ((None, 6), ({"noise_density": 0.5}, 20), ({"mean_span": 4, "fixed_spans": True}, 8)):
-        (batch,) = calibration_batches(path, sentinels, build("switch_transformers"), noise=noise)
+    samples = [(" ".join(str(number % 10) for number in range(40)), None)]
+    for noise, masked in ((SpanNoise(), 6), (SpanNoise(0.5), 20), (SpanNoise(mean_span=4, fixed_spans=True), 8)):
+        (batch,) = calibration_batches(samples, sentinels, build("switch_transformers"), noise=noise)
         assert (batch["labels"] < len(words) - 8).sum() == masked + 1, "and the end"
 
 
-def test_samples_are_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    path = write(tmp_path / "text.txt", "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10)))
-    drawn = [
-        torch.cat(
-            [b["input_ids"] for b in calibration_batches(path, tokenizer, build("mixtral"), num_samples=9, seed=s)]
-        )
-        for s in (0, 0, 1)
-    ]
+def test_samples_are_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    samples, model = [(f"what is {n} {m}", None) for n in range(10) for m in range(10)], build("mixtral")
+    batches = [calibration_batches(samples, tokenizer, model, num_samples=9, seed=seed) for seed in (0, 0, 1)]
+    drawn = [torch.cat([batch["input_ids"] for batch in part]) for part in batches]
     assert torch.equal(drawn[0], drawn[1])
     assert len(drawn[0]) == 9
     assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
-def test_the_tokenizer_is_left_as_it_was(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_tokenizer_is_left_as_it_was(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.pad_token = None
     before = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer("what is it 1 2 3"))
-    batches = calibration_batches(
-        write(tmp_path / "text.txt", "what is 1\nit"), tokenizer, build(name), max_length=2, batch_size=2
-    )
+    samples = [("what is 1", None), ("it", None)]
+    batches = calibration_batches(samples, tokenizer, build(name), max_length=2, batch_size=2)
     assert batches[0]["attention_mask"].sum() == 3
     assert before == (
         tokenizer.backend_tokenizer.to_str(),
@@ -141,8 +130,24 @@ def test_the_tokenizer_is_left_as_it_was(name: str, tokenizer: PreTrainedTokeniz
     )
 
 
-def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build("mixtral")
     model.resize_token_embeddings(5)
     with pytest.raises(ValueError, match="belongs to another model"):
-        calibration_batches(write(tmp_path / "text.txt", "what is 1"), tokenizer, model)
+        calibration_batches([("what is 1", None)], tokenizer, model)
+
+
+def test_without_samples_there_is_nothing_to_calibrate_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        calibration_batches([], tokenizer, build("mixtral"))
+
+
+def test_padding_stands_on_the_right_and_needs_no_token_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A row has the positions that it has alone, whatever side the tokenizer pads on for generation."""
+    samples, model = [("what is 1", None), ("it", None)], build("mixtral")
+    expected = calibration_batches(samples, tokenizer, model)[0]["attention_mask"]
+    assert expected.tolist() == [[1, 0, 0], [1, 1, 1]]
+    tokenizer.padding_side, tokenizer.pad_token, tokenizer.eos_token = "left", None, None
+    (batch,) = calibration_batches(samples, tokenizer, model)
+    assert torch.equal(batch["attention_mask"], expected)
+    assert "labels" not in batch, "a model without an encoder is not asked for a loss"

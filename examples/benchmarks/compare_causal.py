@@ -1,6 +1,6 @@
 """Compare compressed versions of a causal Mixture-of-Experts model on text: perplexity before and after distillation.
 
-    python examples/compare_causal.py MODEL --train FILE --evaluation FILE --experts 8
+    python examples/benchmarks/compare_causal.py MODEL --train FILE --evaluation FILE --experts 8
 
 The model is merged in several ways, each merged model learns from the original for `--steps` steps, and M-SMoE is then
 stored as low rank + sparse while it learns for as many more; or it is merged, repaired and stored as low rank + sparse

@@ -1,6 +1,6 @@
 """Run the paper's recipe on tasks, with its baselines and ablations, and print one table per task.
 
-    python examples/compare_recipe.py --model google/switch-base-32 --tasks sst2 mrpc --output-dir runs
+    python examples/benchmarks/compare_recipe.py --model google/switch-base-32 --tasks sst2 mrpc --output-dir runs
 
 Per task and seed: fine-tune the model, merge it in several ways and distil each (`merge_and_distill.py`), then store
 the experts of M-SMoE as low rank + sparse and distil (`compress_and_distill.py`). Every run is a command of these
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_mcsmoe.data.features import calibration_batches
 from hf_mcsmoe.data.tasks import get_task, task_rows
-from hf_mcsmoe.data.text import calibration_batches
 from hf_mcsmoe.evaluation.costs import account, expert_parameters
 from hf_mcsmoe.evaluation.quality import WAYS
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
-SCRIPTS = Path(__file__).parent
+SCRIPTS = Path(__file__).parents[1]
 FINETUNE, MERGE, COMPRESS = "finetune_seq2seq.py", "merge_and_distill.py", "compress_and_distill.py"
 EVALUATION, BEFORE = "evaluation", "before_distillation"
 
@@ -171,7 +171,7 @@ def costs_of(task: str, arguments: argparse.Namespace) -> dict[str, list[str]]:
     """Return, per run, what its model of the first seed holds and executes on a batch of the task, as cells."""
     cells: dict[str, list[str]] = {}
     rows = task_rows(get_task(task), data_dir=arguments.data_dir, limit=32)
-    texts = [(item.source, item.targets[0]) for item in get_task(task).examples(rows)]
+    texts = [item.pair for item in get_task(task).examples(rows)]
     for name in arguments.runs:
         path = folder(name, task, arguments.seeds[0], arguments)
         if not (path / "config.json").is_file():

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_mcsmoe.data.spans import corrupt_spans, denoising_batches, sentinel_token_ids
+from hf_mcsmoe.data.features import feature_batches, sample_features
+from hf_mcsmoe.data.spans import corrupt_spans, sentinel_token_ids
 
 SENTINELS = list(range(1000, 1032))
 
@@ -69,7 +70,7 @@ def test_generators_of_python_and_numpy_are_both_taken() -> None:
         assert restore(source, target) == list(range(40))
 
 
-def test_batches_are_repeatable_and_do_not_depend_on_the_batch_size() -> None:
+def test_a_texts_spans_do_not_depend_on_the_texts_beside_it_nor_on_the_batch_size() -> None:
     words = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{n}>" for n in range(8)), *map(str, range(100))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -77,12 +78,14 @@ def test_batches_are_repeatable_and_do_not_depend_on_the_batch_size() -> None:
     assert sentinel_token_ids(tokenizer) == list(range(3, 11))
     rng = random.Random(0)
     texts = [" ".join(str(rng.randrange(100)) for _ in range(rng.randint(5, 40))) for _ in range(7)]
-    rows = []
+    samples = [(text, None) for text in texts]
+    features = sample_features(samples, tokenizer, encoder_decoder=True, max_length=32)
+    assert features[3:5] == sample_features(samples[3:5], tokenizer, encoder_decoder=True, max_length=32)
+    assert features != sample_features(samples, tokenizer, encoder_decoder=True, max_length=32, seed=1)
     for size in (1, 3, 7):
-        batches = denoising_batches(texts, tokenizer, batch_size=size, max_length=32, seed=0)
+        batches = feature_batches(features, tokenizer, size, by_length=False)
         assert [len(batch["labels"]) for batch in batches] == [size] * (7 // size) + [7 % size] * (7 % size > 0)
-        rows.append([[token for token in row.tolist() if token != -100] for b in batches for row in b["labels"]])
+        rows = [[token for token in row.tolist() if token != -100] for b in batches for row in b["labels"]]
+        assert rows == [feature["labels"] for feature in features]
         for batch in batches:
             assert ((batch["input_ids"] == 0) == (batch["attention_mask"] == 0)).all()
-            assert ((batch["labels"] == -100) == (batch["decoder_attention_mask"] == 0)).all()
-    assert rows[0] == rows[1] == rows[2]

@@ -1,6 +1,6 @@
 """Compare ways to merge a model's experts on held-out text, without any training afterwards.
 
-    python examples/compare_methods.py MODEL --data FILE --experts 12 8 4
+    python examples/benchmarks/compare_methods.py MODEL --data FILE --experts 12 8 4
 
 Every other batch of the text calibrates, the rest evaluates. Figures: loss, and the divergence (KL, nats per token) of
 the merged model's predictions from the original's, over the tokens that count.
@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
-from hf_mcsmoe.data.spans import MEAN_SPAN, NOISE_DENSITY
-from hf_mcsmoe.data.text import calibration_batches
+from hf_mcsmoe.data.features import T5_NOISE, calibration_batches
+from hf_mcsmoe.data.spans import SpanNoise
+from hf_mcsmoe.data.text import read_samples
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
 METHODS: dict[str, dict] = {
@@ -66,18 +67,17 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8], help="experts per layer on average")
     parser.add_argument("--num-samples", type=int, default=512, help="texts, half of them for calibration")
     parser.add_argument("--max-length", type=int, default=96, help="longest text in tokens")
-    parser.add_argument(
-        "--noise-density", type=float, default=NOISE_DENSITY, help="share of a text masked, for T5's task"
-    )
-    parser.add_argument("--mean-span", type=float, default=MEAN_SPAN, help="tokens in a masked span, on average")
+    density, span = T5_NOISE.noise_density, T5_NOISE.mean_span
+    parser.add_argument("--noise-density", type=float, default=density, help="share of a text masked, for T5's task")
+    parser.add_argument("--mean-span", type=float, default=span, help="tokens in a masked span, on average")
     parser.add_argument("--fixed-spans", action="store_true", help="all masked spans equally long")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     options = {"num_samples": arguments.num_samples, "max_length": arguments.max_length, "batch_size": 16}
-    noise = {name: getattr(arguments, name) for name in ("noise_density", "mean_span", "fixed_spans")}
-    batches = calibration_batches(arguments.data, tokenizer, model, noise=noise, **options)
+    noise = SpanNoise(arguments.noise_density, arguments.mean_span, arguments.fixed_spans)
+    batches = calibration_batches(read_samples(arguments.data), tokenizer, model, noise=noise, **options)
     calibration, evaluation = batches[::2], batches[1::2]
     statistics = collect_statistics(model, calibration)
     reference = predictions(model, evaluation)

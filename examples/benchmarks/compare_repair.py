@@ -1,6 +1,6 @@
 """Compare repairs of merged models on held-out text: divergence from the original, and what each costs.
 
-    python examples/compare_repair.py MODEL --text FILE --experts 8 4
+    python examples/benchmarks/compare_repair.py MODEL --text FILE --experts 8 4
 
 The first half of the text calibrates, the second evaluates; with several `--batches` the merge is guided by all of the
 first half, and the repair by so much of it. With `--ranks` each repaired model is also stored as low rank + sparse,
@@ -28,7 +28,7 @@ from hf_mcsmoe import (
     merge_experts,
     plan_merge,
 )
-from hf_mcsmoe.data.spans import denoising_batches
+from hf_mcsmoe.data.features import feature_batches, sample_features
 from hf_mcsmoe.evaluation.costs import expert_parameters
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.repair.methods import RepairConfig
@@ -68,8 +68,9 @@ def _batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_length: int
 ) -> Batches:
     if model.config.is_encoder_decoder:
-        texts = [tokenizer.decode(row) for row in rows]
-        return denoising_batches(texts, tokenizer, batch_size=16, max_length=max_length, seed=0)
+        samples = [(tokenizer.decode(row), None) for row in rows]
+        features = sample_features(samples, tokenizer, encoder_decoder=True, max_length=max_length)
+        return feature_batches(features, tokenizer, 16, by_length=False)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.tensor(rows).split(16)]
 
 
