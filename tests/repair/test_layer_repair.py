@@ -124,7 +124,7 @@ def test_a_refit_restores_spoilt_output_matrices(name: str) -> None:
 def test_a_repair_lowers_the_error_of_pruned_experts_and_touches_nothing_else(name: str, method: str) -> None:
     model = build(name)
     data = batches(name, model, number=4)
-    student = _merged(name, model, data, merging="dominant")
+    student = _merged(name, model, data, weighting="dominant")
     teacher_before, student_before = state(model), state(student)
     bits = dict(zip((key for key, *_ in student_before["tensors"]), student_before["bits"], strict=True))
     report = repair_experts(student, model, data, RepairConfig(method=method, steps=60))
