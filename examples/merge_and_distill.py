@@ -28,7 +28,7 @@ class MergeArguments:
     budget: str = option("adaptive", "how layers share the experts: adaptive or uniform")
     similarity: str = option("router_logits", "which experts belong together")
     alignment: str = option("weight_matching", "how neurons are aligned, or none")
-    merging: str = option("frequency", "weights of the average: frequency, uniform, or dominant, which prunes")
+    weighting: str = option("saliency", "weights of a group's members: saliency, uniform, or dominant, which prunes")
     repair: str = option("none", "fit merged layers to the original before training: none (paper), refit, local")
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         classes = [TaskArguments, MergeArguments, mc.DistillationSeq2SeqArguments]
         arguments, choice, training = parse(classes, __doc__ or "")
         teacher, tokenizer, data = load(arguments, training, num_experts=choice.num_experts)
-        methods = {name: vars(choice)[name] for name in ("budget", "similarity", "alignment", "merging")}
+        methods = {name: vars(choice)[name] for name in ("budget", "similarity", "alignment", "weighting")}
         skipped = () if choice.skip == ["none"] else tuple(choice.skip)
         config = mc.MergeConfig(experts=choice.num_groups, skip=skipped, seed=training.seed, **methods)
         sampling = {"num_samples": choice.num_samples, "batch_size": choice.merge_batch_size, "seed": training.seed}

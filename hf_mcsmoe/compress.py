@@ -71,7 +71,7 @@ def compress(
     check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
     batches, sample = _sampled(batches, keep=bool(repair or low_rank))
     if statistics is None:
-        statistics = collect_statistics(layers, _with_progress(batches, progress))
+        statistics = collect_statistics(layers, _with_progress(batches, progress), config.needs)
     plan = plan_merge(layers, statistics, config)
     is_merged = any(not layer.is_whole for layer in plan.layers.values())
     if not is_merged:
@@ -79,7 +79,7 @@ def compress(
     measure = partial(account, batch=sample, repetitions=repetitions if sample else 0)
     costs = {"before": replace(measure(layers.model), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
 
-    merged = merge_layers(layers, plan, consume=consume, progress=_layers("merge", progress))
+    merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_layers("merge", progress))
     record, report = new_record(merged, plan.to_dict()), None
     fit = partial(repair_experts, merged, layers, batches, repair, progress=_layers("repair", progress))
     if low_rank and is_merged:

@@ -24,9 +24,9 @@ BATCH_SIZE = 120
 # What differs from M-SMoE, row by row.
 METHODS: dict[str, dict[str, Any]] = {
     "M-SMoE": {},
-    "plain averaging": {"alignment": "none", "merging": "uniform"},
+    "plain averaging": {"alignment": "none", "weighting": "uniform"},
     "random groups": {"similarity": "random"},
-    "pruning to the dominant": {"merging": "dominant"},
+    "pruning to the dominant": {"weighting": "dominant"},
 }
 # What is done to the M-SMoE model in further rows.
 REFINEMENTS: dict[str, dict[str, Any]] = {

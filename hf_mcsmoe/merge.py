@@ -13,6 +13,7 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
@@ -22,8 +23,9 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_copies
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
-from hf_mcsmoe.methods.experts import ExpertWeights
-from hf_mcsmoe.methods.merging import merge_group
+from hf_mcsmoe.methods.experts import Expert, Experts
+from hf_mcsmoe.methods.merging import MERGING
+from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, describe, install_layer
 from hf_mcsmoe.modeling.saving_mcsmoe import completed_folder
@@ -35,7 +37,12 @@ Sink = Callable[[str, nn.Module], None]
 
 
 def merge_to_folder(
-    source: Folder | Layers, plan: MergePlan, target: str | os.PathLike, *, progress: Progress | None = None
+    source: Folder | Layers,
+    plan: MergePlan,
+    target: str | os.PathLike,
+    *,
+    statistics: RoutingStatistics | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the folder that `merge_experts` and `save_pretrained` would, with no more than one layer in memory.
 
@@ -43,6 +50,7 @@ def merge_to_folder(
         source: the checkpoint to be merged, or its layers where they are found already.
         plan: made with `plan_merge` for the same checkpoint.
         target: the folder to be written; it is complete or not there.
+        statistics: see `merge_experts`.
         progress: called as `progress(layer name, layers done, layers)`.
 
     Raises:
@@ -57,7 +65,7 @@ def merge_to_folder(
     path = Path(target).resolve()
     with completed_folder(path) as folder:
         writer = ShardWriter(folder, layers.source)
-        result = merge_experts(layers, plan, progress=progress, sink=writer.write)
+        result = merge_experts(layers, plan, statistics=statistics, progress=progress, sink=writer.write)
         writer.write_rest(result)
         cast(Any, result)._save_folder(folder, path.name, state_dict={})
         writer.close()
@@ -67,6 +75,7 @@ def merge_experts(
     model: PreTrainedModel | Layers,
     plan: MergePlan,
     *,
+    statistics: RoutingStatistics | None = None,
     consume: bool = False,
     progress: Progress | None = None,
     sink: Sink | None = None,
@@ -75,6 +84,7 @@ def merge_experts(
 
     Args:
         model: a model, or its layers where they are found already.
+        statistics: for methods of alignment and of merging that read sums; those of this package do not.
         consume: turn `model` itself into the result, freeing each layer's experts as it goes; otherwise it stays
             usable and unchanged, and the result shares no memory with it.
         progress: called as `progress(layer name, layers done, layers)`.
@@ -88,7 +98,7 @@ def merge_experts(
     layers = Layers.of(model).uncompressed()
     _check_plan(layers, plan)
     before = replace(account(layers.model), bytes_on_disk=folder_bytes(layers.model.name_or_path))
-    result = merge_layers(layers, plan, consume=consume, progress=progress, sink=sink)
+    result = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=progress, sink=sink)
     after = saved_costs(result)
     attach_record(result, replace(new_record(result, plan.to_dict()), costs={"before": before, "after": after}))
     return result
@@ -98,6 +108,7 @@ def merge_layers(
     layers: Layers,
     plan: MergePlan,
     *,
+    statistics: RoutingStatistics | None = None,
     consume: bool = False,
     progress: Progress | None = None,
     sink: Sink | None = None,
@@ -110,7 +121,8 @@ def merge_layers(
     convert_model(result)
     result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
     for first, *others in layers.tied:
-        experts = _merge_layer(first, merged[first.name], result, plan)
+        sums = _sums(statistics, [first, *others])
+        experts = _merge_layer(first, merged[first.name], result, plan, sums)
         if sink:
             sink(next(path for path, module in result.named_modules() if module is experts), experts)
         for layer in others:
@@ -135,38 +147,44 @@ def _check_plan(layers: Layers, plan: MergePlan) -> None:
         if any(item != items[0] for item in items):
             names = ", ".join(layer.name for layer in shared)
             raise ValueError(f"The layers {names} share their experts; the plan must say the same of all of them.")
-    _alignment_method(plan)
+    _methods(plan)
     for layer in layers:
         if layer.name in plan.layers:
             with layer.open() as weights:
                 _check_finite(layer.name, weights)
 
 
-def _check_finite(name: str, weights: ExpertWeights) -> None:
+def _check_finite(name: str, weights: Experts) -> None:
     for expert in range(len(weights)):
         if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
             raise ValueError(f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged.")
 
 
-def _alignment_method(plan: MergePlan) -> Callable[..., torch.Tensor | None]:
-    return ALIGNMENT[plan.alignment or plan.config["alignment"]]
+def _methods(plan: MergePlan) -> tuple[Callable[..., torch.Tensor | None], Callable[..., Expert]]:
+    """Return how the plan aligns and merges."""
+    return ALIGNMENT[plan.alignment or plan.config["alignment"]], MERGING[plan.merging or plan.config["merging"]]
 
 
-def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan) -> nn.Module:
+def _sums(statistics: RoutingStatistics | None, tied: list[MoELayer]) -> Sums:
+    return Sums() if statistics is None else statistics.together([layer.name for layer in tied])
+
+
+def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan, sums: Sums) -> nn.Module:
     """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
     if layer.model is result:
         for module in layer.container.modules():
             detach(module, module)
-    with layer.open() as weights:
-        device = weights.expert(0)["down"].device
-        permutations = _alignments(weights, item, plan)
+    _, merge = _methods(plan)
+    with layer.view(sums, plan.config["seed"]) as view:
+        device = view.experts.expert(0)["down"].device  # the experts are open now, before others take their place
+        permutations = _alignments(view, item, plan)
         experts = install_layer(result, layer.name, item.expert_map)
         _materialise(experts, device)
         target = fused_views(experts)
         for group in range(len(item.dominant)):
             members = item.members(group)
             shares = [item.weights[member] for member in members]
-            target.set_expert(group, merge_group(weights, members, shares, [permutations.get(m) for m in members]))
+            target.set_expert(group, merge(view, members, shares, [permutations.get(m) for m in members]))
     return experts
 
 
@@ -176,12 +194,12 @@ def _tie(experts: nn.Module, source: nn.Module) -> None:
         setattr(experts, name, parameter)
 
 
-def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
+def _alignments(view: LayerView, item: LayerPlan, plan: MergePlan) -> dict[int, torch.Tensor | None]:
     """Return a permutation int [F] per expert that has to be aligned, solved side by side.
 
     Experts alone in their group, references and members of weight 0 need none.
     """
-    align, first = _alignment_method(plan), plan.config["reference"] == "first"
+    align, first = _methods(plan)[0], plan.config["reference"] == "first"
     shared = [group for group in range(len(item.dominant)) if len(item.members(group)) > 1]
     pairs = {
         member: 0 if first else item.dominant[group]
@@ -194,13 +212,13 @@ def _alignments(weights: ExpertWeights, item: LayerPlan, plan: MergePlan) -> dic
         return {}
 
     def solve(pair: tuple[int, int]) -> torch.Tensor | None:
-        return align(weights.expert(pair[1]), weights.expert(pair[0]))
+        return align(view, pair[1], pair[0])
 
-    with ThreadPoolExecutor(max_workers=_solvers(weights)) as pool:
+    with ThreadPoolExecutor(max_workers=_solvers(view.experts)) as pool:
         return dict(zip(pairs, pool.map(solve, pairs.items()), strict=True))
 
 
-def _solvers(weights: ExpertWeights) -> int:
+def _solvers(weights: Experts) -> int:
     """Return how many assignments to solve side by side: one a core, while their matrices fit the memory of a layer.
 
     The solver releases the interpreter, and holds the costs [F, F] in float32 and once more in float64.

@@ -4,9 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import reduce
 from importlib.metadata import version
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +67,14 @@ class LayerPlan:
 class MergePlan:
     """Plans per layer name, and where they come from: model, statistics, versions and options.
 
-    `alignment` is the method itself where it was given as a callable; a saved plan has only its name.
+    `alignment` and `merging` are the methods themselves where they were given as callables; a saved plan has only
+    their names.
     """
 
     layers: dict[str, LayerPlan]
     provenance: dict[str, Any]
     alignment: Callable | None = field(default=None, compare=False, repr=False)
+    merging: Callable | None = field(default=None, compare=False, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -125,8 +125,8 @@ def plan_merge(
         model: a model, or its layers where they are found already.
 
     Raises:
-        ValueError: statistics of another model or with NaN, a pattern of `skip` that matches no layer, or more
-            experts asked for than a layer has.
+        ValueError: statistics of another model, with NaN or without a sum that a method needs, a pattern of `skip`
+            that matches no layer, or more experts asked for than a layer has.
     """
     config = config or MergeConfig()
     layers = check_request(Layers.of(model).uncompressed(), config)
@@ -135,18 +135,24 @@ def plan_merge(
     check_finite(statistics)
     _warn_if_few_tokens(layers, statistics)
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
-    sums = [reduce(add, (statistics[layer.name] for layer in shared)) for shared in layers.tied]
-    saliency = [chosen["saliency"](layer) for layer in sums]
+    sums = [statistics.together([layer.name for layer in shared]) for shared in layers.tied]
+    for layer in sums:
+        layer.check(config.needs)
+    saliency = []
+    for (first, *_), layer in zip(layers.tied, sums, strict=True):
+        with first.view(layer, config.seed) as view:
+            saliency.append(chosen["saliency"](view))
     counts = chosen["budget"](saliency, config.experts, config.min_experts)
     _check_counts(counts, [len(scores) for scores in saliency], method_name(config.budget))
     plans: dict[str, LayerPlan] = {}
     for shared, layer, scores, count in zip(layers.tied, sums, saliency, counts, strict=True):
-        groups = chosen["grouping"](scores, chosen["similarity"](layer, config.seed), count)
-        weights = chosen["merging"](scores, groups)
+        with shared[0].view(layer, config.seed) as view:
+            groups = chosen["grouping"](view, scores, chosen["similarity"](view), count)
+            weights = chosen["weighting"](view, scores, groups)
         item = LayerPlan(groups.expert_map, groups.dominant, weights.tolist())
         plans |= {layer.name: item for layer in shared}
-    alignment = config.alignment if callable(config.alignment) else None
-    return MergePlan(plans, _provenance(layers, statistics, config), alignment)
+    given = [method if callable(method) else None for method in (config.alignment, config.merging)]
+    return MergePlan(plans, _provenance(layers, statistics, config), *given)
 
 
 def check_request(layers: Layers, config: MergeConfig) -> Layers:

@@ -10,7 +10,9 @@ from families import inputs
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
+from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.grouping import Groups
+from hf_mcsmoe.methods.view import LayerView, Sums
 
 Batch = dict[str, torch.Tensor]
 # The fixture that runs a command line and returns its exit code, standard output and error.
@@ -30,7 +32,7 @@ def logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def groups_of(expert_map: list[int], dominant: list[int]) -> Callable[..., Groups]:
     """Return a grouping method that answers with these groups for every layer."""
-    return lambda saliency, similarity, num_groups: Groups(expert_map, dominant)
+    return lambda view, saliency, similarity, groups: Groups(expert_map, dominant)
 
 
 def state(model: PreTrainedModel) -> dict[str, Any]:
@@ -82,6 +84,18 @@ def shuffled(weights: Expert, seed: int) -> Expert:
     order = torch.randperm(len(weights["up"]), generator=torch.Generator().manual_seed(seed))
     moved = {"down": weights["down"][:, order], "down_bias": weights.get("down_bias")}
     return {role: moved[role] if role in moved else value[order] for role, value in weights.items()}
+
+
+def swiglu(gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of the tests' experts."""
+    return up.relu() if gate is None else torch.nn.functional.silu(gate) * up
+
+
+def view_of(experts: list[Expert] | None = None, *, seed: int = 0, num_experts: int = 0, **sums: Any) -> LayerView:
+    """Return what a method sees of a layer with these experts or sums."""
+    given = experts or []
+    stacked = Experts({role: [item[role] for item in given] for role in (given[0] if given else {})}, swiglu)
+    return LayerView(Sums(sums), num_experts or len(given), seed, lambda: stacked)
 
 
 class _Poisoned(torch.autograd.Function):

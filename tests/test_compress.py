@@ -75,7 +75,7 @@ def test_shuffled_copies_of_one_expert_merge_back_to_it(name: str) -> None:
 def test_the_first_expert_can_be_the_reference_of_all(name: str) -> None:
     planted = _plant(name, 2)
     grouping = groups_of([0, 0, 1, 1, 1, 1, 0, 1], [6, 3])
-    plan = _plan(name, planted, experts=2, grouping=grouping, reference="first", merging="uniform")
+    plan = _plan(name, planted, experts=2, grouping=grouping, reference="first", weighting="uniform")
     merged = merge_experts(planted, plan)
     for before, after in zip(_experts(name, planted), _stored(name, merged), strict=True):
         for expert in after:
@@ -86,7 +86,7 @@ def test_the_first_expert_can_be_the_reference_of_all(name: str) -> None:
 def test_without_alignment_shuffled_copies_are_spoilt(name: str) -> None:
     planted = _plant(name, 3)
     batch = batches(name, planted, 1)[0]
-    merged = merge_experts(planted, _plan(name, planted, experts=1, alignment="none", merging="uniform"))
+    merged = merge_experts(planted, _plan(name, planted, experts=1, alignment="none", weighting="uniform"))
     assert relative_error(logits(merged, batch), logits(planted, batch)) > 1e-2
     for before, after in zip(_experts(name, planted), _stored(name, merged), strict=True):
         for role, value in after[0].items():
@@ -112,7 +112,7 @@ def test_merged_experts_equal_the_oracle(name: str) -> None:
 
 def test_pruning_keeps_the_dominant_experts_bit_for_bit() -> None:
     model = build("gpt_oss")
-    plan = _plan("gpt_oss", model, experts=3, merging="dominant")
+    plan = _plan("gpt_oss", model, experts=3, weighting="dominant")
     merged = merge_experts(model, plan)
     for item, before, after in zip(
         plan.layers.values(), _experts("gpt_oss", model), _stored("gpt_oss", merged), strict=True

@@ -26,6 +26,7 @@ from hf_mcsmoe import (
     moe_layers,
     plan_merge,
 )
+from hf_mcsmoe.methods.view import LayerView
 from hf_mcsmoe.plan import LayerPlan
 
 
@@ -124,9 +125,9 @@ MISSPELT = [
     ({"similarity": "router-logits"}, "Unknown similarity method 'router-logits'. Did you mean 'router_logits'?"),
     ({"grouping": "dominants"}, "Unknown grouping method 'dominants'. Did you mean 'dominant'?"),
     ({"alignment": "weight_match"}, "Unknown alignment method 'weight_match'. Did you mean 'weight_matching'?"),
-    ({"merging": "Uniform"}, "Unknown merging method 'Uniform'. Did you mean 'uniform'?"),
+    ({"weighting": "Uniform"}, "Unknown weighting method 'Uniform'. Did you mean 'uniform'?"),
     ({"reference": "fist"}, "Unknown reference 'fist'. Did you mean 'first'?"),
-    ({"merging": None}, "Unknown merging method None. Known: 'frequency', 'uniform', 'dominant'."),
+    ({"weighting": None}, "Unknown weighting method None. Known: 'saliency', 'uniform', 'dominant'."),
     *(
         ({"experts": value}, f"experts={value!r} must be a whole number")
         for value in (0, -1, 0.0, 1.5, True, "8", None)
@@ -267,7 +268,7 @@ def test_statistics_of_another_model_are_refused() -> None:
 
 def test_statistics_with_nan_are_refused() -> None:
     statistics = copy.deepcopy(_statistics())
-    statistics["model.layers.2.mlp.experts"].logit_gram[0, 0] = torch.nan
+    statistics["model.layers.2.mlp.experts"]["logit_gram"][0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.experts gave values that are not finite"):
         plan_merge(_model(), statistics)
 
@@ -286,11 +287,11 @@ def test_a_plan_of_another_model_or_of_missing_layers_is_refused() -> None:
 def test_methods_may_be_callables_and_are_written_by_name() -> None:
     used = []
 
-    def backwards(reference: dict, expert: dict) -> torch.Tensor:
+    def backwards(view: LayerView, reference: int, expert: int) -> torch.Tensor:
         used.append("alignment")
-        return torch.arange(len(expert["up"])).flip(0)
+        return torch.arange(len(view.experts.expert(expert)["up"])).flip(0)
 
-    def last_first(statistics: Any) -> torch.Tensor:
+    def last_first(view: LayerView) -> torch.Tensor:
         used.append("saliency")
         return torch.arange(8.0)
 

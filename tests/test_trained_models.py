@@ -26,7 +26,7 @@ from hf_mcsmoe import (
     repair_experts,
 )
 from hf_mcsmoe.low_rank.pruning import prune_rows, zero_shot_importance
-from hf_mcsmoe.methods.statistics import LayerStatistics
+from hf_mcsmoe.methods.view import LayerView
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 import compare_causal
@@ -133,15 +133,15 @@ def _with_twins(noise: float) -> PreTrainedModel:
     return model
 
 
-def _first_half(statistics: LayerStatistics) -> torch.Tensor:
+def _first_half(view: LayerView) -> torch.Tensor:
     """Let one of each pair be dominant: by frequency both would be, for every token picks both."""
-    return statistics.frequency + (torch.arange(16) < 8)
+    return view.sums.frequency + (torch.arange(16) < 8)
 
 
 def test_planted_twins_are_found_and_merged_for_free_once_aligned() -> None:
     model, batches = _with_twins(noise=1e-3), _qwen()[1]
     statistics = collect_statistics(model, batches[:4])
-    options = {"experts": 8, "budget": "uniform", "saliency": _first_half, "merging": "uniform"}
+    options = {"experts": 8, "budget": "uniform", "saliency": _first_half, "weighting": "uniform"}
     before, after = _perplexity(model, batches[4:]), {}
     for alignment in ("weight_matching", "none"):
         plan = plan_merge(model, statistics, MergeConfig(**options, alignment=alignment))

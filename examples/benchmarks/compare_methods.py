@@ -22,10 +22,10 @@ METHODS: dict[str, dict] = {
     "M-SMoE, uniform budget": {"budget": "uniform"},
     "no alignment": {"alignment": "none"},
     "aligned to the first expert": {"reference": "first"},
-    "uniform weights": {"merging": "uniform"},
-    "plain averaging": {"alignment": "none", "merging": "uniform"},
+    "uniform weights": {"weighting": "uniform"},
+    "plain averaging": {"alignment": "none", "weighting": "uniform"},
     "random groups": {"similarity": "random"},
-    "pruning to the dominant": {"merging": "dominant"},
+    "pruning to the dominant": {"weighting": "dominant"},
 }
 
 Batches = list[dict[str, torch.Tensor]]

@@ -41,14 +41,14 @@ class Run:
 
 RUNS: dict[str, Run] = {
     "full": Run(FINETUNE),
-    "pruning": Run(MERGE, ("--merging", "dominant")),
-    "averaging": Run(MERGE, ("--merging", "uniform", "--alignment", "none")),
+    "pruning": Run(MERGE, ("--weighting", "dominant")),
+    "averaging": Run(MERGE, ("--weighting", "uniform", "--alignment", "none")),
     "M-SMoE": Run(MERGE),
     "M-SMoE, refit": Run(MERGE, ("--repair", "refit")),
     "MC-SMoE": Run(COMPRESS, (), "M-SMoE"),
     "MC-SMoE, refit, weighted": Run(COMPRESS, ("--factorisation", "weighted_svd"), "M-SMoE, refit"),
     "M-SMoE, no alignment": Run(MERGE, ("--alignment", "none")),
-    "M-SMoE, uniform weights": Run(MERGE, ("--merging", "uniform")),
+    "M-SMoE, uniform weights": Run(MERGE, ("--weighting", "uniform")),
     "M-SMoE, uniform budget": Run(MERGE, ("--budget", "uniform")),
 }
 # Rows of the table: label, run, and which of its evaluations.

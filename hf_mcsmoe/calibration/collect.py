@@ -1,85 +1,102 @@
-"""One pass over calibration data: the routing statistics of every layer of experts."""
+"""One pass over calibration data: the sums that the methods of a merge read, of every layer of experts."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.calibration.gradients import gradients_of_experts, loss_of
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.layers.batches import Batch, evaluation_mode, mask_of, on_device, token_masks
+from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.methods.config import REGISTRIES
-from hf_mcsmoe.methods.registry import unknown
-from hf_mcsmoe.methods.statistics import LayerStatistics
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.statistics import STATISTICS, with_tokens
+from hf_mcsmoe.methods.view import Routed, Sums
 
 
 def collect_statistics(
-    model: PreTrainedModel | Layers, batches: Iterable[Batch], *, methods: Sequence[str | Callable] | None = None
+    model: PreTrainedModel | Layers, batches: Iterable[Batch], needs: Iterable[str] | None = None
 ) -> RoutingStatistics:
-    """Run `model` once over `batches` and sum what its routers do (paper, section 3.1).
+    """Run a model once over `batches` and sum what its routers and experts do (paper, section 3.1).
 
     Only tokens that count are summed: not padding (`attention_mask`, `decoder_attention_mask`), not positions outside
     the loss (`labels` of -100), not tokens that an expert's capacity turned away. The model is left as it was.
 
     Args:
+        model: a model, or its layers where they are found already.
         batches: dictionaries for `model(**batch)`; masks [batch, length].
-        methods: the methods that will use the statistics, by name or as callables. Sums beyond the usual ones are to
-            be collected only for methods that declare them, which none does now; names are checked all the same,
-            before the first forward.
+        needs: the statistics to sum, by name, e.g. `MergeConfig(saliency="gate").needs`; no others are. None for
+            those that the default methods read. Some run one backward pass a batch, of the loss that the model gives
+            with the batch's `labels`, or else of predicting each next token.
 
     Raises:
-        ValueError: no batches, an unknown method, a model without experts or one that is compressed already, or
-            router logits that are not finite.
+        ValueError: no batches, an unknown statistic, a model without experts or one that is compressed already, or
+            sums that are not finite.
     """
-    known = [name for registry in REGISTRIES.values() for name in registry]
-    for method in methods or ():
-        if not callable(method) and method not in known:
-            raise ValueError(unknown("method", method, known))
+    names = with_tokens(MergeConfig().needs if needs is None else needs)
     layers = Layers.of(model).uncompressed()
-    model = layers.model
-    statistics = RoutingStatistics(
-        layers.fingerprint, {layer.name: LayerStatistics.empty(layer.num_experts) for layer in layers}
-    )
-    masks: dict[str, torch.Tensor] = {}
-    count = 0
-    with torch.no_grad(), evaluation_mode(model), _observed(layers, statistics, masks):
-        for count, batch in enumerate(batches, start=1):  # noqa: B007
-            masks.clear()
-            masks.update(token_masks(model, batch))
-            model(**on_device(batch, model))
-    if count == 0:
-        raise ValueError("The calibration set is empty: pass at least one batch.")
+    statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
+    late = [name for name in names if STATISTICS.find(name).gradients]
+    if late:
+        _collect_with_gradients(layers, batches, statistics, [name for name in names if name not in late], late)
+    else:
+        run_routed(layers, batches, lambda layer, routed, counted, _: _add(statistics, layer, routed, counted, names))
     check_finite(statistics)
     return statistics
 
 
-@contextlib.contextmanager
-def _observed(layers: Layers, statistics: RoutingStatistics, masks: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Feed every forward of the layers to their statistics for the time of the block."""
-    handles = []
-    try:
-        for layer in layers:
-            handles += layer.observe(_observer(layer, statistics[layer.name], masks))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _add(
+    statistics: RoutingStatistics, layer: MoELayer, routed: Routed, counted: torch.Tensor | None, names: list[str]
+) -> None:
+    """Add what some statistics say of one forward to the sums of a layer."""
+    sums, routed = statistics[layer.name], counted_tokens(routed, counted)
+    for name in names:
+        value = STATISTICS.find(name).function(routed).cpu()
+        sums[name] = sums[name] + value if name in sums else value
 
 
-def _observer(layer: MoELayer, sums: LayerStatistics, masks: dict[str, torch.Tensor]) -> Any:
-    def observe(logits: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        sums.update(logits, index, weights, mask_of(layer, masks, len(logits)))
+def counted_tokens(routed: Routed, counted: torch.Tensor | None) -> Routed:
+    """Return the tokens that count and that no expert's capacity turned away."""
+    kept = ~routed.turned_away
+    if counted is not None:
+        kept &= counted.to(kept.device)
+    return routed if kept.all() else routed.where(kept)
 
-    return observe
+
+def _collect_with_gradients(
+    layers: Layers, batches: Iterable[Batch], statistics: RoutingStatistics, early: list[str], late: list[str]
+) -> None:
+    """Sum statistics in the forward and, the `late` ones, after a backward pass of each batch."""
+    kept: list[tuple[MoELayer, Routed, torch.Tensor | None]] = []
+
+    def take(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        with torch.no_grad():
+            _add(statistics, layer, routed, counted, early)
+        kept.append((layer, routed, counted))
+
+    def step(model: PreTrainedModel, batch: Batch) -> Any:
+        kept.clear()
+        with torch.enable_grad():
+            loss_of(model, batch).backward()
+        with torch.no_grad():
+            for layer, routed, counted in kept:
+                _add(statistics, layer, replace(routed, open_experts=layer.read_with_gradients), counted, late)
+        for shared in layers.tied:
+            for _, parameter in shared[0].parameters:
+                parameter.grad = None
+
+    with gradients_of_experts(layers):
+        run_routed(layers, batches, take, step)
 
 
 def check_finite(statistics: RoutingStatistics) -> None:
     """Raise ValueError where a sum is NaN or infinite."""
-    for name, layer in statistics.layers.items():
-        if not (layer.logit_gram.isfinite().all() and layer.gate_sum.isfinite().all()):
+    for layer, sums in statistics.layers.items():
+        if bad := [name for name, value in sums.items() if not value.isfinite().all()]:
             raise ValueError(
-                f"The router of {name} gave values that are not finite: the model holds NaN or overflows."
+                f"The router of {layer} gave values that are not finite (in {', '.join(bad)}): the model holds NaN or "
+                "overflows."
             )

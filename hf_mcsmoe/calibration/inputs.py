@@ -1,12 +1,13 @@
 """What the experts of a model see on calibration data, kept in memory a few layers at a time."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from hf_mcsmoe.layers.batches import Batch, evaluation_mode, mask_of, on_device, token_masks
-from hf_mcsmoe.layers.layer import MoELayer, Sink
+from hf_mcsmoe.layers.batches import Batch, run_routed
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.methods.view import Routed
 
 MEMORY_LIMIT = 2_000_000_000
 # Every fifth sequence is held out.
@@ -15,11 +16,11 @@ HOLD_OUT = 5
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The tokens that count of one layer, on the CPU.
+    """The tokens that count of one layer, on the CPU: a row each, or where inputs are scaled (Llama 4) one per pick.
 
-    `hidden` [T, D] inputs of the experts in the model's dtype; `index` int [T, K] the router's picks; `weights`
-    [T, K], where a pick of weight 0 reached no expert; `held_out` bool [T], the tokens of whole sequences, about a
-    fifth, that are to judge what the others fit.
+    `hidden` [T, D] inputs of the experts in the model's dtype; `index` int [T, K] the picked experts of the layer as
+    it is, of a merged one the stored experts; `weights` [T, K], where a pick of weight 0 reached no expert; `held_out`
+    bool [T], the tokens of whole sequences, about a fifth, that are to judge what the others fit.
     """
 
     hidden: torch.Tensor
@@ -29,6 +30,15 @@ class LayerInputs:
 
     def __len__(self) -> int:
         return len(self.hidden)
+
+    def mapped(self, expert_map: Sequence[int]) -> "LayerInputs":
+        """Return the same tokens as picks of stored experts.
+
+        Args:
+            expert_map: int [E] -> [G], of the merged layer.
+        """
+        stored = torch.tensor([*expert_map, max(expert_map) + 1])
+        return replace(self, index=stored[self.index])
 
     def __add__(self, other: "LayerInputs") -> "LayerInputs":
         """Return the tokens of both, as of two layers that share their experts."""
@@ -44,25 +54,22 @@ def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict
     Raises:
         ValueError: no batches, or activations that are not finite.
     """
-    model = layers[0].model
     seen: dict[str, list[tuple[torch.Tensor, ...]]] = {layer.name: [] for layer in layers}
-    masks: dict[str, torch.Tensor] = {}
-    handles, sequences, rows = [], 0, [0]  # how many sequences came before, and how many this batch has
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            for layer in layers:
-                handles += layer.record(_keep(layer, masks, seen[layer.name], rows))
-            for batch in batches:
-                masks.clear()
-                masks.update(token_masks(model, batch))
-                rows[:] = [sequences, num_sequences(batch)]
-                model(**on_device(batch, model))
-                sequences += rows[1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    if sequences == 0:
-        raise ValueError("The calibration set is empty: pass at least one batch.")
+    before = dict.fromkeys(seen, 0)  # sequences that came before the batch
+
+    def keep(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        tokens, here = len(routed.logits), num_sequences(batch)
+        sequence = before[layer.name] + torch.arange(tokens) * here // max(tokens, 1)
+        before[layer.name] += here
+        if counted is not None:
+            routed, sequence = routed.where(counted), sequence[counted.cpu()]
+        rows = routed.per_input()
+        sequence = sequence.repeat_interleave(len(rows.hidden) // max(len(sequence), 1))
+        weights = rows.weights.masked_fill(~rows.reached, 0)
+        tensors = rows.hidden, rows.index, weights, sequence
+        seen[layer.name].append(tuple(tensor.to("cpu", copy=True) for tensor in tensors))
+
+    run_routed(layers, batches, keep)
     return {name: _joined(name, parts) for name, parts in seen.items()}
 
 
@@ -70,26 +77,6 @@ def num_sequences(batch: Batch) -> int:
     """Return how many texts a batch has: the length of its first tensor of at least two dimensions, else 1."""
     sizes = [len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 1]
     return sizes[0] if sizes else 1
-
-
-def _keep(layer: MoELayer, masks: dict[str, torch.Tensor], parts: list, rows: list[int]) -> Sink:
-    def keep(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        before, here = rows
-        repeats = _rows_per_token(layer, index, masks)
-        mask = mask_of(layer, masks, len(hidden) // repeats)
-        sequence = before + torch.arange(len(hidden)) * here // max(len(hidden), 1)
-        tensors = tuple(tensor.detach().cpu() for tensor in (hidden, index, weights))
-        counted = slice(None) if mask is None else mask.cpu().repeat_interleave(repeats)
-        parts.append(tuple(tensor[counted].clone() for tensor in (*tensors, sequence)))
-
-    return keep
-
-
-def _rows_per_token(layer: MoELayer, index: torch.Tensor, masks: dict[str, torch.Tensor]) -> int:
-    """Return K where the layer has a row for each pick of a token (Llama 4), else 1."""
-    top_k = layer.top_k or 1
-    is_split = index.shape[-1] == 1 and any(len(index) == top_k * len(mask) for mask in masks.values())
-    return top_k if is_split else 1
 
 
 def _joined(name: str, parts: list[tuple[torch.Tensor, ...]]) -> LayerInputs:

@@ -1,13 +1,16 @@
 """Routing statistics: sums over the tokens of calibration data, additive over shards, saved as safetensors."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_mcsmoe.methods.statistics import LayerStatistics
+from hf_mcsmoe.methods.view import Sums
 
 FORMAT = "mcsmoe-statistics"
 FORMAT_VERSION = 1
@@ -15,19 +18,23 @@ FORMAT_VERSION = 1
 
 @dataclass
 class RoutingStatistics:
-    """Statistics per layer name, and the fingerprint of the model that they were taken from."""
+    """Sums by the statistic's name, per layer, and the fingerprint of the model that they were taken from."""
 
     fingerprint: str
-    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    layers: dict[str, Sums] = field(default_factory=dict)
 
-    def __getitem__(self, layer_name: str) -> LayerStatistics:
+    def __getitem__(self, layer_name: str) -> Sums:
         return self.layers[layer_name]
+
+    def together(self, layer_names: Sequence[str]) -> Sums:
+        """Return the sums of layers that share their experts, added."""
+        return reduce(add, (self[name] for name in layer_names))
 
     def __add__(self, other: "RoutingStatistics") -> "RoutingStatistics":
         """Return the statistics of both shards of data together.
 
         Raises:
-            ValueError: the two were taken from different models.
+            ValueError: the two were taken from different models, or hold different sums.
         """
         if self.fingerprint != other.fingerprint or self.layers.keys() != other.layers.keys():
             raise ValueError("The two statistics come from different models; only shards of one model can be added.")
@@ -35,8 +42,8 @@ class RoutingStatistics:
         return RoutingStatistics(self.fingerprint, layers)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: tensors `<layer name>/<sum>`, the fingerprint among the metadata."""
-        tensors = {f"{name}/{key}": value for name, layer in self.layers.items() for key, value in vars(layer).items()}
+        """Write a safetensors file: tensors `<layer name>/<statistic>`, the fingerprint among the metadata."""
+        tensors = {f"{name}/{key}": value for name, layer in self.layers.items() for key, value in layer.items()}
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
@@ -63,12 +70,11 @@ class RoutingStatistics:
                         f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade hf_mcsmoe "
                         "or collect the statistics anew."
                     )
-                keys = LayerStatistics.__dataclass_fields__
-                layers = {
-                    name: LayerStatistics(**{key: file.get_tensor(f"{name}/{key}") for key in keys})
-                    for name in json.loads(metadata["layers"])
-                }
-        except SafetensorError as error:
+                layers = {name: Sums() for name in json.loads(metadata["layers"])}
+                for key in file.keys():  # noqa: SIM118
+                    layer, _, name = key.rpartition("/")
+                    layers[layer][name] = file.get_tensor(key)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is damaged or no safetensors file ({error}); collect the statistics anew."
             ) from None

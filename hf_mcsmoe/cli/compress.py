@@ -26,7 +26,17 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 
-MERGE = ["budget", "min_experts", "saliency", "similarity", "grouping", "alignment", "reference", "merging"]
+MERGE = [
+    "budget",
+    "min_experts",
+    "saliency",
+    "similarity",
+    "grouping",
+    "weighting",
+    "alignment",
+    "reference",
+    "merging",
+]
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def compress_command(
     loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map)
     batches = calibration.batches(samples, tokenizer, loaded) if reads else []
     with stage_bars() as progress:
-        sums = _statistics(statistics, loaded, batches, progress) if statistics else None
+        sums = _statistics(statistics, loaded, batches, config, progress) if statistics else None
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS}
         merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
     merged.save_pretrained(output)
@@ -127,12 +137,12 @@ def _check(
 
 
 def _statistics(
-    file: Path, model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], progress: Stages
+    file: Path, model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], config: MergeConfig, progress: Stages
 ) -> RoutingStatistics:
     """Return what a file holds; where there is none, collect statistics and write it."""
     if file.exists():
         console.print(f"statistics read from {escape(str(file))}" + ("" if batches else "; --data is not used"))
         return RoutingStatistics.load(file)
-    sums = collect_statistics(model, progress.over("statistics", batches))
+    sums = collect_statistics(model, progress.over("statistics", batches), config.needs)
     sums.save(file)
     return sums

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
-from hf_mcsmoe.methods.config import MergeConfig, option_help
+from hf_mcsmoe.methods.config import MergeConfig, help_of, option_help
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
 Experts = Annotated[str, typer.Option(help=option_help("experts"))]
@@ -127,7 +127,7 @@ def options_of(config: type, into: str, names: list[str] | None = None) -> Calla
 def _parameter(item: Field, hint: Any) -> inspect.Parameter:
     # A method is given by name here, where the dataclass would take a callable as well.
     kind = hint if item.default is None or item.default is MISSING else type(item.default)
-    settings = {"help": item.metadata["help"], **item.metadata.get("typer", {})}
+    settings = {"help": help_of(item), **item.metadata.get("typer", {})}
     declared = settings.pop("names", ())
     annotation = Annotated[kind, typer.Option(*declared, **settings)]  # type: ignore[valid-type]
     default = inspect.Parameter.empty if item.default is MISSING else item.default

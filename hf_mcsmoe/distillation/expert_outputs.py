@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.distillation.losses import squared_error
-from hf_mcsmoe.layers.batches import Batch, mask_of, side_of, token_masks
+from hf_mcsmoe.layers.batches import Batch, forward, hooks, mask_of, side_of, token_masks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 
@@ -25,14 +25,11 @@ def observed_outputs(model: nn.Module, layers: Sequence[MoELayer]) -> Iterator[O
     The hooks are gone after the block, so that what gradient checkpointing computes again is not taken twice.
     """
     outputs: Outputs = {}
-    handles = [
-        model.get_submodule(layer.output_name).register_forward_hook(_keeper(outputs, layer.name)) for layer in layers
-    ]
-    try:
+    with hooks() as handles:
+        for layer in layers:
+            module = model.get_submodule(layer.output_name)
+            handles.append(module.register_forward_hook(_keeper(outputs, layer.name)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _keeper(outputs: Outputs, name: str) -> Any:
@@ -75,7 +72,7 @@ class ExpertOutputs:
         sums, counts = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0)
         for batch in batches:
             with torch.no_grad(), observed_outputs(self.teacher, self.layers) as outputs:
-                self.teacher(**batch)
+                forward(self.teacher, batch)
             for layer, states, counted in self._counted(batch, outputs):
                 sums[layer.name] += states[counted].float().square().mean(-1).sum().item()
                 counts[layer.name] += int(counted.sum())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.layers.batches import Batch, evaluation_mode, on_device
+from hf_mcsmoe.layers.batches import Batch, evaluation_mode, forward, hooks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, sparse_parts
@@ -42,7 +42,7 @@ def account(
     on_disk = None if folder is None else bytes_on_disk(folder)
     if batch is None:
         return Costs(model.num_parameters(), held, on_disk)
-    tokens, batch = _positions(model, batch), on_device(batch, model)
+    tokens = _positions(model, batch)
     with torch.no_grad(), evaluation_mode(model), _frozen(model):
         flops, experts = _count(model, batch)
         seconds = min((_seconds(model, batch) for _ in range(repetitions)), default=None)
@@ -143,9 +143,9 @@ def _positions(model: PreTrainedModel, batch: Batch) -> int:
     return sum(values.shape[0] * values.shape[1] for values in inputs)
 
 
-def _seconds(model: PreTrainedModel, batch: dict[str, Any]) -> float:
+def _seconds(model: PreTrainedModel, batch: Batch) -> float:
     started = time.perf_counter()
-    model(**batch)
+    forward(model, batch)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - started
@@ -164,20 +164,19 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def _count(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[int, dict[str, int]]:
+def _count(model: PreTrainedModel, batch: Batch) -> tuple[int, dict[str, int]]:
     """Return the FLOPs of one forward, and those of the experts by layer name."""
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     modules = _expert_modules(model)
     experts = dict.fromkeys(modules, 0)
     with _observed(modules, counter, experts), counter:
-        model(**batch)
+        forward(model, batch)
     return counter.get_total_flops(), experts
 
 
 @contextlib.contextmanager
 def _observed(experts: dict[str, list[nn.Module]], counter: FlopCounterMode, sums: dict[str, int]) -> Iterator[None]:
     """Add what the counter counts while modules of experts run to `sums`, by layer name."""
-    handles = []
 
     def observe(name: str, module: nn.Module) -> None:
         def before(*_: Any) -> None:
@@ -188,14 +187,11 @@ def _observed(experts: dict[str, list[nn.Module]], counter: FlopCounterMode, sum
 
         handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
 
-    try:
+    with hooks() as handles:
         for name, modules in experts.items():
             for module in modules:
                 observe(name, module)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _expert_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:

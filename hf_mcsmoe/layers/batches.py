@@ -1,15 +1,87 @@
 """Batches of tokens: which of them count, where they are, and a model that runs them and is left as it was."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.methods.view import Routed
 
 Batch = Mapping[str, Any]
+# Called with a layer, its tokens in one forward, which of them count, bool [T] or None for all, and the batch.
+RoutedSink = Callable[[MoELayer, Routed, torch.Tensor | None, Batch], None]
+
+
+def forward(model: PreTrainedModel, batch: Batch) -> Any:
+    """Run the model on a batch, wherever that is, without a cache of keys and values, which only generation needs.
+
+    With a cache Transformers would take several texts packed in a row for one.
+    """
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return model(**{**({"use_cache": False} if takes_cache else {}), **on_device(batch, model)})
+
+
+def each(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches.
+
+    Raises:
+        ValueError: there is none.
+    """
+    count = 0
+    for count, batch in enumerate(batches, start=1):  # noqa: B007
+        yield batch
+    if count == 0:
+        raise ValueError("The calibration set is empty: pass at least one batch.")
+
+
+@contextlib.contextmanager
+def hooks() -> Iterator[list[RemovableHandle]]:
+    """Yield a list for the handles of hooks, which are removed after the block."""
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_routed(
+    layers: Sequence[MoELayer],
+    batches: Iterable[Batch],
+    sink: RoutedSink,
+    step: Callable[[PreTrainedModel, Batch], Any] | None = None,
+) -> None:
+    """Run the model of some layers over batches, and hand what each layer sees to `sink`. It is left as it was.
+
+    Args:
+        layers: of one model.
+        step: what is done with the model and a batch; None for a forward without gradients.
+
+    Raises:
+        ValueError: no batches, or a mask of another shape than the tokens.
+    """
+    source, current = layers[0].source, threading.local()  # since a source may run batches in threads of their own
+
+    def on_forward(layer: MoELayer) -> Callable[[Routed], None]:
+        def take(routed: Routed) -> None:
+            sink(layer, routed, mask_of(layer, current.masks, len(routed.logits)), current.batch)
+
+        return take
+
+    def run(batch: Batch) -> None:
+        current.batch, current.masks = batch, token_masks(source.model, batch)
+        (step or torch.no_grad()(forward))(source.model, batch)
+
+    with evaluation_mode(source.model), hooks() as handles, source.streamed() as run_all:
+        for layer in layers:
+            handles.extend(layer.routed(on_forward(layer)))
+        run_all(run, each(batches))
 
 
 def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:

@@ -12,7 +12,15 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.fused import FusedLayer, fused_sizes, is_fused
 from hf_mcsmoe.layers.layer import MoELayer, find_router
-from hf_mcsmoe.layers.outside import REFUSED, DbrxLayer, JetMoeLayer, Llama4Layer, SwitchLayer
+from hf_mcsmoe.layers.outside import (
+    REFUSED,
+    DbrxLayer,
+    JetMoeLayer,
+    Llama4Layer,
+    MergedLlama4Layer,
+    MergedSwitchLayer,
+    SwitchLayer,
+)
 from hf_mcsmoe.layers.source import Source, source_of
 
 # Parts of a multimodal model that are not its text part; their experts stay as they are.
@@ -24,6 +32,11 @@ OUTSIDE: dict[str, tuple[type[MoELayer], Callable[[Any], tuple[int, int, int]]]]
     "Llama4TextExperts": (Llama4Layer, lambda c: (c.num_experts, c.hidden_size, c.expert_dim)),
     "JetMoeMoE": (JetMoeLayer, lambda c: (c.input_linear.num_experts, c.input_size, c.hidden_size)),
     "DbrxExperts": (DbrxLayer, lambda c: (c.num_experts, c.hidden_size, c.ffn_hidden_size)),
+}
+# Per class of block: the adapter of its merged experts. Others need no entry.
+MERGED: dict[str, type[MoELayer]] = {
+    "MergedLlama4TextMoe": MergedLlama4Layer,
+    "MergedSwitchSparseMLP": MergedSwitchLayer,
 }
 
 TOP_K_FIELDS = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
@@ -212,7 +225,8 @@ def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, tuple
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)
     else:
-        adapter, sizes = FusedLayer, fused_sizes(module)
+        block = source.model.get_submodule(name.rpartition(".")[0])
+        adapter, sizes = MERGED.get(type(block).__name__, FusedLayer), fused_sizes(module)
     if merged and entry is None:
         raise ValueError(f"{name!r} holds merged experts of which the configuration's `mcsmoe` says nothing.")
     original_name, expert_map = entry if merged and entry else (name, None)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_mcsmoe.layers.layer import MoELayer, Observer, record_logits
-from hf_mcsmoe.methods.experts import ExpertWeights
+from hf_mcsmoe.layers.layer import MoELayer, Sink, call_arguments, on_logits
+from hf_mcsmoe.methods.experts import Experts
 
 # Experts of the same layout whose class is not behind the interface's decorator and so carries no flags.
 WITHOUT_FLAGS = ("Step3p7Experts", "LongcatFlashExperts")
@@ -29,7 +29,7 @@ def fused_sizes(experts: Any) -> tuple[int, int, int]:
     return (len(down), *down[0].shape)
 
 
-def fused_views(experts: Any) -> ExpertWeights:
+def fused_views(experts: Any) -> Experts:
     """Return views of the stacked parameters by role, for every layout that the interface's flags describe.
 
     Weights stored as low rank + sparse are multiplied out: those are copies, to be read only.
@@ -41,7 +41,19 @@ def fused_views(experts: Any) -> ExpertWeights:
     if getattr(experts, "has_bias", False):
         tensors |= _split(experts, getattr(experts, name + "_bias").detach(), "_bias")
         tensors["down_bias"] = experts.down_proj_bias.detach()
-    return ExpertWeights(tensors)
+    norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+    return Experts(tensors, lambda gate, up: _activated(experts, gate, up), norm)
+
+
+def _activated(experts: Any, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states [n, F] of what gate and up make of some inputs, as the family computes them."""
+    if gate is None:
+        return experts.act_fn(up)
+    if not hasattr(experts, "_apply_gate"):
+        return experts.act_fn(gate) * up
+    if getattr(experts, "is_concatenated", True):
+        return experts._apply_gate(torch.cat([gate, up], -1))
+    return experts._apply_gate(torch.stack([gate, up], -1).flatten(-2))
 
 
 def _stacked(experts: Any, name: str) -> torch.Tensor:
@@ -70,10 +82,17 @@ class FusedLayer(MoELayer):
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.container.named_parameters(recurse=False))
 
-    def read(self) -> ExpertWeights:
+    def read(self) -> Experts:
         return fused_views(self.container)
 
-    def observe(self, observer: Observer) -> list[RemovableHandle]:
-        seen: dict[str, torch.Tensor] = {}
-        handles = record_logits(self, lambda logits: seen.update(logits=logits))
-        return [*handles, *self.record(lambda _, index, weights: observer(seen.pop("logits"), index, weights))]
+    def routed(self, sink: Sink) -> list[RemovableHandle]:
+        logits: list[torch.Tensor] = []
+
+        def on_experts(module: nn.Module, arguments: tuple, keywords: dict) -> None:
+            hidden, index, weights = call_arguments(module, arguments, keywords)[:3]
+            self.hand_over(sink, logits.pop(), hidden, index, weights)
+
+        return [
+            *on_logits(self, logits.append),
+            self.container.register_forward_pre_hook(on_experts, with_kwargs=True),
+        ]

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,16 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.source import Source
-from hf_mcsmoe.methods.experts import ExpertWeights
+from hf_mcsmoe.methods.experts import Experts
+from hf_mcsmoe.methods.view import LayerView, Routed, Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 
-# Called once per forward with router logits [T, E], picked experts int [T, K] and their final weights [T, K]. A pick
-# of weight 0, or of an index from E on, reached no expert; the index -1 is that of a token which the capacity of its
-# expert turned away, and which counts nowhere.
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-# Called once per forward with the experts' inputs [T, D], picked experts int [T, K] and their final weights [T, K].
-Sink = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# Called once per forward of a layer with its tokens.
+Sink = Callable[[Routed], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,35 +79,81 @@ class MoELayer:
         return sum(parameter.numel() for _, parameter in self.parameters)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[ExpertWeights]:
+    def open(self) -> Iterator[Experts]:
         """Yield the experts' tensors, there for the time of the block: writing to them writes to the model."""
         with self.source.loaded(self.name):
             yield self.read()
 
-    def read(self) -> ExpertWeights:
+    def read(self) -> Experts:
         """Return the experts' tensors, views of the model's parameters as they are; see `open`."""
         raise NotImplementedError
 
-    def observe(self, observer: Observer) -> list[RemovableHandle]:
-        """Call `observer` in every forward of the layer until the returned handles are removed."""
+    def read_with_gradients(self) -> Experts:
+        """Return the experts with the gradients that the last backward pass left; zeros where it left none."""
+        parameters = [parameter for _, parameter in self.parameters]
+        values = [parameter.data for parameter in parameters]
+        try:  # what reads the layout of the weights reads that of their gradients
+            for parameter in parameters:
+                parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients = self.read().tensors
+        finally:
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data = value
+        return replace(self.read(), gradients=gradients)
+
+    @contextlib.contextmanager
+    def view(self, sums: Sums, seed: int) -> Iterator[LayerView]:
+        """Yield what methods see of the layer; its experts are opened when touched, for the time of the block."""
+        with contextlib.ExitStack() as stack:
+            yield LayerView(
+                sums, self.num_experts, seed, lambda: stack.enter_context(self.open()), self._router_weight
+            )
+
+    def _router_weight(self) -> torch.Tensor | None:
+        """Return a copy of the router's weight [E, D], or None where it has no such matrix."""
+        path = next(path for path, module in self.model.named_modules() if module is self.router)
+        with self.source.loaded(path) as router:
+            matrices = [value for value in router.parameters() if value.shape == (self.num_routed, self.hidden_size)]
+            return matrices[0].detach().clone() if matrices else None
+
+    @property
+    def num_routed(self) -> int:
+        """How many experts the router knows: E, of a merged layer as well."""
+        return self.num_experts if self.expert_map is None else len(self.expert_map)
+
+    def routed(self, sink: Sink) -> list[RemovableHandle]:
+        """Call `sink` with the tokens of every forward of the layer until the returned handles are removed."""
         raise NotImplementedError
 
-    def record(self, sink: Sink) -> list[RemovableHandle]:
-        """Call `sink` with what the experts see in every forward of the layer until the handles are removed.
+    def hand_over(
+        self,
+        sink: Sink,
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        scale: torch.Tensor | None = None,
+    ) -> None:
+        """Call `sink` with one forward; see `Routed`.
 
-        The index is that of an expert that is held: of a merged layer a stored one. A pick of weight 0 reached none.
+        Args:
+            logits: [T, E] or more columns.
+            hidden: [..., D].
+            index: int [T, K], experts that are held, of a merged layer stored ones; others are no expert.
         """
+        logits, hidden = logits[:, : self.num_routed].detach(), hidden.reshape(-1, hidden.shape[-1]).detach()
+        tensors = logits, hidden, index.clamp(max=self.num_experts), weights.detach()
+        scale = None if scale is None else scale.detach()
+        with contextlib.ExitStack() as stack:
+            sink(Routed(*tensors, self.num_experts, lambda: stack.enter_context(self.open()), scale))
 
-        def on_experts(module: nn.Module, arguments: tuple, keywords: dict) -> None:
-            hidden_states, index, weights = call_arguments(module, arguments, keywords)[:3]
-            beyond = index >= self.num_experts
-            rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-            sink(rows, index.masked_fill(beyond, 0), weights.masked_fill(beyond, 0))
-
-        return [self.container.register_forward_pre_hook(on_experts, with_kwargs=True)]
+    def stored(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the experts that are held, or their number for no expert, of an original router's picks."""
+        known = list(range(self.num_experts) if self.expert_map is None else self.expert_map)
+        return torch.tensor([*known, self.num_experts], device=index.device)[index.clamp(max=len(known))]
 
 
-def record_logits(layer: MoELayer, sink: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
+def on_logits(layer: MoELayer, sink: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
     """Hand the router logits [T, E] of every forward to `sink`.
 
     A few routers return probabilities where others return logits; theirs are read off the linear layer inside.
@@ -125,9 +167,9 @@ def record_logits(layer: MoELayer, sink: Callable[[torch.Tensor], None]) -> list
         logits = output[index] if isinstance(output, tuple) else output
         logits = linear["logits"] if "logits" in linear and is_distribution(logits) else logits
         linear.clear()
-        sink(logits.reshape(-1, logits.shape[-1])[:, : layer.num_experts])
+        sink(logits.reshape(-1, logits.shape[-1]))
 
-    inner = [child for child in router.children() if getattr(child, "out_features", None) == layer.num_experts]
+    inner = [child for child in router.children() if getattr(child, "out_features", None) == layer.num_routed]
     handles = [child.register_forward_hook(keep) for child in inner[:1]]
     return [*handles, router.register_forward_hook(emit)]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_mcsmoe.layers.batches import Batch, on_device
+from hf_mcsmoe.layers.batches import Batch, each, forward
 from hf_mcsmoe.low_rank.config import KEEP
 from hf_mcsmoe.low_rank.importance import AGGREGATES, IMPORTANCE, RowAverages, Scores, row_scores
 from hf_mcsmoe.methods.registry import method_name, unknown
@@ -85,9 +85,9 @@ def zero_shot_importance(
     _check_scored(parts, importance)
     mode = model.training
     model.eval()
-    for count, batch in enumerate(batches, start=1):  # noqa: B007
+    for count, batch in enumerate(each(batches), start=1):  # noqa: B007
         model.zero_grad(set_to_none=True)
-        loss = model(**on_device(batch, model)).loss
+        loss = forward(model, batch).loss
         if loss is None:
             raise ValueError(f"The model gave no loss for a batch of {', '.join(batch)}: importance needs labels.")
         if loss.requires_grad:
@@ -96,8 +96,6 @@ def zero_shot_importance(
             sums[name] = sums[name] + score if name in sums else score
     model.zero_grad(set_to_none=True)
     model.train(mode)
-    if count == 0:
-        raise ValueError("The calibration set is empty: pass at least one batch.")
     empty = {name: torch.zeros(part.kept.shape) for name, part in parts.items()}
     return {name: sums.get(name, value) / count for name, value in empty.items()}
 

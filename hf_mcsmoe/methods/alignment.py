@@ -3,19 +3,31 @@
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from hf_mcsmoe.methods.experts import HIDDEN_AXES
+from hf_mcsmoe.methods.experts import HIDDEN_AXES, Expert
 from hf_mcsmoe.methods.registry import Registry
+from hf_mcsmoe.methods.view import LayerView
 
 ALIGNMENT = Registry("alignment")
 
 
 @ALIGNMENT.register("weight_matching", paper="2209.04836")
-def weight_matching(reference: dict[str, torch.Tensor], expert: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return the permutation int [F] of `expert`'s neurons that fits `reference` best: one exact assignment.
+def weight_matching(view: LayerView, reference: int, expert: int) -> torch.Tensor | None:
+    """Return the permutation int [F] of an expert's neurons that fits the reference best: one exact assignment.
 
     It maximises the inner product of all weights that belong to a neuron: rows of gate and up, columns of down, and
     their biases, gate and up under one permutation (M-SMoE, section 3.1; Git Re-Basin, section 3.2, one layer).
     """
+    return best_permutation(view.experts.expert(reference), view.experts.expert(expert))
+
+
+@ALIGNMENT.register("none")
+def none(view: LayerView, reference: int, expert: int) -> torch.Tensor | None:
+    """Return None: the neurons stay in their order (the paper's ablation)."""
+    return None
+
+
+def best_permutation(reference: Expert, expert: Expert) -> torch.Tensor:
+    """Return the permutation int [F] of the neurons of `expert` with the largest inner product with `reference`."""
     width, device = reference["up"].shape[0], reference["up"].device
     cost = torch.zeros(width, width, device=device)
     for role, axis in HIDDEN_AXES.items():
@@ -25,9 +37,3 @@ def weight_matching(reference: dict[str, torch.Tensor], expert: dict[str, torch.
     # A cost to minimise: for a gain to maximise SciPy would make a negated copy.
     columns = linear_sum_assignment(cost.cpu().numpy())[1]
     return torch.from_numpy(columns)
-
-
-@ALIGNMENT.register("none")
-def none(reference: dict[str, torch.Tensor], expert: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return None: the neurons stay in their order (the paper's ablation)."""
-    return None

@@ -1,16 +1,18 @@
 """Options of a merge. Each is described once, here; the command line reads the descriptions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.budget import BUDGET
 from hf_mcsmoe.methods.grouping import GROUPING
-from hf_mcsmoe.methods.registry import option_values, unknown
+from hf_mcsmoe.methods.merging import MERGING
+from hf_mcsmoe.methods.registry import Registry, option_values, unknown
 from hf_mcsmoe.methods.saliency import SALIENCY
 from hf_mcsmoe.methods.similarity import SIMILARITY
-from hf_mcsmoe.methods.weighting import MERGING
+from hf_mcsmoe.methods.statistics import with_tokens
+from hf_mcsmoe.methods.weighting import WEIGHTING
 
 REFERENCES = ("dominant", "first")
 REGISTRIES = {
@@ -18,14 +20,25 @@ REGISTRIES = {
     "saliency": SALIENCY,
     "similarity": SIMILARITY,
     "grouping": GROUPING,
+    "weighting": WEIGHTING,
     "alignment": ALIGNMENT,
     "merging": MERGING,
 }
 
 
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field with its description, which the command line shows."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, registry: Registry | None = None) -> Any:
+    """Return a dataclass field with its description, which the command line shows.
+
+    Args:
+        registry: of an option that names a method; its names, those registered later included, end the description.
+    """
+    return field(default=default, metadata={"help": text} | ({"registry": registry} if registry else {}))
+
+
+def help_of(item: Field) -> str:
+    """Return the description of an option."""
+    registry = item.metadata.get("registry")
+    return item.metadata["help"] + (f": {', '.join(registry)}" if registry else "")
 
 
 @dataclass(frozen=True)
@@ -37,15 +50,18 @@ class MergeConfig:
     """
 
     experts: int | float = option(0.5, "experts to keep: a whole number per layer on average, or a share in (0, 1]")
-    budget: str | Callable = option("adaptive", "how layers share the experts: adaptive or uniform")
+    budget: str | Callable = option("adaptive", "how layers share the experts", BUDGET)
     min_experts: int = option(1, "experts that every layer keeps at least")
     skip: tuple[str, ...] = option((), "layers to leave whole: patterns of layer names, e.g. 'encoder.block.1.*'")
-    saliency: str | Callable = option("frequency", "what makes an expert dominant: frequency or gate")
-    similarity: str | Callable = option("router_logits", "which experts belong together: router_logits or random")
-    grouping: str | Callable = option("dominant", "how groups form: dominant")
-    alignment: str | Callable = option("weight_matching", "how neurons are aligned: weight_matching or none")
+    saliency: str | Callable = option("frequency", "what makes an expert dominant", SALIENCY)
+    similarity: str | Callable = option("router_logits", "which experts belong together", SIMILARITY)
+    grouping: str | Callable = option("dominant", "how groups form", GROUPING)
+    alignment: str | Callable = option("weight_matching", "how neurons are aligned", ALIGNMENT)
     reference: str = option("dominant", "what members are aligned to: their group's dominant expert, or first")
-    merging: str | Callable = option("frequency", "weights of the average: frequency, uniform or dominant (prunes)")
+    weighting: str | Callable = option(
+        "saliency", "weights of a group's members (dominant prunes the others)", WEIGHTING
+    )
+    merging: str | Callable = option("average", "how aligned members become one expert", MERGING)
     seed: int = option(0, "seed of the random similarity")
 
     def __post_init__(self) -> None:
@@ -66,6 +82,12 @@ class MergeConfig:
                 f"min_experts={self.min_experts!r} must be at least 1 and whole: a layer needs an expert."
             )
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that the methods read, to be passed to `collect_statistics`."""
+        needs = [name for stage, registry in REGISTRIES.items() for name in registry.needs(getattr(self, stage))]
+        return tuple(with_tokens(needs))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; a callable is written as its name."""
         return option_values(self)
@@ -73,4 +95,4 @@ class MergeConfig:
 
 def option_help(name: str, config: type = MergeConfig) -> str:
     """Return the description of an option of `MergeConfig`, or of another class of options."""
-    return next(item.metadata["help"] for item in fields(config) if item.name == name)
+    return next(help_of(item) for item in fields(config) if item.name == name)

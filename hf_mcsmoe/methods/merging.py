@@ -2,30 +2,31 @@
 
 import torch
 
-from hf_mcsmoe.methods.experts import ExpertWeights, permute
+from hf_mcsmoe.methods.experts import Expert, permute
+from hf_mcsmoe.methods.registry import Registry
+from hf_mcsmoe.methods.view import LayerView
+
+MERGING = Registry("merging")
 
 
-def merge_group(
-    weights: ExpertWeights,
-    members: list[int],
-    shares: list[float],
-    permutations: list[torch.Tensor | None],
-) -> dict[str, torch.Tensor]:
+@MERGING.register("average", paper="2310.01334")
+def average(
+    view: LayerView, members: list[int], shares: list[float], permutations: list[torch.Tensor | None]
+) -> Expert:
     """Return the weighted sum of a group's experts, accumulated in float32 (float64 stays float64).
 
     Args:
-        weights: the experts of the layer.
         members: indices of the group's experts.
         shares: their weights, summing to 1.
         permutations: int [F] per member, or None to leave its neurons in place.
     """
     if len(members) == 1 and permutations[0] is None:
-        return weights.expert(members[0])
-    total: dict[str, torch.Tensor] = {}
+        return view.experts.expert(members[0])
+    total: Expert = {}
     for member, share, permutation in zip(members, shares, permutations, strict=True):
         if share == 0:
             continue
-        expert = weights.expert(member)
+        expert = view.experts.expert(member)
         expert = expert if permutation is None else permute(expert, permutation)
         for role, tensor in expert.items():
             wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

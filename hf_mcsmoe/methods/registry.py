@@ -1,18 +1,24 @@
-"""Named methods: a registry maps a method's name to its function and to the paper it comes from."""
+"""Named methods: a registry maps a method's name to its function, to its paper and to the statistics that it needs."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Method:
-    """A function under its name; `paper` is an arXiv identifier or empty."""
+    """A function under its name.
+
+    `paper` is an arXiv identifier or empty; `needs` the names of the statistics that the function reads; of a
+    statistic, `gradients` says that it reads gradients of the loss.
+    """
 
     name: str
     function: Callable[..., Any]
     paper: str = ""
+    needs: tuple[str, ...] = ()
+    gradients: bool = False
 
 
 @dataclass
@@ -22,11 +28,13 @@ class Registry:
     stage: str
     methods: dict[str, Method] = field(default_factory=dict)
 
-    def register(self, name: str, paper: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that makes a function available as `name`."""
+    def register(
+        self, name: str, paper: str = "", needs: Sequence[str] = (), *, gradients: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Return a decorator that makes a function available as `name`; see `Method`."""
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.methods[name] = Method(name, function, paper)
+            self.methods[name] = Method(name, function, paper, tuple(needs), gradients)
             return function
 
         return decorate
@@ -37,11 +45,7 @@ class Registry:
         Raises:
             ValueError: no method has that name; the message names the nearest one and all there are.
         """
-        if callable(method):
-            return method
-        if method not in self.methods:
-            raise ValueError(unknown(f"{self.stage} method", method, list(self.methods)))
-        return self.methods[method].function
+        return method if callable(method) else self.find(method).function
 
     def check(self, method: str | Callable[..., Any]) -> None:
         """Raise ValueError where no method has that name; any callable will do."""
@@ -50,9 +54,26 @@ class Registry:
     def __iter__(self) -> Iterator[str]:
         return iter(self.methods)
 
+    def find(self, name: str) -> Method:
+        """Return the method called `name`.
+
+        Raises:
+            ValueError: there is none; the message names the nearest one and all there are.
+        """
+        if name not in self.methods:
+            raise ValueError(unknown(f"{self.stage} method", name, list(self.methods)))
+        return self.methods[name]
+
+    def needs(self, method: str | Callable[..., Any]) -> tuple[str, ...]:
+        """Return the statistics that a method reads; a callable of one's own names them in its attribute `needs`."""
+        if not callable(method):
+            return self.find(method).needs
+        registered = next((known for known in self.methods.values() if known.function is method), None)
+        return registered.needs if registered else tuple(getattr(method, "needs", ()))
+
 
 def unknown(what: str, value: object, known: list[str]) -> str:
-    """Return the sentence that a wrong name deserves: what was given, what was probably meant, what there is."""
+    """Return the message for a name that does not exist: the name, the nearest one, and all there are."""
     near = difflib.get_close_matches(str(value), known, n=1)
     meant = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {what} {value!r}.{meant} Known: {', '.join(map(repr, known))}."

@@ -1,65 +1,53 @@
-"""Routing statistics of one layer: sums over the tokens of calibration data."""
+"""What is summed over the tokens of calibration data: named functions of what one forward shows of a layer.
 
-from dataclasses import dataclass
+A statistic returns a tensor whose shape depends on the layer alone. The answers of all batches, shards and processes
+are added, so sum in float64 (or count in int64) and divide later.
+"""
+
+from collections.abc import Iterable
 
 import torch
 
+from hf_mcsmoe.methods.registry import Registry, unknown
+from hf_mcsmoe.methods.view import Routed
 
-@dataclass
-class LayerStatistics:
-    """Sums over the counted tokens of one layer.
+STATISTICS = Registry("statistic")
 
-    `counts` int64 [E] tokens that reached each expert; `gate_sum` float64 [E] sum of their weights; `logit_gram`
-    float64 [E, E] sum over tokens of `h h^T` for router logits `h` [E]; `tokens` int64 [] tokens seen. A token that
-    the capacity of its expert turned away enters none of them.
+
+@STATISTICS.register("counts")
+def counts(routed: Routed) -> torch.Tensor:
+    """Return the tokens that reached each expert, int64 [E]."""
+    return torch.bincount(routed.index[routed.reached], minlength=routed.num_experts)
+
+
+@STATISTICS.register("gate_sum")
+def gate_sum(routed: Routed) -> torch.Tensor:
+    """Return the sum of the weights that each expert received, float64 [E]."""
+    picks, gates = routed.index[routed.reached], routed.gates[routed.reached].double()
+    return torch.zeros(routed.num_experts, dtype=torch.float64, device=picks.device).index_add_(0, picks, gates)
+
+
+@STATISTICS.register("logit_gram")
+def logit_gram(routed: Routed) -> torch.Tensor:
+    """Return the sum over tokens of `h h^T` for router logits `h` [E], float64 [E, E]."""
+    logits = routed.logits.double()
+    return logits.mT @ logits
+
+
+@STATISTICS.register("tokens")
+def tokens(routed: Routed) -> torch.Tensor:
+    """Return the number of tokens, int64 []."""
+    return torch.tensor(len(routed.logits))
+
+
+def with_tokens(needs: Iterable[str]) -> list[str]:
+    """Return the names of statistics once each, and "tokens", which every plan reads, among them.
+
+    Raises:
+        ValueError: a name that no statistic has.
     """
-
-    counts: torch.Tensor
-    gate_sum: torch.Tensor
-    logit_gram: torch.Tensor
-    tokens: torch.Tensor
-
-    @classmethod
-    def empty(cls, num_experts: int) -> "LayerStatistics":
-        """Return the sums over no token."""
-        zeros = torch.zeros(num_experts, dtype=torch.float64)
-        gram = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-        return cls(zeros.long(), zeros, gram, torch.zeros((), dtype=torch.long))
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.counts)
-
-    @property
-    def frequency(self) -> torch.Tensor:
-        """Share of the tokens that reached each expert, float64 [E]; zero where no token was seen."""
-        return self.counts.double() / self.tokens.clamp(min=1)
-
-    def update(
-        self, logits: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor | None
-    ) -> None:
-        """Add the tokens of one forward.
-
-        Args:
-            logits: router logits [T, E].
-            index: picked experts int [T, K]; an index from E on is no expert, -1 that of a token over capacity.
-            weights: their weights [T, K]; a pick of weight 0 reached no expert (skipped).
-            mask: bool [T], the tokens that count; None for all.
-        """
-        counted = (index >= 0).all(-1)
-        if mask is not None:
-            counted &= mask.to(counted.device)
-        logits, index, weights = logits[counted.to(logits.device)], index[counted], weights[counted.to(weights.device)]
-        logits = logits.double()
-        reached = (weights != 0) & (index < self.num_experts)
-        picks = index[reached]
-        counts = torch.bincount(picks, minlength=self.num_experts)
-        gates = torch.zeros(self.num_experts, dtype=torch.float64, device=picks.device)
-        self.counts = self.counts + counts.cpu()
-        self.gate_sum = self.gate_sum + gates.index_add_(0, picks, weights[reached].double()).cpu()
-        self.logit_gram = self.logit_gram + (logits.mT @ logits).cpu()
-        self.tokens = self.tokens + len(logits)
-
-    def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
-        return LayerStatistics(*(getattr(self, key) + getattr(other, key) for key in vars(self)))
+    names = list(dict.fromkeys([*needs, "tokens"]))
+    for name in names:
+        if name not in STATISTICS.methods:
+            raise ValueError(unknown("statistic", name, list(STATISTICS)))
+    return names

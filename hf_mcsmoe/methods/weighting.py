@@ -4,8 +4,9 @@ import torch
 
 from hf_mcsmoe.methods.grouping import Groups
 from hf_mcsmoe.methods.registry import Registry
+from hf_mcsmoe.methods.view import LayerView
 
-MERGING = Registry("merging")
+WEIGHTING = Registry("weighting")
 
 
 def _normalised(values: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -17,20 +18,20 @@ def _normalised(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     return torch.where(empty, 1 / sizes[members], values.double() / sums[members].masked_fill(empty, 1))
 
 
-@MERGING.register("frequency", paper="2310.01334")
-def frequency(saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+@WEIGHTING.register("saliency", paper="2310.01334")
+def by_saliency(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Return weights [E] proportional to saliency (M-SMoE, section 3.1: `sum a_i E_i / sum a_i`)."""
     return _normalised(saliency, groups)
 
 
-@MERGING.register("uniform", paper="2310.01334")
-def uniform(saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+@WEIGHTING.register("uniform", paper="2310.01334")
+def uniform(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Return equal weights [E] within each group."""
     return _normalised(torch.ones(len(saliency)), groups)
 
 
-@MERGING.register("dominant")
-def dominant(saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+@WEIGHTING.register("dominant")
+def dominant(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Return weight 1 for each dominant expert and 0 for the others: prunes them, their tokens go to the dominant."""
     weights = torch.zeros(len(saliency), dtype=torch.float64)
     weights[groups.dominant] = 1

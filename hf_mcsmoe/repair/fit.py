@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_mcsmoe.calibration.inputs import LayerInputs
-from hf_mcsmoe.methods.experts import ExpertWeights
+from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, expert_hidden, merge_picks, unstacked
 from hf_mcsmoe.repair.least_squares import Rows, RowSource
 
@@ -26,7 +26,7 @@ class LayerFit:
 
     name: str
     experts: Any
-    originals: ExpertWeights
+    originals: Experts
     inputs: LayerInputs
     original_inputs: LayerInputs
     expert_map: list[int]
@@ -61,31 +61,6 @@ class LayerFit:
         return hidden * gates.to(hidden)[:, None]
 
 
-def original_output(experts: Any, original: dict[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Return an original expert's output [n, D], before a norm that follows the experts, for `states` [n, D].
-
-    Args:
-        experts: merged experts of the layer, for the activation.
-        original: its weights by role; computed in float32.
-    """
-    parts = []
-    for role in ("gate", "up"):
-        if role in original:
-            bias = original.get(role + "_bias")
-            parts.append(torch.nn.functional.linear(states.float(), original[role].float(), _float(bias)))
-    if not experts.has_gate:
-        hidden = experts.act_fn(parts[0])
-    elif experts.is_concatenated:
-        hidden = experts._apply_gate(torch.cat(parts, -1))
-    else:
-        hidden = experts._apply_gate(torch.stack(parts, -1).flatten(-2))
-    return torch.nn.functional.linear(hidden, original["down"].float(), _float(original.get("down_bias")))
-
-
-def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
 def original_sum(
     problem: LayerFit, members: list[int] | None = None, token: torch.Tensor | None = None, *, normed: bool = False
 ) -> torch.Tensor:
@@ -96,18 +71,15 @@ def original_sum(
         token: int [n], the tokens; None for all.
         normed: whether a norm that follows the experts is applied.
     """
-    inputs, experts = problem.original_inputs, problem.experts
+    inputs = problem.original_inputs
     token = torch.arange(len(inputs)) if token is None else token
     index, weights = inputs.index[token], inputs.weights[token].float()
     total = torch.zeros(len(token), inputs.hidden.shape[1])
     for member in range(len(problem.originals)) if members is None else members:
-        original = {role: tensor.to(problem.device) for role, tensor in problem.originals.expert(member).items()}
         rows, pick = torch.where((index == member) & (weights != 0))
         for part in torch.arange(len(rows)).split(CHUNK):
             states = inputs.hidden[token[rows[part]]].to(problem.device)
-            output = original_output(experts, original, states)
-            if normed and experts.has_post_expert_norm:
-                output = experts.post_expert_norm(output)
+            output = problem.originals.output(member, states, normed=normed)
             total.index_add_(0, rows[part], output.float().cpu() * weights[rows[part], pick[part], None])
     return total
 

@@ -164,8 +164,7 @@ def _inputs(
     streamed = stream_inputs(originals, batches, memory_limit=limit)
     for pairs, (_, original_inputs) in zip(groups, streamed, strict=True):
         if not config.sequential:
-            stored = torch.tensor(pairs[0][0].expert_map)[original_inputs.index]
-            yield pairs, replace(original_inputs, index=stored), original_inputs
+            yield pairs, original_inputs.mapped(pairs[0][0].expert_map or ()), original_inputs
             continue
         captured = capture_inputs([layer for layer, _ in pairs], batches)
         first, *others = captured.values()

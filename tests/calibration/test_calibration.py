@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,25 @@ from oracle import FAMILIES, observe, sums
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, RoutingStatistics, collect_statistics, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe.methods.statistics import STATISTICS
+from hf_mcsmoe.methods.view import LayerView, Routed
 
 EVERY = [family for family in families() if family.name not in ("nllb_moe", "doge")]
 # Picks that reach no routed expert: capacity, a skipped expert, identity experts.
 FEWER_PICKS = ("switch_transformers", "zaya", "longcat_flash")
 
 
+BASIC = ("counts", "gate_sum", "logit_gram", "tokens")
+
+
 def _collect(name: str, model: PreTrainedModel, number: int = 2) -> RoutingStatistics:
-    return collect_statistics(model, batches(name, model, number))
+    return collect_statistics(model, batches(name, model, number), BASIC)
 
 
 def _assert_close(left: RoutingStatistics, right: RoutingStatistics, rtol: float = 1e-5) -> None:
     assert left.layers.keys() == right.layers.keys()
     for name, layer in left.layers.items():
-        torch.testing.assert_close(vars(layer), vars(right[name]), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(dict(layer), dict(right[name]), rtol=rtol, atol=rtol)
 
 
 def _assert_equal(left: RoutingStatistics, right: RoutingStatistics) -> None:
@@ -73,7 +79,7 @@ def _keeps(batch: Batch) -> dict[bool, list[bool]]:
 def test_statistics_equal_a_loop_over_the_tokens_that_count(name: str, change: str) -> None:
     model = build(name)
     data = [CHANGES[change](batch) for batch in batches(name, model)]
-    statistics = collect_statistics(model, data)
+    statistics = collect_statistics(model, data, BASIC)
     seen = observe(model, FAMILIES[name], data)
     assert seen.keys() == statistics.layers.keys()
     for layer, tokens in seen.items():
@@ -84,16 +90,16 @@ def test_statistics_equal_a_loop_over_the_tokens_that_count(name: str, change: s
             assert sum(keep) > expected.tokens, "or no token that counts is over capacity"
         assert found.tokens == expected.tokens
         assert found.counts.tolist() == expected.counts
-        assert found.gate_sum.tolist() == pytest.approx(expected.gates, rel=1e-5)
+        assert found["gate_sum"].tolist() == pytest.approx(expected.gates, rel=1e-5)
         gram = torch.tensor(expected.gram, dtype=torch.float64)
-        torch.testing.assert_close(found.logit_gram, gram, rtol=1e-5, atol=1e-5 * float(gram.abs().max()))
+        torch.testing.assert_close(found["logit_gram"], gram, rtol=1e-5, atol=1e-5 * float(gram.abs().max()))
 
 
 @pytest.mark.parametrize("family", EVERY, ids=lambda family: family.name)
 def test_every_family_counts_each_real_token_once_and_is_left_as_it_was(family: Family) -> None:
     model = build(family.name)
     batch, before = inputs(family.name, model), state(model)
-    statistics = collect_statistics(model, [batch])
+    statistics = collect_statistics(model, [batch], BASIC)
     assert state(model) == before
     for layer in moe_layers(model):
         found = statistics[layer.name]
@@ -105,9 +111,9 @@ def test_every_family_counts_each_real_token_once_and_is_left_as_it_was(family: 
         assert layer.top_k is not None
         assert found.counts.sum() <= layer.top_k * tokens
         assert found.counts.sum() == layer.top_k * tokens or family.name in FEWER_PICKS
-        assert found.gate_sum.sum() > 0
-        assert found.logit_gram.diagonal().min() > 0
-        torch.testing.assert_close(found.logit_gram, found.logit_gram.T)
+        assert found["gate_sum"].sum() > 0
+        assert found["logit_gram"].diagonal().min() > 0
+        torch.testing.assert_close(found["logit_gram"], found["logit_gram"].T)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -181,15 +187,38 @@ def test_bad_requests_are_refused_before_the_first_forward() -> None:
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
     with pytest.raises(ValueError, match="calibration set is empty"):
         collect_statistics(model, [])
-    with pytest.raises(ValueError, match=r"Unknown method 'frequenci'\. Did you mean 'frequency'\?"):
-        collect_statistics(model, batches("mixtral", model), methods=["router_logits", "frequenci"])
+    with pytest.raises(ValueError, match=r"Unknown statistic 'count'\. Did you mean 'counts'\?"):
+        collect_statistics(model, batches("mixtral", model), ["logit_gram", "count"])
 
 
-def test_methods_may_be_named_or_given() -> None:
+def test_what_the_methods_need_is_collected_and_nothing_else() -> None:
     model = build("mixtral")
     data = batches("mixtral", model, number=1)
-    methods = ["router_logits", "weight_matching", lambda layer: layer.counts]
-    _assert_equal(collect_statistics(model, data, methods=methods), collect_statistics(model, data))
+    usual = collect_statistics(moe_layers(model), data)
+    assert all(sums.keys() == {"counts", "tokens", "logit_gram"} for sums in usual.layers.values())
+    config = MergeConfig(saliency="gate", similarity="random")
+    statistics = collect_statistics(model, data, config.needs)
+    assert all(sums.keys() == {"gate_sum", "tokens"} for sums in statistics.layers.values())
+    plan_merge(model, statistics, config)
+    with pytest.raises(ValueError, match=r"'counts' was not collected \(there are: gate_sum, tokens\).*--statistics"):
+        plan_merge(model, statistics, MergeConfig(similarity="random"))
+
+    def mine(view: LayerView) -> torch.Tensor:
+        return view.sums["gate_sum"]
+
+    assert "gate_sum" not in MergeConfig(saliency=mine).needs
+    mine.needs = ["gate_sum"]
+    assert MergeConfig(saliency=mine).needs == ("gate_sum", "logit_gram", "tokens")
+
+
+def test_sums_not_asked_for_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(routed: Routed) -> torch.Tensor:
+        pytest.fail("a sum that nobody asked for was computed")
+
+    for name in set(STATISTICS) - {"counts", "tokens"}:
+        monkeypatch.setitem(STATISTICS.methods, name, replace(STATISTICS.find(name), function=fail))
+    model = build("mixtral")
+    collect_statistics(model, batches("mixtral", model, 1), ["counts"])
 
 
 def test_the_canvas_of_a_block_diffusion_model_is_masked_by_its_own_part_of_the_mask() -> None:
@@ -246,7 +275,7 @@ def test_tokens_that_zaya_lets_skip_all_experts_count_for_none() -> None:
         skipped += picks.count(8)
         assert statistics[name].counts.tolist() == [picks.count(expert) for expert in range(8)]
         assert statistics[name].tokens == 24
-        torch.testing.assert_close(statistics[name].logit_gram, scores[:, :8].double().T @ scores[:, :8].double())
+        torch.testing.assert_close(statistics[name]["logit_gram"], scores[:, :8].double().T @ scores[:, :8].double())
     assert 0 < skipped < 4 * 24
 
 
@@ -259,7 +288,7 @@ def test_identity_experts_of_longcat_flash_are_not_counted() -> None:
         flat = picks.flatten().tolist()
         identical += sum(pick >= 8 for pick in flat)
         assert statistics[name].counts.tolist() == [flat.count(expert) for expert in range(8)]
-        torch.testing.assert_close(statistics[name].logit_gram, scores[:, :8].double().T @ scores[:, :8].double())
+        torch.testing.assert_close(statistics[name]["logit_gram"], scores[:, :8].double().T @ scores[:, :8].double())
     assert identical > 0
 
 
@@ -271,9 +300,11 @@ def test_a_bfloat16_model_has_statistics_in_double_precision() -> None:
     for name, tokens in observe(model, FAMILIES["mixtral"], data).items():
         found, gram = statistics[name], torch.tensor(sums(tokens, keep).gram, dtype=torch.float64)
         norms = gram.diagonal().sqrt()
-        assert found.logit_gram.dtype == torch.float64
+        assert found["logit_gram"].dtype == torch.float64
         assert found.counts.sum() == 2 * found.tokens
-        assert ((found.logit_gram - gram).abs() <= 2**-8 * norms[:, None] * norms).all(), "the error of rounded logits"
+        assert ((found["logit_gram"] - gram).abs() <= 2**-8 * norms[:, None] * norms).all(), (
+            "the error of rounded logits"
+        )
 
 
 @pytest.mark.parametrize("name", ["switch_transformers", "mixtral", "zaya", "deepseek_v3"])

@@ -8,34 +8,51 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_mcsmoe import RoutingStatistics
-from hf_mcsmoe.methods.statistics import LayerStatistics
+from hf_mcsmoe.calibration.collect import counted_tokens
+from hf_mcsmoe.methods.experts import Experts
+from hf_mcsmoe.methods.statistics import STATISTICS
+from hf_mcsmoe.methods.view import Routed, Sums
 
 E, K = 5, 3
+BASIC = ("counts", "gate_sum", "logit_gram", "tokens")
+Shard = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _tokens(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tokens(number: int, seed: int = 0) -> Shard:
     """Make router logits [T, E], picks [T, K], some of them no expert, and weights [T, K], some of them 0."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(number, E, generator=generator)
-    index = torch.rand(number, E + 2, generator=generator).topk(K).indices
+    index = torch.rand(number, E + 2, generator=generator).topk(K).indices.clamp(max=E)
     weights = torch.rand(number, K, generator=generator)
     weights[::4, 0] = 0
     return logits, index, weights
 
 
-def _layer(*shards: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> LayerStatistics:
-    layer = LayerStatistics.empty(E)
+def _no_experts() -> Experts:
+    pytest.fail("the experts were opened")
+
+
+def _routed(logits: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Routed:
+    return Routed(logits, torch.zeros(len(logits), 2), index, weights, E, _no_experts)
+
+
+def _layer(*shards: Shard, mask: torch.Tensor | None = None) -> Sums:
+    layers = []
     for shard in shards:
-        layer.update(*shard, None)
-    return layer
+        routed = counted_tokens(_routed(*shard), mask)
+        layers.append(Sums({name: STATISTICS[name](routed) for name in BASIC}))
+    total, *others = layers
+    for other in others:
+        total = total + other
+    return total
 
 
 def _statistics(fingerprint: str = "f", seed: int = 0) -> RoutingStatistics:
     return RoutingStatistics(fingerprint, {name: _layer(_tokens(9, seed)) for name in ("model.0.experts", "model.1")})
 
 
-def _same(left: LayerStatistics, right: LayerStatistics) -> bool:
-    return all(torch.equal(value, getattr(right, key)) for key, value in vars(left).items())
+def _same(left: Sums, right: Sums) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[key]) for key, value in left.items())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -55,12 +72,11 @@ def test_sums_equal_a_loop_over_the_tokens(masked: bool) -> None:
             if expert < E and weight != 0:
                 counts[expert] += 1
                 gates[expert] += weight
-    layer = LayerStatistics.empty(E)
-    layer.update(logits, index, weights, mask)
+    layer = _layer((logits, index, weights), mask=mask)
     assert layer.counts.tolist() == counts
     assert layer.tokens.item() == tokens
-    torch.testing.assert_close(layer.gate_sum, torch.tensor(gates, dtype=torch.float64), rtol=1e-12, atol=0)
-    torch.testing.assert_close(layer.logit_gram, torch.tensor(gram, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer["gate_sum"], torch.tensor(gates, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(layer["logit_gram"], torch.tensor(gram, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     assert layer.frequency.tolist() == pytest.approx([count / tokens for count in counts])
 
 
@@ -69,15 +85,14 @@ def test_shards_add_up_to_the_whole(cut: int) -> None:
     whole = _tokens(40)
     first, second = tuple(part[:cut] for part in whole), tuple(part[cut:] for part in whole)
     for split in (_layer(first, second), _layer(first) + _layer(second)):
-        torch.testing.assert_close(vars(split), vars(_layer(whole)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dict(split), dict(_layer(whole)), rtol=1e-12, atol=1e-12)
 
 
 def test_low_precision_logits_are_summed_in_double_precision() -> None:
     logits = torch.full((4097, E), 1.0, dtype=torch.bfloat16)
-    layer = LayerStatistics.empty(E)
-    layer.update(logits, torch.zeros(4097, 1, dtype=torch.long), torch.full((4097, 1), 1 / 3).bfloat16(), None)
-    assert layer.logit_gram.unique().tolist() == [4097]
-    assert layer.gate_sum[0] == 4097 * torch.tensor(1 / 3).bfloat16().double()
+    layer = _layer((logits, torch.zeros(4097, 1, dtype=torch.long), torch.full((4097, 1), 1 / 3).bfloat16()))
+    assert layer["logit_gram"].unique().tolist() == [4097]
+    assert layer["gate_sum"][0] == 4097 * torch.tensor(1 / 3).bfloat16().double()
 
 
 def test_no_token_leaves_zeros_and_no_division() -> None:
@@ -89,7 +104,8 @@ def test_no_token_leaves_zeros_and_no_division() -> None:
 def test_an_added_layer_leaves_both_summands_alone() -> None:
     left, right = _layer(_tokens(5)), _layer(_tokens(5, seed=1))
     total = left + right
-    total.update(*_tokens(3), None)
+    for value in total.values():
+        value.zero_()
     assert _same(left, _layer(_tokens(5)))
     assert _same(right, _layer(_tokens(5, seed=1)))
 
@@ -101,7 +117,7 @@ def test_a_saved_file_loads_as_it_was(tmp_path: Path) -> None:
     assert loaded.fingerprint == "f"
     assert list(loaded.layers) == list(statistics.layers)
     assert all(_same(layer, loaded[name]) for name, layer in statistics.layers.items())
-    assert {tensor.dtype for tensor in vars(loaded["model.1"]).values()} == {torch.float64, torch.int64}
+    assert {tensor.dtype for tensor in loaded["model.1"].values()} == {torch.float64, torch.int64}
 
 
 def test_only_statistics_of_one_model_can_be_added() -> None:
@@ -128,11 +144,26 @@ def test_a_file_of_something_else_or_damaged_is_refused(tmp_path: Path) -> None:
             RoutingStatistics.load(path)
 
 
-def test_a_file_without_one_of_the_sums_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_one_of_the_sums_says_which_and_how_to_add_it(tmp_path: Path) -> None:
     metadata = {"format": "mcsmoe-statistics", "fingerprint": "f", "layers": '["model.1"]'}
     save_file({"model.1/counts": torch.ones(2)}, tmp_path / "s", metadata)
+    loaded = RoutingStatistics.load(tmp_path / "s")
+    assert loaded["model.1"].counts.tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"'gate_sum' was not collected \(there are: counts\): .*needs=\['gate_sum'"):
+        loaded["model.1"]["gate_sum"]
+
+
+def test_a_file_of_other_layers_than_it_says_is_damaged(tmp_path: Path) -> None:
+    metadata = {"format": "mcsmoe-statistics", "fingerprint": "f", "layers": '["model.1"]'}
+    save_file({"model.2/counts": torch.ones(2)}, tmp_path / "s", metadata)
     with pytest.raises(ValueError, match="is damaged"):
         RoutingStatistics.load(tmp_path / "s")
+
+
+def test_only_shards_of_the_same_sums_can_be_added() -> None:
+    layer, tokens = _layer(_tokens(9)), Sums({"tokens": torch.tensor(9)})
+    with pytest.raises(ValueError, match="Only statistics of the same names can be added"):
+        layer + tokens
 
 
 def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
@@ -151,8 +182,10 @@ def test_tokens_over_capacity_count_nowhere_and_skipped_ones_as_tokens() -> None
     logits, index, weights = _tokens(12)
     index, weights = index[:, :1], weights[:, :1]
     dropped, skipped = torch.arange(12) % 3 == 0, torch.arange(12) % 3 == 1
-    index[dropped], weights[dropped | skipped] = -1, 0
+    index[dropped], weights[dropped | skipped] = E, 0
+    index[skipped] = 0
     layer, rest = _layer((logits, index, weights)), _layer((logits[~dropped], index[~dropped], weights[~dropped]))
     assert layer.tokens == 8
     assert layer.counts.sum() <= 4
+    assert layer["gate_sum"].sum() > 0
     assert _same(layer, rest)

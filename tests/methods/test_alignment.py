@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from helpers import Expert, expert, shuffled
+from helpers import Expert, expert, shuffled, view_of
 
-from hf_mcsmoe.methods.alignment import ALIGNMENT, weight_matching
+from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.experts import permute
 
 ROLES = {
@@ -15,6 +15,11 @@ ROLES = {
     "ungated, biased": ("up", "up_bias", "down", "down_bias"),
     "gated, biased": ("gate", "gate_bias", "up", "up_bias", "down", "down_bias"),
 }
+
+
+def weight_matching(reference: Expert, other: Expert) -> torch.Tensor:
+    """Align two experts as a layer of them is aligned."""
+    return ALIGNMENT["weight_matching"](view_of([other, reference]), 1, 0)
 
 
 def _gain(reference: Expert, other: Expert, order: tuple[int, ...]) -> float:
@@ -86,4 +91,4 @@ def test_every_dtype_gives_the_permutation_of_its_values(dtype: torch.dtype) -> 
 
 
 def test_none_leaves_the_neurons_in_place() -> None:
-    assert ALIGNMENT["none"](expert(ROLES["gated"], 4), expert(ROLES["gated"], 4, seed=1)) is None
+    assert ALIGNMENT["none"](view_of([expert(ROLES["gated"], 4), expert(ROLES["gated"], 4, seed=1)]), 0, 1) is None

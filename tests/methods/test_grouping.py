@@ -7,7 +7,7 @@ from fractions import Fraction
 import oracle
 import pytest
 import torch
-from helpers import tensor
+from helpers import tensor, view_of
 
 from hf_mcsmoe.methods.budget import adaptive_budget, budget_total, salient_first, uniform_budget
 from hf_mcsmoe.methods.grouping import dominant_groups
@@ -102,7 +102,7 @@ def test_each_expert_joins_the_most_similar_dominant_one(case: int) -> None:
     saliency = torch.randint(0, 5, (size,), generator=generator).double()
     similarity = torch.randint(-4, 5, (size, size), generator=generator).double()  # many ties, not symmetric
     number = 1 + case % size
-    found = dominant_groups(saliency, similarity, number)
+    found = dominant_groups(view_of(num_experts=size), saliency, similarity, number)
     order = sorted(range(size), key=lambda expert: (-saliency[expert].item(), expert))
     dominant = sorted(order[:number])
     assert found.dominant == dominant
@@ -112,5 +112,5 @@ def test_each_expert_joins_the_most_similar_dominant_one(case: int) -> None:
 
 
 def test_all_experts_kept_means_groups_of_one() -> None:
-    found = dominant_groups(tensor([2, 0, 1]), -torch.eye(3), 3)
+    found = dominant_groups(view_of(num_experts=3), tensor([2, 0, 1]), -torch.eye(3), 3)
     assert (found.expert_map, found.dominant) == ([0, 1, 2], [0, 1, 2])

@@ -2,46 +2,55 @@
 
 import pytest
 import torch
-from helpers import Expert, expert, relative_error, shuffled, tensor
+from helpers import Expert, expert, relative_error, shuffled, swiglu, tensor, view_of
 
-from hf_mcsmoe.methods.alignment import weight_matching
-from hf_mcsmoe.methods.experts import ExpertWeights
+from hf_mcsmoe.methods.alignment import best_permutation
+from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.grouping import Groups
-from hf_mcsmoe.methods.merging import merge_group
-from hf_mcsmoe.methods.weighting import MERGING
+from hf_mcsmoe.methods.merging import MERGING
+from hf_mcsmoe.methods.view import LayerView
+from hf_mcsmoe.methods.weighting import WEIGHTING
 
 GROUPS = Groups(expert_map=[0, 1, 0, 2, 1, 1], dominant=[2, 1, 3])
 GATED = ("gate", "up", "down")
 
 WEIGHTS = [  # method, saliency, weights
-    ("frequency", [1, 2, 3, 5, 2, 4], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
+    ("saliency", [1, 2, 3, 5, 2, 4], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
     ("uniform", [1, 2, 3, 5, 2, 4], [0.5, 1 / 3, 0.5, 1, 1 / 3, 1 / 3]),
     ("dominant", [1, 2, 3, 5, 2, 4], [0, 1, 1, 1, 0, 0]),
-    ("frequency", [0, 0, 3, 0, 0, 0], [0, 1 / 3, 1, 1, 1 / 3, 1 / 3]),
-    ("frequency", [0, 0, 0, 0, 0, 0], [0.5, 1 / 3, 0.5, 1, 1 / 3, 1 / 3]),
-    ("frequency", [1e-9, 1e-9, 3e-9, 1e-9, 1e-9, 2e-9], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
-    ("frequency", [1e-300, 1e-300, 3e-300, 1e-300, 1e-300, 2e-300], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
+    ("saliency", [0, 0, 3, 0, 0, 0], [0, 1 / 3, 1, 1, 1 / 3, 1 / 3]),
+    ("saliency", [0, 0, 0, 0, 0, 0], [0.5, 1 / 3, 0.5, 1, 1 / 3, 1 / 3]),
+    ("saliency", [1e-9, 1e-9, 3e-9, 1e-9, 1e-9, 2e-9], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
+    ("saliency", [1e-300, 1e-300, 3e-300, 1e-300, 1e-300, 2e-300], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
 ]
 
 
 @pytest.mark.parametrize(("method", "saliency", "expected"), WEIGHTS)
 def test_weights_sum_to_one_in_each_group(method: str, saliency: list[float], expected: list[float]) -> None:
-    found = MERGING[method](tensor(saliency), GROUPS)
+    found = WEIGHTING[method](view_of(num_experts=6), tensor(saliency), GROUPS)
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("method", list(MERGING))
+@pytest.mark.parametrize("method", list(WEIGHTING))
 def test_an_expert_alone_keeps_its_weights(method: str) -> None:
     alone = Groups(expert_map=[0, 1, 2], dominant=[0, 1, 2])
-    assert MERGING[method](tensor([0, 4, 0]), alone).tolist() == [1, 1, 1]
+    assert WEIGHTING[method](view_of(num_experts=3), tensor([0, 4, 0]), alone).tolist() == [1, 1, 1]
 
 
-def _stack(experts: list[Expert], dtype: torch.dtype = torch.float32) -> ExpertWeights:
-    return ExpertWeights({role: torch.stack([item[role] for item in experts]).to(dtype) for role in experts[0]})
+def _stack(experts: list[Expert], dtype: torch.dtype = torch.float32) -> Experts:
+    return Experts({role: torch.stack([item[role] for item in experts]).to(dtype) for role in experts[0]}, swiglu)
 
 
-def _mean(weights: ExpertWeights, shares: list[float], role: str) -> torch.Tensor:
+def merge_group(
+    weights: Experts, members: list[int], shares: list[float], orders: list[torch.Tensor | None]
+) -> Expert:
+    """Average a group of experts as a layer of them is averaged."""
+    view = LayerView(view_of().sums, len(weights), 0, lambda: weights)
+    return MERGING["average"](view, members, shares, orders)
+
+
+def _mean(weights: Experts, shares: list[float], role: str) -> torch.Tensor:
     return sum(share * weights.tensors[role][member].double() for member, share in enumerate(shares))
 
 
@@ -82,7 +91,7 @@ def test_the_sources_are_not_written_to() -> None:
 def test_shuffled_copies_merge_back_to_the_original(roles: tuple[str, ...]) -> None:
     original = expert(roles, 24)
     copies = [original, *(shuffled(original, seed=seed) for seed in range(1, 4))]
-    orders = [None, *(weight_matching(original, copy) for copy in copies[1:])]
+    orders = [None, *(best_permutation(original, copy) for copy in copies[1:])]
     merged = merge_group(_stack(copies), [0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4], orders)
     plain = merge_group(_stack(copies), [0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4], [None] * 4)
     assert all(relative_error(merged[role], value) < 1e-6 for role, value in original.items())

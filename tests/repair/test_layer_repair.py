@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,7 +125,7 @@ def test_a_refit_restores_spoilt_output_matrices(name: str) -> None:
 def test_a_repair_lowers_the_error_of_pruned_experts_and_touches_nothing_else(name: str, method: str) -> None:
     model = build(name)
     data = batches(name, model, number=4)
-    student = _merged(name, model, data, merging="dominant")
+    student = _merged(name, model, data, weighting="dominant")
     teacher_before, student_before = state(model), state(student)
     bits = dict(zip((key for key, *_ in student_before["tensors"]), student_before["bits"], strict=True))
     report = repair_experts(student, model, data, RepairConfig(method=method, steps=60))
@@ -299,7 +298,7 @@ def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
     for one in (seen, other):
         student = copy.deepcopy(ours)
         ((merged, original), *_) = matching_layers(student, model)[0]
-        stored = replace(one, index=torch.tensor(merged.expert_map)[one.index])
+        stored = one.mapped(merged.expert_map)
         problem = LayerFit(layer.name, merged.container, original.read(), stored, one, merged.expert_map)
         REPAIR["local"](problem, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
         results.append(merged.container.down_proj.clone())

@@ -83,7 +83,7 @@ def _alike(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     assert len(sizes) == 1
     half = sizes.pop() // 2
     grouping = groups_of([index % half for index in range(2 * half)], list(range(half)))
-    config = MergeConfig(experts=half, budget="uniform", grouping=grouping, alignment="none", merging="dominant")
+    config = MergeConfig(experts=half, budget="uniform", grouping=grouping, alignment="none", weighting="dominant")
     return model, merge_experts(model, plan_merge(model, collect_statistics(model, batches(name, model)), config))
 
 

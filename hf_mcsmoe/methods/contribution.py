@@ -1,0 +1,29 @@
+"""What experts contribute to the output of their layer: the norms of their outputs times the gates."""
+
+import torch
+
+from hf_mcsmoe.methods.saliency import SALIENCY
+from hf_mcsmoe.methods.statistics import STATISTICS
+from hf_mcsmoe.methods.view import LayerView, Routed
+
+
+@STATISTICS.register("contribution")
+def gated_norms(routed: Routed) -> torch.Tensor:
+    """Return the sum of `g |f(x)|` over the tokens x that reached each expert f with gate g, float64 [E]."""
+    sums = []
+    for expert in range(routed.num_experts):
+        outputs, weights = routed.outputs_of(expert)
+        sums.append((outputs.double().norm(dim=-1) * weights.double().abs()).sum())
+    return torch.stack(sums)
+
+
+@SALIENCY.register("contribution", needs=["contribution"])
+def contribution(view: LayerView) -> torch.Tensor:
+    """Return `sum g |f(x)|` over an expert's tokens, float64 [E]: what the layer's output loses without it."""
+    return view.sums["contribution"]
+
+
+@SALIENCY.register("reap", paper="2510.13999", needs=["contribution", "counts"])
+def reap(view: LayerView) -> torch.Tensor:
+    """Return the mean of `g |f(x)|` over an expert's tokens, float64 [E] (REAP); 0 where none reached it."""
+    return view.sums["contribution"] / view.sums.counts.clamp(min=1)

@@ -1,0 +1,189 @@
+"""Statistics and criteria of one file each, against loops over tokens with the experts written out by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from helpers import Batch, Expert, batches
+from layouts import LAYOUTS
+from transformers import PreTrainedModel
+
+from hf_mcsmoe import MergeConfig, collect_statistics, compress, moe_layers, plan_merge
+from hf_mcsmoe.methods.config import REGISTRIES
+from hf_mcsmoe.methods.view import Sums
+
+NAMES = ["mixtral", "qwen3_moe", "nemotron_h"]
+
+
+def _tokens(model: PreTrainedModel, batch: Batch) -> dict[str, list[tuple[torch.Tensor, list[int], list[float]]]]:
+    """Return the input, picks and weights of each token that counts, by layer, as the experts are called."""
+    seen: dict[str, list[tuple[torch.Tensor, list[int], list[float]]]] = {}
+    handles = []
+    for layer in moe_layers(model):
+
+        def hook(module: Any, arguments: tuple, name: str = layer.name) -> None:
+            keep = batch["attention_mask"].flatten().tolist()
+            rows = zip(keep, arguments[0], arguments[1].tolist(), arguments[2].tolist(), strict=True)
+            seen.setdefault(name, []).extend((x, picks, weights) for kept, x, picks, weights in rows if kept)
+
+        handles.append(layer.container.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _output(model: PreTrainedModel, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    if "gate" in expert:
+        return expert["down"] @ (torch.nn.functional.silu(expert["gate"] @ x) * (expert["up"] @ x))
+    return expert["down"] @ torch.relu(expert["up"] @ x).square()  # Nemotron-H
+
+
+def _collect(name: str, needs: list[str]) -> tuple[PreTrainedModel, dict[str, Sums], dict[str, list]]:
+    model = build(name)
+    data = batches(name, model)
+    tokens: dict[str, list] = {}
+    for batch in data:
+        for layer, found in _tokens(model, batch).items():
+            tokens.setdefault(layer, []).extend(found)
+    return model, collect_statistics(model, data, needs).layers, tokens
+
+
+def _method(model: PreTrainedModel, stage: str, method: str, sums: dict[str, Sums]) -> dict[str, torch.Tensor]:
+    found = {}
+    for layer in moe_layers(model):
+        with layer.view(sums[layer.name], 0) as view:
+            found[layer.name] = REGISTRIES[stage][method](view)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_co_activation_counts_tokens_that_pick_both(name: str) -> None:
+    model, sums, tokens = _collect(name, ["co_activation"])
+    similar = _method(model, "similarity", "co_activation", sums)
+    for layer, seen in tokens.items():
+        expected = [[sum(i in picks and j in picks for _, picks, _ in seen) for j in range(8)] for i in range(8)]
+        assert sums[layer]["co_activation"].tolist() == expected
+        assert sums[layer]["co_activation"].dtype == torch.int64
+        for i in range(8):
+            for j in range(8):
+                scale = math.sqrt(expected[i][i] * expected[j][j])
+                assert similar[layer][i, j].item() == pytest.approx(expected[i][j] / scale if scale else 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_of_experts_equal_a_loop_over_their_tokens(name: str) -> None:
+    model, sums, tokens = _collect(name, ["output_sum", "contribution", "counts"])
+    saliency = {method: _method(model, "saliency", method, sums) for method in ("contribution", "reap")}
+    similar = _method(model, "similarity", "mean_output", sums)
+    for layer in moe_layers(model):
+        means = []
+        for index in range(8):
+            expert = LAYOUTS[name].before(layer.container, index)
+            total, gated, number = torch.zeros(layer.hidden_size, dtype=torch.float64), 0.0, 0
+            for x, picks, weights in tokens[layer.name]:
+                if index in picks:
+                    output = _output(model, expert, x).double()
+                    total, number = total + output, number + 1
+                    gated += weights[picks.index(index)] * float(output.norm())
+            torch.testing.assert_close(sums[layer.name]["output_sum"][index], total, rtol=1e-4, atol=1e-4)
+            assert saliency["contribution"][layer.name][index].item() == pytest.approx(gated, rel=1e-4)
+            assert saliency["reap"][layer.name][index].item() == pytest.approx(gated / max(number, 1), rel=1e-4)
+            means.append(total / max(number, 1))
+        for i in range(8):
+            for j in range(8):
+                scale = float(means[i].norm() * means[j].norm())
+                expected = float(means[i] @ means[j]) / scale if scale else 0
+                assert similar[layer.name][i, j].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers"])
+def test_taylor_is_weights_times_gradients_of_the_loss(name: str, labels: bool) -> None:
+    model = build(name).requires_grad_(False)
+    data = batches(name, model)
+    if labels or name == "switch_transformers":
+        data = [
+            {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in data
+        ]
+    statistics = collect_statistics(model, data, ["taylor", "counts"])
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    plain = collect_statistics(model, data, ["counts"])
+    saliency = _method(model, "saliency", "taylor", statistics.layers)
+    twin = build(name)
+    expected = {layer.name: [0.0] * 8 for layer in moe_layers(twin)}
+    for batch in data:
+        twin.zero_grad()
+        targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        twin(**{**batch, "labels": batch.get("labels", targets)}).loss.backward()
+        for layer in moe_layers(twin):
+            for index in range(8):
+                for _, parameter in _of_expert(layer, index):
+                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    rows = (parameter * gradient).detach().double()
+                    rows = rows[index] if len(rows) == 8 and name != "switch_transformers" else rows
+                    expected[layer.name][index] += float(rows.abs().sum())
+    for layer, found in saliency.items():
+        assert torch.equal(statistics[layer].counts, plain[layer].counts)
+        assert found.tolist() == pytest.approx(expected[layer], rel=1e-3)
+        assert found.max() > 0
+
+
+def _of_expert(layer: Any, index: int) -> list[tuple[str, torch.nn.Parameter]]:
+    named = layer.parameters
+    return [item for item in named if not item[0].startswith("expert_") or item[0].startswith(f"expert_{index}.")]
+
+
+def test_gradients_that_cannot_be_had_are_refused() -> None:
+    model = build("switch_transformers")
+    with pytest.raises(ValueError, match="gave no loss for a batch of"):
+        collect_statistics(model, batches("switch_transformers", model), ["taylor"])
+
+
+STAGES = ["saliency", "similarity"]
+METHODS = [(stage, method) for stage in STAGES for method in REGISTRIES[stage]]
+
+
+@pytest.fixture(scope="module")
+def everything() -> tuple[PreTrainedModel, Any]:
+    """Return a model and all of its statistics."""
+    from hf_mcsmoe.methods.statistics import STATISTICS
+
+    model = build("mixtral")
+    return model, collect_statistics(model, batches("mixtral", model), list(STATISTICS))
+
+
+@pytest.mark.parametrize(("stage", "method"), METHODS)
+def test_every_criterion_is_finite_deterministic_and_of_its_shape(stage: str, method: str, everything: Any) -> None:
+    model, statistics = everything
+    needs = MergeConfig(**{stage: method}).needs
+    for layer in moe_layers(model):
+        only = Sums({name: statistics[layer.name][name] for name in needs})
+        found = []
+        for _ in range(2):
+            with layer.view(only, 7) as view:
+                found.append(REGISTRIES[stage][method](view))
+        assert torch.equal(*found)
+        assert found[0].shape == ((8,) if stage == "saliency" else (8, 8))
+        assert found[0].dtype == torch.float64
+        assert found[0].isfinite().all()
+        if stage == "saliency":
+            assert (found[0] >= 0).all()
+        else:
+            torch.testing.assert_close(found[0], found[0].T)
+
+
+ALL = [(stage, method) for stage, registry in REGISTRIES.items() for method in registry]
+
+
+@pytest.mark.parametrize(("stage", "method"), ALL)
+def test_every_method_makes_a_plan_and_a_model(stage: str, method: str, everything: Any) -> None:
+    model, statistics = everything
+    config = MergeConfig(**{"experts": 3, stage: method})
+    plan = plan_merge(model, statistics, config)
+    assert plan == plan_merge(model, collect_statistics(model, batches("mixtral", model), config.needs), config)
+    merged = compress(model, batches("mixtral", model), config)
+    assert [layer.num_experts for layer in moe_layers(merged)] == [len(x.dominant) for x in plan.layers.values()]
