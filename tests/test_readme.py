@@ -100,6 +100,7 @@ def test_commands_and_files_that_a_page_names_exist(page: Path) -> None:
 
 
 MERGES_BY_THEM = """
+import torch
 from families import build
 from helpers import batches
 from hf_mcsmoe import MergeConfig, collect_statistics, plan_merge
@@ -107,9 +108,10 @@ from hf_mcsmoe import MergeConfig, collect_statistics, plan_merge
 model = build("mixtral")
 config = MergeConfig(experts=0.5, similarity="usage", saliency="input_energy")
 statistics = collect_statistics(model, batches("mixtral", model), needs=config.needs)
-counts = [statistics[layer.name].counts for layer in __import__("hf_mcsmoe").moe_layers(model)]
-energies = [statistics[layer.name]["input_energy"] for layer in __import__("hf_mcsmoe").moe_layers(model)]
-assert all((energy[count == 0] == 0).all() and (energy[count > 0] > 0).all() for count, energy in zip(counts, energies))
+counts = [sums.counts for sums in statistics.layers.values()]
+energies = [sums["input_energy"] for sums in statistics.layers.values()]
+for count, energy in zip(counts, energies, strict=True):
+    assert torch.equal(energy > 0, count > 0)
 print(plan_merge(model, statistics, config).config)
 """
 
