@@ -97,3 +97,30 @@ def test_commands_and_files_that_a_page_names_exist(page: Path) -> None:
         assert (ROOT / path).is_file(), path
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / link).exists(), link
+
+
+MERGES_BY_THEM = """
+import torch
+from families import build
+from helpers import batches
+from hf_mcsmoe import MergeConfig, collect_statistics, plan_merge
+
+model = build("mixtral")
+config = MergeConfig(experts=0.5, similarity="usage", saliency="input_energy")
+statistics = collect_statistics(model, batches("mixtral", model), needs=config.needs)
+counts = [sums.counts for sums in statistics.layers.values()]
+energies = [sums["input_energy"] for sums in statistics.layers.values()]
+for count, energy in zip(counts, energies, strict=True):
+    assert torch.equal(energy > 0, count > 0)
+print(plan_merge(model, statistics, config).config)
+"""
+
+
+def test_the_methods_that_the_page_on_extending_shows_work_as_they_are() -> None:
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)) + MERGES_BY_THEM
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    out = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "'usage'" in out.stdout
+    assert "'input_energy'" in out.stdout

@@ -1,27 +1,11 @@
 """Imports go down the floors of the house, and what travels with a checkpoint depends on nothing of the package."""
 
-import ast
 import sys
 from pathlib import Path
 
 import pytest
+from house import FILES, FLOOR, FLOORS, PAGE, ROOT, imported, page, room, rooms_below
 
-import hf_mcsmoe
-
-ROOT = Path(hf_mcsmoe.__file__).parent
-# From the ground up; the rooms of a floor do not know each other. A room is a folder, or a file at the top.
-FLOORS = [
-    ["modeling", "methods", "record"],
-    ["layers", "data", "card"],
-    ["calibration", "evaluation"],
-    ["plan", "repair", "low_rank"],
-    ["merge", "distillation"],
-    ["compress"],
-    ["demo"],
-    ["cli"],
-]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-FILES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
 TESTS = Path(__file__).parent
 # What the numeric core may import besides itself and the standard library.
 NUMERIC = {"torch", "scipy"}
@@ -29,22 +13,8 @@ NUMERIC = {"torch", "scipy"}
 TRAVELS_WITH = {"torch", "transformers", "huggingface_hub"}
 
 
-def room(path: Path) -> str:
-    """Return the room that a file of the package belongs to."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
-def imported(path: Path) -> set[str]:
-    """Return the modules that a file imports absolutely, wherever in the file."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-
-
-def rooms_below(path: Path) -> set[str]:
-    """Return the rooms that a file imports from, its own left out."""
-    parts = {name.split(".")[1] for name in imported(path) if name.startswith("hf_mcsmoe.")}
-    return parts - {room(path)}
+def test_the_picture_shows_the_house_as_it_is() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "write it with: python tests/house.py > docs/structure.md"
 
 
 def test_every_room_stands_on_one_floor() -> None:
