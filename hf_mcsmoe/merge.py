@@ -27,7 +27,8 @@ from hf_mcsmoe.methods.experts import Expert, Experts
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
-from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, convert_model, describe, install_layer
+from hf_mcsmoe.modeling.convert import convert_model, write_description
+from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer
 from hf_mcsmoe.modeling.saving_mcsmoe import completed_folder
 from hf_mcsmoe.plan import LayerPlan, MergePlan
 
@@ -119,7 +120,6 @@ def merge_layers(
     layers = layers.only([layer for layer in layers if layer.name in merged])
     result, done = _prepare(layers, consume), 0
     convert_model(result)
-    result.config.mcsmoe["whole"] = [name for name in plan.layers if name not in merged]
     for first, *others in layers.tied:
         sums = _sums(statistics, [first, *others])
         experts = _merge_layer(first, merged[first.name], result, plan, sums)
@@ -130,7 +130,7 @@ def merge_layers(
         done += 1 + len(others)
         if progress:
             progress(first.name, done, len(merged))
-    result.config.mcsmoe = describe(result)
+    write_description(result, whole=[name for name in plan.layers if name not in merged])
     adopt_inner_models(result)
     _redispatch(result)
     register_family(result.config.base_model_type)

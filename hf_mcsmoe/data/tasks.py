@@ -157,7 +157,7 @@ def _classification(
     config: str | None,
     template: str,
     labels: tuple[str, ...],
-    metrics: tuple[str, ...] = ("accuracy",),
+    *,
     column: str = "label",
     values: tuple[str, ...] = (),
     group: str = "",
@@ -165,7 +165,7 @@ def _classification(
 ) -> Task:
     values = values or tuple(str(index) for index in range(len(labels)))
     make = _labelled(template, labels, column, values, group)
-    return Task(name, dataset, config, make, metrics, labels, **settings)
+    return Task(name, dataset, config, make, labels=labels, **{"metrics": ("accuracy",), **settings})
 
 
 def _similarity(row: Row) -> Example:
@@ -217,7 +217,7 @@ TASKS: dict[str, Task] = {
             "mrpc",
             "mrpc sentence1: {sentence1} sentence2: {sentence2}",
             ("not_equivalent", "equivalent"),
-            ("accuracy", "f1"),
+            metrics=("accuracy", "f1"),
         ),
         _classification(
             "multirc",
@@ -225,7 +225,7 @@ TASKS: dict[str, Task] = {
             "multirc",
             "multirc question: {question} answer: {answer} paragraph: {paragraph}",
             FALSE_TRUE,
-            ("f1a", "accuracy"),
+            metrics=("f1a", "accuracy"),
             group="{idx[paragraph]} {idx[question]}",
             learning_rate=3e-5,
             max_source_length=512,
@@ -265,7 +265,7 @@ TASKS: dict[str, Task] = {
             None,
             "wikiqa question: {question} answer: {answer}",
             FALSE_TRUE,
-            ("accuracy", "f1", "ranking"),
+            metrics=("accuracy", "f1", "ranking"),
             group="{question}",
             evaluation_split="test",
         ),
@@ -280,7 +280,12 @@ TASKS: dict[str, Task] = {
             max_target_length=32,
         ),
         _classification(
-            "cola", GLUE, "cola", "cola sentence: {sentence}", ("unacceptable", "acceptable"), ("matthews", "accuracy")
+            "cola",
+            GLUE,
+            "cola",
+            "cola sentence: {sentence}",
+            ("unacceptable", "acceptable"),
+            metrics=("matthews", "accuracy"),
         ),
         Task("stsb", GLUE, "stsb", _similarity, ("correlation",)),
         _classification(
@@ -305,7 +310,7 @@ TASKS: dict[str, Task] = {
             "qqp",
             "qqp question1: {question1} question2: {question2}",
             ("not_duplicate", "duplicate"),
-            ("accuracy", "f1"),
+            metrics=("accuracy", "f1"),
         ),
         _classification(
             "qnli", GLUE, "qnli", "qnli question: {question} sentence: {sentence}", ("entailment", "not_entailment")

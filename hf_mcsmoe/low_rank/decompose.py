@@ -18,9 +18,10 @@ from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import layer_ranks, layers_to_decompose
 from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_columns
 from hf_mcsmoe.modeling.auto import compression
+from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
-from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, describe, install_layer
+from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, install_layer
 from hf_mcsmoe.record import Step
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,8 +80,7 @@ def decompose_layers(
         streamed = stream_inputs([[layer] for layer in layers], list(batches))
         for (_, inputs), layer, own in zip(streamed, layers, ranks, strict=True):
             _decompose_layer(layer.container, own, config, inputs, prune)
-    model.config.mcsmoe["keep"] = config.keep
-    model.config.mcsmoe = describe(model)
+    write_description(model, keep=config.keep)
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def compact_layers(model: nn.Module, keep: float | None = None) -> None:
             if entry["kept_rows"] is None:
                 module.compact_weight(name, kept[f"{path}.{name}"])
     if isinstance(model, PreTrainedModel) and entries:
-        model.config.mcsmoe = describe(model)
+        write_description(model)
 
 
 def low_rank_step(model: PreTrainedModel, config: LoSparseConfig) -> Step | None:
@@ -164,9 +164,7 @@ def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
     views = fused_views(install_layer(model, layer.name, identity))
     for expert in identity:
         views.set_expert(expert, weights.expert(expert))
-    mcsmoe = describe(model)
-    mcsmoe["whole"] = [name for name in mcsmoe["whole"] if name != layer.name]
-    model.config.mcsmoe = mcsmoe
+    write_description(model, whole=[name for name in model.config.mcsmoe["whole"] if name != layer.name])
 
 
 def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:

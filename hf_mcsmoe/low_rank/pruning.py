@@ -18,6 +18,7 @@ from hf_mcsmoe.low_rank.config import KEEP
 from hf_mcsmoe.low_rank.importance import AGGREGATES, IMPORTANCE, RowAverages, Scores, row_scores
 from hf_mcsmoe.methods.registry import method_name, unknown
 from hf_mcsmoe.modeling.auto import compression
+from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.losparse_mcsmoe import SparsePart, sparse_parts
 
 STATE_FILE, OPTIONS_FILE = "sparsification.safetensors", "sparsification.json"
@@ -223,8 +224,8 @@ class SparsificationCallback(TrainerCallback):
         self.averages = self._new_averages()
         # Inside whatever wraps it for training.
         whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-        if whole is not None and (entries := compression(whole)):
-            entries["keep"] = self.keep
+        if whole is not None and compression(whole):
+            write_description(whole, keep=self.keep)
         if state.global_step:
             self._resume(_resumed_folder(args, state), state.max_steps)
 

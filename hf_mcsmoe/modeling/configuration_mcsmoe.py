@@ -199,17 +199,6 @@ def generated_config_class(name: str) -> type[PreTrainedConfig]:
     return type(name, (MergedConfigMixin, base), fields)
 
 
-def convert_config(config: PreTrainedConfig) -> None:
-    """Turn the configuration object of a base model, in place, into that of a merged model, still without layers."""
-    base_model_type = type(config).model_type
-    config.__class__ = config_class_for(base_model_type)
-    # An instance attribute would win over the class: the base's name would then choose the base's weight conversions.
-    for stale in ("model_type", "auto_map", "architectures"):
-        vars(config).pop(stale, None)
-    config.base_model_type = base_model_type
-    config.mcsmoe = {"format_version": FORMAT_VERSION, "layers": {}}
-
-
 def source_files() -> list[Path]:
     """Return the files that must lie beside a checkpoint so that it loads without the package."""
     return sorted(Path(__file__).parent.glob("*_mcsmoe.py"))

@@ -23,7 +23,6 @@ from .configuration_mcsmoe import (
     auto_map,
     check_layer,
     config_class_for,
-    convert_config,
 )
 from .experts_mcsmoe import (
     OUTSIDE,
@@ -39,7 +38,7 @@ from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows
 from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, expert_maps, map_of, restore_maps, unmapped
 from .saving_mcsmoe import SavedWhole
 
-__all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "convert_model", "describe", "merged_class"]
+__all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "describe", "merged_class"]
 
 
 class MCSMoEModel(SavedWhole):
@@ -237,16 +236,6 @@ def adopt_inner_models(model: nn.Module) -> None:
     for module in model.modules():
         if module is not model and isinstance(module, PreTrainedModel) and not isinstance(module, MCSMoEModel):
             module.__class__ = merged_class(type(module))
-
-
-def convert_model(model: PreTrainedModel) -> None:
-    """Turn a base model, in place, into the generated class; its layers are still to be installed, and described."""
-    target = merged_class(type(model))  # first, since it may refuse
-    convert_config(model.config)
-    prefer_ours(model.config, [None, "grouped_mm"])  # the library's own choice where the user made none
-    model.__class__ = target
-    # Set by a load of the base model; a save would apply the reverse to the merged experts.
-    vars(model).pop("_weight_conversions", None)
 
 
 def merged_class(base: type[nn.Module]) -> type[nn.Module]:

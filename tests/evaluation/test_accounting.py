@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransf
 
 from hf_mcsmoe import MergeConfig, compress, moe_layers
 from hf_mcsmoe.evaluation.costs import account, bytes_on_disk, expected_parameters
-from hf_mcsmoe.modeling.modeling_mcsmoe import convert_model, decomposable, install_layer
+from hf_mcsmoe.modeling.convert import convert_model
+from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, install_layer
 from hf_mcsmoe.record import Costs, cost_rows
 
 D, F, E, T = 32, 24, 8, 24
