@@ -77,20 +77,24 @@ def compress(
     if not is_merged:
         _check_repair_of_whole_layers(repair, low_rank)
     measure = partial(account, batch=sample, repetitions=repetitions if sample else 0)
-    costs = {"before": replace(measure(layers.model), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
+    costs = {"before": replace(measure(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
 
     merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_layers("merge", progress))
+    found = Layers.of(merged)
     record, report = new_record(merged, plan.to_dict()), None
-    fit = partial(repair_experts, merged, layers, batches, repair, progress=_layers("repair", progress))
+
+    def fit() -> RepairReport:
+        return repair_experts(found, layers, batches, repair, progress=_layers("repair", progress))
+
     if low_rank and is_merged:
-        costs["merged"] = _measured(merged, measure)
+        costs["merged"] = _measured(found, measure)
     if repair and is_merged:
         report = fit()
     if low_rank:
-        _store(merged, low_rank, batches, progress)
+        found = _store(found, low_rank, batches, progress)
         if repair and repair.method == "local":  # once more, with what is stored now
             report = fit()
-    costs["compressed" if low_rank else "merged" if is_merged else "after"] = _measured(merged, measure)
+    costs["compressed" if low_rank else "merged" if is_merged else "after"] = _measured(found, measure)
     for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank)]:
         record = record.with_step(step)
     attach_record(merged, replace(record, costs=costs))
@@ -170,20 +174,19 @@ def _layers(stage: str, progress: Progress | None) -> Callable[[str, int, int], 
     return None if progress is None else lambda name, done, total: progress(stage, done, total)
 
 
-def _store(
-    merged: PreTrainedModel, config: LoSparseConfig, batches: Iterable[Batch], progress: Progress | None
-) -> None:
-    """Store the experts as low rank + sparse, in the compact form."""
+def _store(layers: Layers, config: LoSparseConfig, batches: Iterable[Batch], progress: Progress | None) -> Layers:
+    """Store the experts as low rank + sparse, in the compact form; return the layers as they are then."""
     tell = progress or (lambda stage, done, total: None)
     tell("low rank", 0, 1)
-    decompose_layers(Layers.of(merged), config, batches, prune=True)
-    if sparse_parts(merged):  # or all of it was to stay dense
-        compact_layers(merged)
+    layers = decompose_layers(layers, config, batches, prune=True)
+    if sparse_parts(layers.model):  # or all of it was to stay dense
+        compact_layers(layers.model)
     tell("low rank", 1, 1)
+    return layers
 
 
-def _measured(merged: PreTrainedModel, measure: Callable[[PreTrainedModel], Costs]) -> Costs:
-    return replace(measure(merged), bytes_on_disk=saved_costs(merged).bytes_on_disk)
+def _measured(merged: Layers, measure: Callable[[Layers], Costs]) -> Costs:
+    return replace(measure(merged), bytes_on_disk=saved_costs(merged.model).bytes_on_disk)
 
 
 def _repair_steps(report: RepairReport | None) -> list[Step]:

@@ -98,7 +98,7 @@ def merge_experts(
     """
     layers = Layers.of(model).uncompressed()
     _check_plan(layers, plan)
-    before = replace(account(layers.model), bytes_on_disk=folder_bytes(layers.model.name_or_path))
+    before = replace(account(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))
     result = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=progress, sink=sink)
     after = saved_costs(result)
     attach_record(result, replace(new_record(result, plan.to_dict()), costs={"before": before, "after": after}))

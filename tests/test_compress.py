@@ -26,6 +26,8 @@ from hf_mcsmoe import (
     moe_layers,
     plan_merge,
 )
+from hf_mcsmoe.layers import find
+from hf_mcsmoe.layers.find import Layers
 
 NUM_EXPERTS = 8
 
@@ -320,3 +322,29 @@ def test_every_stage_tells_of_its_progress(as_list: bool) -> None:
         ("low rank", 0, 1),
         ("low rank", 1, 1),
     ]
+
+
+@pytest.mark.filterwarnings("ignore:The repair left")
+@pytest.mark.parametrize("experts", [4, 1.0])
+def test_layers_are_found_once_in_each_model_and_routers_hashed_once(
+    experts: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, searched, hashed = build("mixtral"), [], []
+    search, add_weights = find.source_of, find.Layers._add_weights
+
+    def counted_search(origin: Any) -> Any:
+        searched.append(type(search(origin).model).__name__)
+        return search(origin)
+
+    def counted_weights(layers: Layers, digest: Any, path: str) -> None:
+        hashed.append(path)
+        add_weights(layers, digest, path)
+
+    monkeypatch.setattr(find, "source_of", counted_search)
+    monkeypatch.setattr(find.Layers, "_add_weights", counted_weights)
+    options = {"repair": RepairConfig(method="local", steps=2), "low_rank": LoSparseConfig(rank=4)}
+    compress(model, batches("mixtral", model, number=4), MergeConfig(experts=experts), **options)
+    # Whole layers become merged ones of low rank, and are found again as such.
+    merged = ["MCSMoEMixtralForCausalLM"] * (1 if experts == 4 else 2)
+    assert searched == ["MixtralForCausalLM", *merged]
+    assert len(hashed) == len(set(hashed)) > len(moe_layers(model))

@@ -23,11 +23,16 @@ REPETITIONS = 3
 
 
 def account(
-    model: PreTrainedModel, batch: Batch | None = None, folder: str | Path | None = None, *, repetitions: int = 0
+    model: PreTrainedModel | Layers,
+    batch: Batch | None = None,
+    folder: str | Path | None = None,
+    *,
+    repetitions: int = 0,
 ) -> Costs:
     """Return what `model` holds and, on `batch`, executes. The model is left as it was.
 
     Args:
+        model: a model, or its layers where they are found already.
         batch: a dictionary for `model(**batch)`; what it takes is counted in a forward of it, per position.
         folder: where the model is saved.
         repetitions: forwards to time, of which the fastest counts; none by default.
@@ -37,6 +42,8 @@ def account(
     """
     if repetitions and batch is None:
         raise ValueError(f"repetitions={repetitions} needs a batch to run: pass one for model(**batch).")
+    found = model
+    model = found.model if isinstance(found, Layers) else found
     tensors = [*model.parameters(), *model.buffers()]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     on_disk = None if folder is None else bytes_on_disk(folder)
@@ -44,7 +51,7 @@ def account(
         return Costs(model.num_parameters(), held, on_disk)
     tokens = _positions(model, batch)
     with torch.no_grad(), evaluation_mode(model), _frozen(model):
-        flops, experts = _count(model, batch)
+        flops, experts = _count(model, found, batch)
         seconds = min((_seconds(model, batch) for _ in range(repetitions)), default=None)
     macs = {name: count / 2 / tokens for name, count in experts.items()}
     speed = None if seconds is None else tokens / seconds
@@ -164,10 +171,10 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def _count(model: PreTrainedModel, batch: Batch) -> tuple[int, dict[str, int]]:
+def _count(model: PreTrainedModel, found: PreTrainedModel | Layers, batch: Batch) -> tuple[int, dict[str, int]]:
     """Return the FLOPs of one forward, and those of the experts by layer name."""
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    modules = _expert_modules(model)
+    modules = _expert_modules(found)
     experts = dict.fromkeys(modules, 0)
     with _observed(modules, counter, experts), counter:
         forward(model, batch)
@@ -194,7 +201,7 @@ def _observed(experts: dict[str, list[nn.Module]], counter: FlopCounterMode, sum
         yield
 
 
-def _expert_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+def _expert_modules(model: PreTrainedModel | Layers) -> dict[str, list[nn.Module]]:
     """Return, per layer of experts, the modules that hold its parameters; nothing for a dense model."""
     found: dict[str, list[nn.Module]] = {}
     with contextlib.suppress(ValueError):  # a dense model has no layers

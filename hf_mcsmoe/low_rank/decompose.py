@@ -64,14 +64,18 @@ def decompose_experts(
 @torch.no_grad()
 def decompose_layers(
     found: Layers, config: LoSparseConfig, batches: Iterable[Batch] | None = None, *, prune: bool = False
-) -> None:
-    """Do what `decompose_experts` does, but for the record: it is written once, when all is done."""
+) -> Layers:
+    """Do what `decompose_experts` does, but for the record: it is written once, when all is done.
+
+    Returns the layers as they are then: those that the merge had left whole count as merged.
+    """
     model, chosen = found.model, _chosen_layers(found, config)
     ranks, names = layer_ranks(chosen, config), {layer.original_name for layer in chosen}
-    for layer in chosen:
-        if not layer.merged:
-            _convert_whole(model, layer)
-    layers = [layer for layer in Layers.of(found.source) if layer.original_name in names]
+    whole = [layer for layer in chosen if not layer.merged]
+    for layer in whole:
+        _convert_whole(model, layer)
+    found = Layers.of(found.source) if whole else found
+    layers = [layer for layer in found if layer.original_name in names]
     if batches is None:
         for layer, own in zip(layers, ranks, strict=True):
             _decompose_layer(layer.container, own, config, None, prune)
@@ -81,6 +85,7 @@ def decompose_layers(
         for (_, inputs), layer, own in zip(streamed, layers, ranks, strict=True):
             _decompose_layer(layer.container, own, config, inputs, prune)
     write_description(model, keep=config.keep)
+    return found
 
 
 @torch.no_grad()
