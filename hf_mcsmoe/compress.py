@@ -18,7 +18,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
 from hf_mcsmoe.low_rank.ranks import check_low_rank
-from hf_mcsmoe.merge import merge_layers
+from hf_mcsmoe.merge import check_loaded, merge_layers
 from hf_mcsmoe.methods.budget import BUDGET, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
@@ -70,6 +70,8 @@ def compress(
     layers = Layers.of(model).uncompressed()
     check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
     batches, sample = _sampled(batches, keep=bool(repair or low_rank))
+    if sample is None and (repair or low_rank):
+        raise ValueError("The calibration set is empty: pass at least one batch; repair and low_rank read it.")
     if statistics is None:
         statistics = collect_statistics(layers, _with_progress(batches, progress), config.needs)
     plan = plan_merge(layers, statistics, config)
@@ -120,6 +122,7 @@ def check_options(
         ValueError: see `check_request` and `check_low_rank`; nothing to repair; `consume` together with what needs the
             original, or may be refused when it is used up.
     """
+    check_loaded(layers)
     chosen = check_request(layers, config)
     if low_rank:
         check_low_rank(chosen, low_rank)

@@ -97,7 +97,6 @@ def merge_experts(
             anything is changed.
     """
     layers = Layers.of(model).uncompressed()
-    _check_plan(layers, plan)
     before = replace(account(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))
     result = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=progress, sink=sink)
     after = saved_costs(result)
@@ -115,7 +114,9 @@ def merge_layers(
     sink: Sink | None = None,
 ) -> PreTrainedModel:
     """Do what `merge_experts` does, but for the record: it is written once, when all that follows is done."""
-    _check_plan(layers, plan)
+    if sink is None:
+        check_loaded(layers)
+    _check_plan(layers, plan, statistics)
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     layers = layers.only([layer for layer in layers if layer.name in merged])
     result, done = _prepare(layers, consume), 0
@@ -137,7 +138,16 @@ def merge_layers(
     return result
 
 
-def _check_plan(layers: Layers, plan: MergePlan) -> None:
+def check_loaded(layers: Layers) -> None:
+    """Raise ValueError where the weights of a model stay in its folder, so that no result can be made in memory."""
+    if isinstance(layers.source, Folder):
+        raise ValueError(
+            f"The weights of {layers.model.name_or_path} are read from its folder block by block: write the result to "
+            "a folder as well, with merge_to_folder, or load the model."
+        )
+
+
+def _check_plan(layers: Layers, plan: MergePlan, statistics: RoutingStatistics | None) -> None:
     sizes = {layer.name: layer.num_experts for layer in layers}
     fits = all(len(item.expert_map) == sizes.get(name) for name, item in plan.layers.items())
     if not fits or layers.fingerprint != plan.fingerprint:
@@ -147,7 +157,7 @@ def _check_plan(layers: Layers, plan: MergePlan) -> None:
         if any(item != items[0] for item in items):
             names = ", ".join(layer.name for layer in shared)
             raise ValueError(f"The layers {names} share their experts; the plan must say the same of all of them.")
-    _methods(plan)
+    _check_sums(plan, statistics)
     for layer in layers:
         if layer.name in plan.layers:
             with layer.open() as weights:
@@ -158,6 +168,20 @@ def _check_finite(name: str, weights: Experts) -> None:
     for expert in range(len(weights)):
         if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
             raise ValueError(f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged.")
+
+
+def _check_sums(plan: MergePlan, statistics: RoutingStatistics | None) -> None:
+    """Raise ValueError where the plan's methods read sums that are not there."""
+    align, merge = _methods(plan)
+    needs = [*ALIGNMENT.needs(align), *MERGING.needs(merge)]
+    if needs and statistics is None:
+        raise ValueError(f"The plan's methods read {', '.join(needs)}: pass the statistics that it was made from.")
+    if statistics is not None and statistics.fingerprint != plan.fingerprint:
+        raise ValueError(
+            "The statistics were taken from another model than the plan; pass those that it was made from."
+        )
+    for name in plan.layers if needs else ():
+        cast(RoutingStatistics, statistics)[name].check(needs)
 
 
 def _methods(plan: MergePlan) -> tuple[Callable[..., torch.Tensor | None], Callable[..., Expert]]:

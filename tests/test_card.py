@@ -230,3 +230,45 @@ def test_tags_that_a_broken_card_cannot_take_are_a_warning(merged: Path, tmp_pat
     batch = example("mixtral").batch
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again, batch), logits(loaded, batch))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_card_that_was_edited_where_a_model_is_saved_again_keeps_what_a_person_wrote(
+    loaded: bool, merged: Path, tmp_path: Path
+) -> None:
+    folder, before = _edited(merged, "written around", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(merged) if loaded else example("mixtral").merged
+    model.save_pretrained(folder)
+    _check_left_alone("written around", before, folder, told="## Experts per layer")
+
+
+def test_a_card_beside_no_model_is_left_alone_and_one_that_nobody_edited_is_replaced(tmp_path: Path) -> None:
+    alone, old = tmp_path / "alone", tmp_path / "old"
+    alone.mkdir()
+    (alone / "README.md").write_text("# Mine\n")
+    example("mixtral").merged.save_pretrained(alone)
+    assert (alone / "README.md").read_text() == "# Mine\n"
+    example("qwen3_moe").merged.save_pretrained(old)
+    example("mixtral").merged.save_pretrained(old)
+    example("mixtral").merged.save_pretrained(tmp_path / "new" / "old")
+    assert (old / "README.md").read_text() == (tmp_path / "new" / "old" / "README.md").read_text()
+
+
+def test_a_plan_that_cannot_be_read_is_not_written_over(merged: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(merged, tmp_path / "mine")
+    text = (folder / "mcsmoe_plan.json").read_text()[:-20]
+    (folder / "mcsmoe_plan.json").write_text(text)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"mcsmoe_plan\.json is damaged"):
+        card.attach_record(model, card.record_of(model))
+    model.save_pretrained(folder)
+    assert (folder / "mcsmoe_plan.json").read_text() == text
+
+
+def test_a_model_whose_source_is_gone_says_what_it_is_saved_without(merged: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(merged, tmp_path / "mine")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match=r"mine'.*without the tokenizer, plan, record and card"):
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "README.md").exists()

@@ -2,8 +2,9 @@
 
 import copy
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import accelerate
 import oracle
@@ -28,6 +29,9 @@ from hf_mcsmoe import (
 )
 from hf_mcsmoe.layers import find
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.methods.merging import MERGING
+from hf_mcsmoe.methods.similarity import SIMILARITY
 
 NUM_EXPERTS = 8
 
@@ -348,3 +352,52 @@ def test_layers_are_found_once_in_each_model_and_routers_hashed_once(
     merged = ["MCSMoEMixtralForCausalLM"] * (1 if experts == 4 else 2)
     assert searched == ["MixtralForCausalLM", *merged]
     assert len(hashed) == len(set(hashed)) > len(moe_layers(model))
+
+
+def test_what_cannot_be_done_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
+    model = build("mixtral")
+    data = batches("mixtral", model)
+    statistics = collect_statistics(model, data)
+    before = state(model)
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        compress(model, [], low_rank=LoSparseConfig(rank=2), statistics=statistics, consume=True)
+
+    def average(view: Any, members: list[int], shares: list[float], permutations: Any) -> Any:
+        return MERGING["average"](view, members, shares, permutations)
+
+    average.needs = ("counts",)
+    plan = plan_merge(model, statistics, MergeConfig(merging=average))
+    with pytest.raises(ValueError, match="read counts: pass the statistics"):
+        merge_experts(model, plan, consume=True)
+    other = build("mixtral")
+    moe_layers(other)[0].router.weight.data += 1
+    with pytest.raises(ValueError, match="taken from another model than the plan"):
+        merge_experts(model, plan, statistics=collect_statistics(other, data), consume=True)
+    assert state(model) == before
+    model.save_pretrained(tmp_path / "model")
+    for refused in (
+        lambda: compress(Layers.of(Folder(tmp_path / "model")), data),
+        lambda: merge_experts(Layers.of(Folder(tmp_path / "model")), plan_merge(model, statistics)),
+    ):
+        with pytest.raises(ValueError, match="with merge_to_folder, or load the model"):
+            refused()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A similarity with a setting of its own."""
+
+    factor: float
+    needs: ClassVar[tuple[str, ...]] = ("logit_gram",)
+
+    def __call__(self, view: Any) -> torch.Tensor:
+        """Return the cosines times the factor."""
+        return self.factor * SIMILARITY["router_logits"](view)
+
+
+def test_a_method_may_be_an_object_with_settings() -> None:
+    model = build("mixtral")
+    config = MergeConfig(similarity=Scaled(2.0))
+    assert config.to_dict()["similarity"].endswith("test_compress.Scaled")
+    given, expected = (compress(model, batches("mixtral", model), each) for each in (config, MergeConfig()))
+    assert state(given)["bits"] == state(expected)["bits"]

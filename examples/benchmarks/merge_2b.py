@@ -16,7 +16,8 @@ import torch
 from common import switch, text
 from merge_memory import reset_peak, resident, size
 
-from hf_mcsmoe import MergeConfig, alignment, collect_statistics, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe.methods import alignment
 from hf_mcsmoe.plan import LayerPlan
 
 PAPER = {"before": 1978.5e6, "after": 732.8e6}

@@ -75,13 +75,6 @@ def folder_bytes(model: str | Path | None) -> int | None:
     return bytes_on_disk(model) if model and any(Path(model).glob("*.safetensors")) else None
 
 
-def stored_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of what a save of `model` would write, without the headers of the files."""
-    saved = model.state_dict().keys()
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name in saved)
-
-
 def saved_costs(model: PreTrainedModel) -> Costs:
     """Return what a compressed model holds as it will be saved: S compact, without adapters. Runs no forward."""
     own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]

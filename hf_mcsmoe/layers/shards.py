@@ -28,8 +28,12 @@ class ShardWriter:
         self._shards: dict[Path, dict[str, torch.Tensor]] = {}  # what was written, on the meta device
 
     def write(self, path: str, module: nn.Module) -> None:
-        """Write what `module` holds as the model's module `path`, and free it: its weights move to the meta device."""
-        self._write({f"{path}.{name}": tensor for name, tensor in module.state_dict().items()})
+        """Write what `module` holds as the model's module `path`, and free it: its weights move to the meta device.
+
+        What is on the meta device in it, a norm behind the experts, was not changed and is the source's.
+        """
+        held = {name: tensor for name, tensor in module.state_dict().items() if not tensor.is_meta}
+        self._write({f"{path}.{name}": tensor for name, tensor in held.items()})
         for name, parameter in list(module.named_parameters(recurse=False)):
             empty = torch.empty_like(parameter, device="meta")
             setattr(module, name, nn.Parameter(empty, parameter.requires_grad))

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -92,7 +92,7 @@ def method_name(method: str | Callable[..., Any]) -> str:
 
 def option_values(config: Any) -> dict[str, Any]:
     """Return the fields of a dataclass of options as JSON values: callables by name, tuples as lists."""
-    values = asdict(config)
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
     return {
         key: method_name(value) if callable(value) else list(value) if isinstance(value, tuple) else value
         for key, value in values.items()

@@ -70,6 +70,8 @@ class SavedWhole:
                 for file in folder.iterdir():
                     if _matches(file, COMPANIONS) and (target / file.name).exists():
                         file.unlink()
+            with contextlib.suppress(OSError):
+                _keep_card(target, folder)
             written = [file.name for file in folder.iterdir()]
         if push_to_hub:
             api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
@@ -105,6 +107,12 @@ class SavedWhole:
         source = source_of(self)
         if source:
             _copy_companions(source, folder, COMPANIONS)
+        elif self.name_or_path and self.mcsmoe_record is None:
+            warnings.warn(
+                f"{self.name_or_path!r}, which the model was loaded from, is not to be found here, so it is saved "
+                "without the tokenizer, plan, record and card that lay there.",
+                stacklevel=4,
+            )
         _write_documents(self.mcsmoe_record, source, folder, model_id)
         _add_tags(folder / CARD_FILE, [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
 
@@ -184,19 +192,48 @@ def _write_documents(record: Any, source: Path | None, folder: Path, model_id: s
     kept = source is not None and _is_compressed(source)
     if kept:
         _copy_documents(cast(Path, source), folder)
-    if record is not None:
+    if record is not None and record.plan:  # or what lies there could not be read, and stays
         (folder / PLAN_FILE).write_text(record.plan_json(), encoding="utf-8")
+    if record is not None:
         (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or a damaged one
-        text = _filled(folder, model_id).encode()
-        card, (start, end) = folder / CARD_FILE, (mark.encode() for mark in SECTION)
-        if not kept:
-            card.write_bytes(text)
-        before, _, rest = card.read_bytes().partition(start)
-        _, closed, after = rest.partition(end)
-        if closed:
-            section = text.partition(start)[2].partition(end)[0]
-            card.write_bytes(before + start + section + end + after)
+        text, card = _filled(folder, model_id).encode(), folder / CARD_FILE
+        card.write_bytes(_with_section(card.read_bytes(), text) if kept else text)
+
+
+def _parts(card: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Return a card's marked section with what stands before and after it; None where it has none."""
+    start, end = (mark.encode() for mark in SECTION)
+    before, _, rest = card.partition(start)
+    section, closed, after = rest.partition(end)
+    return (before, start + section + end, after) if closed else None
+
+
+def _with_section(card: bytes, new: bytes) -> bytes:
+    """Return `card` with the marked section of `new`, if both have one."""
+    old, other = _parts(card), _parts(new)
+    return card if old is None or other is None else old[0] + other[1] + old[2]
+
+
+def _keep_card(target: Path, folder: Path) -> None:
+    """Let the card in `folder` keep what a person wrote into that of `target`, which it is about to replace.
+
+    A card without a marked section that lies there alone, beside no model, stays as it is.
+    """
+    old, new = target / CARD_FILE, folder / CARD_FILE
+    if not (old.is_file() and new.is_file()):
+        return
+    parts, generated = _parts(old.read_bytes()), None
+    if parts is None and not (target / "config.json").exists():
+        new.unlink()
+    elif parts is not None:
+        with contextlib.suppress(
+            OSError, ValueError, TypeError, KeyError
+        ):  # no record: the card is not known to be ours
+            lines = json.loads((target / RECORD_FILE).read_text(encoding="utf-8"))["card"]
+            generated = _parts("\n".join([*lines, ""]).encode())
+        if generated is None or (parts[0], parts[2]) != (generated[0], generated[2]):
+            new.write_bytes(_with_section(old.read_bytes(), new.read_bytes()))
 
 
 def _copy_documents(source: Path, folder: Path) -> None:

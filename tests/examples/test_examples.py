@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,5 @@ def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> Non
     scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py") if not path.stem.startswith("compare_")}
     others = {name for name in scripts if f'"{name}"' not in listed}
     assert others - {"structure.py"} == {"common.py", "run_all.py", "merge_2b.py"}
+    command = [sys.executable, EXAMPLES / "benchmarks" / "merge_2b.py", "--help"]
+    assert "--keep" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -22,6 +22,8 @@ LAUNCHER = (
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
 Arguments = list[str | Path]
+# By this seed no token comes so near to the edge between two experts that rounding decides which of them it picks.
+MERGE = ["--num_groups", "4", "--hidden_weight", "0.1", "--seed", "1"]
 
 
 def _rows(number: int, shift: int) -> list[dict]:
@@ -76,8 +78,7 @@ def full(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def merged(folder: Path, full: Path) -> Path:
     """Merge the fine-tuned model."""
-    more = ["--num_groups", "4", "--hidden_weight", "0.1"]
-    return _script("merge_and_distill.py", *_common(folder, full, "merged", 8), *more)
+    return _script("merge_and_distill.py", *_common(folder, full, "merged", 8), *MERGE)
 
 
 def _figures(output: Path, name: str = "evaluation") -> dict[str, float]:
@@ -124,8 +125,7 @@ def test_fine_tuning_with_accumulation(folder: Path, full: Path) -> None:
 
 
 def test_merging(folder: Path, full: Path, merged: Path) -> None:
-    more = ["--num_groups", "4", "--hidden_weight", "0.1"]
-    two = _script("merge_and_distill.py", *_common(folder, full, "merged2", 4), *more, processes=2)
+    two = _script("merge_and_distill.py", *_common(folder, full, "merged2", 4), *MERGE, processes=2)
     _check_alike(merged, two, full)
     assert _figures(merged, "before_distillation") == _figures(two, "before_distillation")
     assert (merged / "mcsmoe_plan.json").read_text() == (two / "mcsmoe_plan.json").read_text()
