@@ -99,7 +99,12 @@ class LowRankSparse(nn.Module):
 
         Args:
             kept_rows: how many rows of S each expert keeps; None for the training form.
+
+        Raises:
+            ValueError: the module has no such matrix, or `check_low_rank` refuses the numbers.
         """
+        if name not in self._parameters or name.endswith("bias"):
+            raise ValueError(f"{type(self).__name__} has no matrix {name!r} to store as low rank + sparse.")
         dense = getattr(self, name)
         *stack, out, width = self.dense_shape(name)
         most = width if name in self.sparse_columns else out

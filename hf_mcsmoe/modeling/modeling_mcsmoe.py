@@ -45,12 +45,19 @@ class MCSMoEModel(SavedWhole):
     """First base of every generated model class: shrinks the experts, and saves a folder that loads anywhere."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Build the base model for `config`, then give each merged layer its map and its G empty experts."""
+        """Build the base model for `config`, then give each merged layer its map and its G empty experts.
+
+        Raises:
+            ValueError: the configuration names what is no layer of experts, or one layer twice.
+        """
         _serve_generic_heads(config)
         if not self._has_own_choice():
             prefer_ours(config, [None])
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
+        layers = (config.mcsmoe or {"layers": {}})["layers"]
+        if len({layer_path(self, name) for name in layers}) < len(layers):
+            raise ValueError(f"The configuration names a merged layer twice, with and without prefix: {list(layers)}.")
+        for name, layer in layers.items():
             experts = install_layer(self, name, layer["expert_map"])
             for weight, entry in layer.get("low_rank", {}).items():
                 if weight not in low_rank_of(experts):  # else installed by the base model inside a head
@@ -155,10 +162,15 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
     """Give layer `name` its map and its G empty merged experts, which are returned.
 
     Raises:
-        ValueError: the map has not one entry for each of the layer's experts.
+        ValueError: the layer has no experts, or the map has not one entry for each of them.
     """
     path = layer_path(model, name)
     experts = model.get_submodule(path)
+    if not _is_experts(experts):
+        raise ValueError(
+            f"The configuration names {name!r} as merged, which in {type(model).__name__} is no experts but a "
+            f"{type(experts).__name__}: the checkpoint is damaged or was edited."
+        )
     if map_of(model, path) is not None:  # installed by the base model inside a head
         return _inner(experts)
     check_layer(name, {"expert_map": expert_map}, num_original(experts))
@@ -173,6 +185,14 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
         device = next(router.parameters()).device
         router.set_expert_map(expert_map, None if device.type == "meta" else device)
     return experts
+
+
+def _is_experts(container: Any) -> bool:
+    """Tell whether a module, merged or not, is what the configuration calls a layer."""
+    if type(container).__name__ in (*OUTSIDE, MergedJetMoeMoE.__name__):
+        return True
+    stacked = hasattr(container, "down_proj") or "down_proj" in low_rank_of(container)
+    return stacked and hasattr(container, "num_experts")
 
 
 def decomposable(experts: Any) -> Any:
