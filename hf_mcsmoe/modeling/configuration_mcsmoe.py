@@ -74,7 +74,6 @@ class MCSMoEConfig(MergedConfigMixin, PreTrainedConfig):
             ValueError: the dictionary names no base family, one that the installed Transformers lacks, or merged
                 layers that `check_mcsmoe` refuses.
         """
-        check_mcsmoe(config_dict.get("mcsmoe"))
         return config_class_for(config_dict.get("base_model_type")).from_dict(config_dict, **kwargs)
 
 

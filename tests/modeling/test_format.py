@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
-from hf_mcsmoe.modeling.modeling_mcsmoe import describe
+from hf_mcsmoe.modeling.convert import describe
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "format1"
 

@@ -18,8 +18,7 @@ from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_mcsmoe import MergeConfig, moe_layers
-from hf_mcsmoe.modeling.modeling_mcsmoe import expert_map_of
-from hf_mcsmoe.modeling.router_mcsmoe import expert_maps, unmapped
+from hf_mcsmoe.modeling.router_mcsmoe import expert_maps, map_of, unmapped
 
 INTERFACE = [family.name for family in families() if family.name not in REFUSED and family.interface]
 
@@ -49,7 +48,7 @@ def test_experts_of_the_interface_are_the_librarys_and_their_router_returns_stor
         assert "expert_map" not in after.container._buffers
         assert after.container.num_experts == len(after.read()) == max(after.expert_map) + 1 < before.num_experts
         assert list(after.expert_map) == case.plan.layers[before.name].expert_map
-        assert expert_map_of(case.base, before.name) is None
+        assert map_of(case.base, before.name) is None
         routers = [unmapped(model, layer.name) for model, layer in ((case.base, before), (case.merged, after))]
         assert isinstance(routers[1], type(routers[0]))
         assert "expert_map" in routers[1]._buffers
