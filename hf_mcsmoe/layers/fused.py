@@ -59,9 +59,17 @@ def _activated(experts: Any, gate: torch.Tensor | None, up: torch.Tensor) -> tor
 def _stacked(experts: Any, name: str) -> torch.Tensor:
     """Return a stacked weight as [E, out, in]."""
     if name in getattr(experts, "low_rank", {}):
-        return torch.stack([factors.dense().detach() for factors in experts.factors(name)])
+        return torch.stack([dense(factors).detach() for factors in experts.factors(name)])
     weight = getattr(experts, name).detach()
     return weight.mT if getattr(experts, "is_transposed", False) else weight
+
+
+def dense(factors: Any) -> torch.Tensor:
+    """Return W [out, in] of its `Factors`: for inspection and for further compression, never in a forward."""
+    product, s = factors.u @ factors.v, factors.s
+    target = product.mT if factors.columns else product
+    total = target + s * factors.kept[:, None] if factors.rows is None else target.index_add(0, factors.rows, s)
+    return total.mT if factors.columns else total
 
 
 def _split(experts: Any, up: torch.Tensor, suffix: str) -> dict[str, torch.Tensor]:

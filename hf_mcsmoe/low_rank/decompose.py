@@ -20,7 +20,7 @@ from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_c
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
-from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, low_rank_modules
+from hf_mcsmoe.modeling.losparse_mcsmoe import SparsePart, compact_rows, final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, install_layer
 from hf_mcsmoe.record import Step
 
@@ -119,9 +119,19 @@ def compact_layers(model: nn.Module, keep: float | None = None) -> None:
     for path, module in list(low_rank_modules(model)):
         for name, entry in list(module.low_rank.items()):
             if entry["kept_rows"] is None:
-                module.compact_weight(name, kept[f"{path}.{name}"])
+                compact_weight(module, name, kept[f"{path}.{name}"])
     if isinstance(model, PreTrainedModel) and entries:
         write_description(model)
+
+
+def compact_weight(module: Any, name: str, kept: torch.Tensor) -> None:
+    """Turn S of a module's weight from the training form into the compact one, with the rows `kept` bool [*, out]."""
+    s = getattr(module, f"{name}_s")
+    values, rows, counts = compact_rows(SparsePart(s, kept), kept)
+    setattr(module, f"{name}_s", nn.Parameter(values, s.requires_grad))
+    delattr(module, f"{name}_kept")
+    module.register_buffer(f"{name}_rows", rows)
+    module.low_rank = {**module.low_rank, name: {**module.low_rank[name], "kept_rows": counts}}
 
 
 def low_rank_step(model: PreTrainedModel, config: LoSparseConfig) -> Step | None:
@@ -230,7 +240,7 @@ def _install(experts: Any, name: str, rank: int, parts: Iterable[Part], config: 
         if not prune:
             u, v = FACTORISATION[config.factorisation](weight, rank, moment, importance)
             u, v = u.to(weight.dtype), v.to(weight.dtype)
-            experts.set_factors(name, expert, u, v, weight.float() - u.float() @ v.float())
+            set_factors(experts, name, expert, u, v, weight.float() - u.float() @ v.float())
             continue
         if columns:
             u, v, s, kept = split_columns(weight, rank, number, moment, config.factorisation)
@@ -238,8 +248,14 @@ def _install(experts: Any, name: str, rank: int, parts: Iterable[Part], config: 
             u, v, kept = split(weight, rank, number, moment, importance, config.factorisation)
             u, v = u.to(weight.dtype), v.to(weight.dtype)
             s = (weight.float() - u.float() @ v.float()) * kept[:, None]
-        experts.set_factors(name, expert, u, v, s)
+        set_factors(experts, name, expert, u, v, s)
         getattr(experts, f"{name}_kept")[expert] = kept
+
+
+def set_factors(experts: Any, name: str, expert: int, u: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> None:
+    """Write one expert's factors of a weight in its training form: `u` [out, R], `v` [R, in], `s` [out, in]."""
+    for part, value in (("u", u), ("v", v), ("s", s.mT if name in experts.sparse_columns else s)):
+        getattr(experts, f"{name}_{part}").data[expert].copy_(value)
 
 
 def _tokens(experts: Any, inputs: LayerInputs) -> list[tuple[torch.Tensor, torch.Tensor]]:

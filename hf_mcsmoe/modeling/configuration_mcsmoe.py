@@ -74,7 +74,6 @@ class MCSMoEConfig(MergedConfigMixin, PreTrainedConfig):
             ValueError: the dictionary names no base family, one that the installed Transformers lacks, or merged
                 layers that `check_mcsmoe` refuses.
         """
-        check_mcsmoe(config_dict.get("mcsmoe"))
         return config_class_for(config_dict.get("base_model_type")).from_dict(config_dict, **kwargs)
 
 
@@ -104,6 +103,9 @@ def check_mcsmoe(mcsmoe: Any) -> None:
     _refuse(not isinstance(layers, dict), f"`mcsmoe.layers` must be an object with the merged layers, not {layers!r}.")
     is_share = keep is None or (isinstance(keep, int | float) and 0 <= keep <= 1)
     _refuse(not is_share, f"`mcsmoe.keep` must be a share from 0 to 1, not {keep!r}.")
+    whole = mcsmoe.get("whole", [])
+    is_names = isinstance(whole, list) and all(isinstance(name, str) for name in whole)
+    _refuse(not is_names, f"`mcsmoe.whole` must be a list of layers' names, not {whole!r}.")
     for name, layer in layers.items():
         check_layer(name, layer)
 
@@ -168,7 +170,7 @@ def config_class_for(base_model_type: str | None) -> type[PreTrainedConfig]:
     Raises:
         ValueError: the installed Transformers does not know the family.
     """
-    if base_model_type not in CONFIG_MAPPING:
+    if not isinstance(base_model_type, str) or base_model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"AutoConfig of this Transformers knows no model type {base_model_type!r}, so a merged model of it "
             "could not be loaded. Upgrade transformers, or compress the whole model that this one is a part of."

@@ -1,12 +1,16 @@
 """Turning a library model into one with merged experts, where the package is installed. Does not travel."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
-from hf_mcsmoe.modeling.modeling_mcsmoe import describe, merged_class, prefer_ours
+from hf_mcsmoe.modeling.configuration_mcsmoe import FORMAT_VERSION, config_class_for
+from hf_mcsmoe.modeling.experts_mcsmoe import MergedJetMoeMoE
+from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
+from hf_mcsmoe.modeling.modeling_mcsmoe import inner_experts, layer_path, merged_class, prefer_ours
+from hf_mcsmoe.modeling.router_mcsmoe import expert_maps
 
 
 def convert_model(model: PreTrainedModel) -> None:
@@ -39,3 +43,32 @@ def write_description(model: nn.Module, *, keep: float | None = None, whole: Seq
     """
     given = {"keep": keep, "whole": None if whole is None else list(whole)}
     model.config.mcsmoe = describe(model) | {key: value for key, value in given.items() if value is not None}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return `config.mcsmoe` as the model's modules have it.
+
+    `keep`, the share of rows of S that is to be left, and `whole`, the layers of which all experts were kept, are no
+    modules' business: they stay as the configuration has them.
+    """
+    old = model.config.mcsmoe or {"layers": {}}
+    # A bare model and one with a head call the same layer by two names; either is read (see `layer_path`).
+    names = {layer_path(model, name): name for name in old["layers"]}
+    layers: dict[str, dict] = {}
+    for path, owner in expert_maps(model):
+        path = _container_path(model, path, owner)
+        experts = inner_experts(model.get_submodule(path))
+        layer = {"num_experts": len(owner.expert_map_values), "expert_map": list(owner.expert_map_values)}
+        if low_rank := low_rank_of(experts):
+            layer["low_rank"] = {weight: dict(entry) for weight, entry in low_rank.items()}
+        layers[names.get(path, path)] = layer
+    kept = {key: old[key] for key in ("keep", "whole") if key in old}
+    return {"format_version": FORMAT_VERSION, "layers": layers, **kept}
+
+
+def _container_path(model: nn.Module, path: str, owner: nn.Module) -> str:
+    """Return the path of the experts container, as a layer is called, whose picks the module at `path` maps."""
+    if type(owner).__name__ == MergedJetMoeMoE.__name__:  # the block is the container
+        return path
+    block = path if hasattr(owner, "experts") else path.rpartition(".")[0]
+    return f"{block}.experts"

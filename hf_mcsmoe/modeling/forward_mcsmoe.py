@@ -52,12 +52,13 @@ def merged_experts_forward(
         top_k_index: int [T, K], stored experts; an index of `num_experts` means no expert.
         top_k_weights: [T, K].
     """
-    if not getattr(self, "picks_meet", False):  # a layer that was left whole computes as in the original
-        return moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    index, weights = merge_picks(top_k_index, top_k_weights, self.num_experts)
-    # A loop over experts breaks a graph, and means many small launches on an accelerator; the CPU is faster so.
     # Tensors of a class of their own (quantized weights) know how to be multiplied, but not in a grouped product.
     plain = low_rank_of(self) or type(self.down_proj) in (torch.Tensor, nn.Parameter)
+    if not getattr(self, "picks_meet", False):  # a layer that was left whole computes as in the original
+        original = moe.grouped_mm_experts_forward if plain else eager_experts_forward
+        return original(self, hidden_states, top_k_index, top_k_weights)
+    index, weights = merge_picks(top_k_index, top_k_weights, self.num_experts)
+    # A loop over experts breaks a graph, and means many small launches on an accelerator; the CPU is faster so.
     looped = not plain or (hidden_states.device.type == "cpu" and not torch.compiler.is_compiling())
     product = eager_experts_forward if looped else grouped_experts_forward
     return product(self, hidden_states, index, weights)

@@ -64,13 +64,6 @@ class Factors:
             output.index_add_(0, self.rows, self.s @ tokens)
         return output.mT.reshape(*states.shape[:-1], len(self.u))
 
-    def dense(self) -> torch.Tensor:
-        """Return W [out, in]: for inspection and for further compression, never in a forward."""
-        product = self.u @ self.v
-        target = product.mT if self.columns else product
-        total = target + self.s * self.kept[:, None] if self.rows is None else target.index_add(0, self.rows, self.s)
-        return total.mT if self.columns else total
-
 
 class LowRankSparse(nn.Module):
     """Base of modules some of whose weights are stored as low rank + sparse."""
@@ -80,26 +73,17 @@ class LowRankSparse(nn.Module):
     # Weights of whose S columns are kept instead of rows.
     sparse_columns: tuple[str, ...] = ()
 
-    def set_factors(self, name: str, expert: int, u: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> None:
-        """Write one expert's factors of a weight in its training form: `u` [out, R], `v` [R, in], `s` [out, in]."""
-        for part, value in (("u", u), ("v", v), ("s", s.mT if name in self.sparse_columns else s)):
-            getattr(self, f"{name}_{part}").data[expert].copy_(value)
-
-    def compact_weight(self, name: str, kept: torch.Tensor) -> None:
-        """Turn a weight's S from the training form into the compact one, with the rows `kept` bool [*, out]."""
-        s = getattr(self, f"{name}_s")
-        values, rows, counts = compact_rows(SparsePart(s, kept), kept)
-        setattr(self, f"{name}_s", nn.Parameter(values, s.requires_grad))
-        delattr(self, f"{name}_kept")
-        self.register_buffer(f"{name}_rows", rows)
-        self.low_rank = {**self.low_rank, name: {**self.low_rank[name], "kept_rows": counts}}
-
     def install_low_rank(self, name: str, rank: int, kept_rows: list[int] | None) -> None:
         """Replace the parameter `name` [*, out, in] by empty factors of its dtype, on its device.
 
         Args:
             kept_rows: how many rows of S each expert keeps; None for the training form.
+
+        Raises:
+            ValueError: the module has no such matrix, or `check_low_rank` refuses the numbers.
         """
+        if name not in self._parameters or name.endswith("bias"):
+            raise ValueError(f"{type(self).__name__} has no matrix {name!r} to store as low rank + sparse.")
         dense = getattr(self, name)
         *stack, out, width = self.dense_shape(name)
         most = width if name in self.sparse_columns else out

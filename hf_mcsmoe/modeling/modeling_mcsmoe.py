@@ -6,6 +6,7 @@ every checkpoint: torch, transformers and its siblings only.
 """
 
 import contextlib
+import copy
 import importlib
 from collections.abc import Iterator
 from functools import cache
@@ -17,7 +18,6 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_mcsmoe import (
-    FORMAT_VERSION,
     PREFIX,
     MCSMoEConfig,
     auto_map,
@@ -35,22 +35,29 @@ from .experts_mcsmoe import (
 )
 from .forward_mcsmoe import IMPLEMENTATION, low_rank_of
 from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows, final_rows
-from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, expert_maps, map_of, restore_maps, unmapped
+from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, map_of, restore_maps, unmapped
 from .saving_mcsmoe import SavedWhole
 
-__all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "describe", "merged_class"]
+__all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "merged_class"]
 
 
 class MCSMoEModel(SavedWhole):
     """First base of every generated model class: shrinks the experts, and saves a folder that loads anywhere."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Build the base model for `config`, then give each merged layer its map and its G empty experts."""
+        """Build the base model for `config`, then give each merged layer its map and its G empty experts.
+
+        Raises:
+            ValueError: the configuration names what is no layer of experts, or one layer twice.
+        """
         _serve_generic_heads(config)
         if not self._has_own_choice():
             prefer_ours(config, [None])
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        for name, layer in (config.mcsmoe or {"layers": {}})["layers"].items():
+        layers = (config.mcsmoe or {"layers": {}})["layers"]
+        if len({layer_path(self, name) for name in layers}) < len(layers):
+            raise ValueError(f"The configuration names a merged layer twice, with and without prefix: {list(layers)}.")
+        for name, layer in layers.items():
             experts = install_layer(self, name, layer["expert_map"])
             for weight, entry in layer.get("low_rank", {}).items():
                 if weight not in low_rank_of(experts):  # else installed by the base model inside a head
@@ -98,7 +105,7 @@ class MCSMoEModel(SavedWhole):
 
     def _compact_state(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
         """Return the state dictionary and `config.mcsmoe` with S in its compact form."""
-        mcsmoe, state = describe(self), dict(state)
+        mcsmoe, state = copy.deepcopy(self.config.mcsmoe), dict(state)
         kept = final_rows(self, mcsmoe.get("keep"))
         for layer, path, _ in merged_layers(self):
             for name, entry in mcsmoe["layers"][layer].get("low_rank", {}).items():
@@ -155,12 +162,17 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
     """Give layer `name` its map and its G empty merged experts, which are returned.
 
     Raises:
-        ValueError: the map has not one entry for each of the layer's experts.
+        ValueError: the layer has no experts, or the map has not one entry for each of them.
     """
     path = layer_path(model, name)
     experts = model.get_submodule(path)
+    if not _is_experts(experts):
+        raise ValueError(
+            f"The configuration names {name!r} as merged, which in {type(model).__name__} is no experts but a "
+            f"{type(experts).__name__}: the checkpoint is damaged or was edited."
+        )
     if map_of(model, path) is not None:  # installed by the base model inside a head
-        return _inner(experts)
+        return inner_experts(experts)
     check_layer(name, {"expert_map": expert_map}, num_original(experts))
     kind = type(experts).__name__
     if kind not in OUTSIDE and not hasattr(experts, "has_gate"):  # the interface's layout, outside the interface
@@ -175,6 +187,14 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
     return experts
 
 
+def _is_experts(container: Any) -> bool:
+    """Tell whether a module, merged or not, is what the configuration calls a layer."""
+    if type(container).__name__ in (*OUTSIDE, MergedJetMoeMoE.__name__):
+        return True
+    stacked = hasattr(container, "down_proj") or "down_proj" in low_rank_of(container)
+    return stacked and hasattr(container, "num_experts")
+
+
 def decomposable(experts: Any) -> Any:
     """Return experts, re-classed in place if they are the library's, whose weights can be low rank + sparse."""
     # By name: a model loaded through remote code has a class of its own copy of this file.
@@ -183,7 +203,7 @@ def decomposable(experts: Any) -> Any:
     return experts
 
 
-def _inner(container: Any) -> Any:
+def inner_experts(container: Any) -> Any:
     """Return the merged experts of a container, which for JetMoE is the whole block."""
     return container.experts if "expert_map" in container._buffers else container
 
@@ -193,42 +213,7 @@ def merged_layers(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     for name in model.config.mcsmoe["layers"]:
         path = layer_path(model, name)
         container = model.get_submodule(path)
-        yield name, path if _inner(container) is container else f"{path}.experts", _inner(container)
-
-
-def expert_map_of(model: nn.Module, path: str) -> list[int] | None:
-    """Return the map int [E] -> [G] of the experts at `path`; None of experts that were not merged."""
-    owner = map_of(model, path)
-    return None if owner is None else list(owner.expert_map_values)
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Return `config.mcsmoe` as the model's modules have it.
-
-    `keep`, the share of rows of S that is to be left, and `whole`, the layers of which all experts were kept, are no
-    modules' business: they stay as the configuration has them.
-    """
-    old = model.config.mcsmoe or {"layers": {}}
-    # A bare model and one with a head call the same layer by two names; either is read (see `layer_path`).
-    names = {layer_path(model, name): name for name in old["layers"]}
-    layers: dict[str, dict] = {}
-    for path, owner in expert_maps(model):
-        path = _container_path(model, path, owner)
-        experts = _inner(model.get_submodule(path))
-        layer = {"num_experts": len(owner.expert_map_values), "expert_map": list(owner.expert_map_values)}
-        if low_rank := low_rank_of(experts):
-            layer["low_rank"] = {weight: dict(entry) for weight, entry in low_rank.items()}
-        layers[names.get(path, path)] = layer
-    kept = {key: old[key] for key in ("keep", "whole") if key in old}
-    return {"format_version": FORMAT_VERSION, "layers": layers, **kept}
-
-
-def _container_path(model: nn.Module, path: str, owner: nn.Module) -> str:
-    """Return the path of the experts container, as a layer is called, whose picks the module at `path` maps."""
-    if type(owner).__name__ == MergedJetMoeMoE.__name__:  # the block is the container
-        return path
-    block = path if hasattr(owner, "experts") else path.rpartition(".")[0]
-    return f"{block}.experts"
+        yield name, path if inner_experts(container) is container else f"{path}.experts", inner_experts(container)
 
 
 def adopt_inner_models(model: nn.Module) -> None:

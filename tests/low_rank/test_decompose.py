@@ -23,6 +23,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts, moe_layers
+from hf_mcsmoe.layers.fused import dense
 from hf_mcsmoe.low_rank.decompose import row_importance
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_inner, expert_output
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
@@ -138,7 +139,7 @@ def test_s_keeps_hidden_units_on_both_sides() -> None:
     for _, module in low_rank_modules(model):
         for weight, axis in (("gate_up_proj", 1), ("down_proj", 0)):
             for factors in module.factors(weight):
-                s = factors.dense() - factors.u @ factors.v
+                s = dense(factors) - factors.u @ factors.v
                 assert int((s.abs().amax(axis) > 1e-6).sum()) <= int(factors.kept.sum()) < s.shape[1 - axis]
 
 

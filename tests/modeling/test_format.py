@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
-from hf_mcsmoe.modeling.modeling_mcsmoe import describe
+from hf_mcsmoe.modeling.convert import describe
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "format1"
 
@@ -76,6 +76,11 @@ def _map(change: Callable[[list[Any]], object]) -> Callable[[dict[str, Any]], ob
     return _first(lambda layer: change(layer["expert_map"]))
 
 
+def _renamed(name: str) -> Callable[[dict[str, Any]], object]:
+    """Give the first layer another name."""
+    return lambda mcsmoe: mcsmoe["layers"].update({name: mcsmoe["layers"].pop(next(iter(mcsmoe["layers"])))})
+
+
 # What is written into the object, and what the refusal says of it.
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a fraction": (_map(lambda m: m.__setitem__(0, 0.5)), r"expert map of .* whole numbers from 0 on, not \[0\.5"),
@@ -104,6 +109,26 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "a later version": (lambda mcsmoe: mcsmoe.update(format_version=99), "has format 99; this code reads up to 2"),
     "a share above one": (lambda mcsmoe: mcsmoe.update(keep=2), "`mcsmoe.keep` must be a share from 0 to 1, not 2"),
+    "a low rank weight that is none": (
+        _first(lambda layer: layer["low_rank"].update(nonsense=layer["low_rank"].pop("down_proj"))),
+        "has no matrix 'nonsense'",
+    ),
+    "a low rank number": (
+        _first(lambda layer: layer["low_rank"].update(num_experts=layer["low_rank"].pop("down_proj"))),
+        "has no matrix 'num_experts'",
+    ),
+    "attention": (_renamed("model.layers.0.self_attn"), "names 'model.layers.0.self_attn' as merged, .* no experts"),
+    "a router": (_renamed("model.layers.0.mlp.gate"), "names 'model.layers.0.mlp.gate' as merged, .* no experts"),
+    "the head": (_renamed("lm_head"), "names 'lm_head' as merged, .* is no experts but a Linear"),
+    "the model": (_renamed(""), "names '' as merged, .* no experts"),
+    "one layer by two names": (
+        lambda mcsmoe: mcsmoe["layers"].update(
+            {name.removeprefix("model."): layer for name, layer in mcsmoe["layers"].items()}
+        ),
+        "names a merged layer twice",
+    ),
+    "a number of whole layers": (lambda mcsmoe: mcsmoe.update(whole=5), "`mcsmoe.whole` must be a list .*, not 5"),
+    "whole layers without names": (lambda mcsmoe: mcsmoe.update(whole=[5]), r"`mcsmoe.whole` must be .*, not \[5\]"),
     "nothing": (lambda mcsmoe: mcsmoe.clear(), "`mcsmoe.format_version` must be a whole number"),
 }
 
@@ -140,6 +165,15 @@ def test_an_object_that_is_missing_is_refused(saved: Path, tmp_path: Path) -> No
     del config["mcsmoe"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="`mcsmoe`, which says what was merged, is missing"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [5, ["mixtral"], None, "no_family"])
+def test_a_family_that_is_none_is_refused(name: Any, saved: Path, tmp_path: Path) -> None:
+    folder = _changed(saved, tmp_path / "changed", lambda mcsmoe: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"base_model_type": name}))
+    with pytest.raises(ValueError, match=re.escape(f"knows no model type {name!r}")):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mcsmoe import LoSparseConfig, LoSparseLinear, decompose_experts
 from hf_mcsmoe.evaluation.costs import FORMULAS
+from hf_mcsmoe.layers.fused import dense
+from hf_mcsmoe.low_rank.decompose import compact_weight
 from hf_mcsmoe.modeling import forward_mcsmoe
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, grouped_experts_forward
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules
@@ -41,7 +43,7 @@ def _experts(name: str, form: str, dtype: torch.dtype = torch.float32) -> Any:
         kept[1, :: 2 + number] = True
         kept.logical_and_(torch.tensor(form != "no_rows"))
         if form != "training":
-            module.compact_weight(weight, kept)
+            compact_weight(module, weight, kept)
     return module
 
 
@@ -89,8 +91,8 @@ def test_the_sums_and_gradients_are_those_of_the_loop(
 def test_the_dense_matrix_is_what_the_factors_multiply_by(weight: str, form: str) -> None:
     for factors in _experts("mixtral", form).factors(weight):
         identity = torch.eye(factors.v.shape[1])
-        torch.testing.assert_close(factors(identity).T, factors.dense())
-        assert factors.dense().shape == (len(factors.u), factors.v.shape[1])
+        torch.testing.assert_close(factors(identity).T, dense(factors))
+        assert dense(factors).shape == (len(factors.u), factors.v.shape[1])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers"])
@@ -178,7 +180,7 @@ def test_a_linear_layer_compiles_to_one_graph(kept: int | None) -> None:
     layer = LoSparseLinear.from_linear(nn.Linear(6, 4), torch.randn(4, 2), torch.randn(2, 6))
     if kept is not None:
         layer.weight_kept[kept:] = False
-        layer.compact_weight("weight", layer.weight_kept)
+        compact_weight(layer, "weight", layer.weight_kept)
     states = torch.randn(2, 5, 6)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(states), layer(states))

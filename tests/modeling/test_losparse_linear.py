@@ -9,6 +9,7 @@ from helpers import relative_error
 from torch import nn
 
 from hf_mcsmoe import LoSparseLinear, compact
+from hf_mcsmoe.low_rank.decompose import compact_weight
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 
 SHAPES = [(5, 6), (2, 3, 6), (6,), (0, 6), (2, 0, 6)]
@@ -33,7 +34,7 @@ def test_a_linear_layer_in_the_compact_form(kept_rows: int) -> None:
     torch.testing.assert_close(layer(states), linear(states))
     layer.weight_kept[kept_rows:] = False
     expected = layer(states)
-    layer.compact_weight("weight", layer.weight_kept)
+    compact_weight(layer, "weight", layer.weight_kept)
     torch.testing.assert_close(layer(states), expected)
     assert layer.weight_s.shape == (kept_rows, 6)
     layer(states).sum().backward()

@@ -5,6 +5,7 @@ import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from families import build, inputs
@@ -16,7 +17,16 @@ from hf_mcsmoe import LoSparseConfig, MergeConfig, compact, decompose_experts
 NAMES = ["mixtral", "qwen3_moe", "deepseek_v3"]
 # Whose experts no plan of the family splits: they are whole in each process.
 DECOMPOSED = "mixtral_low_rank"
-LAYOUTS = ["plain", "tp", "fsdp", "tp and ep", "fsdp and ep"]
+# Along which axis each splits `down_proj` [G, D, F], if any.
+EXPERTS_SPLIT = {"plain": None, "tp": 2, "fsdp": 0, "tp and ep": 0, "fsdp and ep": 0}
+LAYOUTS = list(EXPERTS_SPLIT)
+# By family and layout: how far the logits of two processes are from those of one, and the shapes that the first holds.
+Reports = dict[str, dict[str, Any]]
+
+
+def _half(shape: list[int], axis: int | None) -> list[int]:
+    """Return the shape of the first of two parts, which is the larger."""
+    return [size if place != axis else (size + 1) // 2 for place, size in enumerate(shape)]
 
 
 def _free_port() -> int:
@@ -26,8 +36,8 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def distances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """How far the logits of two processes are from those of one, by family and layout."""
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """Run every model under every layout."""
     folder, folders = tmp_path_factory.mktemp("parallel"), []
     for name in NAMES:
         base = build(name)
@@ -57,5 +67,17 @@ def distances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [*NAMES, DECOMPOSED])
-def test_two_processes_give_the_logits_of_one(name: str, layout: str, distances: dict[str, float]) -> None:
-    assert distances[f"{name}, {layout}"] < 1e-5
+def test_two_processes_give_the_logits_of_one(name: str, layout: str, reports: Reports) -> None:
+    assert reports[f"{name}, {layout}"]["distance"] < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [*NAMES, DECOMPOSED])
+def test_a_process_holds_the_half_that_the_layout_says(name: str, layout: str, reports: Reports) -> None:
+    whole, held = reports[f"{name}, plain"], reports[f"{name}, {layout}"]
+    experts, attention = EXPERTS_SPLIT[layout], None if layout == "plain" else 0
+    if layout.startswith("tp"):
+        experts = None if name == DECOMPOSED else experts
+        attention = None if name == "deepseek_v3" else attention  # the family's plan leaves its attention whole
+    assert held["experts"] == _half(whole["experts"], experts)
+    assert held["attention"] == _half(whole["attention"], attention)

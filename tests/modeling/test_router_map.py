@@ -11,14 +11,14 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from families import families
 from helpers import logits
-from merged import REFUSED, example, save
+from merged import REFUSED, example, merge, save, stored_experts
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_mcsmoe import moe_layers
-from hf_mcsmoe.modeling.modeling_mcsmoe import expert_map_of
-from hf_mcsmoe.modeling.router_mcsmoe import expert_maps, unmapped
+from hf_mcsmoe import MergeConfig, moe_layers
+from hf_mcsmoe.modeling.router_mcsmoe import expert_maps, map_of, unmapped
 
 INTERFACE = [family.name for family in families() if family.name not in REFUSED and family.interface]
 
@@ -48,7 +48,7 @@ def test_experts_of_the_interface_are_the_librarys_and_their_router_returns_stor
         assert "expert_map" not in after.container._buffers
         assert after.container.num_experts == len(after.read()) == max(after.expert_map) + 1 < before.num_experts
         assert list(after.expert_map) == case.plan.layers[before.name].expert_map
-        assert expert_map_of(case.base, before.name) is None
+        assert map_of(case.base, before.name) is None
         routers = [unmapped(model, layer.name) for model, layer in ((case.base, before), (case.merged, after))]
         assert isinstance(routers[1], type(routers[0]))
         assert "expert_map" in routers[1]._buffers
@@ -106,7 +106,7 @@ def test_a_load_that_takes_modules_for_initialised_leaves_the_map(
 
 
 class Counted(torch.Tensor):
-    """A tensor that, as quantized ones do, can be indexed and multiplied but not taken apart."""
+    """A tensor that, as quantized ones do, can be indexed and multiplied, but not taken apart."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,14 +115,30 @@ class Counted(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_our_implementation_runs_on_weights_of_a_class_of_their_own() -> None:
-    case = example("mixtral")
-    model = copy.deepcopy(case.merged).requires_grad_(False)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_our_implementation_runs_on_weights_of_a_class_of_their_own(
+    compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = example("mixtral").base
+    counts = [8] + [4] * (len(moe_layers(base)) - 1)  # the first layer is kept whole
+    _, merged = merge(base, "mixtral", MergeConfig(budget=lambda *_: counts))
+    assert stored_experts(merged) == counts
+    expected, batch = logits(merged, example("mixtral").batch), example("mixtral").batch
+    product = moe._grouped_mm
+
+    def refusing(states: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(weight, Counted):
+            raise NotImplementedError("grouped product")
+        return product(states, weight, *args, **kwargs)
+
+    monkeypatch.setattr(moe, "_grouped_mm", refusing)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    model = merged.requires_grad_(False)
     for layer in moe_layers(model):
         for name, parameter in list(layer.container.named_parameters(recurse=False)):
             setattr(layer.container, name, nn.Parameter(parameter.data.as_subclass(Counted), requires_grad=False))
             assert isinstance(getattr(layer.container, name), Counted)
-    assert torch.equal(logits(model, case.batch).as_subclass(torch.Tensor), logits(case.merged, case.batch))
+    torch.testing.assert_close(logits(model, batch).as_subclass(torch.Tensor), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_our_implementation_is_the_default_and_can_be_left(folders: dict[str, Path]) -> None:
