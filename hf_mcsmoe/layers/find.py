@@ -141,13 +141,18 @@ class Layers(Sequence[MoELayer]):
                 values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
                 digest.update(values.view(torch.int16).numpy().tobytes())
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the model is compressed, be it that all layers were left whole."""
+        return any(layer.merged for layer in self) or bool(getattr(self.model.config, "mcsmoe", None))
+
     def uncompressed(self) -> "Layers":
         """Return the layers themselves.
 
         Raises:
             ValueError: the model is compressed already.
         """
-        if any(layer.merged for layer in self) or getattr(self.model.config, "mcsmoe", None):
+        if self.compressed:
             raise ValueError(
                 "This model is compressed already. Its routers still speak of the original experts, which are gone: "
                 "merge the original model again with a smaller `experts` instead of merging twice."

@@ -16,7 +16,7 @@ from families import build
 from helpers import Run, batches, costs_on_card
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from hf_mcsmoe import cli, collect_statistics
+from hf_mcsmoe import MergeConfig, cli, collect_statistics, merge_experts, plan_merge
 from hf_mcsmoe.layers.loading import load_model
 
 TEXT = "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10))
@@ -46,6 +46,15 @@ def test_inspect_shows_layers_and_savings(source: Path, run: Run) -> None:
     held = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert f"parameters {model.num_parameters():,}, of them in experts {held:,}" in out
     assert f"parameters {model.num_parameters() - held // 2:,} " in out
+
+
+def test_inspect_tells_a_compressed_model_whose_layers_are_all_whole(source: Path, tmp_path: Path, run: Run) -> None:
+    model = load_model(str(source))
+    statistics = collect_statistics(model, batches("mixtral", model, 1))
+    merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=1.0))).save_pretrained(tmp_path)
+    code, out, err = run("inspect", tmp_path)
+    assert code == 0, err
+    assert "family mixtral, merged" in out
 
 
 def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
