@@ -33,11 +33,13 @@ def collect_statistics(
             with the batch's `labels`, or else of predicting each next token.
 
     Raises:
-        ValueError: no batches, an unknown statistic, a model without experts or one that is compressed already, or
-            sums that are not finite.
+        ValueError: no batches or no layers, an unknown statistic, a model without experts or one that is compressed
+            already, or sums that are not finite.
     """
     names = with_tokens(MergeConfig().needs if needs is None else needs)
     layers = Layers.of(model).uncompressed()
+    if not layers:
+        raise ValueError("There is no layer to collect statistics of: pass the model, or some of its layers.")
     statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
     late = [name for name in names if STATISTICS.find(name).gradients]
     if late:

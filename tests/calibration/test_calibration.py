@@ -1,6 +1,7 @@
 """Statistics of models: equal to a loop over the tokens that count, and the model as it was before."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,17 @@ def test_bad_requests_are_refused_before_the_first_forward() -> None:
         collect_statistics(model, [])
     with pytest.raises(ValueError, match=r"Unknown statistic 'count'\. Did you mean 'counts'\?"):
         collect_statistics(model, batches("mixtral", model), ["logit_gram", "count"])
+
+
+def test_statistics_of_some_layers_say_which_are_missing_and_those_of_none_are_refused() -> None:
+    model = build("mixtral")
+    first, *others = moe_layers(model).names
+    statistics = collect_statistics(moe_layers(model)[1:], batches("mixtral", model, 1))
+    message = f"no statistics of the layer '{first}', only of {', '.join(others)}: "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_merge(model, statistics)
+    with pytest.raises(ValueError, match="no layer to collect statistics of"):
+        collect_statistics(moe_layers(model)[:0], batches("mixtral", model, 1))
 
 
 def test_what_the_methods_need_is_collected_and_nothing_else() -> None:
