@@ -223,6 +223,21 @@ def test_what_the_methods_need_is_collected_and_nothing_else() -> None:
     assert MergeConfig(saliency=mine).needs == ("gate_sum", "logit_gram", "tokens")
 
 
+def test_gradients_of_experts_that_layers_share_count_once() -> None:
+    model = build("mixtral")
+    shared, other = (layer.container for layer in moe_layers(model)[:2])
+    other.gate_up_proj, other.down_proj = shared.gate_up_proj, shared.down_proj
+    batch, layers = batches("mixtral", model, 1)[0], moe_layers(model)
+    assert [len(tied) for tied in layers.tied] == [2, 1, 1]
+    statistics = collect_statistics(layers, [batch], ["taylor"])
+    model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss.backward()
+    for tied in layers.tied:
+        weights = [parameter for _, parameter in tied[0].parameters]
+        expected = sum((weight * weight.grad).detach().double().abs().sum((1, 2)) for weight in weights)
+        together = statistics.together([layer.name for layer in tied])["taylor"]
+        torch.testing.assert_close(together, expected, rtol=1e-4, atol=0)
+
+
 def test_sums_not_asked_for_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(routed: Routed) -> torch.Tensor:
         pytest.fail("a sum that nobody asked for was computed")
