@@ -30,14 +30,17 @@ def collect_statistics(
         batches: dictionaries for `model(**batch)`; masks [batch, length].
         needs: the statistics to sum, by name, e.g. `MergeConfig(saliency="gate").needs`; no others are. None for
             those that the default methods read. Some run one backward pass a batch, of the loss that the model gives
-            with the batch's `labels`, or else of predicting each next token.
+            with the batch's `labels`, or else of predicting each next token. Of layers that share their experts the
+            first to run takes the gradients, which are those of all, and the others zeros.
 
     Raises:
-        ValueError: no batches, an unknown statistic, a model without experts or one that is compressed already, or
-            sums that are not finite.
+        ValueError: no batches or no layers, an unknown statistic, a model without experts or one that is compressed
+            already, or sums that are not finite.
     """
     names = with_tokens(MergeConfig().needs if needs is None else needs)
     layers = Layers.of(model).uncompressed()
+    if not layers:
+        raise ValueError("There is no layer to collect statistics of: pass the model, or some of its layers.")
     statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
     late = [name for name in names if STATISTICS.find(name).gradients]
     if late:
@@ -84,9 +87,9 @@ def _collect_with_gradients(
         with torch.no_grad():
             for layer, routed, counted in kept:
                 _add(statistics, layer, replace(routed, open_experts=layer.read_with_gradients), counted, late)
-        for shared in layers.tied:
-            for _, parameter in shared[0].parameters:
-                parameter.grad = None
+                # They are the sums over all layers that share the experts: the others find zeros.
+                for _, parameter in layer.parameters:
+                    parameter.grad = None
 
     with gradients_of_experts(layers):
         run_routed(layers, batches, take, step)

@@ -48,8 +48,8 @@ class LayerInputs:
 def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict[str, LayerInputs]:
     """Run the model of `layers` once over `batches` and keep what their experts see, by the layers' names.
 
-    Tokens count as for `collect_statistics`. The model is left as it was. All of it is held in memory: for many
-    layers use `stream_inputs`.
+    Tokens count as for `collect_statistics`, but those that an expert's capacity turned away are kept, with weight 0.
+    The model is left as it was. All of it is held in memory: for many layers use `stream_inputs`.
 
     Raises:
         ValueError: no batches, or activations that are not finite.

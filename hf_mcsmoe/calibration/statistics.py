@@ -24,6 +24,11 @@ class RoutingStatistics:
     layers: dict[str, Sums] = field(default_factory=dict)
 
     def __getitem__(self, layer_name: str) -> Sums:
+        if layer_name not in self.layers:
+            raise ValueError(
+                f"There are no statistics of the layer {layer_name!r}, only of {', '.join(self.layers) or 'none'}: "
+                "collect them with all layers of the model."
+            )
         return self.layers[layer_name]
 
     def together(self, layer_names: Sequence[str]) -> Sums:

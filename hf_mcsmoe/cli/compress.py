@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import record_of
-from hf_mcsmoe.cli.display import Stages, console, cost_table, plan_table, stage_bars
+from hf_mcsmoe.cli.display import console, cost_table, plan_table, stage_bars
 from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, described, itemsize, options_of
 from hf_mcsmoe.compress import check_options, chosen_repair, compress
 from hf_mcsmoe.data.features import calibration_batches
@@ -97,15 +97,21 @@ def compress_command(
         "repair": chosen_repair(RepairConfig(method=repair)),
         "low_rank": storage.low_rank(),
     }
-    output = _check(model, config, stages, target, loading.dtype, statistics)
+    output, held = _check(model, config, stages, target, loading.dtype, statistics)
     tokenizer = load_tokenizer(loading.tokenizer or model)
-    reads = statistics is None or not statistics.exists() or any(stages.values())
+    reads = held is None or any(stages.values())
     samples = calibration.read() if reads else []
     started = time.perf_counter()
     loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map)
     batches = calibration.batches(samples, tokenizer, loaded) if reads else []
     with stage_bars() as progress:
-        sums = _statistics(statistics, loaded, batches, config, progress) if statistics else None
+        sums = held
+        if held is not None:
+            unused = "" if batches else "; --data is not used"
+            console.print(f"statistics read from {escape(str(statistics))}{unused}")
+        elif statistics:
+            sums = collect_statistics(loaded, progress.over("statistics", batches), config.needs)
+            sums.save(statistics)
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS}
         merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
     merged.save_pretrained(output)
@@ -122,27 +128,35 @@ def compress_command(
 
 def _check(
     model: str, config: MergeConfig, stages: dict[str, Any], target: Output, dtype: str, statistics: Path | None
-) -> Path:
-    """Check all that can be checked before weights are loaded; returns the folder to write."""
-    if statistics and not (statistics.is_file() or os.access(statistics.absolute().parent, os.W_OK)):
-        raise ValueError(
-            f"--statistics {statistics} can be neither read nor written: its folder is missing or closed."
-        )
+) -> tuple[Path, RoutingStatistics | None]:
+    """Check all that can be checked before weights are loaded; returns the folder to write and what a file holds."""
     empty = empty_model(model)
     layers = Layers.of(empty).uncompressed()
     check_options(layers, config, **stages)
+    held = _read(statistics, layers.names, config) if statistics else None
     parameters = empty.num_parameters() - saved_parameters(layers, config)
     needed = parameters * itemsize(dtype, empty)
-    return check_output(target.output, overwrite=target.overwrite, needed_bytes=needed)
+    return check_output(target.output, overwrite=target.overwrite, needed_bytes=needed), held
 
 
-def _statistics(
-    file: Path, model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], config: MergeConfig, progress: Stages
-) -> RoutingStatistics:
-    """Return what a file holds; where there is none, collect statistics and write it."""
-    if file.exists():
-        console.print(f"statistics read from {escape(str(file))}" + ("" if batches else "; --data is not used"))
-        return RoutingStatistics.load(file)
-    sums = collect_statistics(model, progress.over("statistics", batches), config.needs)
-    sums.save(file)
-    return sums
+def _read(file: Path, layer_names: list[str], config: MergeConfig) -> RoutingStatistics | None:
+    """Return the statistics that a file holds; None where there is none yet.
+
+    Raises:
+        ValueError: it can be neither read nor written, is damaged, of other layers, or lacks a sum.
+    """
+    if file.is_dir():
+        raise ValueError(f"--statistics {file} is a folder: name a file.")
+    if not (file.is_file() or os.access(file.absolute().parent, os.W_OK)):
+        raise ValueError(f"--statistics {file} can be neither read nor written: its folder is missing or closed.")
+    if not file.exists():
+        return None
+    statistics = RoutingStatistics.load(file)
+    if statistics.layers.keys() != set(layer_names):
+        raise ValueError(
+            f"--statistics {file} was taken from another model: it holds the layers {', '.join(statistics.layers)}, "
+            f"and this one has {', '.join(layer_names)}."
+        )
+    for sums in statistics.layers.values():
+        sums.check(config.needs)
+    return statistics

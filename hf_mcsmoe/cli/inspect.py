@@ -14,7 +14,7 @@ def inspect_command(model: Model, selection: Selection) -> None:
     config = selection.apply(MergeConfig())
     empty = empty_model(model)
     layers = Layers.of(empty)
-    merged = any(layer.merged for layer in layers)
+    merged = layers.compressed
     kind = empty.config.base_model_type if merged else empty.config.model_type
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if merged else ""))
     console.print(layer_table(layers))

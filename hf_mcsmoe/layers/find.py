@@ -22,6 +22,7 @@ from hf_mcsmoe.layers.outside import (
     SwitchLayer,
 )
 from hf_mcsmoe.layers.source import Source, source_of
+from hf_mcsmoe.modeling.router_mcsmoe import map_of
 
 # Parts of a multimodal model that are not its text part; their experts stay as they are.
 OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "talker")
@@ -141,13 +142,18 @@ class Layers(Sequence[MoELayer]):
                 values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
                 digest.update(values.view(torch.int16).numpy().tobytes())
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the model is compressed, be it that all layers were left whole."""
+        return any(layer.merged for layer in self) or bool(getattr(self.model.config, "mcsmoe", None))
+
     def uncompressed(self) -> "Layers":
         """Return the layers themselves.
 
         Raises:
             ValueError: the model is compressed already.
         """
-        if any(layer.merged for layer in self) or getattr(self.model.config, "mcsmoe", None):
+        if self.compressed:
             raise ValueError(
                 "This model is compressed already. Its routers still speak of the original experts, which are gone: "
                 "merge the original model again with a smaller `experts` instead of merging twice."
@@ -220,16 +226,15 @@ def _merged_entries(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, tuple[int, ...]] | None) -> MoELayer:
     """Return the description of the experts `module`; `entry` is what the configuration says of merged ones."""
-    merged = entry is not None
-    if not merged and type(module).__name__ in OUTSIDE:
+    if entry is None and type(module).__name__ in OUTSIDE:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)
     else:
         block = source.model.get_submodule(name.rpartition(".")[0])
         adapter, sizes = MERGED.get(type(block).__name__, FusedLayer), fused_sizes(module)
-    if merged and entry is None:
+    if entry is None and map_of(source.model, name) is not None:
         raise ValueError(f"{name!r} holds merged experts of which the configuration's `mcsmoe` says nothing.")
-    original_name, expert_map = entry if merged and entry else (name, None)
+    original_name, expert_map = entry or (name, None)
     return adapter(name, source, sizes[0], _top_k(source.model, name), *sizes[1:], expert_map, original_name)
 
 

@@ -53,7 +53,7 @@ def decompose_experts(
 
     Raises:
         ValueError: a model without merged experts or decomposed already, a rank larger than a matrix, factors that
-            are larger than the matrix, a pattern of `skip` that matches nothing.
+            are larger than the matrix, a pattern of `skip` that matches nothing, or offloaded experts.
     """
     found = Layers.of(model)
     decompose_layers(found, config or LoSparseConfig(), batches, prune=prune)
@@ -170,7 +170,11 @@ def _chosen_layers(layers: Layers, config: LoSparseConfig) -> Layers:
     if any(low_rank_modules(layers.model)):
         raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
     known = [layer for layer in layers if layer.merged or layer.name in mcsmoe.get("whole", [])]
-    return layers_to_decompose(layers.only(known), config.skip)
+    chosen = layers_to_decompose(layers.only(known), config.skip)
+    for layer in chosen:
+        if any(parameter.is_meta for _, parameter in layer.parameters):
+            raise ValueError(f"The experts of {layer.name} are offloaded; load the merged model onto one device.")
+    return chosen
 
 
 def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:

@@ -29,12 +29,12 @@ class Registry:
     methods: dict[str, Method] = field(default_factory=dict)
 
     def register(
-        self, name: str, paper: str = "", needs: Sequence[str] = (), *, gradients: bool = False
+        self, name: str, paper: str = "", needs: str | Sequence[str] = (), *, gradients: bool = False
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that makes a function available as `name`; see `Method`."""
+        """Return a decorator that makes a function available as `name`; see `Method`. `needs` may be a single name."""
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.methods[name] = Method(name, function, paper, tuple(needs), gradients)
+            self.methods[name] = Method(name, function, paper, _names(needs), gradients)
             return function
 
         return decorate
@@ -69,7 +69,11 @@ class Registry:
         if not callable(method):
             return self.find(method).needs
         registered = next((known for known in self.methods.values() if known.function is method), None)
-        return registered.needs if registered else tuple(getattr(method, "needs", ()))
+        return registered.needs if registered else _names(getattr(method, "needs", ()))
+
+
+def _names(needs: str | Sequence[str]) -> tuple[str, ...]:
+    return (needs,) if isinstance(needs, str) else tuple(needs)
 
 
 def unknown(what: str, value: object, known: list[str]) -> str:

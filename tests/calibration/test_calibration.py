@@ -1,6 +1,7 @@
 """Statistics of models: equal to a loop over the tokens that count, and the model as it was before."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,17 @@ def test_bad_requests_are_refused_before_the_first_forward() -> None:
         collect_statistics(model, batches("mixtral", model), ["logit_gram", "count"])
 
 
+def test_statistics_of_some_layers_say_which_are_missing_and_those_of_none_are_refused() -> None:
+    model = build("mixtral")
+    first, *others = moe_layers(model).names
+    statistics = collect_statistics(moe_layers(model)[1:], batches("mixtral", model, 1))
+    message = f"no statistics of the layer '{first}', only of {', '.join(others)}: "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_merge(model, statistics)
+    with pytest.raises(ValueError, match="no layer to collect statistics of"):
+        collect_statistics(moe_layers(model)[:0], batches("mixtral", model, 1))
+
+
 def test_what_the_methods_need_is_collected_and_nothing_else() -> None:
     model = build("mixtral")
     data = batches("mixtral", model, number=1)
@@ -209,6 +221,21 @@ def test_what_the_methods_need_is_collected_and_nothing_else() -> None:
     assert "gate_sum" not in MergeConfig(saliency=mine).needs
     mine.needs = ["gate_sum"]
     assert MergeConfig(saliency=mine).needs == ("gate_sum", "logit_gram", "tokens")
+
+
+def test_gradients_of_experts_that_layers_share_count_once() -> None:
+    model = build("mixtral")
+    shared, other = (layer.container for layer in moe_layers(model)[:2])
+    other.gate_up_proj, other.down_proj = shared.gate_up_proj, shared.down_proj
+    batch, layers = batches("mixtral", model, 1)[0], moe_layers(model)
+    assert [len(tied) for tied in layers.tied] == [2, 1, 1]
+    statistics = collect_statistics(layers, [batch], ["taylor"])
+    model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss.backward()
+    for tied in layers.tied:
+        weights = [parameter for _, parameter in tied[0].parameters]
+        expected = sum((weight * weight.grad).detach().double().abs().sum((1, 2)) for weight in weights)
+        together = statistics.together([layer.name for layer in tied])["taylor"]
+        torch.testing.assert_close(together, expected, rtol=1e-4, atol=0)
 
 
 def test_sums_not_asked_for_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
-from helpers import Run, costs_on_card
+from helpers import Run, batches, costs_on_card
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from hf_mcsmoe import cli
+from hf_mcsmoe import MergeConfig, cli, collect_statistics, merge_experts, plan_merge
 from hf_mcsmoe.layers.loading import load_model
 
 TEXT = "\n".join(f"what is {n} {m}" for n in range(10) for m in range(10))
@@ -46,6 +46,15 @@ def test_inspect_shows_layers_and_savings(source: Path, run: Run) -> None:
     held = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert f"parameters {model.num_parameters():,}, of them in experts {held:,}" in out
     assert f"parameters {model.num_parameters() - held // 2:,} " in out
+
+
+def test_inspect_tells_a_compressed_model_whose_layers_are_all_whole(source: Path, tmp_path: Path, run: Run) -> None:
+    model = load_model(str(source))
+    statistics = collect_statistics(model, batches("mixtral", model, 1))
+    merge_experts(model, plan_merge(model, statistics, MergeConfig(experts=1.0))).save_pretrained(tmp_path)
+    code, out, err = run("inspect", tmp_path)
+    assert code == 0, err
+    assert "family mixtral, merged" in out
 
 
 def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
@@ -150,6 +159,40 @@ def test_errors_are_one_sentence_and_leave_nothing(
     monkeypatch.setattr("sys.argv", ["hf-mcsmoe", "--debug", "compress", *given])
     with pytest.raises(ValueError, match=re.escape(message[:15])):
         cli.main()
+
+
+UNREADABLE = {
+    "folder": "is a folder: name a file",
+    "text": "is damaged or no safetensors file",
+    "layers": "was taken from another model: it holds the layers model.other",
+    "sum": "'gate_sum' was not collected",
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_file_of_statistics_is_read_before_weights_are(
+    case: str, source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, text = tmp_path / "statistics", source.parent / "text.txt"
+    if case == "folder":
+        file.mkdir()
+    elif case == "text":
+        file.write_text("counts: 1, 2, 3")
+    else:
+        model = build("mixtral")
+        statistics = collect_statistics(model, batches("mixtral", model, 1), ["counts", "logit_gram"])
+        if case == "layers":
+            statistics.layers["model.other"] = statistics.layers.pop(next(iter(statistics.layers)))
+            statistics.layers = dict(reversed(statistics.layers.items()))
+        statistics.save(file)
+    monkeypatch.setattr(
+        "hf_mcsmoe.cli.compress.load_model", lambda name, **options: pytest.fail("weights were loaded")
+    )
+    options = ["--data", text, "--output", tmp_path / "out", "--statistics", file]
+    code, _, err = run("compress", source, *options, *(["--saliency", "gate"] if case == "sum" else []))
+    assert code == 1
+    assert UNREADABLE[case] in err
+    assert err.count("Error:") == 1
 
 
 def test_a_full_disk_is_told_before_any_work(

@@ -1,5 +1,6 @@
 """Models whose experts cannot be merged are refused, and the reasons given still hold."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from families import build, inputs
 from helpers import batches
+from merged import example
 from torch import nn
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 
@@ -45,6 +47,15 @@ def test_experts_that_cannot_be_merged_are_refused_with_the_reason(name: str, co
         with pytest.raises(ValueError, match=rf"\({container}\) cannot be merged: ") as error:
             refused(model)
         assert REFUSED[container] in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dbrx", "jetmoe", "llama4_text", "switch_transformers"])
+def test_merged_experts_that_the_configuration_does_not_know_are_refused(name: str) -> None:
+    model = copy.deepcopy(example(name).merged)
+    name = moe_layers(model)[0].original_name
+    del model.config.mcsmoe["layers"][name]
+    with pytest.raises(ValueError, match=r"holds merged experts .*`mcsmoe` says nothing"):
+        moe_layers(model)
 
 
 def test_nllb_moe_still_runs_only_its_experts_0_and_1() -> None:

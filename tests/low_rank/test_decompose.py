@@ -19,6 +19,7 @@ from merged import (
     example,
     save,
 )
+from offloaded import OFFLOADED
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -208,6 +209,16 @@ def test_bad_input(attempt: object, message: str) -> None:
         attempt(model)
     if attempt is not _twice:
         assert model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("place", ["loaded to disk", "loaded in parts"])
+def test_offloaded_experts_are_refused_and_left_as_they_were(place: str, tmp_path: Path) -> None:
+    model = OFFLOADED[place](copy.deepcopy(example("mixtral").merged), tmp_path)
+    first = next(layer.name for layer in moe_layers(model) if layer.parameters[0][1].is_meta)
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=f"The experts of {first} are offloaded; load the merged model onto one"):
+        decompose_experts(model, LoSparseConfig(**OPTIONS))
+    assert [name for name, _ in model.named_parameters()] == before
 
 
 def test_a_model_that_is_not_merged_is_refused() -> None:

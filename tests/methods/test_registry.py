@@ -11,6 +11,7 @@ from hf_mcsmoe import MergeConfig
 from hf_mcsmoe.card import method_steps
 from hf_mcsmoe.methods.config import REGISTRIES, option_help
 from hf_mcsmoe.methods.registry import Registry, method_name
+from hf_mcsmoe.methods.view import Sums
 
 METHODS = [(stage, name) for stage, registry in REGISTRIES.items() for name in registry]
 
@@ -37,6 +38,22 @@ def test_an_unknown_name_says_what_was_meant_and_what_there_is(name: str, sugges
     message = f"Unknown colour method '{name}'.{suggestion} Known: 'crimson', 'blue'."
     with pytest.raises(ValueError, match=re.escape(message)):
         _registry()[name]
+
+
+def test_what_a_method_needs_may_be_a_single_name() -> None:
+    def mine() -> None: ...
+
+    registry = _registry()
+    assert registry.needs(mine) == ()
+    mine.needs = "counts"
+    assert registry.needs(mine) == ("counts",)
+    registry.register("green", needs="gate_sum")(str.title)
+    assert registry.needs("green") == ("gate_sum",)
+
+
+def test_the_advice_on_a_sum_that_is_missing_works_for_a_function_of_ones_own() -> None:
+    with pytest.raises(ValueError, match=r"a function of your own names .* `function\.needs = \['gate_sum'\]`"):
+        Sums()["gate_sum"]
 
 
 @pytest.mark.parametrize(("stage", "name"), METHODS)
