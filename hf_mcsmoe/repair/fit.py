@@ -62,7 +62,7 @@ class LayerFit:
 
 
 def original_sum(
-    problem: LayerFit, members: list[int] | None = None, token: torch.Tensor | None = None, *, normed: bool = False
+    layer: LayerFit, members: list[int] | None = None, token: torch.Tensor | None = None, *, normed: bool = False
 ) -> torch.Tensor:
     """Return the original layer's gated sum over `members`, float32 [n, D] on the CPU.
 
@@ -71,15 +71,15 @@ def original_sum(
         token: int [n], the tokens; None for all.
         normed: whether a norm that follows the experts is applied.
     """
-    inputs = problem.original_inputs
+    inputs = layer.original_inputs
     token = torch.arange(len(inputs)) if token is None else token
     index, weights = inputs.index[token], inputs.weights[token].float()
     total = torch.zeros(len(token), inputs.hidden.shape[1])
-    for member in range(len(problem.originals)) if members is None else members:
+    for member in range(len(layer.originals)) if members is None else members:
         rows, pick = torch.where((index == member) & (weights != 0))
         for part in torch.arange(len(rows)).split(CHUNK):
-            states = inputs.hidden[token[rows[part]]].to(problem.device)
-            output = problem.originals.output(member, states, normed=normed)
+            states = inputs.hidden[token[rows[part]]].to(layer.device)
+            output = layer.originals.output(member, states, normed=normed)
             total.index_add_(0, rows[part], output.float().cpu() * weights[rows[part], pick[part], None])
     return total
 
@@ -121,27 +121,27 @@ def _read_units(matrix: Any) -> torch.Tensor:
     return matrix.rows if matrix.kept is None else matrix.kept
 
 
-def expert_rows(problem: LayerFit, expert: int, targets: torch.Tensor) -> RowSource:
+def expert_rows(layer: LayerFit, expert: int, targets: torch.Tensor) -> RowSource:
     """Return the source of what one stored expert is fitted to: `targets` [n, D] of the n tokens that it sees."""
-    token, gates = problem.tokens_of(expert)
+    token, gates = layer.tokens_of(expert)
 
     def rows() -> Iterator[Rows]:
         for part in torch.arange(len(token)).split(CHUNK):
-            hidden = problem.hidden(token[part], gates[part], expert)
-            held_out = problem.inputs.held_out[token[part]].to(hidden.device)
+            hidden = layer.hidden(token[part], gates[part], expert)
+            held_out = layer.inputs.held_out[token[part]].to(hidden.device)
             yield hidden, targets[part].to(hidden.device), held_out
 
     return rows
 
 
-def merged_output(problem: LayerFit, experts: Any, token: torch.Tensor) -> torch.Tensor:
-    """Return the output [n, D] of `experts`, the problem's own or others in their place, for some tokens int [n]."""
-    states = problem.inputs.hidden[token].to(problem.device).float()
-    picks, gates = problem.picks[token].to(problem.device), problem.gates[token].to(problem.device).float()
+def merged_output(layer: LayerFit, experts: Any, token: torch.Tensor) -> torch.Tensor:
+    """Return the output [n, D] of `experts`, the layer's own or others in their place, for some tokens int [n]."""
+    states = layer.inputs.hidden[token].to(layer.device).float()
+    picks, gates = layer.picks[token].to(layer.device), layer.gates[token].to(layer.device).float()
     return eager_experts_forward(experts, states, picks, gates)
 
 
-def layer_error(problem: LayerFit, experts: Any, target: torch.Tensor, token: torch.Tensor) -> float:
+def layer_error(layer: LayerFit, experts: Any, target: torch.Tensor, token: torch.Tensor) -> float:
     """Return the squared error of the layer's output at some tokens int [n] against `target` [T, D]."""
     parts = token.split(CHUNK)
-    return sum((merged_output(problem, experts, part).cpu() - target[part]).square().sum().item() for part in parts)
+    return sum((merged_output(layer, experts, part).cpu() - target[part]).square().sum().item() for part in parts)

@@ -103,7 +103,7 @@ class LayerRepair:
 
 
 def repaired(
-    problem: LayerFit, fits: list[ExpertFit], errors: tuple[float | None, float | None] | None = None
+    layer: LayerFit, fits: list[ExpertFit], errors: tuple[float | None, float | None] | None = None
 ) -> LayerRepair:
     """Return what became of a layer.
 
@@ -113,139 +113,137 @@ def repaired(
     if errors is None:
         energy = sum(fit.energy for fit in fits)
         errors = relative(sum(fit.before for fit in fits), energy), relative(sum(fit.after for fit in fits), energy)
-    held_out, members = int(problem.inputs.held_out.sum()), Counter(problem.expert_map)
-    lossy = [expert for expert in sorted(members) if members[expert] > 1 or low_rank_of(problem.experts)]
-    return LayerRepair(
-        len(problem.inputs) - held_out, held_out, *errors, [fit.without_weight() for fit in fits], lossy
-    )
+    held_out, members = int(layer.inputs.held_out.sum()), Counter(layer.expert_map)
+    lossy = [expert for expert in sorted(members) if members[expert] > 1 or low_rank_of(layer.experts)]
+    return LayerRepair(len(layer.inputs) - held_out, held_out, *errors, [fit.without_weight() for fit in fits], lossy)
 
 
-def _per_expert(problem: LayerFit, solve: Callable[[RowSource, torch.Tensor], ExpertFit]) -> list[ExpertFit]:
+def _per_expert(layer: LayerFit, solve: Callable[[RowSource, torch.Tensor], ExpertFit]) -> list[ExpertFit]:
     """Fit each stored expert to the gated sum of its members' outputs, and store the result."""
     solutions = []
-    for expert in range(problem.experts.num_experts):
-        members = [m for m, target in enumerate(problem.expert_map) if target == expert]
-        targets = original_sum(problem, members, problem.tokens_of(expert)[0])
-        solution = solve(expert_rows(problem, expert, targets), output_weight(problem.experts, expert))
-        write_output_weight(problem.experts, expert, solution.weight)
+    for expert in range(layer.experts.num_experts):
+        members = [m for m, target in enumerate(layer.expert_map) if target == expert]
+        targets = original_sum(layer, members, layer.tokens_of(expert)[0])
+        solution = solve(expert_rows(layer, expert, targets), output_weight(layer.experts, expert))
+        write_output_weight(layer.experts, expert, solution.weight)
         solutions.append(solution)
     return solutions
 
 
 @REPAIR.register("none")
-def leave_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
+def leave_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     """Leave the layer as it is."""
-    return repaired(problem, [], (None, None))
+    return repaired(layer, [], (None, None))
 
 
 @REPAIR.register("refit")
-def refit_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
+def refit_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     """Refit the output matrices in closed form, each expert by itself or, with `joint`, all of them together."""
-    return repaired(problem, _refitted(problem, config, final=True))
+    return repaired(layer, _refitted(layer, config, final=True))
 
 
-def _refitted(problem: LayerFit, config: RepairConfig, *, final: bool) -> list[ExpertFit]:
+def _refitted(layer: LayerFit, config: RepairConfig, *, final: bool) -> list[ExpertFit]:
     """Refit and store the output matrices; unless `final`, the held-out tokens stay unseen."""
     if config.is_joint:
-        return _refit_jointly(problem, config, final)
-    return _per_expert(problem, lambda rows, start: _refit(rows, start, config, final))
+        return _refit_jointly(layer, config, final)
+    return _per_expert(layer, lambda rows, start: _refit(rows, start, config, final))
 
 
 def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig, final: bool) -> ExpertFit:
     return refit(rows, start, config.ridges, memory_limit=config.memory_limit, final=final)
 
 
-def _refit_jointly(problem: LayerFit, config: RepairConfig, final: bool) -> list[ExpertFit]:
+def _refit_jointly(layer: LayerFit, config: RepairConfig, final: bool) -> list[ExpertFit]:
     """Fit the layer's whole output: one expert after the other what the others leave over, a few times round.
 
     Raises:
         ValueError: a norm follows each expert, so that their outputs do not add up.
     """
-    experts = problem.experts
+    experts = layer.experts
     if experts.has_post_expert_norm:
-        raise ValueError(f"{problem.name} has a norm behind each expert; refit its experts with joint=False.")
-    residual = original_sum(problem)
+        raise ValueError(f"{layer.name} has a norm behind each expert; refit its experts with joint=False.")
+    residual = original_sum(layer)
     starts = [output_weight(experts, expert) for expert in range(experts.num_experts)]
     solutions = {expert: ExpertFit(start, None, 0, 0.0, 0.0, 0.0) for expert, start in enumerate(starts)}
     for expert, start in enumerate(starts):
-        _subtract(problem, expert, start, residual)
+        _subtract(layer, expert, start, residual)
     for sweep in range(config.sweeps):
         for expert, start in enumerate(starts):
-            _subtract(problem, expert, -solutions[expert].weight, residual)
-            rows = expert_rows(problem, expert, residual[problem.tokens_of(expert)[0]])
+            _subtract(layer, expert, -solutions[expert].weight, residual)
+            rows = expert_rows(layer, expert, residual[layer.tokens_of(expert)[0]])
             solutions[expert] = _refit(rows, start, config, final and sweep == config.sweeps - 1)
-            _subtract(problem, expert, solutions[expert].weight, residual)
+            _subtract(layer, expert, solutions[expert].weight, residual)
     for expert, solution in solutions.items():
         write_output_weight(experts, expert, solution.weight)
     return list(solutions.values())
 
 
-def _subtract(problem: LayerFit, expert: int, weight: torch.Tensor, residual: torch.Tensor) -> None:
+def _subtract(layer: LayerFit, expert: int, weight: torch.Tensor, residual: torch.Tensor) -> None:
     """Subtract a stored expert's gated output, with this output matrix, from `residual` [T, D]."""
-    token, gates = problem.tokens_of(expert)
+    token, gates = layer.tokens_of(expert)
     for part in torch.arange(len(token)).split(CHUNK):
-        output = problem.hidden(token[part], gates[part], expert) @ weight.float().T
+        output = layer.hidden(token[part], gates[part], expert) @ weight.float().T
         residual.index_add_(0, token[part], output.cpu(), alpha=-1)
 
 
 @REPAIR.register("mean_shift")
-def shift_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
+def shift_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     """Make each expert's mean output that of its members: by its bias, or by a change of rank one."""
-    has_bias = problem.experts.has_bias
-    return repaired(problem, _per_expert(problem, lambda rows, start: mean_shift(rows, start, has_bias=has_bias)))
+    has_bias = layer.experts.has_bias
+    return repaired(layer, _per_expert(layer, lambda rows, start: mean_shift(rows, start, has_bias=has_bias)))
 
 
 @REPAIR.register("local")
-def distil_layer(problem: LayerFit, config: RepairConfig) -> LayerRepair:
+def distil_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     """Train all weights of the layer's experts on its output, from the refit on; the best held-out state stays.
 
     Experts that no closed form can refit are trained from where they are.
     """
-    target = original_sum(problem, normed=True)
-    judge = problem.inputs.held_out.nonzero()[:, 0]
-    before = layer_error(problem, problem.experts, target, judge)
-    error, state = before, _values(problem.experts)
+    target = original_sum(layer, normed=True)
+    judge = layer.inputs.held_out.nonzero()[:, 0]
+    before = layer_error(layer, layer.experts, target, judge)
+    error, state = before, _values(layer.experts)
     # From a fit that left the held-out tokens aside, or none of the steps would look better than the start.
-    solutions = _refitted(problem, config, final=False) if _can_refit(problem, config) else []
-    work = copy.deepcopy(problem.experts).float().requires_grad_(True)
-    for reached in _trained(problem, work, target, judge, config):
+    solutions = _refitted(layer, config, final=False) if _can_refit(layer, config) else []
+    work = copy.deepcopy(layer.experts).float().requires_grad_(True)
+    for reached in _trained(layer, work, target, judge, config):
         if reached < error:
             error, state = reached, _values(work)
-    for name, parameter in problem.experts.named_parameters():
+    for name, parameter in layer.experts.named_parameters():
         parameter.copy_(state[name])
     energy = target[judge].square().sum().item()
-    return repaired(problem, solutions, (relative(before, energy), relative(error, energy)))
+    return repaired(layer, solutions, (relative(before, energy), relative(error, energy)))
 
 
 def _values(experts: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in experts.named_parameters()}
 
 
-def _can_refit(problem: LayerFit, config: RepairConfig) -> bool:
-    experts = problem.experts
+def _can_refit(layer: LayerFit, config: RepairConfig) -> bool:
+    experts = layer.experts
     return not (config.is_joint and experts.has_post_expert_norm)
 
 
 def _trained(
-    problem: LayerFit, work: Any, target: torch.Tensor, judge: torch.Tensor, config: RepairConfig
+    layer: LayerFit, work: Any, target: torch.Tensor, judge: torch.Tensor, config: RepairConfig
 ) -> Iterator[float]:
     """Train `work` on the tokens that are not held out; yield its error on those that are, now and then."""
-    fit = (~problem.inputs.held_out).nonzero()[:, 0]
+    fit = (~layer.inputs.held_out).nonzero()[:, 0]
     optimizer = torch.optim.Adam(work.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     generator = torch.Generator().manual_seed(config.seed)
     scale = target.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
     for step in range(config.steps):
         if step % JUDGE_EVERY == 0:
-            yield layer_error(problem, work, target, judge)
+            yield layer_error(layer, work, target, judge)
         token = fit[torch.randint(len(fit), (config.batch_tokens,), generator=generator)]
         with torch.enable_grad():
-            missed = merged_output(problem, work, token) - target[token].to(problem.device)
+            missed = merged_output(layer, work, token) - target[token].to(layer.device)
             loss = missed.square().mean() / scale
             optimizer.zero_grad()
             loss.backward()
         if not loss.isfinite():
-            raise ValueError(f"{problem.name}: the loss is {loss.item()} at step {step}; lower learning_rate.")
+            raise ValueError(f"{layer.name}: the loss is {loss.item()} at step {step}; lower learning_rate.")
         optimizer.step()
         schedule.step()
-    yield layer_error(problem, work, target, judge)
+    yield layer_error(layer, work, target, judge)

@@ -175,6 +175,6 @@ def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs,
     begin, (layer, original) = time.perf_counter(), pair
     with original.open() as weights:
         expert_map = list(layer.expert_map or ())
-        problem = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, expert_map)
-        repaired: LayerRepair = REPAIR[config.method](problem, config)
+        layer_fit = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, expert_map)
+        repaired: LayerRepair = REPAIR[config.method](layer_fit, config)
     return replace(repaired, seconds=time.perf_counter() - begin)

@@ -94,12 +94,12 @@ def test_what_is_computed_from_captured_inputs_is_what_the_layers_give(name: str
     own = capture_inputs([layer for ((layer, _),) in groups], data)
     for ((layer, original),) in groups:
         seen = own[layer.name], captured[original.name]
-        problem = LayerFit(layer.name, layer.container, original.read(), *seen, layer.expert_map)
-        sums = original_sum(problem, normed=True)
+        layer_fit = LayerFit(layer.name, layer.container, original.read(), *seen, layer.expert_map)
+        sums = original_sum(layer_fit, normed=True)
         if name == "llama4":  # a row for each pick
             sums = sums.view(len(given[original.name]), -1, sums.shape[-1]).sum(1)
         torch.testing.assert_close(sums, given[original.name], rtol=1e-4, atol=1e-5)
-        ours = merged_output(problem, layer.container, torch.arange(len(own[layer.name])))
+        ours = merged_output(layer_fit, layer.container, torch.arange(len(own[layer.name])))
         torch.testing.assert_close(ours, merged[layer.name], rtol=1e-4, atol=1e-5)
 
 
@@ -299,8 +299,8 @@ def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
         student = copy.deepcopy(ours)
         ((merged, original), *_) = matching_layers(student, model)[0]
         stored = one.mapped(merged.expert_map)
-        problem = LayerFit(layer.name, merged.container, original.read(), stored, one, merged.expert_map)
-        REPAIR["local"](problem, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
+        layer_fit = LayerFit(layer.name, merged.container, original.read(), stored, one, merged.expert_map)
+        REPAIR["local"](layer_fit, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
         results.append(merged.container.down_proj.clone())
     assert not torch.equal(results[0], moe_layers(ours)[0].container.down_proj)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-7)
