@@ -2,23 +2,20 @@
 
 import os
 import time
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.cli.display import console, cost_table, plan_table, stage_bars
-from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, described, itemsize, options_of
+from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, itemsize, options_of
+from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.compress import check_options, chosen_repair, compress
-from hf_mcsmoe.data.features import calibration_batches
-from hf_mcsmoe.data.text import Sample, read_samples
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
@@ -37,39 +34,6 @@ MERGE = [
     "reference",
     "merging",
 ]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text that a model is compressed on."""
-
-    data: str = described(MISSING, "calibration text: a file (txt, json, jsonl, csv, parquet) or a data set")
-    column: str | None = described(None, "column of the data with the text")
-    target_column: str | None = described(None, "column with the target, for encoder-decoders")
-    split: str = described("train", "split of a data set")
-    num_samples: int = described(256, "calibration samples", min=1)
-    max_length: int = described(512, "longest sample, in tokens", min=2)
-    batch_size: int = described(8, "samples per forward", min=1)
-    seed: int = described(0, "seed of the samples drawn and of random methods")
-
-    def read(self) -> list[Sample]:
-        """Return the samples.
-
-        Raises:
-            ValueError: there is no such data, or no such column.
-        """
-        return read_samples(self.data, column=self.column, target_column=self.target_column, split=self.split)
-
-    def batches(
-        self, samples: list[Sample], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-    ) -> list[dict[str, torch.Tensor]]:
-        """Return some of the samples as batches for `model(**batch)`."""
-        lengths: dict[str, Any] = {
-            "num_samples": self.num_samples,
-            "max_length": self.max_length,
-            "batch_size": self.batch_size,
-        }
-        return calibration_batches(samples, tokenizer, model, **lengths, seed=self.seed)
 
 
 @options_of(Calibration, "calibration")

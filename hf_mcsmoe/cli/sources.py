@@ -1,18 +1,52 @@
-"""Where `evaluate` and `distill` take rows from: a task, or text of the user's own."""
+"""Where commands take rows from: calibration text, a task, or text of the user's own."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.options import described
-from hf_mcsmoe.data.features import Feature, task_features, text_features
+from hf_mcsmoe.data.features import Feature, calibration_batches, task_features, text_features
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.tasks import TASKS, Task, get_task, task_rows
 from hf_mcsmoe.data.text import Sample, read_samples
 
 TEXT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a model is compressed on."""
+
+    data: str = described(MISSING, "calibration text: a file (txt, json, jsonl, csv, parquet) or a data set")
+    column: str | None = described(None, "column of the data with the text")
+    target_column: str | None = described(None, "column with the target, for encoder-decoders")
+    split: str = described("train", "split of a data set")
+    num_samples: int = described(256, "calibration samples", min=1)
+    max_length: int = described(512, "longest sample, in tokens", min=2)
+    batch_size: int = described(8, "samples per forward", min=1)
+    seed: int = described(0, "seed of the samples drawn and of random methods")
+
+    def read(self) -> list[Sample]:
+        """Return the samples.
+
+        Raises:
+            ValueError: there is no such data, or no such column.
+        """
+        return read_samples(self.data, column=self.column, target_column=self.target_column, split=self.split)
+
+    def batches(
+        self, samples: list[Sample], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return some of the samples as batches for `model(**batch)`."""
+        lengths: dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "max_length": self.max_length,
+            "batch_size": self.batch_size,
+        }
+        return calibration_batches(samples, tokenizer, model, **lengths, seed=self.seed)
 
 
 @dataclass(frozen=True)
