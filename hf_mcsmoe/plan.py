@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import check_finite
@@ -15,7 +16,9 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.budget import budget_total
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
+from hf_mcsmoe.methods.grouping import Groups
 from hf_mcsmoe.methods.registry import method_name
+from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
 from hf_mcsmoe.record import json_text, public_name
@@ -30,6 +33,9 @@ FEW_TOKENS = 8
 class LayerPlan:
     """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group).
 
+    For the reader, where they are known: `similarity` [E] of each expert to the dominant one of its group, None where
+    that is not finite, and `counts` int [E], the picks of each expert in the calibration data.
+
     Raises:
         ValueError: they do not fit together.
     """
@@ -37,6 +43,8 @@ class LayerPlan:
     expert_map: list[int]
     dominant: list[int]
     weights: list[float]
+    similarity: list[float | None] | None = None
+    counts: list[int] | None = None
 
     def __post_init__(self) -> None:
         numbers = list(range(len(self.dominant)))
@@ -47,8 +55,10 @@ class LayerPlan:
                 f"expert_map={self.expert_map} must send experts to the groups 0 to {len(numbers) - 1}, and each of "
                 f"dominant={self.dominant} to its own."
             )
-        if len(self.weights) != len(self.expert_map):
-            raise ValueError(f"weights={self.weights} must have one entry for each of {len(self.expert_map)} experts.")
+        for name in ("weights", "similarity", "counts"):
+            values = vars(self)[name]
+            if values is not None and len(values) != len(self.expert_map):
+                raise ValueError(f"{name}={values} must have one entry for each of {len(self.expert_map)} experts.")
         sums = [sum(self.weights[member] for member in self.members(group)) for group in numbers]
         if not all(abs(total - 1) < 1e-3 for total in sums):
             raise ValueError(f"weights={self.weights} must sum to 1 in each group, not to {sums}.")
@@ -88,7 +98,10 @@ class MergePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        layers = {
+            name: {key: value for key, value in asdict(layer).items() if value is not None}
+            for name, layer in self.layers.items()
+        }
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **self.provenance, "layers": layers}
 
     def to_json(self) -> str:
@@ -147,12 +160,20 @@ def plan_merge(
     plans: dict[str, LayerPlan] = {}
     for shared, layer, scores, count in zip(layers.tied, sums, saliency, counts, strict=True):
         with shared[0].view(layer, config.seed) as view:
-            groups = chosen["grouping"](view, scores, chosen["similarity"](view), count)
+            similarity = chosen["similarity"](view)
+            groups = chosen["grouping"](view, scores, similarity, count)
             weights = chosen["weighting"](view, scores, groups)
-        item = LayerPlan(groups.expert_map, groups.dominant, weights.tolist())
+        item = LayerPlan(groups.expert_map, groups.dominant, weights.tolist(), *_shown(groups, similarity, layer))
         plans |= {layer.name: item for layer in shared}
     given = [method if callable(method) else None for method in (config.alignment, config.merging)]
     return MergePlan(plans, _provenance(layers, statistics, config), *given)
+
+
+def _shown(groups: Groups, similarity: torch.Tensor, sums: Sums) -> tuple[list[float | None], list[int] | None]:
+    """Return what the plan shows of a layer: similarity [E] of each expert to its dominant, and its picks [E]."""
+    nearest = [similarity[expert, groups.dominant[group]] for expert, group in enumerate(groups.expert_map)]
+    shown = [round(float(value), 4) if value.isfinite() else None for value in nearest]
+    return shown, sums.counts.tolist() if "counts" in sums else None
 
 
 def check_request(layers: Layers, config: MergeConfig) -> Layers:

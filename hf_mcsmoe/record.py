@@ -27,11 +27,15 @@ class Base:
 
 @dataclass(frozen=True)
 class Step:
-    """What was done after the merge: a title, the options it was done with, and lines of Markdown that tell of it."""
+    """What was done after the merge: a title, the options it was done with, and lines of Markdown that tell of it.
+
+    `figures` are measures of the step, as JSON values.
+    """
 
     title: str
     options: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

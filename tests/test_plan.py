@@ -65,6 +65,30 @@ def test_a_plan_equals_the_oracle(name: str, budget: str) -> None:
             total = sum(expected.counts[member] for member in group)
             share = expected.counts[expert] / total if total else 1 / len(group)
             assert weight == pytest.approx(share, rel=1e-12)
+        nearest = [expected.cosine(expert, dominant[expert_map[expert]]) for expert in range(8)]
+        assert found.similarity == pytest.approx(nearest, abs=1e-4)
+        assert found.counts == expected.counts
+
+
+def test_a_plan_shows_what_is_known_and_finite(tmp_path: Path) -> None:
+    def forbidding(view: LayerView) -> torch.Tensor:
+        return torch.full((8, 8), -torch.inf).fill_diagonal_(1.0)
+
+    statistics = collect_statistics(_model(), batches("mixtral", _model()), ["tokens"])
+    config = MergeConfig(
+        experts=7,
+        budget="uniform",
+        saliency=lambda view: -torch.arange(8.0),
+        similarity=forbidding,
+        weighting="uniform",
+    )
+    plan = plan_merge(_model(), statistics, config)
+    for layer in plan.layers.values():
+        assert layer.similarity == [1.0] * 7 + [None]
+        assert layer.counts is None
+    plan.save(tmp_path / "plan.json")
+    assert "counts" not in (tmp_path / "plan.json").read_text()
+    assert MergePlan.load(tmp_path / "plan.json").layers == plan.layers
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5, 8, 0.1, 0.3, 0.5, 0.99, 1.0])

@@ -19,7 +19,7 @@ RECORD = Record(
     Base("me/base", "mixtral", {"license": "mit"}),
     "AutoModelForCausalLM",
     PLAN,
-    (Step("Repair", {"ridges": [1.0]}, ["Done.", "Well."]), Step("Distillation")),
+    (Step("Repair", {"ridges": [1.0]}, ["Done.", "Well."], {"error": [0.5]}), Step("Distillation")),
     {"before": BEFORE, "merged": SMALL},
     "---\ntags: []\n---\n\n# Ünicode\n",
 )
@@ -30,7 +30,12 @@ def test_a_record_is_read_as_it_was_written() -> None:
     assert Record.from_json(text, json.loads(RECORD.plan_json())) == RECORD
     content = json.loads(text)
     assert content["base"] == {"name": "me/base", "model_type": "mixtral", "licence": {"license": "mit"}}
-    assert content["steps"][0] == {"title": "Repair", "options": {"ridges": [1.0]}, "lines": ["Done.", "Well."]}
+    told = {"title": "Repair", "options": {"ridges": [1.0]}, "lines": ["Done.", "Well."], "figures": {"error": [0.5]}}
+    assert content["steps"][0] == told
+    del content["steps"][0]["figures"]
+    assert not Record.from_json(json.dumps(content)).steps[0].figures, (
+        "a record that was written before there were any"
+    )
     assert content["costs"]["before"]["bytes_on_disk"] == 420
     assert "plan" not in content, "it has a file of its own"
 

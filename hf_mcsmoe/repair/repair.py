@@ -37,13 +37,15 @@ class RepairReport:
         return {"config": self.config, "layers": layers, "seconds": self.seconds}
 
     def step(self) -> Step:
-        """Return what the record of the model tells."""
+        """Return what the record of the model tells, with each layer's held-out errors before and after."""
         told = (
             "Each changed layer was fitted to the original one on the calibration data, layer by layer (method "
             f"`{self.config['method']}`)."
         )
         shortfall = self.shortfall()
-        return Step("Repair", self.config, [told, *(["", shortfall] if shortfall else [])])
+        errors = {name: {"before": layer.before, "after": layer.after} for name, layer in self.layers.items()}
+        lines = [told, *(["", shortfall] if shortfall else [])]
+        return Step("Repair", self.config, lines, {"relative_error": errors})
 
     def unfitted(self, name: str) -> list[int]:
         """Return the experts of a layer that had lost something and stayed as they were.

@@ -42,6 +42,17 @@ def _rows(tokens: int, width: int, out: int) -> tuple[torch.Tensor, torch.Tensor
     return hidden, target, torch.arange(tokens) >= tokens - tokens // 5
 
 
+def test_the_record_holds_the_errors_of_each_layer() -> None:
+    case = example("mixtral")
+    report = repair_experts(copy.deepcopy(case.merged), case.base, batches("mixtral", case.base))
+    errors = report.step().figures["relative_error"]
+    assert list(errors) == [layer.name for layer in moe_layers(case.merged) if layer.merged]
+    assert {name: (item["before"], item["after"]) for name, item in errors.items()} == {
+        name: (layer.before, layer.after) for name, layer in report.layers.items()
+    }
+    assert all(0 < item["after"] <= item["before"] for item in errors.values())
+
+
 @pytest.mark.parametrize("memory_limit", [10**9, 1000], ids=["direct", "conjugate gradients"])
 def test_the_refit_is_least_squares_with_a_ridge_towards_the_old_weights(memory_limit: int) -> None:
     hidden, target, held_out = _rows(200, 12, 5)
