@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import check_finite
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.files import write_text
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.budget import budget_total
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
@@ -109,8 +110,8 @@ class MergePlan:
         return json_text(self.to_dict()) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the plan as JSON, whole or not at all."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "MergePlan":
@@ -125,7 +126,9 @@ class MergePlan:
                 raise ValueError(f"{path} is no merge plan that this version reads.")
             layers = {name: LayerPlan(**layer) for name, layer in content.pop("layers").items()}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no merge plan ({error!r}); make one with plan_merge.") from None
+            raise ValueError(
+                f"{path} is no merge plan, or not a whole one ({error!r}); delete it and make one with plan_merge."
+            ) from None
         return cls(layers, content)
 
 

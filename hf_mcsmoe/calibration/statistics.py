@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_mcsmoe.files import replaced
 from hf_mcsmoe.methods.view import Sums
 
 FORMAT = "mcsmoe-statistics"
@@ -47,7 +48,10 @@ class RoutingStatistics:
         return RoutingStatistics(self.fingerprint, layers)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: tensors `<layer name>/<statistic>`, the fingerprint among the metadata."""
+        """Write a safetensors file: tensors `<layer name>/<statistic>`, the fingerprint among the metadata.
+
+        It is written whole or not at all.
+        """
         tensors = {f"{name}/{key}": value for name, layer in self.layers.items() for key, value in layer.items()}
         metadata = {
             "format": FORMAT,
@@ -55,7 +59,8 @@ class RoutingStatistics:
             "fingerprint": self.fingerprint,
             "layers": json.dumps([*self.layers]),
         }
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
+        with replaced(path) as new:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, new, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingStatistics":
@@ -81,6 +86,6 @@ class RoutingStatistics:
                     layers[layer][name] = file.get_tensor(key)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path} is damaged or no safetensors file ({error}); collect the statistics anew."
+                f"{path} is damaged or no safetensors file ({error}); delete it and collect the statistics anew."
             ) from None
         return cls(metadata["fingerprint"], layers)

@@ -1,6 +1,5 @@
 """`hf-mcsmoe evaluate`."""
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.data.text import check_token_ids
 from hf_mcsmoe.evaluation.costs import folder_bytes
 from hf_mcsmoe.evaluation.quality import check_labels, check_way, multiple_choice, perplexity, predict, score
+from hf_mcsmoe.files import write_json
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 
 Figures = dict[str, float]
@@ -70,7 +70,7 @@ def evaluate_command(
         found[plan.model] = figures
         del model  # before the next is loaded
         if json_file is not None:  # after each model: a run that is killed keeps what it has
-            json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write_json(json_file, found)
     console.print(figure_table(found))
 
 

@@ -1,6 +1,5 @@
 """What `distill` adds to a Trainer: the options of a training, its progress, and the checkpoints of a killed run."""
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import described
 from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.distillation.checkpoints import last_checkpoint
+from hf_mcsmoe.files import read_json, write_json
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE, WARMUP_STEPS = 3.0, 5e-5, 8, 16
 # Losses are logged so often in a run.
@@ -176,7 +176,7 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
         return None
     if checkpoint is None:
         return None
-    before = json.loads((folder / OPTIONS).read_text(encoding="utf-8"))
+    before = read_json(folder / OPTIONS, "begin anew, without --resume")
     changed = [name for name in options if name not in FREE and before.get(name) != options[name]]
     if changed:
         what = ", ".join(f"{name}: {before.get(name)!r} before, {options[name]!r} now" for name in changed)
@@ -198,7 +198,7 @@ def kept_until_complete(folder: Path, options: Mapping[str, Any], checkpoint: Pa
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / OPTIONS, dict(options))
     try:
         yield
     except BaseException:

@@ -1,7 +1,6 @@
 """Scripts that a launcher starts in several processes: one model, one message, one evaluation among them."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.data.tasks import Example, Task
 from hf_mcsmoe.evaluation.quality import predict, score
+from hf_mcsmoe.files import write_json
 from hf_mcsmoe.layers.loading import load_model
 
 
@@ -87,7 +87,7 @@ def evaluate_in_processes(
     figures = score(task, [gathered[index] for index in range(len(examples))], examples)
     if state.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(file, figures)
         print(f"{file.stem}: " + ", ".join(f"{key} {value:.2f}" for key, value in figures.items()), flush=True)
     return figures
 

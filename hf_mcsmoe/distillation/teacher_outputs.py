@@ -26,6 +26,7 @@ from transformers.data.data_collator import default_data_collator
 
 from hf_mcsmoe.distillation.losses import aligned_labels, top_log_probs
 from hf_mcsmoe.distillation.teacher import check_vocabulary, vocabulary_size
+from hf_mcsmoe.files import read_json, write_json
 from hf_mcsmoe.layers.batches import evaluation_mode, on_device
 
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -83,7 +84,7 @@ def store_teacher_outputs(
             _store_rows(teacher, data_collator([dataset[row] for row in rows]), rows, arrays, description)
             for name in KEPT:
                 arrays[name].flush()
-            _write_json(partial / PROGRESS, {"rows": rows.stop})
+            write_json(partial / PROGRESS, {"rows": rows.stop})
     (partial / PROGRESS).unlink()
     os.replace(partial, target)
     return target
@@ -134,9 +135,7 @@ def _open_partial(
     offsets = np.cumsum([0, *map(len, labels)])
     size = (int(offsets[-1]), description["top_k"])
     shapes = dict(zip(KEPT, ((np.float32, size), (np.int32, size), (np.float32, size[:1])), strict=True))
-    begun = (folder / PROGRESS).is_file() and _read_json(folder / DESCRIPTION) == description
-    begun = begun and np.array_equal(np.load(folder / "labels.npy"), np.concatenate(labels))
-    if begun:
+    if _is_begun(folder, description, labels):
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in shapes}
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -147,10 +146,35 @@ def _open_partial(
             name: open_memmap(folder / f"{name}.npy", "w+", dtype=dtype, shape=shape)
             for name, (dtype, shape) in shapes.items()
         }
-        _write_json(folder / DESCRIPTION, description)
-        _write_json(folder / PROGRESS, {"rows": 0})
+        write_json(folder / DESCRIPTION, description)
+        write_json(folder / PROGRESS, {"rows": 0})
     arrays |= {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "labels")}
-    return arrays, _read_json(folder / PROGRESS)["rows"]
+    return arrays, read_json(folder / PROGRESS, "start again")["rows"]
+
+
+def _is_begun(folder: Path, description: dict[str, Any], labels: Sequence[np.ndarray]) -> bool:
+    """Return whether a killed run for the same rows left its arrays whole."""
+    if not (folder / PROGRESS).is_file():
+        return False
+    try:
+        same = read_json(folder / DESCRIPTION, "start again") == description
+        for name in KEPT:
+            _array(folder / f"{name}.npy")
+        return same and np.array_equal(_array(folder / "labels.npy"), np.concatenate(labels))
+    except (OSError, ValueError):
+        return False
+
+
+def _array(file: Path) -> np.ndarray:
+    """Return the array in a file, memory-mapped.
+
+    Raises:
+        ValueError: it is cut off or no array.
+    """
+    try:
+        return np.load(file, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is cut off or damaged ({error}): delete {file.parent} and store it anew.") from None
 
 
 def _store_rows(
@@ -185,7 +209,7 @@ class TeacherOutputs:
         self.folder = Path(folder)
         if not (self.folder / DESCRIPTION).is_file():
             raise ValueError(f"{folder} holds no complete teacher outputs; store_teacher_outputs writes them.")
-        self.description = _read_json(self.folder / DESCRIPTION)
+        self.description = read_json(self.folder / DESCRIPTION, "store the teacher's outputs anew")
         if self.description["format_version"] > FORMAT_VERSION:
             raise ValueError(f"{folder} was written by a later version of hf_mcsmoe: upgrade it.")
 
@@ -195,7 +219,7 @@ class TeacherOutputs:
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """The memory-mapped arrays by name."""
-        return {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "labels", *KEPT)}
+        return {name: _array(self.folder / f"{name}.npy") for name in ("offsets", "labels", *KEPT)}
 
     def check(self, dataset: Any, student: PreTrainedModel, temperature: float) -> None:
         """Check that the folder belongs to this data set, to the student's vocabulary and to this temperature.
@@ -258,13 +282,3 @@ class CollatorWithOutputs:
         if "labels" not in batch:
             raise ValueError(f"Distillation needs labels; the batch has {', '.join(batch)}.")
         return {**batch, **self.outputs.of_rows(numbers, _flat_labels(aligned_labels(batch["labels"], self.shifted)))}
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_suffix(".new")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_mcsmoe.files import replaced, write_json
 from hf_mcsmoe.layers.batches import Batch, each, forward
 from hf_mcsmoe.low_rank.config import KEEP
 from hf_mcsmoe.low_rank.importance import AGGREGATES, IMPORTANCE, RowAverages, Scores, row_scores
@@ -257,8 +258,9 @@ class SparsificationCallback(TrainerCallback):
         """Write the averages and the schedule into the checkpoint."""
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
-            save_file(self.averages.state(), folder / STATE_FILE)
-            (folder / OPTIONS_FILE).write_text(json.dumps(self.options(state.max_steps)) + "\n", encoding="utf-8")
+            with replaced(folder / STATE_FILE) as new:
+                save_file(self.averages.state(), new)
+            write_json(folder / OPTIONS_FILE, self.options(state.max_steps))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
