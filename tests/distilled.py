@@ -73,6 +73,7 @@ def make_trainer(
     data_collator: Any = None,
     processing_class: Any = None,
     callbacks: Any = None,
+    eval_dataset: Any = None,
     **options: Any,
 ) -> Any:
     """Return a trainer of two steps on the processor.
@@ -93,6 +94,7 @@ def make_trainer(
         data_collator=data_collator,
         processing_class=processing_class,
         callbacks=callbacks,
+        eval_dataset=eval_dataset,
     )
 
 

@@ -33,6 +33,8 @@ from hf_mcsmoe.distillation import (
     DistillationSeq2SeqTrainer,
     DistillationTrainer,
 )
+from hf_mcsmoe.distillation.checkpoints import check_run
+from hf_mcsmoe.distillation.fingerprints import sample_fingerprint
 from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
 from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
@@ -177,6 +179,9 @@ def distill_command(
     asked |= {"student": student, "teacher": teacher, "tokenizer": tokenizer, "dtype": dtype}
     checkpoint = check_working_folder(folder, asked, resume=target.resume, overwrite=target.overwrite)
     run = _check(student, teacher, source, training, pruning, distillation, tokenizer, dtype, folder)
+    if checkpoint:
+        data = sample_fingerprint(run.features, empty_model(student))
+        check_run(checkpoint, {"data": data}, {})
     begin = f"resumed from {checkpoint.name}" if checkpoint else "from the beginning"
     console.print(f"{len(run.features):,} rows, {run.arguments.max_steps:,} steps, {begin}")
     with kept_until_complete(folder, asked, checkpoint):

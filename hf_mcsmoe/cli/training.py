@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import described
@@ -24,7 +23,7 @@ from hf_mcsmoe.files import read_json, write_json
 EPOCHS, LEARNING_RATE, BATCH_SIZE, WARMUP_STEPS = 3.0, 5e-5, 8, 16
 # Losses are logged so often in a run.
 LOGS = 50
-COMPLETE, OPTIONS = "complete", "options.json"
+OPTIONS = "options.json"
 # What a run may change when it goes on.
 FREE = ("learning_rate",)
 
@@ -135,11 +134,6 @@ class TrainingProgress(TrainerCallback):
         if not self.console.is_terminal:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False, soft_wrap=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint as complete; this callback is the last."""
-        if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
-
 
 @contextmanager
 def training_progress(shown_on: Console = console) -> Iterator[TrainingProgress]:
@@ -160,23 +154,29 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
     """Return the checkpoint to resume from, if there is one and it is asked for.
 
     Raises:
-        ValueError: a killed run's checkpoints, or whatever else is in the folder, would be lost, or it had other
-            options.
+        ValueError: a killed run's checkpoints, or whatever else is in the folder, would be lost, it had other options,
+            or all of its checkpoints are damaged.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / OPTIONS).is_file():
         raise ValueError(
             f"{folder} is where checkpoints go, but was not made by a run: move it, or name another output."
         )
-    checkpoint = last_checkpoint(folder, COMPLETE)
+    found = last_checkpoint(folder, thorough=resume)
     if not resume:
-        if checkpoint is not None and not overwrite:
+        if (found.path or found.damaged) and not overwrite:
             raise ValueError(
-                f"{checkpoint} is what a killed run left: go on from there with --resume, or lose it with --overwrite."
+                f"{found.path or folder} is what a killed run left: go on from there with --resume, or lose it with "
+                "--overwrite."
             )
         return None
+    if found.path is None and found.damaged:
+        raise ValueError(f"{' '.join(found.skipped)} Start anew, with --overwrite and without --resume.")
+    for sentence in found.skipped:
+        console.print(escape(sentence), highlight=False, soft_wrap=True)
+    checkpoint = found.path
     if checkpoint is None:
         return None
-    before = read_json(folder / OPTIONS, "begin anew, without --resume")
+    before = read_json(folder / OPTIONS, "begin anew, with --overwrite instead of --resume")
     changed = [name for name in options if name not in FREE and before.get(name) != options[name]]
     if changed:
         what = ", ".join(f"{name}: {before.get(name)!r} before, {options[name]!r} now" for name in changed)
@@ -202,10 +202,10 @@ def kept_until_complete(folder: Path, options: Mapping[str, Any], checkpoint: Pa
     try:
         yield
     except BaseException:
-        left = last_checkpoint(folder, COMPLETE)
-        if left is None:
+        left = last_checkpoint(folder, thorough=False)
+        if left.path is None and not left.damaged:
             shutil.rmtree(folder)
-        else:
-            console.print(f"{escape(str(left))} is kept: --resume goes on from there.")
+        elif left.path is not None:
+            console.print(f"{escape(str(left.path))} is kept: --resume goes on from there.")
         raise
     shutil.rmtree(folder)

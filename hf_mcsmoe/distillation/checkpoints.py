@@ -2,15 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_mcsmoe.distillation.seal import flaw, is_sealed, sealed_run
 from hf_mcsmoe.low_rank.pruning import OPTIONS_FILE, SparsificationCallback
 
 WEIGHTS = {True: "adapter_model*.safetensors", False: "model*.safetensors"}
@@ -20,13 +23,9 @@ def check_checkpoint(folder: Path, model: PreTrainedModel | PeftModel) -> None:
     """Check, before anything is loaded, that a Trainer wrote `folder` for a model such as this one.
 
     Raises:
-        ValueError: it is no such folder, or its model is of another family, with other experts, other low-rank
-            factors, other sizes or other adapters.
+        ValueError: its model is of another family, with other experts, other low-rank factors, other sizes or other
+            adapters.
     """
-    if not folder.is_dir():
-        raise ValueError(f"There is no checkpoint {folder} to resume from.")
-    if not (folder / TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"{folder} is no checkpoint of a Trainer (it has no {TRAINER_STATE_NAME}): nothing resumes.")
     written = _read(folder / "config.json")
     adapted = isinstance(model, PeftModel)
     if adapted != (folder / "adapter_config.json").is_file():
@@ -38,38 +37,105 @@ def check_checkpoint(folder: Path, model: PreTrainedModel | PeftModel) -> None:
         raise ValueError(f"{folder} holds a checkpoint of another model: {found}.")
 
 
-def last_checkpoint(output_dir: Path, complete: str) -> Path | None:
-    """Return the checkpoint of the most steps that was written to its end, with weights that are finite, or None.
+def resumable_flaw(folder: Path) -> str:
+    """Say in a sentence why no run can go on from `folder`; "" where it is a whole checkpoint."""
+    if not folder.is_dir():
+        return f"There is no checkpoint {folder} to resume from."
+    if not is_sealed(folder) and not (folder / TRAINER_STATE_NAME).is_file():
+        return f"{folder} is no checkpoint of a Trainer (it has no {TRAINER_STATE_NAME}): nothing resumes."
+    reason = flaw(folder)
+    return reason and f"No run goes on from {folder}: {reason}. Name an earlier checkpoint, or start anew."
+
+
+def check_run(folder: Path, identity: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Compare a run with the one that wrote a checkpoint; other arguments that do not change its rows are warned of.
 
     Args:
-        complete: the file that is written last, see `written_last`.
+        identity: what makes it another run where it differs, by name; an empty text is not known.
+        arguments: those of the Trainer that decide on the result.
+
+    Raises:
+        ValueError: other rows, another order of them, or whatever else is in `identity`.
     """
-    written = (path for path in _newest_first(output_dir) if (path / complete).is_file())
-    return next(filter(_is_finite, written), None)
+    written = sealed_run(folder)
+    other = _changes(written["identity"], identity)
+    if other:
+        raise ValueError(
+            f"{folder} is of another run ({other}), and going on from it would end as neither: resume as the run "
+            "began, or start anew."
+        )
+    changed = _changes(written["arguments"], arguments)
+    if changed:
+        warnings.warn(
+            f"The run goes on from {folder.name} with other arguments than it began with ({changed}), so it will not "
+            "end as it would have without the interruption.",
+            stacklevel=4,
+        )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say what differs among what both know: an empty text is not known."""
+    pairs = {name: (before[name], value) for name, value in now.items() if name in before}
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and "" not in pair}
+    return ", ".join(f"{name}: {_short(old)} before, {_short(new)} now" for name, (old, new) in changed.items())
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+@dataclass(frozen=True)
+class Found:
+    """The last whole checkpoint of a folder, if there is one, and why those after it are none.
+
+    Args:
+        skipped: a sentence each.
+        damaged: whether one of those was written to its end once, so that there was something to go on from.
+    """
+
+    path: Path | None = None
+    skipped: tuple[str, ...] = ()
+    damaged: bool = False
+
+
+def last_checkpoint(output_dir: Path, *, thorough: bool = True) -> Found:
+    """Return the checkpoint of the most steps that is whole, see `flaw`."""
+    skipped: list[str] = []
+    damaged = False
+    for path in _newest_first(output_dir):
+        if not (reason := flaw(path, thorough=thorough)):
+            return Found(path, tuple(skipped), damaged)
+        skipped.append(f"No run goes on from {path}: {reason}.")
+        damaged = damaged or is_sealed(path)
+    return Found(None, tuple(skipped), damaged)
 
 
 def train_or_resume(trainer: Trainer) -> None:
-    """Train; where `resume_from_checkpoint` is "last", go on from the last complete checkpoint, if there is one."""
-    resume = trainer.args.resume_from_checkpoint
+    """Train; where `resume_from_checkpoint` is "last", go on from the last whole checkpoint, if there is one.
+
+    Where all that there is was killed while it was written, the run begins anew, and a warning says so.
+
+    Raises:
+        ValueError: there are checkpoints, but those that were written to their end are damaged.
+    """
+    resume: Any = trainer.args.resume_from_checkpoint
     if resume == "last":
-        last = last_checkpoint(Path(str(trainer.args.output_dir)), written_last(trainer.callback_handler.callbacks))
-        resume = None if last is None else str(last)
+        found = last_checkpoint(Path(str(trainer.args.output_dir)), thorough=False)
+        if found.path is None and not found.damaged:
+            for sentence in found.skipped:
+                warnings.warn(sentence, stacklevel=2)
+        resume = found.path is not None or found.damaged
     trainer.train(resume_from_checkpoint=resume)
 
 
 def check_pruning(folder: Path, callbacks: Iterable[TrainerCallback]) -> None:
     """Raise ValueError where a checkpoint is of a run that prunes S, and no callback would go on with it."""
-    if (folder / OPTIONS_FILE).is_file() and written_last(callbacks) != OPTIONS_FILE:
+    if (folder / OPTIONS_FILE).is_file() and not any(isinstance(item, SparsificationCallback) for item in callbacks):
         raise ValueError(
             f"{folder} is of a run that prunes S, which this one would not: resume with the SparsificationCallback "
             f"that the run began with (its options are in {OPTIONS_FILE})."
         )
-
-
-def written_last(callbacks: Iterable[TrainerCallback]) -> str:
-    """Return the file that a Trainer with these callbacks writes last into a checkpoint."""
-    pruned = any(isinstance(callback, SparsificationCallback) for callback in callbacks)
-    return OPTIONS_FILE if pruned else TRAINER_STATE_NAME
 
 
 def _newest_first(output_dir: Path) -> list[Path]:
@@ -148,12 +214,3 @@ def _weights(folder: Path, adapted: bool) -> Iterator[tuple[str, Any]]:
         with safe_open(file, framework="pt") as part:
             for name in part.keys():  # noqa: SIM118, it is no dictionary
                 yield name, part
-
-
-def _is_finite(folder: Path) -> bool:
-    """Return whether weights are readable and finite; those in parts, one per process, are taken to be."""
-    adapted = (folder / "adapter_config.json").is_file()
-    try:
-        return all(bool(part.get_tensor(name).isfinite().all()) for name, part in _weights(folder, adapted))
-    except (SafetensorError, OSError):
-        return False

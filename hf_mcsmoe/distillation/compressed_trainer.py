@@ -10,22 +10,18 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_mcsmoe.distillation.checkpoints import (
-    check_checkpoint,
-    check_pruning,
-    is_checkpoint,
-    last_checkpoint,
-    written_last,
-)
+from hf_mcsmoe.distillation.checkpoints import check_checkpoint, check_pruning, is_checkpoint, last_checkpoint
+from hf_mcsmoe.distillation.fingerprints import weights_fingerprint
+from hf_mcsmoe.distillation.resumable_trainer import ResumableTrainer
 from hf_mcsmoe.distillation.trainable import merged_state, student_of
 from hf_mcsmoe.modeling.auto import compression
 
 
-class CompressedModelTrainer(Trainer):
+class CompressedModelTrainer(ResumableTrainer):
     """A `Trainer` whose saved models are compressed checkpoints, with or without adapters (LoRA) in training.
 
     With adapters, a checkpoint holds them alone, to resume from; `save_model` merges them into the weights.
@@ -48,26 +44,24 @@ class CompressedModelTrainer(Trainer):
         """Whether the model is compressed, and so brings a card of its own."""
         return bool(compression(self.student))
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; a run that resumes goes on at the learning rate of its own arguments.
+    def check_resumed(self, folder: Path) -> None:
+        """Check a whole checkpoint against the model, the callbacks and the run.
 
         Raises:
-            ValueError: a checkpoint that is none, of another model, or of a run that prunes what this one would not.
-            RuntimeError: the loss, a gradient or a weight is not finite.
+            ValueError: it is of another model, another run, or one that prunes what this one would not.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_checkpoint()
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"No valid checkpoint found in output directory ({self.args.output_dir}): none was written to its "
-                    "end, so start without resume_from_checkpoint."
-                )
-        if isinstance(resume_from_checkpoint, str | Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            check_checkpoint(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
-            check_pruning(Path(resume_from_checkpoint), self.callback_handler.callbacks)
-            self.args.resume_from_checkpoint = resume_from_checkpoint  # for callbacks, which are not told
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        check_checkpoint(folder, self.accelerator.unwrap_model(self.model))
+        check_pruning(folder, self.callback_handler.callbacks)
+        super().check_resumed(folder)
+
+    def run_identity(self) -> dict[str, Any]:
+        """Return what makes another run where it differs: of adapters, the weights that they lie beside as well."""
+        identity = super().run_identity()
+        if isinstance(self.model, PeftModel):
+            weights = self.model.named_parameters()
+            frozen = ((name, value) for name, value in weights if not value.requires_grad)
+            identity["frozen weights"] = weights_fingerprint(frozen)
+        return identity
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a step.
@@ -91,15 +85,12 @@ class CompressedModelTrainer(Trainer):
             self._stop(f"The {what} is {float(value)}")
 
     def _stop(self, what: str) -> NoReturn:
-        last = self._last_checkpoint()
+        last = last_checkpoint(Path(self.args.output_dir), thorough=False).path
         start = f"resume from the last checkpoint, {last}," if last else "no checkpoint was saved yet: start again"
         raise RuntimeError(
             f"{what} at step {self.state.global_step}; {start} with a lower learning rate, or in float32 or bfloat16 "
             "instead of float16."
         )
-
-    def _last_checkpoint(self) -> Path | None:
-        return last_checkpoint(Path(self.args.output_dir), written_last(self.callback_handler.callbacks))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Take up the optimizer and the schedule of a checkpoint, but not its learning rate, as a Trainer would."""

@@ -6,12 +6,13 @@ import torch
 from transformers import Seq2SeqTrainer
 
 from hf_mcsmoe.distillation.losses import cross_entropy
+from hf_mcsmoe.distillation.resumable_trainer import ResumableTrainer
 
 # The routers' losses in a model's outputs, on each of its sides, and where its configuration weighs them.
 ROUTER_LOSSES = {"z_loss": "router_z_loss_coef", "aux_loss": "router_aux_loss_coef"}
 
 
-class FinetuneTrainer(Seq2SeqTrainer):
+class FinetuneTrainer(ResumableTrainer, Seq2SeqTrainer):
     """A Trainer whose loss is a mean over the labels of the accumulated batch of all processes, plus the routers' own.
 
     Switch's loss is a mean over the labels of one process's part of the batch, which the Trainer takes for this one

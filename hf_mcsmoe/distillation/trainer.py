@@ -1,5 +1,6 @@
 """Distillation of a compressed model from its original: Trainer subclasses with a KD loss (paper, section 3.1)."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sized
 from itertools import islice
@@ -16,8 +17,10 @@ from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.distillation.arguments import DistillationOptions
 from hf_mcsmoe.distillation.compressed_trainer import CompressedModelTrainer
 from hf_mcsmoe.distillation.expert_outputs import SCALE_ROWS
+from hf_mcsmoe.distillation.fingerprints import weights_fingerprint
 from hf_mcsmoe.distillation.loss import TERMS, DistillationLoss, Divisors
 from hf_mcsmoe.distillation.losses import aligned_labels
+from hf_mcsmoe.distillation.resumable_trainer import DECISIVE
 from hf_mcsmoe.distillation.teacher import load_teacher
 from hf_mcsmoe.distillation.teacher_outputs import (
     ROW,
@@ -41,6 +44,8 @@ RECORDED = (
     *("kd_weight", "kd_temperature", "hidden_weight", "expert_weight", "reference_kd"),
     *("train_parts", "freeze_routers", "lora_rank", "lora_alpha"),
 )
+# What decides on the result: all of that, and how the teacher's outputs are made.
+RESULT = (*RECORDED, "lora_targets", "teacher_dtype", "teacher_top_k")
 
 
 class DistillationTrainer(CompressedModelTrainer):
@@ -55,6 +60,8 @@ class DistillationTrainer(CompressedModelTrainer):
     of the rows to train on. With train_parts="lora" the model becomes a `PeftModel`: its checkpoints hold the adapters
     alone, to resume from; `save_model` merges them into the weights of a compressed checkpoint.
     """
+
+    decisive = (*DECISIVE, *RESULT)
 
     def __init__(
         self, model: PreTrainedModel, *args: Any, teacher: PreTrainedModel | str | Path | None = None, **kwargs: Any
@@ -269,6 +276,15 @@ class DistillationTrainer(CompressedModelTrainer):
         """Write, and push, a checkpoint whose record says how far the training is; see `CompressedModelTrainer`."""
         self._write_record()
         super()._save_checkpoint(*args, **kwargs)
+
+    def run_identity(self) -> dict[str, Any]:
+        """Return what makes another run where it differs: the teacher, or what is stored of it, as well."""
+        identity = super().run_identity()
+        if self._outputs is not None:
+            identity["teacher"] = json.dumps(self._outputs.description, sort_keys=True)
+        elif self.teacher is not None:
+            identity["teacher"] = weights_fingerprint(self.teacher.named_parameters())
+        return identity
 
     def _write_record(self) -> None:
         if self.is_compressed:

@@ -218,8 +218,10 @@ def test_a_run_goes_on_from_the_last_finite_weights_at_a_lower_learning_rate(
         return step(self, *arguments, **keywords)
 
     monkeypatch.setattr(DistillationTrainer, "training_step", observed)
-    code, out, err = run(*arguments, "--resume", "--learning-rate", "1e-4")
+    with pytest.warns(UserWarning, match=r"learning_rate: 0\.01 before, 0\.0001 now"):
+        code, out, err = run(*arguments, "--resume", "--learning-rate", "1e-4")
     assert code == 0, err
+    assert re.search(r"No run goes on from .*checkpoint-3: model\.safetensors is damaged", out)
     assert "4 steps, resumed from checkpoint-2" in out
     assert rates == pytest.approx([5e-5, 2.5e-5])  # half and a quarter of the rate are left of four steps
 
