@@ -14,6 +14,7 @@ from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.compress import compress
 from hf_mcsmoe.data.features import feature_batches, pair_features
 from hf_mcsmoe.data.tasks import Example
+from hf_mcsmoe.layers.batches import forward
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig
@@ -65,7 +66,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example
     loss = letters = right = 0.0
     for start, batch in enumerate(batches(tokenizer, examples)):
         counted = int((batch["labels"] != -100).sum())
-        loss, letters = loss + float(model(**batch).loss) * counted, letters + counted
+        loss, letters = loss + float(forward(model, batch).loss) * counted, letters + counted
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         answers = cast(Any, model).generate(
             **inputs, max_new_tokens=batch["labels"].shape[1], do_sample=False, num_beams=1
@@ -119,7 +120,7 @@ def tokens_per_second(models: dict[str, PreTrainedModel], batch: dict[str, torch
     for _ in range(9):
         for name, model in models.items():
             started = time.perf_counter()
-            model(**batch)
+            forward(model, batch)
             seconds[name].append(time.perf_counter() - started)
     return {name: tokens / min(turns) for name, turns in seconds.items()}
 

@@ -7,6 +7,7 @@ from transformers import Seq2SeqTrainer
 
 from hf_mcsmoe.distillation.losses import cross_entropy
 from hf_mcsmoe.distillation.resumable_trainer import ResumableTrainer
+from hf_mcsmoe.layers.batches import without_cache
 
 # The routers' losses in a model's outputs, on each of its sides, and where its configuration weighs them.
 ROUTER_LOSSES = {"z_loss": "router_z_loss_coef", "aux_loss": "router_aux_loss_coef"}
@@ -30,7 +31,8 @@ class FinetuneTrainer(ResumableTrainer, Seq2SeqTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss, with that of the routers in training."""
-        more = {"output_router_logits": True} if self.router_losses and model.training else {}
+        more: dict[str, Any] = without_cache(self.model)
+        more |= {"output_router_logits": True} if self.router_losses and model.training else {}
         return super().compute_loss(model, {**inputs, **more}, *args, **kwargs)
 
     def mean_loss(

@@ -18,7 +18,7 @@ from hf_mcsmoe.distillation.losses import (
     top_kl_divergence,
 )
 from hf_mcsmoe.distillation.teacher_outputs import STORED
-from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.batches import Batch, without_cache
 
 # Per term of the loss the argument that weighs it.
 TERMS = {"task_loss": None, "kd_loss": "kd_weight", "hidden_loss": "hidden_weight", "expert_loss": "expert_weight"}
@@ -106,11 +106,11 @@ class DistillationLoss:
 
     def _run(self, model: nn.Module, inside: nn.Module, inputs: Batch) -> tuple[Any, Outputs]:
         """Return the outputs of a model and of its layers of experts, as far as they are needed."""
-        more = {"output_hidden_states": True} if self.options.hidden_weight else {}
+        more = without_cache(inside) | ({"output_hidden_states": True} if self.options.hidden_weight else {})
         if self.experts is None:
-            return model(**inputs, **more), {}
+            return model(**{**inputs, **more}), {}
         with observed_outputs(inside, self.experts.layers) as layers:
-            return model(**inputs, **more), layers
+            return model(**{**inputs, **more}), layers
 
     def _reference(self, ours: Any, theirs: Any) -> torch.Tensor:
         student, teacher = ours.logits, theirs.logits.to(ours.logits.device)

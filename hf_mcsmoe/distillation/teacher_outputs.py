@@ -27,7 +27,8 @@ from transformers.data.data_collator import default_data_collator
 from hf_mcsmoe.distillation.losses import aligned_labels, top_log_probs
 from hf_mcsmoe.distillation.teacher import check_vocabulary, vocabulary_size
 from hf_mcsmoe.files import read_json, write_json
-from hf_mcsmoe.layers.batches import evaluation_mode, on_device
+from hf_mcsmoe.layers.batches import evaluation_mode, forward
+from hf_mcsmoe.layers.packing import unpacked
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 FORMAT_VERSION = 1
@@ -122,7 +123,7 @@ def _flat_labels(labels: torch.Tensor) -> np.ndarray:
 
 
 def _row_labels(teacher: PreTrainedModel, dataset: Any, number: int, collator: Collator) -> np.ndarray:
-    batch = collator([dataset[number]])
+    batch = unpacked(collator([dataset[number]]), encoder_decoder=teacher.config.is_encoder_decoder)
     if "labels" not in batch:
         raise ValueError(f"Distillation needs labels; a batch has {', '.join(batch)}.")
     return _flat_labels(aligned_labels(batch["labels"], not teacher.config.is_encoder_decoder))
@@ -184,6 +185,7 @@ def _store_rows(
     arrays: dict[str, Any],
     description: dict[str, Any],
 ) -> None:
+    batch = dict(unpacked(batch, encoder_decoder=teacher.config.is_encoder_decoder))
     labels = aligned_labels(batch["labels"], not teacher.config.is_encoder_decoder)
     here = slice(arrays["offsets"][rows.start], arrays["offsets"][rows.stop])
     if not np.array_equal(_flat_labels(labels), arrays["labels"][here]):
@@ -191,7 +193,7 @@ def _store_rows(
             f"The labels of the rows {rows.start} to {rows.stop - 1} differ from one pass to the next: a collator "
             "that draws at random has no outputs that could be stored."
         )
-    logits = teacher(**on_device(batch, teacher)).logits
+    logits = forward(teacher, batch).logits
     kept = top_log_probs(logits[labels.to(logits.device) != -100], description["temperature"], description["top_k"])
     for name, values in zip(KEPT, kept, strict=True):
         arrays[name][here] = values.cpu().numpy()
@@ -281,4 +283,5 @@ class CollatorWithOutputs:
         batch = self.collator([{name: value for name, value in row.items() if name != ROW} for row in rows])
         if "labels" not in batch:
             raise ValueError(f"Distillation needs labels; the batch has {', '.join(batch)}.")
+        batch = dict(unpacked(batch, encoder_decoder=not self.shifted))
         return {**batch, **self.outputs.of_rows(numbers, _flat_labels(aligned_labels(batch["labels"], self.shifted)))}

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,7 @@ from hf_mcsmoe.distillation.teacher_outputs import (
 from hf_mcsmoe.distillation.trainable import add_lora, choose_parameters
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.packing import unpacked
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.record import Step, public_name
@@ -154,9 +155,11 @@ class DistillationTrainer(CompressedModelTrainer):
         if ROW not in columns:
             columns.append(ROW)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
-        """Return the batches to accumulate, and count the tokens of all of them for the expert loss."""
-        batches, labels = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, *args: Any, **kwargs: Any
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Return the batches to accumulate, packed rows apart, and count their tokens for the expert loss."""
+        batches, labels = super().get_batch_samples(map(self._apart, epoch_iterator), *args, **kwargs)
         if self._loss.experts is not None:
             counts = self._loss.experts.count_tokens(batches)
             self._tokens = {side: count.to(self.args.device) for side, count in counts.items()}
@@ -165,6 +168,13 @@ class DistillationTrainer(CompressedModelTrainer):
                     side: self.accelerator.reduce(count.float(), "mean") for side, count in self._tokens.items()
                 }
         return batches, labels
+
+    def _apart(self, batch: Batch) -> dict[str, Any]:
+        return dict(unpacked(batch, encoder_decoder=not self._loss.shifted))
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        """Return a batch where the model is, with packed rows beside each other: not every family keeps them apart."""
+        return super()._prepare_inputs(self._apart(inputs))
 
     def compute_loss(
         self,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, forward, hooks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.packing import unpacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, sparse_parts
 from hf_mcsmoe.record import Costs
 
@@ -49,6 +50,7 @@ def account(
     on_disk = None if folder is None else bytes_on_disk(folder)
     if batch is None:
         return Costs(model.num_parameters(), held, on_disk)
+    batch = unpacked(batch, encoder_decoder=model.config.is_encoder_decoder)
     tokens = _positions(model, batch)
     with torch.no_grad(), evaluation_mode(model), _frozen(model):
         flops, experts = _count(model, found, batch)

@@ -12,7 +12,8 @@ from hf_mcsmoe.data.features import answer_feature, feature_batches, input_featu
 from hf_mcsmoe.data.tasks import Example, Task
 from hf_mcsmoe.data.text import Row
 from hf_mcsmoe.evaluation.metrics import METRICS, Answer, mean
-from hf_mcsmoe.layers.batches import Batch, evaluation_mode, on_device
+from hf_mcsmoe.layers.batches import Batch, evaluation_mode, forward, on_device
+from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.methods.registry import unknown
 
 WAYS = ("generation", "likelihood")
@@ -196,7 +197,7 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     if labels is None:
         mask = batch.get("attention_mask")
         labels = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
-    logits = model(**{**batch, "labels": labels}).logits
+    logits = forward(model, {**batch, "labels": labels}).logits
     if not model.config.is_encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
@@ -212,7 +213,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """
     total, tokens = 0.0, 0
     with evaluation_mode(model):
-        for batch in batches:
+        for batch in apart(model, batches):
             losses = token_losses(model, on_device(batch, model))
             counted = batch.get("labels", batch.get("attention_mask"))
             counts = torch.ones_like(batch["input_ids"]) if counted is None else counted

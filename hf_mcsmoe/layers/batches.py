@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.methods.view import Routed
 
 Batch = Mapping[str, Any]
@@ -19,12 +21,19 @@ RoutedSink = Callable[[MoELayer, Routed, torch.Tensor | None, Batch], None]
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
-    """Run the model on a batch, wherever that is, without a cache of keys and values, which only generation needs.
+    """Run the model on a batch, wherever that is, without a cache of keys and values, which only generation needs."""
+    return model(**{**on_device(batch, model), **without_cache(model)})
 
-    With a cache Transformers would take several texts packed in a row for one.
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return what a call of the model needs beside a batch for it to keep no cache: nothing where it knows of none.
+
+    With a cache Transformers takes several texts packed in a row for one. Some models hand `use_cache` on to an inner
+    one and do not name it themselves.
     """
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return model(**{**({"use_cache": False} if takes_cache else {}), **on_device(batch, model)})
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+    return {"use_cache": False} if takes_all or "use_cache" in parameters else {}
 
 
 def each(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -59,6 +68,8 @@ def run_routed(
 ) -> None:
     """Run the model of some layers over batches, and hand what each layer sees to `sink`. It is left as it was.
 
+    Rows that are packed in a batch are run beside each other, see `apart`.
+
     Args:
         layers: of one model.
         step: what is done with the model and a batch; None for a forward without gradients.
@@ -81,7 +92,7 @@ def run_routed(
     with evaluation_mode(source.model), hooks() as handles, source.streamed() as run_all:
         for layer in layers:
             handles.extend(layer.routed(on_forward(layer)))
-        run_all(run, each(batches))
+        run_all(run, apart(source.model, each(batches)))
 
 
 def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:

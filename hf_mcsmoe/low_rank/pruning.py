@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_mcsmoe.files import replaced, write_json
 from hf_mcsmoe.layers.batches import Batch, each, forward
+from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.low_rank.config import KEEP
 from hf_mcsmoe.low_rank.importance import AGGREGATES, IMPORTANCE, RowAverages, Scores, row_scores
 from hf_mcsmoe.methods.registry import method_name, unknown
@@ -87,7 +88,7 @@ def zero_shot_importance(
     _check_scored(parts, importance)
     mode = model.training
     model.eval()
-    for count, batch in enumerate(each(batches), start=1):  # noqa: B007
+    for count, batch in enumerate(apart(model, each(batches)), start=1):  # noqa: B007
         model.zero_grad(set_to_none=True)
         loss = forward(model, batch).loss
         if loss is None:
