@@ -73,7 +73,7 @@ def read_json(path: str | os.PathLike, instead: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return value
-        found = f"a {type(value).__name__}"
-    except ValueError as error:
+        found = f"it holds no object but {type(value).__name__}"
+    except (ValueError, RecursionError) as error:
         found = str(error)
     raise ValueError(f"{path} is cut off or damaged ({found}): delete it, and {instead}.")

@@ -29,7 +29,10 @@ OTHER_TOWERS = ("vision", "visual", "image", "audio", "speech", "talker")
 
 # Per class of container: adapter, and its (E, D, F). The experts interface needs no entry.
 OUTSIDE: dict[str, tuple[type[MoELayer], Callable[[Any], tuple[int, int, int]]]] = {
-    "SwitchTransformersExperts": (SwitchLayer, lambda c: (len(c), *c["expert_0"].wo.weight.shape)),
+    "SwitchTransformersExperts": (
+        SwitchLayer,
+        lambda c: (len(c), *(c["expert_0"].wo.weight.shape if len(c) else (0, 0))),
+    ),
     "Llama4TextExperts": (Llama4Layer, lambda c: (c.num_experts, c.hidden_size, c.expert_dim)),
     "JetMoeMoE": (JetMoeLayer, lambda c: (c.input_linear.num_experts, c.input_size, c.hidden_size)),
     "DbrxExperts": (DbrxLayer, lambda c: (c.num_experts, c.hidden_size, c.ffn_hidden_size)),
@@ -235,7 +238,13 @@ def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, tuple
     if entry is None and map_of(source.model, name) is not None:
         raise ValueError(f"{name!r} holds merged experts of which the configuration's `mcsmoe` says nothing.")
     original_name, expert_map = entry or (name, None)
-    return adapter(name, source, sizes[0], _top_k(source.model, name), *sizes[1:], expert_map, original_name)
+    top_k, routed = _top_k(source.model, name), len(expert_map or range(sizes[0]))
+    if min(sizes) < 1 or (top_k is not None and not 1 <= top_k <= routed):
+        raise ValueError(
+            f"{name} has {sizes[0]} experts of {sizes[1]} x {sizes[2]}, of which a token picks {top_k}: the "
+            f"configuration is damaged, a token must pick 1 to {routed}, and no size may be 0."
+        )
+    return adapter(name, source, sizes[0], top_k, *sizes[1:], expert_map, original_name)
 
 
 def _top_k(model: PreTrainedModel, name: str) -> int | None:

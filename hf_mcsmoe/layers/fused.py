@@ -26,7 +26,7 @@ def fused_sizes(experts: Any) -> tuple[int, int, int]:
     if "down_proj" in getattr(experts, "low_rank", {}):
         return (*experts.down_proj_u.shape[:2], experts.down_proj_v.shape[2])
     down = _stacked(experts, "down_proj")
-    return (len(down), *down[0].shape)
+    return (len(down), *down.shape[1:])
 
 
 def fused_views(experts: Any) -> Experts:

@@ -1,15 +1,27 @@
 """Loading a model and its tokenizer by path or Hub id, and checking where a result is to be written."""
 
+import contextlib
+import importlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from hf_mcsmoe.layers.config_file import check_config_file
 from hf_mcsmoe.modeling import modeling_mcsmoe
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 
@@ -18,36 +30,68 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class that the configuration's `architectures` names.
 
     Raises:
-        ValueError: it names none of Transformers and none of ours.
+        ValueError: it names none of Transformers and none of ours, or one that holds several models and cannot run.
     """
-    name = (config.architectures or ["(none)"])[0]
-    if name.startswith(PREFIX):
-        return getattr(modeling_mcsmoe, name)
-    found = getattr(transformers, name, None)
+    names = config.architectures or ["(none)"]
+    name = names[0] if isinstance(names, list) else names
+    ours = isinstance(name, str) and name.startswith(PREFIX)
+    found = getattr(modeling_mcsmoe if ours else transformers, str(name), None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"The configuration names the architecture {name!r}, which the installed Transformers lacks.")
+    if found.forward is nn.Module.forward:
+        raise ValueError(_without_forward(found, config))
     return found
 
 
+def _without_forward(whole: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """Say that a class cannot run by itself, and which of the models that it holds can be taken instead."""
+    found, inside = vars(importlib.import_module(whole.__module__)).values(), [type(x) for x in vars(config).values()]
+    models = [kind for kind in found if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
+    parts = [
+        kind.__name__
+        for kind in models
+        if kind.config_class in inside and kind.can_generate() and kind.config_class.model_type in CONFIG_MAPPING
+    ]
+    advice = " or ".join(f"{part}.from_pretrained(...).save_pretrained(folder)" for part in parts)
+    return f"{whole.__name__} holds several models and has no forward of its own to calibrate on: " + (
+        f"save the part with the experts by itself, with {advice}, and compress that." if parts else "unsupported."
+    )
+
+
 def load_config(name_or_path: str) -> PreTrainedConfig:
-    """Return a model's configuration.
+    """Return a model's configuration; code that lies beside it is never run.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its config.json is damaged; see `check_config_file`.
     """
+    check_config_file(name_or_path)
+    with _told_as_damage(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _told_as_damage(name_or_path: str) -> Iterator[None]:
+    """Tell of whatever values in a config.json lead to in Transformers, which takes most of them as they are."""
     try:
-        return AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        if Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~")):
-            raise ValueError(f"{name_or_path} is no folder with a model that Transformers can load: {error}") from None
-        raise ValueError(f"Found no model {name_or_path!r}, neither as a folder nor on the Hub: {error}") from None
+        yield
+    except Exception as error:
+        told = " ".join(str(error).split()) or "no value of it may be so"
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"The config.json of {name_or_path} makes no model ({kind}{told[:300]}): correct it, or download it again."
+        ) from None
 
 
 def empty_model(name_or_path: str) -> PreTrainedModel:
-    """Return a model without weights, on the meta device: its structure costs neither memory nor a download."""
+    """Return a model without weights, on the meta device: its structure costs neither memory nor a download.
+
+    Raises:
+        ValueError: see `load_config` and `model_class`.
+    """
     config = load_config(name_or_path)
-    with torch.device("meta"):
-        return model_class(config)._from_config(config)
+    kind = model_class(config)
+    with _told_as_damage(name_or_path), torch.device("meta"):
+        return kind._from_config(config)
 
 
 def load_model(name_or_path: str, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
@@ -63,6 +107,7 @@ def load_model(name_or_path: str, *, dtype: str = "auto", device_map: str | None
     """
     config = load_config(name_or_path)
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    arguments["trust_remote_code"] = False
     try:
         model, info = cast(Any, model_class(config)).from_pretrained(name_or_path, **arguments)
     except (SafetensorError, OSError, RuntimeError, EOFError, MemoryError) as error:
@@ -87,15 +132,18 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Return a model's tokenizer.
+    """Return a model's tokenizer; code that lies beside it is never run.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none that loads without code of its own.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name_or_path} has no tokenizer that loads ({error}); name one with --tokenizer.") from None
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # whatever the values in its files lead to
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"{name_or_path} has no tokenizer that loads ({told[:300]}); name one with --tokenizer."
+        ) from None
 
 
 def check_output(path: str | os.PathLike, *, overwrite: bool, needed_bytes: int) -> Path:
