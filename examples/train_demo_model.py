@@ -172,8 +172,9 @@ def train(
 
 
 def write_rewritings(path: Path, drawn: list[Rewriting]) -> None:
-    """Write rewritings as JSON Lines."""
-    path.write_text("".join(json.dumps(item) + "\n" for item in drawn), encoding="utf-8")
+    """Write rewritings as JSON Lines, with what the model reads as their `text`."""
+    rows = [{**item, "text": rewriting(**item).source} for item in drawn]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedModel
 from yaml import YAMLError
@@ -25,7 +25,7 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
     source_folder,
     source_of,
 )
-from hf_mcsmoe.record import Base, Record, cost_rows, public_name
+from hf_mcsmoe.record import Base, Record, cost_rows, public_name, quality_rows
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
 PIPELINES = {
@@ -36,6 +36,12 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForSeq2SeqLM": None,  # the Hub dropped the name
 }
+# Those that write text to text alone.
+WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+# What a card declares of its licence.
+LICENCE = ("license", "license_name", "license_link")
+# What the metadata call the figures of a stage.
+METRICS = {"loss": ("loss", "Loss"), "kl": ("kl_divergence", "KL to the original")}
 
 TEMPLATE = Template(
     """\
@@ -53,7 +59,14 @@ its choice among the original experts to the stored ones.
 {{ base }}, all of its experts kept by `hf_mcsmoe`{{ version }}
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024): none were merged.
 {%- endif %}
-{% if costs %}
+{% if quality %}
+## Quality
+
+{{ quality }}
+
+In nats per position, on {{ held_out }} that no statistic, repair or factor was fitted to.
+KL is the divergence from the original's distributions. On text of other kinds the model may lose more.
+{% endif %}{% if costs %}
 ## Costs
 
 {{ costs }}
@@ -61,9 +74,19 @@ its choice among the original experts to the stored ones.
 ## How to load
 
 ```python
+{% if writes -%}
+from transformers import {{ auto_class }}, AutoTokenizer
+
+model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{{ model_id }}", trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=50)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+{%- else -%}
 from transformers import {{ auto_class }}
 
 model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=True)
+{%- endif %}
 ```
 
 The modelling code lies beside the weights; no further package is needed. Where the package `hf_mcsmoe` is imported,
@@ -76,7 +99,8 @@ it loads without the flag.
 {% for step, method, paper in methods -%}
 | {{ step }} | {{ method }} | {{ paper }} |
 {% endfor %}
-Calibrated on {{ "{:,}".format(tokens) }} tokens. Options and groups in full: `mcsmoe_plan.json`.
+Calibrated on {{ "{:,}".format(tokens) }} tokens{% if data %} of {{ data }}{% endif %}. Options and groups in full:
+`mcsmoe_plan.json`. Made with {{ versions }}.
 {% endif %}{% if layers %}
 ## Experts per layer
 
@@ -130,7 +154,12 @@ def render(record: Record) -> str:
         if "/" in base.name
         else f"A model of type `{base.model_type}`",
         version=f" {plan['versions']['hf_mcsmoe']}" if plan else "",
+        quality=_markdown(quality_rows(record.quality)) if record.quality else "",
+        held_out=_held_out(record),
+        data=", ".join(f"`{name}`" for name in record.calibration.data),
+        versions=", ".join(f"{package} {number}" for package, number in plan.get("versions", {}).items()),
         costs=_cost_table(record),
+        writes=record.auto_class in WRITERS,
         auto_class=record.auto_class,
         model_id=MODEL_ID,
         methods=method_steps(plan["config"]) if plan else [],
@@ -149,19 +178,53 @@ def _cost_table(record: Record) -> str:
     for row in rows:
         if row[0] == "bytes on disk":
             row[-2:] = [BYTES_ON_DISK, SAVED]
+    return _markdown([head, *rows])
+
+
+def _held_out(record: Record) -> str:
+    """Return which rows were held out, as part of a sentence."""
+    data = record.calibration
+    if not data.held_out:
+        return "rows"
+    return f"{data.held_out:,} of the {data.rows:,} calibration rows"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """Return a table, its head first, whose figures are on the right."""
+    head, *rows = rows
     columns = "|---|" + "---:|" * (len(head) - 1)
     head_line, *lines = (f"| {' | '.join(row)} |" for row in (head, *rows))
     return "\n".join([head_line, columns, *lines])
 
 
 def _metadata(record: Record) -> ModelCardData:
+    sets = [name.partition(":")[0] for name in record.calibration.data if "/" in name]
+    results = _results(record)
     return ModelCardData(
+        model_name=MODEL_ID if results else None,
+        eval_results=results or None,
+        datasets=sets or None,
+        language=record.base.language or None,
         base_model=record.base.name if "/" in record.base.name else None,
         **record.base.licence,
         library_name="transformers",
         pipeline_tag=PIPELINES.get(record.auto_class),
         tags=["mcsmoe", "mixture-of-experts", "model-compression", "custom_code", "arxiv:2310.01334"],
     )
+
+
+def _results(record: Record) -> list[EvalResult]:
+    """Return what was measured of the model as it is now, where it is known on what."""
+    quality, data = record.quality.get(record.judged), record.calibration.data
+    if quality is None or not data:
+        return []
+    name = ", ".join(data)
+    task = PIPELINES.get(record.auto_class) or "text2text-generation"
+    measured = {METRICS[metric]: value for metric, value in vars(quality).items() if value is not None}
+    return [
+        EvalResult(task, data[0], f"held-out calibration rows of {name}", kind, value, metric_name=title)
+        for (kind, title), value in measured.items()
+    ]
 
 
 def method_steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -185,7 +248,9 @@ def attach_record(model: PreTrainedModel, record: Record) -> None:
 def new_record(model: PreTrainedModel, plan: dict[str, Any]) -> Record:
     """Return the record of a model that was merged just now, still called as its original."""
     source = model.name_or_path or ""
-    base = Base(public_name(source), model.config.base_model_type, source_licence(source))
+    declared = declared_by(source)
+    licence = {key: value for key, value in declared.items() if key in LICENCE}
+    base = Base(public_name(source), model.config.base_model_type, licence, _languages(declared.get("language")))
     return Record(base, loading_class(model), plan)
 
 
@@ -237,14 +302,19 @@ def loading_class(model: PreTrainedModel) -> str:
     return next((name for name in names if name in PIPELINES), names[0] if names else "AutoModel")
 
 
-def source_licence(source: str) -> dict[str, Any]:
-    """Return the licence that the source's own card declares, with its name and link; empty where it declares none."""
+def declared_by(source: str) -> dict[str, Any]:
+    """Return the metadata of the source's own card; empty where it has none that can be read."""
     folder = source_folder(source)
     card = folder / "README.md" if folder else None
     if card is None or not card.is_file():
         return {}
     try:
-        declared = ModelCard.load(card).data.to_dict()
+        return ModelCard.load(card).data.to_dict()
     except (OSError, ValueError, YAMLError):  # a card that nobody can read declares nothing
         return {}
-    return {key: declared[key] for key in ("license", "license_name", "license_link") if key in declared}
+
+
+def _languages(declared: Any) -> list[str]:
+    """Return the languages that a card declares, be it one or several."""
+    given = declared if isinstance(declared, list) else [declared]
+    return [language for language in given if isinstance(language, str)]

@@ -13,6 +13,7 @@ from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
+from hf_mcsmoe.evaluation.held_out import judge_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
@@ -42,6 +43,7 @@ def compress(
     statistics: RoutingStatistics | None = None,
     progress: Progress | None = None,
     repetitions: int = 0,
+    held_out: Iterable[Batch] | None = None,
 ) -> PreTrainedModel:
     """Return `model` with merged experts: statistics over `batches`, plan, merge (paper, section 3.1).
 
@@ -52,14 +54,17 @@ def compress(
     Args:
         batches: dictionaries for `model(**batch)`; may be empty where `statistics` are given and nothing else needs
             them.
-        repair: how merged layers are fitted to the original ones; None leaves them as merged.
+        repair: how merged layers are fitted to the original ones; None leaves them as merged (on the command line
+            the default is `RepairConfig()`, for there the original is at hand until the end).
         low_rank: how merged experts are stored as low rank + sparse; None leaves them dense.
         consume: see `merge_experts`; not together with `repair`, which needs the original, nor with what may be
             refused only after the merge (`LoSparseConfig(energy=...)` without `allow_dense`).
         statistics: sums that were collected before, instead of a pass over `batches`.
         progress: called as `progress(stage, done, total)` in the stages "statistics" (batches; the total is None for
-            an iterator), "merge" and "repair" (layers), and "low rank".
+            an iterator), "merge" and "repair" (layers), "low rank", and "measuring" (held-out batches).
         repetitions: forwards to time in each stage, of which the fastest counts; none by default.
+        held_out: batches like `batches`, but of other rows: nothing is fitted to them, and the record tells each
+            stage's loss on them and its divergence from the original.
 
     Raises:
         ValueError: see `check_options`, `collect_statistics`, `plan_merge`, `merge_experts`, `repair_experts` and
@@ -70,8 +75,6 @@ def compress(
     layers = Layers.of(model).uncompressed()
     check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
     batches, sample = _sampled(batches, keep=bool(repair or low_rank))
-    if sample is None and (repair or low_rank):
-        raise ValueError("The calibration set is empty: pass at least one batch; repair and low_rank read it.")
     if statistics is None:
         statistics = collect_statistics(layers, _with_progress(batches, progress), config.needs)
     plan = plan_merge(layers, statistics, config)
@@ -80,6 +83,7 @@ def compress(
         _check_repair_of_whole_layers(repair, low_rank)
     measure = partial(account, batch=sample, repetitions=repetitions if sample else 0)
     costs = {"before": replace(measure(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
+    judge = judge_of(layers.model, held_out, _stage("measuring", progress))
 
     merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_layers("merge", progress))
     found = Layers.of(merged)
@@ -88,18 +92,22 @@ def compress(
     def fit() -> RepairReport:
         return repair_experts(found, layers, batches, repair, progress=_layers("repair", progress))
 
+    if is_merged:
+        judge.measure("merged", merged)
     if low_rank and is_merged:
         costs["merged"] = _measured(found, measure)
     if repair and is_merged:
         report = fit()
+        judge.measure("repaired", merged)
     if low_rank:
         found = _store(found, low_rank, batches, progress)
         if repair and repair.method == "local":  # once more, with what is stored now
             report = fit()
+        judge.measure("low rank", merged)
     costs["compressed" if low_rank else "merged" if is_merged else "after"] = _measured(found, measure)
     for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank)]:
         record = record.with_step(step)
-    attach_record(merged, replace(record, costs=costs))
+    attach_record(merged, replace(record, costs=costs).with_quality(judge.quality))
     return merged
 
 
@@ -126,7 +134,7 @@ def check_options(
     chosen = check_request(layers, config)
     if low_rank:
         check_low_rank(chosen, low_rank)
-    if _merges_nothing(chosen, config):
+    if merges_nothing(layers, config):
         _check_repair_of_whole_layers(repair, low_rank)
     if consume and repair:
         raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
@@ -137,8 +145,13 @@ def check_options(
         )
 
 
-def _merges_nothing(layers: Layers, config: MergeConfig) -> bool:
-    """Tell whether every layer will keep all its experts; False where that depends on their saliency."""
+def merges_nothing(layers: Layers, config: MergeConfig) -> bool:
+    """Tell whether every layer will keep all its experts; False where that depends on their saliency.
+
+    Raises:
+        ValueError: see `check_request`.
+    """
+    layers = check_request(layers, config)
     budget, sizes = BUDGET[config.budget], [layer.num_experts for layer, *_ in layers.tied]
     if budget not in (uniform_budget, adaptive_budget):
         return False
@@ -148,18 +161,28 @@ def _merges_nothing(layers: Layers, config: MergeConfig) -> bool:
 def _check_repair_of_whole_layers(repair: RepairConfig | None, low_rank: LoSparseConfig | None) -> None:
     if repair and (low_rank is None or repair.method != "local"):
         raise ValueError(
-            f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: leave it out. Where "
+            f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: give none. Where "
             "the experts become low rank + sparse, method 'local' repairs that."
         )
 
 
 def _sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], Batch | None]:
-    """Return the batches, as a list to read more than once with `keep`, and one of them to measure costs on."""
+    """Return the batches, as a list to read more than once with `keep`, and one of them to measure costs on.
+
+    Raises:
+        ValueError: there is none to read more than once.
+    """
     if isinstance(batches, Sequence):
-        return batches, batches[len(batches) // 2] if batches else None
-    stream = iter(batches)
-    first = list(islice(stream, 1))
-    return [*first, *stream] if keep else chain(first, stream), first[0] if first else None
+        first, sample = [], batches[len(batches) // 2] if batches else None
+    else:
+        batches = iter(batches)
+        first = list(islice(batches, 1))
+        sample = first[0] if first else None
+    if keep and sample is None:
+        raise ValueError("The calibration set is empty: pass at least one batch; repair and low_rank read it.")
+    if isinstance(batches, Sequence):
+        return batches, sample
+    return [*first, *batches] if keep else chain(first, batches), sample
 
 
 def _with_progress(batches: Iterable[Batch], progress: Progress | None) -> Iterator[Batch]:
@@ -170,6 +193,11 @@ def _with_progress(batches: Iterable[Batch], progress: Progress | None) -> Itera
     for done, batch in enumerate(batches, start=1):
         yield batch
         tell("statistics", done, total)
+
+
+def _stage(stage: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    """Return what tells of a stage's steps."""
+    return None if progress is None else partial(progress, stage)
 
 
 def _layers(stage: str, progress: Progress | None) -> Callable[[str, int, int], None] | None:

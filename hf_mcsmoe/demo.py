@@ -39,7 +39,8 @@ REFINEMENTS: dict[str, dict[str, Any]] = {
 def demo_examples(name: str) -> list[Example]:
     """Return the "calibration" or the "evaluation" examples of the package: rewritings of a text, grouped by task."""
     lines = (ASSETS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [rewriting(**json.loads(line)) for line in lines]
+    rows = map(json.loads, lines)
+    return [Example(row["text"], (row["target"],), group=row["task"]) for row in rows]
 
 
 def rewriting(task: str, source: str, target: str) -> Example:

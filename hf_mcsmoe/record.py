@@ -17,12 +17,13 @@ class Base:
     """The model that was compressed.
 
     `name` is a Hub id (with a slash) or the name of a folder; `licence` holds what its card declares of `license`,
-    `license_name` and `license_link`.
+    `license_name` and `license_link`, `language` what it declares of that.
     """
 
     name: str
     model_type: str
     licence: dict[str, Any] = field(default_factory=dict)
+    language: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,29 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How a stage does on held-out calibration rows, in nats per position; None where there is no such measure.
+
+    `loss` is that of the next token, the target or the class; `kl` the divergence from the original's distributions.
+    """
+
+    loss: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model was compressed on: names of data, rows fitted to, and rows held out.
+
+    `data` are Hub ids, or the last parts of paths.
+    """
+
+    data: list[str] = field(default_factory=list)
+    rows: int = 0
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
 class Record:
     """What was done to a model, for the folder that it is saved in.
 
@@ -66,6 +90,9 @@ class Record:
         plan: the merge plan as JSON values, which has a file of its own; empty where it is not known.
         steps: what followed the merge, in order.
         costs: by stage, the original first and the model as it is now last.
+        quality: by stage, the original first; empty where no rows were held out.
+        judged: the stage of `quality` that the model as it is now is in; empty where it was changed since.
+        calibration: the data, where they are known.
         card: the model card that was rendered from all this, with places for what is known when it is saved.
     """
 
@@ -75,10 +102,17 @@ class Record:
     steps: tuple[Step, ...] = ()
     costs: dict[str, Costs] = field(default_factory=dict)
     card: str = ""
+    quality: dict[str, Quality] = field(default_factory=dict)
+    judged: str = ""
+    calibration: Calibration = field(default_factory=Calibration)
 
     def with_step(self, step: Step) -> "Record":
         """Return the record with one more step; one of the same title is replaced, and comes last."""
-        return replace(self, steps=(*(item for item in self.steps if item.title != step.title), step))
+        return replace(self, steps=(*(item for item in self.steps if item.title != step.title), step), judged="")
+
+    def with_quality(self, quality: dict[str, Quality]) -> "Record":
+        """Return the record with what was measured of each stage, the last of which is the model as it is now."""
+        return replace(self, quality=quality, judged=next(reversed(quality), ""))
 
     def with_present_costs(self, costs: Costs, stage: str = "after") -> "Record":
         """Return the record with the present costs of the model in place of those of the last stage.
@@ -122,6 +156,9 @@ class Record:
                 tuple(Step(**step) for step in content["steps"]),
                 {stage: Costs(**costs) for stage, costs in content["costs"].items()},
                 "".join(f"{line}\n" for line in content["card"]),
+                {stage: Quality(**quality) for stage, quality in content.get("quality", {}).items()},
+                content.get("judged", ""),
+                Calibration(**content.get("calibration", {})),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This is no record of a compression ({error!r}).") from None
@@ -160,6 +197,20 @@ def cost_rows(costs: Mapping[str, Costs]) -> list[list[str]]:
         if any(value is not None for value in values):
             rows.append([label, *("" if value is None else f"{value:,.0f}" for value in values), saved])
     return rows
+
+
+def quality_rows(quality: Mapping[str, Quality]) -> list[list[str]]:
+    """Return a table of loss and divergence, a column per stage; head first. What no stage measured gets no row."""
+    figures = {
+        "loss": [item.loss for item in quality.values()],
+        "KL to the original": [item.kl for item in quality.values()],
+    }
+    rows = [
+        [label, *("" if value is None else f"{value:.4g}" for value in values)]
+        for label, values in figures.items()
+        if any(value is not None for value in values)
+    ]
+    return [["", *quality], *rows]
 
 
 def public_name(name_or_path: str | None) -> str:

@@ -11,17 +11,20 @@ from merged import example
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, compress
 from hf_mcsmoe.card import record_of
-from hf_mcsmoe.record import Base, Costs, Record, Step, json_text
+from hf_mcsmoe.record import Base, Calibration, Costs, Quality, Record, Step, json_text, quality_rows
 
 BEFORE, SMALL = Costs(100, 400, 420, 9.5, {"a": 2.0}, 3.0), Costs(50, 200, 210)
 PLAN = {"model": "me/base", "layers": {"a": {"expert_map": [0, 0], "dominant": [1], "weights": [0.5, 0.5]}}}
 RECORD = Record(
-    Base("me/base", "mixtral", {"license": "mit"}),
+    Base("me/base", "mixtral", {"license": "mit"}, ["en"]),
     "AutoModelForCausalLM",
     PLAN,
     (Step("Repair", {"ridges": [1.0]}, ["Done.", "Well."], {"error": [0.5]}), Step("Distillation")),
     {"before": BEFORE, "merged": SMALL},
     "---\ntags: []\n---\n\n# Ünicode\n",
+    {"original": Quality(2.5, 0.0), "merged": Quality(None, 0.25)},
+    "merged",
+    Calibration(["me/data"], 16, 2),
 )
 
 
@@ -29,7 +32,8 @@ def test_a_record_is_read_as_it_was_written() -> None:
     text = RECORD.to_json()
     assert Record.from_json(text, json.loads(RECORD.plan_json())) == RECORD
     content = json.loads(text)
-    assert content["base"] == {"name": "me/base", "model_type": "mixtral", "licence": {"license": "mit"}}
+    base = {"name": "me/base", "model_type": "mixtral", "licence": {"license": "mit"}, "language": ["en"]}
+    assert content["base"] == base
     told = {"title": "Repair", "options": {"ridges": [1.0]}, "lines": ["Done.", "Well."], "figures": {"error": [0.5]}}
     assert content["steps"][0] == told
     del content["steps"][0]["figures"]
@@ -65,6 +69,22 @@ def test_a_step_that_is_done_again_comes_last() -> None:
     assert [step.title for step in again.steps] == ["Distillation", "Repair", "Export"]
     assert again.steps[1].lines == ["Better."]
     assert [step.title for step in RECORD.steps] == ["Repair", "Distillation"]
+
+
+def test_a_record_of_before_there_was_quality_is_read_and_a_later_step_takes_the_judgement_back() -> None:
+    content = json.loads(RECORD.to_json())
+    for key in ("quality", "judged", "calibration"):
+        del content[key]
+    old = Record.from_json(json.dumps(content), RECORD.plan)
+    assert (old.quality, old.judged, old.calibration.rows) == ({}, "", 0)
+    again = old.with_quality(RECORD.quality)
+    assert again.judged == "merged"
+    assert (again.with_step(Step("Distillation")).judged, again.quality) == ("", RECORD.quality)
+    assert quality_rows(RECORD.quality) == [
+        ["", "original", "merged"],
+        ["loss", "2.5", ""],
+        ["KL to the original", "0", "0.25"],
+    ]
 
 
 def test_present_costs_take_the_place_of_the_last_ones_where_they_differ() -> None:

@@ -11,16 +11,18 @@ from rich.markup import escape
 
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import record_of
-from hf_mcsmoe.cli.display import console, cost_table, plan_table, stage_bars
+from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.cli.display import console, cost_table, plan_table, quality_table, stage_bars
 from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, itemsize, options_of
 from hf_mcsmoe.cli.sources import Calibration
-from hf_mcsmoe.compress import check_options, chosen_repair, compress
+from hf_mcsmoe.compress import check_options, chosen_repair, compress, merges_nothing
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import saved_parameters
+from hf_mcsmoe.record import Calibration as Calibrated
+from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 
 MERGE = [
@@ -50,56 +52,91 @@ def compress_command(
     merge: MergeConfig,
     storage: Storage,
     loading: Loading,
-    repair: Annotated[str, typer.Option(help="fit merged layers to the original ones: " + ", ".join(REPAIR))] = "none",
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            help="fit merged layers to the original ones: " + ", ".join(REPAIR),
+            show_default="refit; none where no layer is merged",
+        ),
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="file of routing statistics: read if it is there, else written")
     ] = None,
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
     config = replace(selection.apply(merge), seed=calibration.seed)
-    stages: dict[str, Any] = {
-        "repair": chosen_repair(RepairConfig(method=repair)),
-        "low_rank": storage.low_rank(),
-    }
-    output, held = _check(model, config, stages, target, loading.dtype, statistics)
+    empty = empty_model(model)
+    layers = Layers.of(empty).uncompressed()
+    stages: dict[str, Any] = {"repair": _chosen(repair, layers, config), "low_rank": storage.low_rank()}
+    output, held = _check(layers, config, stages, target, loading.dtype, statistics)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or any(stages.values())
     samples = calibration.read() if reads else []
     started = time.perf_counter()
     loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map)
-    batches = calibration.batches(samples, tokenizer, loaded) if reads else []
+    batches, held_out = calibration.batches(samples, tokenizer, loaded) if reads else ([], [])
     with stage_bars() as progress:
         sums = held
         if held is not None:
-            unused = "" if batches else "; --data is not used"
+            unused = "" if batches else "; --data is not used, and nothing is measured"
             console.print(f"statistics read from {escape(str(statistics))}{unused}")
         elif statistics:
             sums = collect_statistics(loaded, progress.over("statistics", batches), config.needs)
             sums.save(statistics)
-        shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS}
+        shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
+    if batches:
+        fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
+        told = Calibrated(calibration.names, fitted + judging, judging)
+        attach_record(merged, replace(record_of(merged), calibration=told))
     merged.save_pretrained(output)
-    record = record_of(merged)
-    *_, last = record.costs
-    costs = record.costs | {last: replace(record.costs[last], bytes_on_disk=folder_bytes(output))}
     if loading.tokenizer:
         tokenizer.save_pretrained(output)
-    console.print(plan_table(record.plan))
-    console.print(cost_table(costs))
+    _show(record_of(merged), output)
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
     target.push(merged, tokenizer if loading.tokenizer else None)
 
 
+def _chosen(repair: str | None, layers: Layers, config: MergeConfig) -> RepairConfig | None:
+    """Return the repair that is asked for, or else the default where there is something to repair."""
+    if repair is not None:
+        return chosen_repair(RepairConfig(method=repair))
+    if merges_nothing(layers, config):
+        console.print("every layer keeps all its experts, so there is nothing to repair")
+        return None
+    return RepairConfig()
+
+
+def _show(record: Record, output: Path) -> None:
+    """Print what became of the layers, how the stages do on held-out rows, and what they cost."""
+    *_, last = record.costs
+    costs = record.costs | {last: replace(record.costs[last], bytes_on_disk=folder_bytes(output))}
+    console.print(plan_table(record.plan))
+    data = record.calibration
+    if record.quality:
+        rows = f"{data.held_out} of {data.rows} rows"
+        console.print(f"\nin nats per position, on {rows} that nothing was fitted to:", highlight=False)
+        console.print(quality_table(record.quality))
+        console.print()
+    elif data.rows:
+        console.print(f"{_unmeasured(data)}: neither loss nor KL to the original is known")
+    console.print(cost_table(costs))
+
+
+def _unmeasured(data: Calibrated) -> str:
+    if not data.held_out:
+        return f"{data.rows} calibration rows are too few to hold an eighth of them out"
+    return "this model tells no distribution to compare"
+
+
 def _check(
-    model: str, config: MergeConfig, stages: dict[str, Any], target: Output, dtype: str, statistics: Path | None
+    layers: Layers, config: MergeConfig, stages: dict[str, Any], target: Output, dtype: str, statistics: Path | None
 ) -> tuple[Path, RoutingStatistics | None]:
     """Check all that can be checked before weights are loaded; returns the folder to write and what a file holds."""
-    empty = empty_model(model)
-    layers = Layers.of(empty).uncompressed()
     check_options(layers, config, **stages)
     held = _read(statistics, layers.names, config) if statistics else None
-    parameters = empty.num_parameters() - saved_parameters(layers, config)
-    needed = parameters * itemsize(dtype, empty)
+    parameters = layers.model.num_parameters() - saved_parameters(layers, config)
+    needed = parameters * itemsize(dtype, layers.model)
     return check_output(target.output, overwrite=target.overwrite, needed_bytes=needed), held
 
 

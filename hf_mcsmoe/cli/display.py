@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.record import Costs, cost_rows
+from hf_mcsmoe.record import Costs, Quality, cost_rows, quality_rows
 
 console = Console()
 
@@ -96,10 +96,19 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
+def quality_table(quality: Mapping[str, Quality]) -> Table:
+    """Return loss and divergence of a model in its stages, a column each."""
+    return _table(quality_rows(quality))
+
+
 def cost_table(costs: Mapping[str, Costs]) -> Table:
     """Return the costs of a model in its stages, a column each."""
-    head, *rows = cost_rows(costs)
+    return _table(cost_rows(costs))
+
+
+def _table(rows: list[list[str]]) -> Table:
+    head, *others = rows
     table = Table(*head, box=None)
-    for row in rows:
+    for row in others:
         table.add_row(*row)
     return table

@@ -8,10 +8,18 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.options import described
-from hf_mcsmoe.data.features import Feature, calibration_batches, task_features, text_features
+from hf_mcsmoe.data.features import (
+    Feature,
+    calibration_features,
+    feature_batches,
+    split_held_out,
+    task_features,
+    text_features,
+)
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.tasks import TASKS, Task, get_task, task_rows
 from hf_mcsmoe.data.text import Sample, read_samples
+from hf_mcsmoe.record import is_repo_id, public_name
 
 TEXT_LENGTH = 512
 
@@ -24,7 +32,7 @@ class Calibration:
     column: str | None = described(None, "column of the data with the text")
     target_column: str | None = described(None, "column with the target, for encoder-decoders")
     split: str = described("train", "split of a data set")
-    num_samples: int = described(256, "calibration samples", min=1)
+    num_samples: int = described(256, "calibration samples, an eighth of them held out to judge the result", min=1)
     max_length: int = described(512, "longest sample, in tokens", min=2)
     batch_size: int = described(8, "samples per forward", min=1)
     seed: int = described(0, "seed of the samples drawn and of random methods")
@@ -37,16 +45,19 @@ class Calibration:
         """
         return read_samples(self.data, column=self.column, target_column=self.target_column, split=self.split)
 
+    @property
+    def names(self) -> list[str]:
+        """What others may know the data by: a Hub id, or the last part of a path."""
+        return [self.data if is_repo_id(self.data.partition(":")[0]) else public_name(self.data)]
+
     def batches(
         self, samples: list[Sample], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-    ) -> list[dict[str, torch.Tensor]]:
-        """Return some of the samples as batches for `model(**batch)`."""
-        lengths: dict[str, Any] = {
-            "num_samples": self.num_samples,
-            "max_length": self.max_length,
-            "batch_size": self.batch_size,
-        }
-        return calibration_batches(samples, tokenizer, model, **lengths, seed=self.seed)
+    ) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+        """Return some of the samples as batches for `model(**batch)`: those to fit to, and those held out."""
+        lengths: dict[str, Any] = {"num_samples": self.num_samples, "max_length": self.max_length, "seed": self.seed}
+        parts = split_held_out(calibration_features(samples, tokenizer, model, **lengths))
+        fitted, held_out = (feature_batches(part, tokenizer, self.batch_size, by_length=False) for part in parts)
+        return fitted, held_out
 
 
 @dataclass(frozen=True)

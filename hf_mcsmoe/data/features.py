@@ -20,6 +20,8 @@ from hf_mcsmoe.data.text import Row, Sample, check_token_ids
 
 Feature = dict[str, list[int]]
 Pair = tuple[str, str]
+# Of so many calibration rows one is held out of every fit.
+HELD_OUT = 8
 # Between texts that are read as one.
 SEPARATOR = "\n\n"
 T5_NOISE = SpanNoise()
@@ -37,6 +39,26 @@ def calibration_batches(
     noise: SpanNoise = T5_NOISE,
 ) -> list[dict[str, torch.Tensor]]:
     """Return batches [batch, length] of random samples, a row a sample, for `model(**batch)`.
+
+    Arguments and errors are those of `calibration_features`.
+    """
+    features = calibration_features(
+        samples, tokenizer, model, num_samples=num_samples, max_length=max_length, seed=seed, noise=noise
+    )
+    return feature_batches(features, tokenizer, batch_size, by_length=False)
+
+
+def calibration_features(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    *,
+    num_samples: int = 256,
+    max_length: int = 512,
+    seed: int = 0,
+    noise: SpanNoise = T5_NOISE,
+) -> list[Feature]:
+    """Return random samples as features, a row a sample, the shortest first.
 
     Args:
         samples: see `read_samples`.
@@ -63,7 +85,13 @@ def calibration_batches(
         noise=noise,
     )
     check_token_ids(max(max(feature["input_ids"]) for feature in features), model)
-    return feature_batches(features, tokenizer, batch_size, by_length=False)
+    return features
+
+
+def split_held_out(features: Sequence[Feature]) -> tuple[list[Feature], list[Feature]]:
+    """Return rows to fit to, and those held out to judge: an eighth, spread evenly; none of fewer than eight rows."""
+    held_out = features[HELD_OUT - 1 :: HELD_OUT]
+    return [row for place, row in enumerate(features, start=1) if place % HELD_OUT], list(held_out)
 
 
 def sample_features(
