@@ -14,6 +14,7 @@ from hf_mcsmoe.distillation import (
 )
 from hf_mcsmoe.layers.find import moe_layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.lora import lora_targets
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
 from hf_mcsmoe.low_rank.linear import LoSparseLinear
@@ -44,6 +45,7 @@ __all__ = [
     "compact",
     "compress",
     "decompose_experts",
+    "lora_targets",
     "merge_experts",
     "moe_layers",
     "plan_merge",

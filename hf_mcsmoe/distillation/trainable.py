@@ -6,11 +6,10 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
+from hf_mcsmoe.layers.lora import lora_targets, named_targets
 
 
 def choose_parameters(model: PreTrainedModel, parts: str, freeze_routers: bool) -> PreTrainedModel:
@@ -33,44 +32,15 @@ def choose_parameters(model: PreTrainedModel, parts: str, freeze_routers: bool) 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str] | None = None) -> PeftModel:
     """Put adapters beside the weights of a student, in place, and freeze all else.
 
-    By default on every linear layer but the routers, which keep to the original's choice, and on the experts' stacked
-    matrices. Experts that are stored as low rank + sparse are left as they are.
-
     Args:
-        targets: names of linear layers, as in `LoraConfig.target_modules`; the experts' matrices are then left out.
+        targets: names of linear layers, as in `LoraConfig.target_modules`, in place of all that `lora_targets` names.
 
     Raises:
-        ValueError: S in its training form, which nothing would train or prune, or targets that match no layer.
+        ValueError: see `lora_targets`, or targets that match no linear layer.
     """
-    if sparse_parts(model):
-        raise ValueError(
-            "With train_parts='lora' S stays frozen, so nothing tells which of its rows to prune: call compact first, "
-            "or train all or the experts."
-        )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a ratio of numbers; PEFT declares int and takes both
-        target_modules="all-linear" if targets is None else list(targets),
-        exclude_modules=_linear_in_routers(model) or None,
-        target_parameters=_stacked_matrices(model) if targets is None else None,
-    )
+    chosen = lora_targets(model) if targets is None else named_targets(model, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, **chosen)  # type: ignore[arg-type]  # PEFT declares alpha an int
     return get_peft_model(model, config)
-
-
-def _linear_in_routers(model: PreTrainedModel) -> list[str]:
-    routers = {id(module) for layer in Layers.of(model) for module in layer.router.modules()}
-    modules = model.named_modules()
-    return [name for name, module in modules if id(module) in routers and isinstance(module, nn.Linear)]
-
-
-def _stacked_matrices(model: PreTrainedModel) -> list[str]:
-    """Return the paths of the experts' matrices that lie in one parameter [E, ...], not in a module each."""
-    return [
-        f"{layer.name}.{name}"
-        for layer in Layers.of(model)
-        for name, parameter in layer.parameters
-        if parameter.ndim == 3 and name in ("gate_up_proj", "up_proj", "down_proj")
-    ]
 
 
 def student_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

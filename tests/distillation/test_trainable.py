@@ -75,7 +75,7 @@ def test_a_run_with_adapters_resumes_as_if_nothing_had_happened(name: str, tmp_p
     assert torch.equal(logits(adapted.eval(), batch), logits(whole.model.eval(), batch))
 
 
-def test_experts_of_low_rank_stay_as_they_are(tmp_path: Path) -> None:
+def test_adapters_of_low_rank_experts_lie_beside_their_factors(tmp_path: Path) -> None:
     student = compact(decompose_experts(make_student("mixtral"), LoSparseConfig(rank=2, keep=0.5), prune=True))
     before = {key: value.clone() for key, value in student.named_parameters()}
     trainer = make_trainer("mixtral", tmp_path, model=student, **LORA, learning_rate=0.1)
@@ -83,8 +83,7 @@ def test_experts_of_low_rank_stay_as_they_are(tmp_path: Path) -> None:
     trainer.save_model(tmp_path / "final")
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "final").named_parameters())
     changed = {key for key, value in loaded.items() if not torch.equal(value, before[key])}
-    assert changed
-    assert not any(".experts." in key for key in changed)
+    assert {key for key in before if ".experts." in key} <= changed
 
 
 def test_targets_may_be_named(tmp_path: Path) -> None:
