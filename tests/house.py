@@ -13,7 +13,7 @@ FLOORS = [
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],
     ["merge", "distillation"],
-    ["compress"],
+    ["compress", "report"],
     ["demo"],
     ["cli"],
 ]

@@ -1,4 +1,4 @@
-"""The command line: `hf-mcsmoe inspect`, `compress`, `distill`, `evaluate` and `demo`."""
+"""The command line: `hf-mcsmoe inspect`, `compress`, `distill`, `evaluate`, `report` and `demo`."""
 
 import sys
 import warnings
@@ -14,6 +14,7 @@ from hf_mcsmoe.cli.demo import demo_command
 from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.inspect import inspect_command
+from hf_mcsmoe.cli.report import report_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +34,7 @@ app.command("inspect")(inspect_command)
 app.command("compress")(compress_command)
 app.command("distill")(distill_command)
 app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
 app.command("demo")(demo_command)
 
 

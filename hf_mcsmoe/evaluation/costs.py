@@ -95,6 +95,21 @@ def saved_costs(model: PreTrainedModel) -> Costs:
     return Costs(parameters, size, size - unsaved)
 
 
+def layer_bytes(model: PreTrainedModel | Layers) -> dict[str, tuple[int, int]]:
+    """Return, by the original name of each layer, the bytes of its experts before the merge and as they are stored.
+
+    Those of layers that share experts are told under the first of them. Works on the meta device, without memory; what
+    the original held is taken to have had the model's present dtype.
+    """
+    layers = Layers.of(model)
+    sizes = {}
+    for layer, *_ in layers.tied:
+        stored = layer.container.state_dict().values()
+        before = layer.num_routed * _expert_parameters(layer, None, 0.0) * layers.model.dtype.itemsize
+        sizes[layer.original_name] = round(before), sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    return sizes
+
+
 def expert_parameters(model: PreTrainedModel | Layers) -> int:
     """Return the parameters in all layers of experts, those that layers share once."""
     return sum(shared[0].num_parameters for shared in Layers.of(model).tied)
