@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def read_result(folder: Path) -> Result:
         plan.fingerprint if plan else None,
         plan.config.get("similarity") if plan else None,
         record,
-        *_quality(folder),
+        _quality(folder, record),
+        record.judged if record else "",
     )
 
 
@@ -176,17 +177,12 @@ def _errors(folder: Path, record: Record | None) -> dict[str, tuple[float | None
         raise ValueError(f"{folder / RECORD_FILE} is damaged: its errors of layers are none ({error!r}).") from None
 
 
-def _quality(folder: Path) -> tuple[dict[str, dict[str, float | None]], str]:
-    """Return the measures of each stage, and the stage that the model is in."""
-    content = _parsed(folder / RECORD_FILE, json.loads) or {}
-    stages, judged = content.get("quality", {}), content.get("judged", "")
-    known = isinstance(stages, dict) and all(
-        isinstance(values, dict) and all(value is None or _is_number(value) for value in values.values())
-        for values in stages.values()
-    )
-    if not known or not isinstance(judged, str):
-        raise ValueError(f"{folder / RECORD_FILE} is damaged: its measures of quality are no numbers by stage.")
-    return stages, judged
+def _quality(folder: Path, record: Record | None) -> dict[str, dict[str, float | None]]:
+    """Return the measures of each stage."""
+    found = {stage: asdict(quality) for stage, quality in (record.quality if record else {}).items()}
+    if not all(value is None or _is_number(value) for values in found.values() for value in values.values()):
+        raise ValueError(f"{folder / RECORD_FILE} is damaged: its measures of quality are no numbers.")
+    return found
 
 
 def _is_number(value: Any) -> bool:
