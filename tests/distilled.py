@@ -74,6 +74,7 @@ def make_trainer(
     processing_class: Any = None,
     callbacks: Any = None,
     eval_dataset: Any = None,
+    compute_loss_func: Any = None,
     **options: Any,
 ) -> Any:
     """Return a trainer of two steps on the processor.
@@ -95,6 +96,7 @@ def make_trainer(
         processing_class=processing_class,
         callbacks=callbacks,
         eval_dataset=eval_dataset,
+        compute_loss_func=compute_loss_func,
     )
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.batches import Batch, forward
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.labels import labelled
 
 
 @contextlib.contextmanager
@@ -43,12 +44,13 @@ def loss_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         ValueError: the model gives none.
     """
     takes_labels = "labels" in inspect.signature(model.forward).parameters
-    if takes_labels and batch.get("labels") is None and not model.config.is_encoder_decoder and "input_ids" in batch:
+    next_token = labelled(model) == "text" and not model.config.is_encoder_decoder
+    if takes_labels and batch.get("labels") is None and next_token and "input_ids" in batch:
         labels = batch["input_ids"]
         if (mask := batch.get("attention_mask")) is not None:
             labels = labels.masked_fill(mask == 0, -100)
         batch = {**batch, "labels": labels}
-    loss = forward(model, batch).loss if takes_labels else None
+    loss = forward(model, batch).get("loss")
     if loss is None or not loss.requires_grad:
         raise ValueError(
             f"{type(model).__name__} gave no loss for a batch of {', '.join(batch)}, but a statistic reads its "

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from hf_mcsmoe.layers.labels import labelled
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.modeling.saving_mcsmoe import TOKENIZER, source_of
 
@@ -27,14 +28,15 @@ def load_teacher(
     if isinstance(teacher, str | Path):
         teacher = load_model(str(teacher), dtype=dtype, device_map=device_map)
     check_kind(student, teacher)
+    check_classes(student, teacher)
     check_vocabulary(vocabulary_size(student), vocabulary_size(teacher))
     check_tokenizer(student, teacher, processing_class)
     return teacher.eval().requires_grad_(False)
 
 
 def check_kind(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise ValueError where one is an encoder-decoder, or a model that writes text, and the other is not."""
-    ours, theirs = ((item.config.is_encoder_decoder, type(item).can_generate()) for item in (student, teacher))
+    """Raise ValueError where one is an encoder-decoder and the other is not, or their labels are of other kinds."""
+    ours, theirs = ((item.config.is_encoder_decoder, labelled(item)) for item in (student, teacher))
     if ours != theirs:
         raise ValueError(
             f"The teacher is a {type(teacher).__name__}, the student a {type(student).__name__}: a teacher must be "
@@ -43,8 +45,20 @@ def check_kind(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Return how many tokens a model's logits are over."""
-    return len(model.get_output_embeddings().weight)
+    """Return how many tokens a model's logits are over; of a classifier, how many it reads."""
+    embeddings: Any = model.get_output_embeddings() or model.get_input_embeddings()
+    return len(embeddings.weight)
+
+
+def check_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise ValueError where two classifiers tell other classes, or the same ones in another order."""
+    if labelled(student) in ("texts", "tokens"):
+        ours, theirs = student.config.id2label, teacher.config.id2label
+        if ours != theirs:
+            raise ValueError(
+                f"The teacher tells the classes {theirs}, the student {ours}: a teacher must be the original model of "
+                "the student, or one with the same id2label in its configuration."
+            )
 
 
 def check_vocabulary(ours: int, theirs: int) -> None:

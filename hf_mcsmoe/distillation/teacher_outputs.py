@@ -7,9 +7,6 @@ A folder holds, for N labels that count (-100 does not) of all rows one after an
 - `teacher_outputs.json`, what they were made of.
 """
 
-import hashlib
-import inspect
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,10 +21,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.data.data_collator import default_data_collator
 
+from hf_mcsmoe.distillation.fingerprints import rows_fingerprint
 from hf_mcsmoe.distillation.losses import aligned_labels, top_log_probs
 from hf_mcsmoe.distillation.teacher import check_vocabulary, vocabulary_size
 from hf_mcsmoe.files import read_json, write_json
 from hf_mcsmoe.layers.batches import evaluation_mode, forward
+from hf_mcsmoe.layers.labels import labelled
 from hf_mcsmoe.layers.packing import unpacked
 
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -64,6 +63,8 @@ def store_teacher_outputs(
         ValueError: the folder exists, rows without numbers, no labels, or a collator that draws at random.
     """
     target = Path(folder)
+    if labelled(teacher) != "text":
+        raise ValueError(f"Outputs are stored of models that write text, not of a {type(teacher).__name__}.")
     if target.exists():
         raise ValueError(f"{target} exists already; name another folder for the teacher's outputs, or remove it.")
     labels = [_row_labels(teacher, dataset, number, data_collator) for number in range(_length(dataset))]
@@ -101,20 +102,8 @@ def _length(dataset: Any) -> int:
 
 
 def data_fingerprint(dataset: Any, model: PreTrainedModel) -> str:
-    """Return a hash of all rows; lists, arrays and tensors of the same numbers count as the same.
-
-    Of a row, the columns that the model takes; all of them where it takes none, as of text that a collator encodes.
-    """
-    digest, known = hashlib.sha256(), {*inspect.signature(model.forward).parameters, "label", "label_ids"}
-    for number in range(_length(dataset)):
-        row = dict(dataset[number])
-        taken = {name: value for name, value in row.items() if name in known}
-        digest.update(json.dumps(taken or row, sort_keys=True, default=_plain).encode())
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else str(value)
+    """Return a hash of all rows, see `rows_fingerprint`."""
+    return rows_fingerprint(dataset, model, range(_length(dataset)))
 
 
 def _flat_labels(labels: torch.Tensor) -> np.ndarray:

@@ -18,8 +18,7 @@ from hf_mcsmoe.distillation.arguments import DistillationOptions
 from hf_mcsmoe.distillation.compressed_trainer import CompressedModelTrainer
 from hf_mcsmoe.distillation.expert_outputs import SCALE_ROWS
 from hf_mcsmoe.distillation.fingerprints import weights_fingerprint
-from hf_mcsmoe.distillation.loss import TERMS, DistillationLoss, Divisors
-from hf_mcsmoe.distillation.losses import aligned_labels
+from hf_mcsmoe.distillation.loss import TERMS, DistillationLoss, Divisors, TaskLoss
 from hf_mcsmoe.distillation.resumable_trainer import DECISIVE
 from hf_mcsmoe.distillation.teacher import load_teacher
 from hf_mcsmoe.distillation.teacher_outputs import (
@@ -75,16 +74,8 @@ class DistillationTrainer(CompressedModelTrainer):
             ValueError: a student that is not compressed, no teacher or one of another kind, vocabulary or tokenizer,
                 an empty training set, stored outputs of another data set, vocabulary or temperature.
         """
-        options = kwargs.get("args") or (args[0] if args else None)
-        if not isinstance(options, DistillationOptions):
-            raise TypeError(f"args must be DistillationArguments or DistillationSeq2SeqArguments, not {options!r}.")
-        if not compression(model) and not options.allow_uncompressed:
-            raise ValueError(
-                f"{type(model).__name__} is not compressed: merge its experts first, or set allow_uncompressed."
-            )
-        outputs = _stored_before(options.teacher_outputs)
-        if outputs is None and teacher is None:
-            raise ValueError("A distillation needs a teacher, or teacher_outputs that were stored before.")
+        options: Any = kwargs.get("args") or (args[0] if args else None)
+        outputs = _checked_outputs(options, model, teacher)
         self._loss = DistillationLoss(options, model, None)
         if outputs is None:
             dtype, device_map = options.teacher_dtype, options.teacher_device_map
@@ -96,6 +87,11 @@ class DistillationTrainer(CompressedModelTrainer):
         else:
             trained = choose_parameters(model, options.train_parts, options.freeze_routers)
         super().__init__(trained, *args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process would train on {self.args.n_gpu} GPUs (DataParallel), which the loss is not made for: "
+                "start with torchrun or accelerate launch, or let it see one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
             raise ValueError("The training set is empty: pass at least one row.")
         # The loss below divides by the labels of the whole accumulated batch, which Trainer counts for such models.
@@ -170,7 +166,7 @@ class DistillationTrainer(CompressedModelTrainer):
         return batches, labels
 
     def _apart(self, batch: Batch) -> dict[str, Any]:
-        return dict(unpacked(batch, encoder_decoder=not self._loss.shifted))
+        return dict(unpacked(batch, encoder_decoder=self._loss.encoder_decoder))
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
         """Return a batch where the model is, with packed rows beside each other: not every family keeps them apart."""
@@ -188,14 +184,14 @@ class DistillationTrainer(CompressedModelTrainer):
         Raises:
             ValueError: inputs without labels, none that counts in the whole batch, or nothing of the teacher.
         """
-        if "labels" not in inputs:
-            raise ValueError(f"Distillation needs labels; the batch has {', '.join(inputs)}.")
+        if lacking := [name for name in self._loss.needed() if inputs.get(name) is None]:
+            raise ValueError(f"Distillation needs {' and '.join(lacking)}; the batch has {', '.join(inputs)}.")
         if model.training and self.teacher is None and STORED[0] not in inputs:
             raise ValueError("The batch brings no stored teacher outputs: take it from get_train_dataloader().")
         self._measure_experts(inputs)
         divisors = self._divisors(inputs, num_items_in_batch, model.training)
-        terms, outputs = self._loss(model, self.student, inputs, divisors)
-        rows = 1 if model.training else len(inputs["labels"])
+        terms, outputs = self._loss(model, self.student, inputs, divisors, self._task_loss(num_items_in_batch))
+        rows = 1 if model.training else len(inputs[self._loss.needed()[0]])
         sums = self._terms if model.training else self._evaluated
         for name, value in terms.items():
             sums[name] += value.detach() * rows
@@ -204,9 +200,17 @@ class DistillationTrainer(CompressedModelTrainer):
         loss = self._loss.total(terms)
         return (loss, outputs) if return_outputs else loss
 
+    def _task_loss(self, num_items: torch.Tensor | int | None) -> TaskLoss | None:
+        """Return `compute_loss_func`, called as a Trainer does, or None where the model's own loss counts."""
+        function: Any = self.compute_loss_func
+        if function is None:
+            return None
+        averaged = num_items is not None and self.args.average_tokens_across_devices
+        scale = self.accelerator.num_processes if averaged else 1
+        return lambda outputs, labels: function(outputs, labels, num_items_in_batch=num_items) * scale
+
     def _divisors(self, inputs: Batch, num_items: torch.Tensor | int | None, training: bool) -> Divisors:
-        counted = aligned_labels(inputs["labels"], self._loss.shifted) != -100
-        total = counted.sum() if num_items is None else torch.as_tensor(num_items)
+        total = self._loss.count(self.student, inputs) if num_items is None else torch.as_tensor(num_items)
         if not total and training:
             raise ValueError("No label of the batch counts (all are -100): the loss would be empty. Check the data.")
         tokens = {}
@@ -218,6 +222,9 @@ class DistillationTrainer(CompressedModelTrainer):
             total = total / self.accelerator.num_processes
         # Known within `train` only, and needed by the form that is no mean over labels.
         batches = self.current_gradient_accumulation_steps if training and self.args.reference_kd else 1
+        if num_items is None and training and self.compute_loss_func is not None:
+            # Then the Trainer leaves it to us to divide by the batches that are accumulated.
+            total = total * self.current_gradient_accumulation_steps
         return Divisors(total, tokens, batches)
 
     def _measure_experts(self, batch: Batch | None = None) -> None:
@@ -328,8 +335,21 @@ class DistillationTrainer(CompressedModelTrainer):
         return Step("Distillation", options, lines)
 
 
-def _stored_before(folder: str | None) -> TeacherOutputs | None:
-    return TeacherOutputs(folder) if folder is not None and Path(folder).exists() else None
+def _checked_outputs(options: Any, model: PreTrainedModel, teacher: Any) -> TeacherOutputs | None:
+    """Check what a trainer is given; returns the teacher's outputs where they were stored before."""
+    if not isinstance(options, DistillationOptions):
+        raise TypeError(f"args must be DistillationArguments or DistillationSeq2SeqArguments, not {options!r}.")
+    if not compression(model) and not options.allow_uncompressed:
+        raise ValueError(
+            f"{type(model).__name__} is not compressed: merge its experts first, or set allow_uncompressed."
+        )
+    if teacher is model:
+        raise ValueError("The teacher is the student itself, and would be trained: pass the original model.")
+    folder = options.teacher_outputs
+    outputs = TeacherOutputs(folder) if folder is not None and Path(folder).exists() else None
+    if outputs is None and teacher is None:
+        raise ValueError("A distillation needs a teacher, or teacher_outputs that were stored before.")
+    return outputs
 
 
 class DistillationSeq2SeqTrainer(DistillationTrainer, Seq2SeqTrainer):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.layers.labels import labels_are_of_tokens
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.methods.view import Routed
@@ -107,7 +108,7 @@ def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]
     masks = {}
     for side, names in names_of_sides.items():
         given = {name: batch[name] for name in names if batch.get(name) is not None}
-        if "labels" in given and given["labels"].ndim == 1:  # one label a text, as for classification
+        if "labels" in given and not labels_are_of_tokens(model, batch):
             del given["labels"]
         if "decoder_attention_mask" in given and inputs is not None:
             # A block diffusion model's covers the prompt before its canvas as well.
