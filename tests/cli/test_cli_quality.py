@@ -75,7 +75,7 @@ def test_it_repairs_by_default_and_tells_loss_and_divergence_of_rows_that_no_fit
         for model in kept
     )
     expected = float((before.exp() * (before - after)).sum(-1).mean())
-    assert record.quality["repaired"].kl == pytest.approx(expected, rel=1e-4)
+    assert record.quality["repaired"].kl == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 def _counted(model: Any, batch: Any) -> torch.Tensor:
