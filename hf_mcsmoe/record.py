@@ -93,6 +93,8 @@ class Record:
         quality: by stage, the original first; empty where no rows were held out.
         judged: the stage of `quality` that the model as it is now is in; empty where it was changed since.
         calibration: the data, where they are known.
+        recipe: the options of the command that made the model, as YAML, which have a file of their own; empty where
+            another made it, or it was changed since.
         card: the model card that was rendered from all this, with places for what is known when it is saved.
     """
 
@@ -105,10 +107,12 @@ class Record:
     quality: dict[str, Quality] = field(default_factory=dict)
     judged: str = ""
     calibration: Calibration = field(default_factory=Calibration)
+    recipe: str = ""
 
     def with_step(self, step: Step) -> "Record":
         """Return the record with one more step; one of the same title is replaced, and comes last."""
-        return replace(self, steps=(*(item for item in self.steps if item.title != step.title), step), judged="")
+        steps = (*(item for item in self.steps if item.title != step.title), step)
+        return replace(self, steps=steps, judged="", recipe="")
 
     def with_quality(self, quality: dict[str, Quality]) -> "Record":
         """Return the record with what was measured of each stage, the last of which is the model as it is now."""
@@ -126,8 +130,8 @@ class Record:
         return replace(self, costs={name: self.costs[name] for name in earlier} | {stage: costs})
 
     def to_json(self) -> str:
-        """Return all but the plan as JSON text; of the card, a line each."""
-        values = {key: value for key, value in asdict(self).items() if key != "plan"}
+        """Return all but the plan and the recipe as JSON text; of the card, a line each."""
+        values = {key: value for key, value in asdict(self).items() if key not in ("plan", "recipe")}
         values["card"] = self.card.splitlines()
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **values}, indent=2) + "\n"
 

@@ -14,6 +14,7 @@ from hf_mcsmoe.cli.demo import demo_command
 from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.inspect import inspect_command
+from hf_mcsmoe.cli.recipe import with_recipe
 from hf_mcsmoe.cli.report import report_command
 
 app = typer.Typer(
@@ -30,12 +31,12 @@ def _options_of_all(
     """Merge the experts of Mixture-of-Experts models (M-SMoE) into checkpoints that load anywhere."""
 
 
-app.command("inspect")(inspect_command)
-app.command("compress")(compress_command)
-app.command("distill")(distill_command)
-app.command("evaluate")(evaluate_command)
-app.command("report")(report_command)
-app.command("demo")(demo_command)
+app.command("inspect")(with_recipe("inspect", inspect_command))
+app.command("compress")(with_recipe("compress", compress_command))
+app.command("distill")(with_recipe("distill", distill_command))
+app.command("evaluate")(with_recipe("evaluate", evaluate_command))
+app.command("report")(with_recipe("report", report_command))
+app.command("demo")(with_recipe("demo", demo_command))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table, plan_table, quality_table, stage_bars
 from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, itemsize, options_of
+from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.compress import check_options, chosen_repair, compress, merges_nothing
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
@@ -62,6 +63,7 @@ def compress_command(
     statistics: Annotated[
         Path | None, typer.Option(help="file of routing statistics: read if it is there, else written")
     ] = None,
+    recipe: dict[str, Any] | None = None,
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
     config = replace(selection.apply(merge), seed=calibration.seed)
@@ -85,10 +87,12 @@ def compress_command(
             sums.save(statistics)
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
-    if batches:
-        fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
-        told = Calibrated(calibration.names, fitted + judging, judging)
-        attach_record(merged, replace(record_of(merged), calibration=told))
+    fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
+    told = Calibrated(calibration.names if batches else [], fitted + judging, judging)
+    done = {"repair": stages["repair"].method if stages["repair"] else "none"}
+    done |= {} if held else {"statistics": None}  # which others can take anew
+    text = recipe_text("compress", {**(recipe or {}), **done})
+    attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
     merged.save_pretrained(output)
     if loading.tokenizer:
         tokenizer.save_pretrained(output)

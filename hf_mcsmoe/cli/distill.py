@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table
 from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, described, itemsize, options_of
+from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.sources import Source
 from hf_mcsmoe.cli.training import (
     Training,
@@ -166,6 +167,7 @@ def distill_command(
     pruning: Pruning,
     tokenizer: Tokenizer = None,
     dtype: Annotated[str, typer.Option(help="dtype to train in; the result is saved in the student's")] = "float32",
+    recipe: dict[str, Any] | None = None,
 ) -> None:
     """Train a merged model on a task or text and on its teacher's outputs; with --rank, compress it further (MC-SMoE).
 
@@ -186,6 +188,7 @@ def distill_command(
     console.print(f"{len(run.features):,} rows, {run.arguments.max_steps:,} steps, {begin}")
     with kept_until_complete(folder, asked, checkpoint):
         model, costs = _train(run, checkpoint)
+        attach_record(model, replace(record_of(model), recipe=recipe_text("distill", recipe or {})))
         model.save_pretrained(output)
         if tokenizer:
             run.tokenizer.save_pretrained(output)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_mcsmoe.methods.config import option
+from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.methods.registry import unknown
 
 TRAIN_PARTS = ("all", "experts", "routers", "lora")
@@ -19,8 +20,10 @@ LIVE_ONLY = {
 
 
 @dataclass
-class DistillationOptions:
+class DistillationOptions(Options):
     """What distillation adds to the arguments of a Trainer."""
+
+    file_name = "mcsmoe_distillation.json"
 
     kd_weight: float = option(0.2, "weight of the divergence from the teacher")
     kd_temperature: float = option(2.0, "temperature T of both distributions")
@@ -89,7 +92,11 @@ class _WithPaperOptimiser(DistillationOptions):
 class DistillationArguments(_WithPaperOptimiser, TrainingArguments):
     """`TrainingArguments` with the options of distillation; AdamW as in the paper (eps 1e-6, betas 0.9 and 0.98)."""
 
+    to_dict = TrainingArguments.to_dict  # which a Trainer logs
+
 
 @dataclass
 class DistillationSeq2SeqArguments(_WithPaperOptimiser, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the options of distillation and the paper's optimiser."""
+
+    to_dict = TrainingArguments.to_dict  # which a Trainer logs

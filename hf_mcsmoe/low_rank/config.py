@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hf_mcsmoe.low_rank.split import FACTORISATION
 from hf_mcsmoe.methods.config import option
-from hf_mcsmoe.methods.registry import option_values, unknown
+from hf_mcsmoe.methods.options import Options
+from hf_mcsmoe.methods.registry import unknown
 
 SCOPES = ("layer", "global")
 # Share of S that is kept unless another is given (paper, section 4).
@@ -14,12 +14,14 @@ KEEP = 0.1
 
 
 @dataclass(frozen=True)
-class LoSparseConfig:
+class LoSparseConfig(Options):
     """How MC-SMoE stores merged experts as `W = U V + S`; the rank is given by exactly one of three options.
 
     Raises:
         ValueError: a number out of range, none or several of the ways to give the rank, an unknown name.
     """
+
+    file_name = "mcsmoe_low_rank.json"
 
     rank: int | None = option(None, "rank of U V, 32 unless given otherwise")
     parameter_ratio: float | None = option(None, "stored share of each matrix, U, V and kept rows together")
@@ -54,7 +56,3 @@ class LoSparseConfig:
                 f"parameter_ratio={self.parameter_ratio} is no more than keep={self.keep}, which the rows of S alone "
                 "take: raise the ratio or lower keep."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON values; a callable is written as its name."""
-        return option_values(self)

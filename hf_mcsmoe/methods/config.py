@@ -8,7 +8,8 @@ from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.budget import BUDGET
 from hf_mcsmoe.methods.grouping import GROUPING
 from hf_mcsmoe.methods.merging import MERGING
-from hf_mcsmoe.methods.registry import Registry, option_values, unknown
+from hf_mcsmoe.methods.options import Options
+from hf_mcsmoe.methods.registry import Registry, unknown
 from hf_mcsmoe.methods.saliency import SALIENCY
 from hf_mcsmoe.methods.similarity import SIMILARITY
 from hf_mcsmoe.methods.statistics import with_tokens
@@ -42,12 +43,14 @@ def help_of(item: Field) -> str:
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(Options):
     """How M-SMoE merges. Methods are given by name, or as a callable of the same signature.
 
     Raises:
         ValueError: a name that no method has, or a number out of range.
     """
+
+    file_name = "mcsmoe_merge.json"
 
     experts: int | float = option(0.5, "experts to keep: a whole number per layer on average, or a share in (0, 1]")
     budget: str | Callable = option("adaptive", "how layers share the experts", BUDGET)
@@ -87,10 +90,6 @@ class MergeConfig:
         """The statistics that the methods read, to be passed to `collect_statistics`."""
         needs = [name for stage, registry in REGISTRIES.items() for name in registry.needs(getattr(self, stage))]
         return tuple(with_tokens(needs))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON values; a callable is written as its name."""
-        return option_values(self)
 
 
 def option_help(name: str, config: type = MergeConfig) -> str:

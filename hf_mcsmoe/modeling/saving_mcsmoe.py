@@ -27,7 +27,8 @@ TOKENIZER = (
 COMPANIONS = (*TOKENIZER, "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*")
 # What a checkpoint that is merged already passes on when it is saved again.
 CARD_FILE, PLAN_FILE, RECORD_FILE = "README.md", "mcsmoe_plan.json", "mcsmoe_record.json"
-DOCUMENTS = (CARD_FILE, PLAN_FILE, RECORD_FILE)
+RECIPE_FILE = "mcsmoe_recipe.yaml"
+DOCUMENTS = (CARD_FILE, PLAN_FILE, RECORD_FILE, RECIPE_FILE)
 # Arguments of `push_to_hub` that describe the commit.
 COMMIT_ARGUMENTS = ("commit_message", "commit_description", "revision", "create_pr")
 # Stand in the card for what is known when it is saved: the name of the folder or repository, and the weights' bytes.
@@ -196,6 +197,9 @@ def _write_documents(record: Any, source: Path | None, folder: Path, model_id: s
         (folder / PLAN_FILE).write_text(record.plan_json(), encoding="utf-8")
     if record is not None:
         (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+        (folder / RECIPE_FILE).unlink(missing_ok=True)  # that of a source says nothing of what was done since
+        if record.recipe:
+            (folder / RECIPE_FILE).write_text(record.recipe, encoding="utf-8")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or a damaged one
         text, card = _filled(folder, model_id).encode(), folder / CARD_FILE
         card.write_bytes(_with_section(card.read_bytes(), text) if kept else text)

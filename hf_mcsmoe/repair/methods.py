@@ -11,7 +11,8 @@ import torch
 
 from hf_mcsmoe.calibration.inputs import MEMORY_LIMIT
 from hf_mcsmoe.methods.config import option
-from hf_mcsmoe.methods.registry import Registry, option_values
+from hf_mcsmoe.methods.options import Options
+from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.repair.fit import (
     CHUNK,
@@ -31,12 +32,14 @@ JUDGE_EVERY = 25
 
 
 @dataclass(frozen=True)
-class RepairConfig:
+class RepairConfig(Options):
     """How merged layers are repaired. The method is given by name, or as a callable of the same signature.
 
     Raises:
         ValueError: a name that no method has, or a number out of range.
     """
+
+    file_name = "mcsmoe_repair.json"
 
     method: str | Callable = option("refit", "how each merged layer is repaired: refit, local, mean_shift or none")
     joint: bool = option(False, "fit the layer's whole output with all of its experts together")
@@ -69,10 +72,6 @@ class RepairConfig:
     def is_joint(self) -> bool:
         """Whether the experts fit the layer's whole output together."""
         return self.joint or self.sequential
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON values; a callable is written as its name."""
-        return option_values(self)
 
 
 @dataclass(frozen=True)
