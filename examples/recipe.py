@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import HfArgumentParser, set_seed
 
-from hf_mcsmoe.data.features import calibration_batches, collator, pair_features
+from hf_mcsmoe.data.calibration import calibration_batches
+from hf_mcsmoe.data.features import collator, pair_features
 from hf_mcsmoe.data.tasks import TASKS, Example, Task, get_task, hold_out, task_rows
 from hf_mcsmoe.distillation.processes import check_processes, evaluate_in_processes
 from hf_mcsmoe.evaluation.quality import check_labels

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
-from hf_mcsmoe.data.features import T5_NOISE, calibration_batches
+from hf_mcsmoe.data.calibration import calibration_batches
+from hf_mcsmoe.data.features import T5_NOISE
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.text import read_samples
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_mcsmoe.data.features import calibration_batches
+from hf_mcsmoe.data.calibration import calibration_batches
 from hf_mcsmoe.data.tasks import get_task, task_rows
 from hf_mcsmoe.evaluation.costs import account, expert_parameters
 from hf_mcsmoe.evaluation.quality import WAYS

@@ -28,7 +28,8 @@ from hf_mcsmoe import (
     merge_experts,
     plan_merge,
 )
-from hf_mcsmoe.data.features import feature_batches, sample_features
+from hf_mcsmoe.data.calibration import sample_features
+from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.evaluation.costs import expert_parameters
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.repair.methods import RepairConfig

@@ -56,7 +56,7 @@ def evaluate_command(
     """Evaluate models, compressed or not, on a task or on text, and compare them in one table."""
     if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
         raise ValueError(f"--json {json_file} cannot be written: its folder is missing or closed.")
-    if by is not None and source.data is not None:
+    if by is not None and source.data:
         raise ValueError("--by goes with --task; on --data it is the loss that is measured.")
     contents = source.read(training=False)
     plans = [_plan(model, tokenizer, contents, by, batch_size, seed, dtype) for model in dict.fromkeys(models)]

@@ -1,34 +1,33 @@
 """Where commands take rows from: calibration text, a task, or text of the user's own."""
 
 from dataclasses import MISSING, dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import described
-from hf_mcsmoe.data.features import (
-    Feature,
-    calibration_features,
-    feature_batches,
-    split_held_out,
-    task_features,
-    text_features,
-)
+from hf_mcsmoe.cli.shares import Shared, counts_of, parsed
+from hf_mcsmoe.data.calibration import Drawn, draw
+from hf_mcsmoe.data.features import Feature, feature_batches, split_held_out, task_features, text_features
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.tasks import TASKS, Task, get_task, task_rows
-from hf_mcsmoe.data.text import Sample, read_samples
+from hf_mcsmoe.data.text import Sample, check_token_ids, read_samples
 from hf_mcsmoe.record import is_repo_id, public_name
 
 TEXT_LENGTH = 512
+KINDS = "a file (txt, json, jsonl, csv, parquet) or a data set (a folder or Hub id)"
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The text that a model is compressed on."""
 
-    data: str = described(MISSING, "calibration text: a file (txt, json, jsonl, csv, parquet) or a data set")
+    data: list[str] = described(MISSING, f"calibration text, {KINDS}; may be repeated, FILE:0.3 for a share")
     column: str | None = described(None, "column of the data with the text")
     target_column: str | None = described(None, "column with the target, for encoder-decoders")
     split: str = described("train", "split of a data set")
@@ -37,27 +36,54 @@ class Calibration:
     batch_size: int = described(8, "samples per forward", min=1)
     seed: int = described(0, "seed of the samples drawn and of random methods")
 
-    def read(self) -> list[Sample]:
-        """Return the samples.
+    def read(self) -> list[Shared]:
+        """Return the samples of each `--data`, with their shares of what is drawn.
 
         Raises:
-            ValueError: there is no such data, or no such column.
+            ValueError: there is no such data, no such column, or shares that do not add up.
         """
-        return read_samples(self.data, column=self.column, target_column=self.target_column, split=self.split)
+        columns = {"column": self.column, "target_column": self.target_column}
+        return [
+            Shared(name, share, read_samples(name, **columns, split=self.split)) for name, share in parsed(self.data)
+        ]
 
     @property
     def names(self) -> list[str]:
         """What others may know the data by: a Hub id, or the last part of a path."""
-        return [self.data if is_repo_id(self.data.partition(":")[0]) else public_name(self.data)]
+        given = [name for name, _ in parsed(self.data)]
+        return [name if is_repo_id(name.partition(":")[0]) else public_name(name) for name in given]
 
     def batches(
-        self, samples: list[Sample], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+        self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     ) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-        """Return some of the samples as batches for `model(**batch)`: those to fit to, and those held out."""
-        lengths: dict[str, Any] = {"num_samples": self.num_samples, "max_length": self.max_length, "seed": self.seed}
-        parts = split_held_out(calibration_features(samples, tokenizer, model, **lengths))
+        """Return some of the samples as batches for `model(**batch)`: those to fit to, and those held out.
+
+        Prints what was used of what there is.
+        """
+        drawn = self._draw(data, tokenizer, model.config.is_encoder_decoder)
+        console.print(f"calibration on {drawn}", highlight=False)
+        check_token_ids(max(max(feature["input_ids"]) for feature in drawn.features), model)
+        parts = split_held_out(drawn.features)
         fitted, held_out = (feature_batches(part, tokenizer, self.batch_size, by_length=False) for part in parts)
         return fitted, held_out
+
+    def _draw(self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> Drawn:
+        """Draw samples of each data by its share, or else of all of them alike."""
+        options: dict[str, Any] = {
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "encoder_decoder": encoder_decoder,
+        }
+        if all(part.share is None for part in data):
+            samples = [sample for part in data for sample in part.samples]
+            return draw(samples, tokenizer, num_samples=self.num_samples, **options)
+        counts = counts_of([part.share for part in data], self.num_samples)
+        drawn = [
+            draw(part.samples, tokenizer, num_samples=count, **options)
+            for part, count in zip(data, counts, strict=True)
+            if count
+        ]
+        return reduce(add, drawn)
 
 
 @dataclass(frozen=True)
@@ -65,9 +91,7 @@ class Source:
     """Where rows come from, as a user names it."""
 
     task: str | None = described(None, f"a task: {', '.join(TASKS)}")
-    data: str | None = described(
-        None, "text instead of a task: a file (txt, json, jsonl, csv, parquet) or a data set (a folder or Hub id)"
-    )
+    data: list[str] | None = described(None, f"text instead of a task: {KINDS}; may be repeated")
     data_dir: Path | None = described(
         None, "folder with the task's rows, laid out like the Hub: <organisation>/<name>; by default the Hub itself"
     )
@@ -95,7 +119,7 @@ class Source:
             ValueError: neither or both of a task and text, options of the other kind, no such task, file or split, or
                 rows that do not fit the task.
         """
-        if (self.task is None) == (self.data is None):
+        if (self.task is None) == (not self.data):
             raise ValueError("Name what to read: either --task or --data.")
         of_tasks = {"--data-dir": self.data_dir, "--file": self.file}
         of_texts = {"--column": self.column, "--target-column": self.target_column}
@@ -105,9 +129,17 @@ class Source:
             raise ValueError(f"{stray[0]} goes with {other}, which is not given.")
         if self.task is None:
             split = self.split or ("train" if training else "validation")
-            samples = read_samples(str(self.data), column=self.column, target_column=self.target_column, split=split)
+            samples = self._read_texts(split)
             return Contents(None, [], samples[: self.limit], self.max_length, self.fixed_spans)
         return self._read_task(get_task(self.task), training)
+
+    def _read_texts(self, split: str) -> list[Sample]:
+        samples: list[Sample] = []
+        for name, share in parsed(self.data or []):
+            if share is not None:
+                raise ValueError(f"--data {name}:{share:g}: all rows are read here; only compress draws by shares.")
+            samples += read_samples(name, column=self.column, target_column=self.target_column, split=split)
+        return samples
 
     def _read_task(self, task: Task, training: bool) -> "Contents":
         if self.file is not None and (self.split or self.data_dir):

@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_mcsmoe.data.chat import written
 from hf_mcsmoe.data.choices import CHOICES, choice_pairs
 from hf_mcsmoe.data.spans import SpanNoise, corrupt_spans, sentinel_token_ids
 from hf_mcsmoe.data.tasks import Task
-from hf_mcsmoe.data.text import Row, Sample, check_token_ids
+from hf_mcsmoe.data.text import Row, Sample
 
 Feature = dict[str, list[int]]
 Pair = tuple[str, str]
@@ -27,96 +28,10 @@ SEPARATOR = "\n\n"
 T5_NOISE = SpanNoise()
 
 
-def calibration_batches(
-    samples: Sequence[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    *,
-    num_samples: int = 256,
-    max_length: int = 512,
-    batch_size: int = 8,
-    seed: int = 0,
-    noise: SpanNoise = T5_NOISE,
-) -> list[dict[str, torch.Tensor]]:
-    """Return batches [batch, length] of random samples, a row a sample, for `model(**batch)`.
-
-    Arguments and errors are those of `calibration_features`.
-    """
-    features = calibration_features(
-        samples, tokenizer, model, num_samples=num_samples, max_length=max_length, seed=seed, noise=noise
-    )
-    return feature_batches(features, tokenizer, batch_size, by_length=False)
-
-
-def calibration_features(
-    samples: Sequence[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    *,
-    num_samples: int = 256,
-    max_length: int = 512,
-    seed: int = 0,
-    noise: SpanNoise = T5_NOISE,
-) -> list[Feature]:
-    """Return random samples as features, a row a sample, the shortest first.
-
-    Args:
-        samples: see `read_samples`.
-        num_samples: the paper uses 256.
-        max_length: of a text or a target, in tokens; what is longer is cut.
-        noise: how a text without a target is corrupted for an encoder-decoder.
-
-    Raises:
-        ValueError: no samples; a tokenizer with more tokens than the model has embeddings.
-    """
-    if not samples:
-        raise ValueError("There are no samples to calibrate on.")
-    drawn = random.Random(seed).sample(samples, min(num_samples, len(samples)))
-    # Of like length side by side: less padding, so less of the pass is spent on nothing.
-    drawn.sort(key=lambda sample: len(sample[0]))
-    # A copy: truncation stays set in a tokenizer that was called with it.
-    tokenizer = copy.deepcopy(tokenizer)
-    features = sample_features(
-        drawn,
-        tokenizer,
-        encoder_decoder=model.config.is_encoder_decoder,
-        max_length=max_length,
-        seed=seed,
-        noise=noise,
-    )
-    check_token_ids(max(max(feature["input_ids"]) for feature in features), model)
-    return features
-
-
 def split_held_out(features: Sequence[Feature]) -> tuple[list[Feature], list[Feature]]:
     """Return rows to fit to, and those held out to judge: an eighth, spread evenly; none of fewer than eight rows."""
     held_out = features[HELD_OUT - 1 :: HELD_OUT]
     return [row for place, row in enumerate(features, start=1) if place % HELD_OUT], list(held_out)
-
-
-def sample_features(
-    samples: Sequence[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    encoder_decoder: bool,
-    max_length: int,
-    seed: int = 0,
-    noise: SpanNoise = T5_NOISE,
-) -> list[Feature]:
-    """Return one feature a sample, in the order of the samples: what a model sees of a text, not what it is to learn.
-
-    A model without an encoder sees the text alone. An encoder-decoder gets the target; without one, spans of the text
-    are masked, as T5 is trained, where the tokenizer has sentinels, and otherwise the text is its own target.
-    """
-    texts = [text for text, _ in samples]
-    if not encoder_decoder:
-        return input_features(texts, tokenizer, max_length)
-    if samples[0][1] is None and sentinel_token_ids(tokenizer):
-        rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
-        # Seeded by the text itself: its masks are the same in any subset, order and batch size.
-        return span_features(rows, [f"{seed}:{text}" for text in texts], tokenizer, noise)
-    pairs = [(text, text if target is None else target) for text, target in samples]
-    return pair_features(pairs, tokenizer, max_length, max_length)
 
 
 def task_features(
@@ -156,14 +71,17 @@ def text_features(
 ) -> list[Feature]:
     """Return texts, or texts and their targets, as features to train on and to measure a loss on.
 
+    Conversations are texts as the tokenizer's chat template writes them.
+
     Texts without targets are read as one and cut into blocks of `max_length` tokens, in which spans are masked for an
     encoder-decoder, the same ones for the same `seed`.
 
     Raises:
-        ValueError: texts without targets for an encoder-decoder whose tokenizer has no sentinels to mask spans by.
+        ValueError: texts without targets for an encoder-decoder whose tokenizer has no sentinels to mask spans by;
+            conversations for a tokenizer without a chat template.
     """
     targets = [target for _, target in samples if target is not None]
-    texts = [text for text, _ in samples]
+    texts = [written(text, tokenizer) for text, _ in samples]
     if targets:
         if encoder_decoder:
             return pair_features(list(zip(texts, targets, strict=True)), tokenizer, max_length, max_length)
@@ -186,7 +104,7 @@ def input_features(
     """Return texts without labels, each cut to `max_length` tokens."""
     if not texts:
         return []
-    encoded = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length)
+    encoded = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length, verbose=False)
     columns = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
     return [{"input_ids": tokens, "attention_mask": mask} for tokens, mask in columns]
 
@@ -268,7 +186,7 @@ def _feature(tokens: list[int], labels: list[int]) -> Feature:
 
 
 def _blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> list[list[int]]:
-    tokens = tokenizer(SEPARATOR.join(texts), add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(SEPARATOR.join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
 

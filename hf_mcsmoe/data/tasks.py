@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hf_mcsmoe.data.text import Row, load_rows
+from hf_mcsmoe.data.readers import load_rows
+from hf_mcsmoe.data.text import Row
 from hf_mcsmoe.methods.registry import unknown
 
 

@@ -1,24 +1,22 @@
-"""Text from a file, a table or a data set of the Hub, as samples."""
+"""Text from a file, a table or a data set of the Hub, as samples. Only a string is text."""
 
-import gzip
-import json
-import re
-from collections.abc import Iterable, Mapping
-from itertools import islice
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import load_dataset
 from transformers import PreTrainedModel
 
-TABLES = {".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+from hf_mcsmoe.data.chat import COLUMNS, PAIR, Chat, chat_of, is_chat
+from hf_mcsmoe.data.readers import SUFFIXES, file_rows, folder_tables, streamed_rows
+
 # Rows of a streamed data set among which the samples are drawn.
 SHUFFLE_BUFFER = 10_000
 
-# A row of a table, by column; a text and its target, None where there is none.
+# A row of a table, by column; a text or conversation and its target, None where there is none.
 Row = Mapping[str, Any]
-Sample = tuple[str, str | None]
+Sample = tuple[str | Chat, str | None]
 
 
 def read_samples(
@@ -26,28 +24,50 @@ def read_samples(
 ) -> list[Sample]:
     """Return the (text, target) pairs of `source`; the target is None without a `target_column`.
 
+    Rows without a text, or without a target where one is named, are left out.
+
     Args:
         source: a text file (samples are paragraphs, or lines where there are no empty lines), a `.json`, `.jsonl`,
             `.csv`, `.tsv` or `.parquet` file, any of them gzipped, or a data set: a folder or Hub id, `id:config`.
-        column: the column with the text; by default `text`, or the only column of text.
+        column: the column with the text or conversation; by default `text`, else `messages` or `conversations`, else
+            `prompt` followed by `completion`, else the only column of text.
 
     Raises:
-        ValueError: no such file or data set, an empty one, one that is not text, or one without the column.
+        ValueError: no such file or data set, an empty one, one that holds something that is no text, or one without
+            the column.
     """
     path = Path(source)
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if not path.is_file():
-        rows = _dataset_rows(source, split)
-    elif suffix == ".json":
-        rows = _json_rows(path)
-    elif suffix in TABLES:
-        arguments = {"delimiter": "\t"} if suffix == ".tsv" else {}
-        rows = load_rows(TABLES[suffix], data_files=str(path), split="train", streaming=True, **arguments)
-    else:
-        rows = [{"text": text} for text in _paragraphs(_text(path))]
-    samples = _columns(rows, source, column, target_column)
+    rows = file_rows(path, split) if path.is_file() else _dataset_rows(source, split)
+    samples = samples_of(rows, source, column=column, target_column=target_column)
     if not samples:
         raise ValueError(f"{source} holds no text.")
+    return samples
+
+
+def samples_of(
+    rows: Iterable[Any], source: str, *, column: str | None = None, target_column: str | None = None
+) -> list[Sample]:
+    """Return the samples of rows: texts, conversations (lists of messages), or objects with a column of either.
+
+    Args:
+        source: what an error calls them.
+
+    Raises:
+        ValueError: rows that hold something else, which is named with its type and place, or that lack the column.
+    """
+    samples: list[Sample] = []
+    columns: tuple[str, ...] = ()
+    for number, row in enumerate(rows, start=1):
+        place = f"row {number} of {source}"
+        if isinstance(row, Mapping):
+            if not columns:
+                _check_columns(row, source, column, target_column)
+                columns = _text_columns(row, source) if column is None else (column,)
+            sample = _sample(row, place, columns, target_column)
+        else:
+            sample = (_text(row, place), None)
+        if sample is not None and sample[0]:
+            samples.append(cast(Sample, sample))
     return samples
 
 
@@ -61,76 +81,82 @@ def check_token_ids(largest: int, model: PreTrainedModel) -> None:
         )
 
 
-def _text(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error}).") from None
-
-
-def _paragraphs(text: str) -> list[str]:
-    parts = re.split(r"\n\s*\n", text) if re.search(r"\n\s*\n\s*\S", text.strip()) else text.splitlines()
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _json_rows(path: Path) -> Iterable[dict[str, Any]]:
-    """Read a JSON document: a list of texts or of rows, or texts by name, which are cut into paragraphs."""
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); JSON Lines files end in .jsonl.") from None
-    if isinstance(content, dict):
-        values = [value if isinstance(value, list) else [value] for value in content.values()]
-        content = [part for value in values for text in value for part in _paragraphs(str(text))]
-    return [row if isinstance(row, dict) else {"text": row} for row in content]
-
-
 def _dataset_rows(source: str, split: str) -> Iterable[dict[str, Any]]:
     name, _, configuration = source.partition(":")
-    if Path(source).suffix in {*TABLES, ".txt", ".json", ".gz"}:
+    if Path(source).suffix.lower() in SUFFIXES:
         raise ValueError(f"There is no file {source}.")
-    data = load_rows(name, configuration or None, split=split, streaming=True)
-    return islice(data.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER), SHUFFLE_BUFFER)
+    # Of a folder with a colon in its name the whole of it is the name.
+    name, configuration = (source, "") if Path(source).exists() else (name, configuration)
+    if Path(name).is_dir() and (tables := folder_tables(Path(name), split)):
+        return itertools.chain.from_iterable(file_rows(table, split) for table in tables)
+    return streamed_rows(name, configuration or None, split=split, shuffled=SHUFFLE_BUFFER)
 
 
-def load_rows(*arguments: Any, **keywords: Any) -> Any:
-    """Call `datasets.load_dataset`.
+def _check_columns(row: Row, source: str, column: str | None, target: str | None) -> None:
+    missing = [name for name in (column, target) if name is not None and name not in row]
+    if missing:
+        raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, row))}.")
+
+
+def _sample(row: Row, place: str, columns: tuple[str, ...], target: str | None) -> tuple[Any, str | None] | None:
+    """Return what a row holds; None where it holds no target."""
+    if columns == PAIR and target is None:
+        return _pair(row, place), None
+    column, *_ = columns
+    answer = None if target is None else row.get(target)
+    if target is not None:
+        if answer is None:
+            return None
+        if not isinstance(answer, str):
+            raise ValueError(f"Column {target!r} holds {_kind(answer)}, not text, in {place}: write targets as text.")
+    return _text(row.get(column), place, column, row.get("tools")), answer
+
+
+def _pair(row: Row, place: str) -> str | Chat:
+    """Return a prompt and its completion as one text or conversation."""
+    prompt, completion = (_text(row.get(name), place, name, row.get("tools")) for name in PAIR)
+    if isinstance(prompt, Chat) and isinstance(completion, Chat):
+        return Chat(prompt.messages + completion.messages, prompt.tools)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    raise ValueError(f"In {place} one of prompt and completion is text and the other a conversation.")
+
+
+def _text(value: Any, place: str, column: str | None = None, tools: Any = None) -> str | Chat:
+    """Return a value as the text or conversation that it is, "" for nothing.
 
     Raises:
-        ValueError: whatever went wrong in there.
+        ValueError: it is neither.
     """
-    try:
-        return load_dataset(*arguments, **keywords)
-    except Exception as error:
-        # Whatever goes wrong in there (offline, no such id, configuration or split), the way out is the same.
-        raise ValueError(
-            f"Cannot load the data set {keywords.get('data_files', arguments[0])!r}: {error} Give a file, a folder "
-            "or a Hub id, with a configuration as id:config."
-        ) from None
+    if value is None and column is not None:
+        return ""
+    if isinstance(value, str):
+        return value if value.strip() else ""
+    if is_chat(value):
+        try:
+            return chat_of(cast(Sequence[Mapping[str, Any]], value), tools)
+        except ValueError as error:
+            raise ValueError(f"In {place} {error}.") from None
+    where = f"{place[0].upper()}{place[1:]} holds" if column is None else f"Column {column!r} holds"
+    ending = "" if column is None else f", in {place}"
+    raise ValueError(f"{where} {_kind(value)}, not text or a list of messages{ending}.")
 
 
-def _columns(rows: Iterable[dict[str, Any]], source: str, column: str | None, target: str | None) -> list[Sample]:
-    samples: list[Sample] = []
-    for number, row in enumerate(rows):
-        column = column or _text_column(row, source)
-        if number == 0:
-            missing = [name for name in (column, target) if name is not None and name not in row]
-            if missing:
-                raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, row))}.")
-        if target is not None and row.get(target) is None:
-            continue
-        if isinstance(text := row.get(column), str) and text.strip():
-            samples.append((text, None if target is None else str(row[target])))
-        elif not isinstance(text, str | None):
-            raise ValueError(f"Column {column!r} of {source} holds {type(text).__name__}, not text.")
-    return samples
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
-def _text_column(row: dict[str, Any], source: str) -> str:
+def _text_columns(row: Row, source: str) -> tuple[str, ...]:
+    """Return the column with the text, or those with a prompt and its completion."""
+    for name in ("text", *COLUMNS):
+        if name in row:
+            return (name,)
+    if all(name in row for name in PAIR):
+        return PAIR
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in row or len(texts) != 1:
-        if "text" in row:
-            return "text"
-        raise ValueError(f"{source} has the columns {', '.join(map(repr, row))}: name the one with the text (column).")
-    return texts[0]
+    nested = [name for name, value in row.items() if isinstance(value, list | tuple | Mapping)]
+    if len(texts) != 1 or nested:
+        raise ValueError(
+            f"{source} has the columns {', '.join(map(repr, row))}: name the one with the text (--column, column)."
+        )
+    return (texts[0],)

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_mcsmoe.data.features import feature_batches, sample_features
+from hf_mcsmoe.data.calibration import sample_features
+from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.data.spans import corrupt_spans, sentinel_token_ids
 
 SENTINELS = list(range(1000, 1032))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from families import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_mcsmoe.data.features import calibration_batches
+from hf_mcsmoe.data.calibration import calibration_batches
+from hf_mcsmoe.data.chat import Chat
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.text import read_samples
 
@@ -18,7 +20,7 @@ ROWS = [{"question": f"what is {n}", "answer": f"it is {n}"} for n in range(5)]
 
 
 def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode())
     return str(path)
 
 
@@ -31,6 +33,18 @@ SOURCES = {
     "rows.jsonl": "\n".join(json.dumps({"text": text, "id": 1}) for text in ("one", "two", "three")),
     "rows.csv": "text,id\none,1\ntwo,2\nthree,3\n",
     "rows.tsv": "text\tid\none\t1\ntwo\t2\nthree\t3\n",
+    "CAPITALS.JSONL": '{"text": "one"}\n\n{"text": "two"}\n{"text": "three"}\n',
+    "CAPITALS.CSV": "TEXT\none\ntwo\nthree\n",
+    "texts.jsonl": '"one"\n"two"\n"three"',
+    "lines.json": '{"text": "one"}\n{"text": "two"}\n{"text": "three"}',
+    "field.json": json.dumps({"version": 1.1, "data": [{"text": text} for text in ("one", "two", "three")]}),
+    "texts_by_name.json": json.dumps({"a": ["one"], "b": ["two", "three"]}),
+    "splits.json": json.dumps({"test": [{"text": "no"}], "train": ["one", "two", "three"]}),
+    "mark.txt": "\ufeffone\r\ntwo\rthree\r\n",
+    "mark.jsonl": '\ufeff{"text": "one"}\r\n{"text": "two"}\r\n{"text": "three"}\r\n',
+    "mark.csv": "\ufefftext,id\r\none,1\r\ntwo,2\r\nthree,3\r\n",
+    "gaps.jsonl": '{"text": "one"}\n{"text": null}\n{"text": "two"}\n{"id": 3}\n{"text": " "}\n{"text": "three"}',
+    "file.log": "one\ntwo\nthree",
 }
 
 
@@ -53,6 +67,52 @@ def test_gzipped_files_and_folders_of_data_sets(tmp_path: Path) -> None:
     assert sorted(read_samples(str(folder), **options)) == sorted(expected)
 
 
+def test_cells_of_tables_are_the_text_that_stands_there(tmp_path: Path) -> None:
+    cells = [("NA", "01"), ("null", "1.50"), ("a\nb", "nan"), ("x" * 200_000, "TRUE"), ("1", "2020-01-01")]
+    table = 'q,a\nNA,01\nnull,1.50\n"a\nb",nan\n' + "x" * 200_000 + ",TRUE\n1,2020-01-01\n"
+    options = {"column": "q", "target_column": "a"}
+    assert read_samples(write(tmp_path / "a.csv", table), **options) == cells
+    assert read_samples(write(tmp_path / "a.tsv", table.replace(",", "\t")), **options) == cells
+    (tmp_path / "a.CSV.GZ").write_bytes(gzip.compress(table.encode()))
+    assert read_samples(str(tmp_path / "a.CSV.GZ"), **options) == cells
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.csv", table)
+    write(folder / "test.csv", "q,a\nno,no\n")
+    assert read_samples(str(folder), **options) == cells
+    Dataset.from_dict({"q": [q for q, _ in cells], "a": [a for _, a in cells]}).to_parquet(tmp_path / "a.parquet")
+    assert read_samples(str(tmp_path / "a.parquet"), **options) == cells
+
+
+MESSAGES = ({"role": "user", "content": "what"}, {"role": "assistant", "content": "it"})
+CHATS = {
+    "messages": {"messages": list(MESSAGES), "id": "7"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "it"}]},
+    "prompt": {"prompt": [MESSAGES[0]], "completion": [MESSAGES[1]]},
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "row.json", "rows.parquet"])
+def test_rows_of_messages_are_conversations(kind: str, name: str, tmp_path: Path) -> None:
+    row, path = CHATS[kind], tmp_path / name
+    if name == "row.json" and kind == "prompt":
+        pytest.skip("two lists by name")
+    contents = {"rows.jsonl": json.dumps(row), "rows.json": json.dumps([row, row]), "row.json": json.dumps(row)}
+    if name in contents:
+        write(path, contents[name])
+    else:
+        Dataset.from_list([row]).to_parquet(path)
+    assert all(sample == (Chat(MESSAGES), None) for sample in read_samples(str(path)))
+
+
+def test_a_prompt_and_its_completion_are_one_text_unless_a_column_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", json.dumps({"prompt": "what is", "completion": " it"}))
+    assert read_samples(path) == [("what is it", None)]
+    assert read_samples(path, column="prompt") == [("what is", None)]
+    assert read_samples(path, target_column="completion") == [("what is", " it")]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
@@ -67,6 +127,26 @@ def test_gzipped_files_and_folders_of_data_sets(tmp_path: Path) -> None:
         ("rows.jsonl", b'{"text": "a"}', {"target_column": "label"}, "no column 'label'"),
         ("two.jsonl", b'{"a": "x", "b": "y"}', {}, "name the one with the text"),
         ("numbers.jsonl", b'{"text": 3}', {"column": "text"}, "holds int, not text"),
+        ("dict.jsonl", b'{"text": "a"}\n{"text": {"en": "b"}}', {}, "'text' holds dict, not text .*, in row 2 of"),
+        ("list.json", b'["a", 3]', {}, "Row 2 of .* holds int, not text"),
+        ("null.json", b'["a", null]', {}, "Row 2 of .* holds NoneType"),
+        ("bool.jsonl", b"true", {}, "Row 1 of .* holds bool"),
+        ("target.jsonl", b'{"a": "x", "b": 1}', {"column": "a", "target_column": "b"}, "'b' holds int, .* row 1 of"),
+        ("number.json", b"3", {}, "holds int, not a list"),
+        ("columns.json", b'{"text": {"0": "a", "1": "b"}}', {}, r"an object with 'text' \(dict\)"),
+        ("lists.json", b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}', {}, "name the one to read"),
+        ("nested.json", b'[{"title": "a", "paragraphs": [{"x": 1}]}]', {}, "name the one with the text"),
+        ("pretty.jsonl", b'{\n"text": "a"\n}', {}, "Line 1 of .* ends in .json"),
+        ("wide.txt", "one two".encode("utf-16"), {}, "not a text file in UTF-8"),
+        ("wide.csv", "text\none".encode("utf-16-le"), {}, "holds zero bytes"),
+        ("latin.jsonl", '{"text": "\xe9"}'.encode("latin-1"), {}, "not a text file in UTF-8"),
+        ("cells.csv", b"text,id\none, two,3\n", {}, "Line 2 of .* has 3 cells, its head names 2"),
+        ("twice.csv", b"text,text\na,b\n", {}, "names a column twice"),
+        ("quote.csv", b'text\n"one', {}, "is not a table"),
+        ("damaged.parquet", b"PAR1nothing", {}, "Cannot load the data set"),
+        ("speaker.jsonl", b'{"conversations": [{"from": "bard", "value": "a"}]}', {}, "In row 1 of .* 'from' one of"),
+        ("silent.jsonl", b'{"messages": [{"role": "user"}]}', {}, "In row 1 of .* a role and a content"),
+        ("half.jsonl", b'{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}', {}, "one of prompt and"),
     ],
 )
 def test_wrong_sources_are_told_what_is_wrong(
