@@ -13,6 +13,7 @@ from hf_mcsmoe.distillation import (
     store_teacher_outputs,
 )
 from hf_mcsmoe.layers.find import moe_layers
+from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.lora import lora_targets
 from hf_mcsmoe.low_rank.config import LoSparseConfig
@@ -41,6 +42,7 @@ __all__ = [
     "RepairConfig",
     "RoutingStatistics",
     "SparsificationCallback",
+    "check_weights",
     "collect_statistics",
     "compact",
     "compress",

@@ -16,6 +16,7 @@ from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.evaluation.held_out import judge_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
 from hf_mcsmoe.low_rank.ranks import check_low_rank
@@ -74,6 +75,7 @@ def compress(
     config, repair = config or MergeConfig(), chosen_repair(repair)
     layers = Layers.of(model).uncompressed()
     check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
+    check_weights(layers.source)
     batches, sample = _sampled(batches, keep=bool(repair or low_rank))
     if statistics is None:
         statistics = collect_statistics(layers, _with_progress(batches, progress), config.needs)

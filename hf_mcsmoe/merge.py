@@ -17,6 +17,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
@@ -97,6 +98,7 @@ def merge_experts(
             anything is changed.
     """
     layers = Layers.of(model).uncompressed()
+    check_weights(layers.source)
     before = replace(account(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))
     result = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=progress, sink=sink)
     after = saved_costs(result)
@@ -113,7 +115,7 @@ def merge_layers(
     progress: Progress | None = None,
     sink: Sink | None = None,
 ) -> PreTrainedModel:
-    """Do what `merge_experts` does, but for the record: it is written once, when all that follows is done."""
+    """Do what `merge_experts` does to weights that were checked; the record is written once, when all else is done."""
     if sink is None:
         check_loaded(layers)
     _check_plan(layers, plan, statistics)
@@ -158,16 +160,6 @@ def _check_plan(layers: Layers, plan: MergePlan, statistics: RoutingStatistics |
             names = ", ".join(layer.name for layer in shared)
             raise ValueError(f"The layers {names} share their experts; the plan must say the same of all of them.")
     _check_sums(plan, statistics)
-    for layer in layers:
-        if layer.name in plan.layers:
-            with layer.open() as weights:
-                _check_finite(layer.name, weights)
-
-
-def _check_finite(name: str, weights: Experts) -> None:
-    for expert in range(len(weights)):
-        if not all(tensor.sum(dtype=torch.float32).isfinite() for tensor in weights.expert(expert).values()):
-            raise ValueError(f"Expert {expert} of {name} holds NaN or infinite weights; the checkpoint is damaged.")
 
 
 def _check_sums(plan: MergePlan, statistics: RoutingStatistics | None) -> None:

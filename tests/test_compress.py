@@ -216,7 +216,7 @@ def test_broken_weights_are_refused_before_anything_is_changed() -> None:
         plan = _plan("mixtral", model, experts=2)
         moe_layers(model)[2].container.down_proj.data[5, 0, 0] = value
         before = state(model)
-        with pytest.raises(ValueError, match=r"Expert 5 of model\.layers\.2\.mlp\.experts holds NaN or infinite"):
+        with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.experts\.down_proj is (nan|inf) at \[5, 0, 0\]"):
             merge_experts(model, plan, consume=True)
         assert state(model) == before
 

@@ -11,6 +11,7 @@ from hf_mcsmoe.calibration.gradients import gradients_of_experts, loss_of
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import STATISTICS, with_tokens
@@ -47,7 +48,7 @@ def collect_statistics(
         _collect_with_gradients(layers, batches, statistics, [name for name in names if name not in late], late)
     else:
         run_routed(layers, batches, lambda layer, routed, counted, _: _add(statistics, layer, routed, counted, names))
-    check_finite(statistics)
+    check_finite(statistics, layers)
     return statistics
 
 
@@ -95,11 +96,13 @@ def _collect_with_gradients(
         run_routed(layers, batches, take, step)
 
 
-def check_finite(statistics: RoutingStatistics) -> None:
-    """Raise ValueError where a sum is NaN or infinite."""
+def check_finite(statistics: RoutingStatistics, layers: Layers | None = None) -> None:
+    """Raise ValueError where a sum is NaN or infinite; where a weight of the layers' model is, name that one."""
     for layer, sums in statistics.layers.items():
         if bad := [name for name, value in sums.items() if not value.isfinite().all()]:
+            if layers is not None:
+                check_weights(layers.source)
             raise ValueError(
-                f"The router of {layer} gave values that are not finite (in {', '.join(bad)}): the model holds NaN or "
-                "overflows."
+                f"{layer} gave values that are not finite (in {', '.join(bad)}): the model overflows, or held NaN "
+                "then. Load it in bfloat16 or float32."
             )

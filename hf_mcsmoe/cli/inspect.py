@@ -1,16 +1,25 @@
 """`hf-mcsmoe inspect`."""
 
+from typing import Annotated
+
+import typer
+
 from hf_mcsmoe.cli.display import console, layer_table
 from hf_mcsmoe.cli.options import Model, Selection, options_of
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.loading import empty_model
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import check_request, saved_parameters
 
 
 @options_of(Selection, "selection")
-def inspect_command(model: Model, selection: Selection) -> None:
-    """Show a model's layers of experts and what merging them would save. Loads no weights."""
+def inspect_command(
+    model: Model,
+    selection: Selection,
+    check: Annotated[bool, typer.Option("--check", help="also read all weights of a folder, for NaN")] = False,
+) -> None:
+    """Show a model's layers of experts and what merging them would save. Loads no weights unless asked to."""
     config = selection.apply(MergeConfig())
     empty = empty_model(model)
     layers = Layers.of(empty)
@@ -18,6 +27,9 @@ def inspect_command(model: Model, selection: Selection) -> None:
     kind = empty.config.base_model_type if merged else empty.config.model_type
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if merged else ""))
     console.print(layer_table(layers))
+    if check:
+        check_weights(model)
+        console.print("all weights are finite")
     total, held = empty.num_parameters(), sum(tied[0].num_parameters for tied in layers.tied)
     console.print(f"parameters {total:,}, of them in experts {held:,} ({held / total:.1%})")
     if merged:
