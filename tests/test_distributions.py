@@ -64,7 +64,7 @@ def test_tests_run_from_the_archive(built: Path) -> None:
     script = f"import hf_mcsmoe; assert hf_mcsmoe.__file__.startswith({str(sources)!r}), hf_mcsmoe.__file__"
     done = run_python(["-c", script], sources, package=True, PYTHONPATH=str(sources))
     assert done.returncode == 0, done.stderr
-    tests = ["tests/methods", "tests/test_record.py", "tests/test_structure.py", "tests/test_plan.py"]
+    tests = ["tests/methods", "tests/test_record.py", "tests/test_structure.py", "tests/test_project.py"]
     command = ["-m", "pytest", "-p", "no:cacheprovider", *tests]
     done = run_python(command, sources, package=True, PYTHONPATH=str(sources))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
