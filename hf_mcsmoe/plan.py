@@ -1,6 +1,6 @@
 """The merge plan: which experts of which layer become one, with which weights; readable JSON."""
 
-import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import check_finite
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.files import write_text
+from hf_mcsmoe.files import read_json, write_text
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.budget import budget_total
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
@@ -48,6 +48,8 @@ class LayerPlan:
     counts: list[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("expert_map", "dominant", "weights", "similarity", "counts"):
+            _check_numbers(name, vars(self)[name])
         numbers = list(range(len(self.dominant)))
         known = all(expert in range(len(self.expert_map)) for expert in self.dominant)
         groups = [self.expert_map[expert] for expert in self.dominant] if known else None
@@ -72,6 +74,30 @@ class LayerPlan:
     def members(self, group: int) -> list[int]:
         """Return the experts of a group."""
         return [expert for expert, target in enumerate(self.expert_map) if target == group]
+
+
+# Per list of a layer's plan: the kind of its numbers, and the least.
+NUMBERS: dict[str, tuple[type, float]] = {
+    "expert_map": (int, 0),
+    "dominant": (int, -math.inf),  # that they are experts is judged with the map
+    "weights": (float, 0),
+    "similarity": (float, -math.inf),
+    "counts": (int, 0),
+}
+
+
+def _check_numbers(name: str, values: Any) -> None:
+    """Raise ValueError where a list of a layer's plan holds what is no number, or none that it can hold."""
+    if values is None and name in ("similarity", "counts"):
+        return
+    kind, least = NUMBERS[name]
+    kinds = (int,) if kind is int else (int, float)
+    known: list[Any] = (
+        [value for value in values if value is not None or name != "similarity"] if type(values) is list else [None]
+    )
+    if not all(type(value) in kinds and math.isfinite(value) and value >= least for value in known):
+        words = f"{'whole ' if kind is int else ''}numbers{'' if least else ' from 0 on'}"
+        raise ValueError(f"{name}={values!r} must be a list of {words}.")
 
 
 @dataclass(frozen=True)
@@ -120,16 +146,34 @@ class MergePlan:
         Raises:
             ValueError: the file is no plan, or of a later format.
         """
+        content = read_json(path, "make one with plan_merge")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT or content.pop("format_version") > FORMAT_VERSION:
-                raise ValueError(f"{path} is no merge plan that this version reads.")
+                raise ValueError("its format is none that this version reads")
             layers = {name: LayerPlan(**layer) for name, layer in content.pop("layers").items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            _check_provenance(content, list(layers))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            told = str(error).rstrip(".") if isinstance(error, ValueError) else repr(error)
             raise ValueError(
-                f"{path} is no merge plan, or not a whole one ({error!r}); delete it and make one with plan_merge."
+                f"{path} is no merge plan, or not a whole one ({told}); delete it and make one with plan_merge."
             ) from None
         return cls(layers, content)
+
+
+def _check_provenance(content: dict[str, Any], layer_names: list[str]) -> None:
+    """Raise ValueError, KeyError or TypeError where a plan does not say, or wrongly, where it comes from."""
+    for name in ("model", "model_type", "fingerprint"):
+        if not isinstance(content[name], str):
+            raise ValueError(f"{name}={content[name]!r} must be text")
+    if not layer_names:
+        raise ValueError("it has no layers")
+    tokens, config = content["tokens"], dict(content["config"])
+    _check_numbers("counts", [tokens[name] for name in layer_names])
+    # The name of a callable is of no method, and is judged where the plan is used.
+    own = {stage: config.pop(stage) for stage in REGISTRIES if "." in config[stage]}
+    MergeConfig(**config | {"skip": tuple(config["skip"])})
+    if not all(isinstance(name, str) for name in own.values()):
+        raise ValueError(f"config={own} must name methods")
 
 
 def plan_merge(
@@ -149,6 +193,7 @@ def plan_merge(
     if statistics.fingerprint != layers.fingerprint:
         raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")
     check_finite(statistics)
+    statistics.check({layer.name: layer.sizes for layer in layers})
     _warn_if_few_tokens(layers, statistics)
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
     sums = [statistics.together([layer.name for layer in shared]) for shared in layers.tied]

@@ -3,7 +3,9 @@
 import copy
 import functools
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -222,8 +224,79 @@ BAD_FILES = {
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_a_file_that_is_no_plan_is_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(BAD_FILES[kind])
-    with pytest.raises(ValueError, match="is no merge plan"):
+    with pytest.raises(ValueError, match=r"(is no merge plan|is cut off or damaged).* delete it,? and make one with"):
         MergePlan.load(tmp_path / "plan.json")
+
+
+def _first(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda plan: next(iter(plan["layers"].values())).update(values)
+
+
+def _config(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda plan: plan["config"].update(values)
+
+
+# What is done to a plan's JSON, and words of the refusal.
+DAMAGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (_first(expert_map=None), "expert_map=None must be a list"),
+    (_first(expert_map=[0.0] * 8), "expert_map=[0.0"),
+    (_first(expert_map=["0"] * 8), "expert_map=['0'"),
+    (_first(expert_map=[True] * 8), "expert_map=[True"),
+    (_first(expert_map=[-1] * 8), "expert_map=[-1"),
+    (_first(expert_map=[]), "must send experts to the groups"),
+    (_first(expert_map=[10**9] * 8), "must send experts to the groups"),
+    (_first(dominant="0"), "dominant='0' must be a list"),
+    (_first(dominant=[0, 0, 0, 0]), "each of dominant"),
+    (_first(dominant=[99, 1, 2, 3]), "each of dominant"),
+    (_first(weights=[2.0, -1.0] * 4), "weights=[2.0, -1.0"),
+    (_first(weights=[math.nan] * 8), "weights=[nan"),
+    (_first(weights=[math.inf] * 8), "weights=[inf"),
+    (_first(weights=["1"] * 8), "weights=['1'"),
+    (_first(weights=[1.0]), "weights=[1.0] must have one entry for each of 8 experts"),
+    (_first(counts=[-1] * 8), "counts=[-1"),
+    (_first(counts=[0.5] * 8), "counts=[0.5"),
+    (_first(similarity=["x"] * 8), "similarity=['x'"),
+    (_first(surprise=1), "surprise"),
+    (lambda plan: plan.pop("fingerprint"), "'fingerprint'"),
+    (lambda plan: plan.update(fingerprint=5), "fingerprint=5 must be text"),
+    (lambda plan: plan.pop("config"), "'config'"),
+    (lambda plan: plan.update(config=[1]), "is no merge plan"),
+    (lambda plan: plan.update(config=None), "is no merge plan"),
+    (lambda plan: plan.update(tokens={}), "is no merge plan"),
+    (lambda plan: plan.update(tokens=dict.fromkeys(plan["layers"], -5)), "counts=[-5"),
+    (lambda plan: plan.update(layers={}), "it has no layers"),
+    (lambda plan: plan.update(layers=[]), "is no merge plan"),
+    (lambda plan: plan.update(format_version=None), "is no merge plan"),
+    (lambda plan: plan.update(format_version="1"), "is no merge plan"),
+    (_config(alignment="nothing"), "Unknown alignment method 'nothing'"),
+    (_config(merging=5), "is no merge plan"),
+    (_config(reference="last"), "Unknown reference 'last'"),
+    (_config(seed="0"), "seed='0'"),
+    (_config(seed=1.5), "seed=1.5"),
+    (_config(experts=0), "experts=0"),
+    (_config(experts=math.nan), "experts=nan"),
+    (_config(surprise=1), "surprise"),
+    (lambda plan: plan["config"].pop("alignment"), "'alignment'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_plan_that_is_impossible_is_refused(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    plan = json.loads(plan_merge(_model(), _statistics(), MergeConfig(experts=4)).to_json())
+    change(plan)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        MergePlan.load(tmp_path / "plan.json")
+    assert "delete it and make one with plan_merge" in str(error.value)
+
+
+def test_a_plan_of_layers_that_the_model_has_not_is_refused() -> None:
+    plan = plan_merge(_model(), _statistics(), MergeConfig(experts=4))
+    other = replace(plan, layers={f"x.{name}": layer for name, layer in plan.layers.items()})
+    with pytest.raises(ValueError, match="made for another model; make one with plan_merge"):
+        merge_experts(_model(), other)
 
 
 INCONSISTENT = [

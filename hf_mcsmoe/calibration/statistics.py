@@ -1,20 +1,24 @@
 """Routing statistics: sums over the tokens of calibration data, additive over shards, saved as safetensors."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_mcsmoe.files import replaced
+from hf_mcsmoe.methods.registry import Method
+from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import Sums
 
 FORMAT = "mcsmoe-statistics"
 FORMAT_VERSION = 1
+DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 @dataclass
@@ -69,23 +73,81 @@ class RoutingStatistics:
         Raises:
             ValueError: the file is not such a file, of a later format, or damaged.
         """
+        metadata, tensors = _read_file(path)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} holds no routing statistics; make them with collect_statistics.")
-                version = metadata.get("format_version", "1")
-                if not version.isdecimal() or int(version) > FORMAT_VERSION:
-                    raise ValueError(
-                        f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade hf_mcsmoe "
-                        "or collect the statistics anew."
-                    )
-                layers = {name: Sums() for name in json.loads(metadata["layers"])}
-                for key in file.keys():  # noqa: SIM118
-                    layer, _, name = key.rpartition("/")
-                    layers[layer][name] = file.get_tensor(key)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} is damaged or no safetensors file ({error}); delete it and collect the statistics anew."
-            ) from None
-        return cls(metadata["fingerprint"], layers)
+            layers: dict[str, Sums] = {name: Sums() for name in json.loads(metadata["layers"])}
+            for key, value in tensors.items():
+                layer, _, name = key.rpartition("/")
+                layers[layer][name] = value
+            statistics = cls(metadata["fingerprint"], layers)
+            statistics.check()
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and collect the statistics anew.") from None
+        return statistics
+
+    def check(self, sizes: Mapping[str, Mapping[str, int]] | None = None) -> None:
+        """Check that all sums are of known statistics, and could have been summed by them.
+
+        Args:
+            sizes: of each layer, by the letters of their axes, as in `Method.axes`; None takes E from the sums.
+
+        Raises:
+            ValueError: an unknown statistic, a sum of another shape, NaN, a number below 0 where none can be, or an
+                expert that more tokens reached than there were.
+        """
+        for name, sums in self.layers.items():
+            known = sizes[name] if sizes is not None and name in sizes else _sizes(sums)
+            for key, value in sums.items():
+                _check_sum(f"{key} of {name}", STATISTICS.find(key), value, known)
+            if {"counts", "tokens"} <= sums.keys() and (sums.counts > sums.tokens).any():
+                raise ValueError(
+                    f"counts of {name} say that {int(sums.counts.max())} tokens reached an expert, of "
+                    f"{int(sums.tokens)} in all."
+                )
+
+
+def _read_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return metadata and tensors of a file of statistics.
+
+    Raises:
+        ValueError: it is no safetensors file, of something else, or of a later format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys() if metadata.get("format") == FORMAT else []  # not all of a model's weights
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}); delete it and collect the statistics anew."
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no routing statistics; make them with collect_statistics.")
+    version = metadata.get("format_version", "1")
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {version}; this version reads up to {FORMAT_VERSION}: upgrade hf_mcsmoe or collect "
+            "the statistics anew."
+        )
+    return metadata, tensors
+
+
+def _sizes(sums: Sums) -> dict[str, int]:
+    """Return E, from the first of the sums that has such an axis."""
+    axes = {name: STATISTICS.methods[name].axes for name in sums if name in STATISTICS.methods}
+    return next(({"E": len(sums[name])} for name, letters in axes.items() if letters and sums[name].ndim), {})
+
+
+def _check_sum(name: str, method: Method, value: torch.Tensor, sizes: Mapping[str, int]) -> None:
+    if not value.isfinite().all():
+        raise ValueError(f"{name} is not finite: the model holds NaN or overflows.")
+    axes = method.axes
+    if axes is None:
+        return
+    shape = tuple(sizes.get(letter, 0) for letter in axes)
+    if len(shape) != value.ndim or any(size and size != found for size, found in zip(shape, value.shape, strict=True)):
+        raise ValueError(f"{name} has the shape {tuple(value.shape)}, and should be [{', '.join(axes)}] of {sizes}.")
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} is of {value.dtype}, in which nothing is summed.")
+    if not method.signed and value.numel() and value.min() < 0:
+        raise ValueError(f"{name} holds {float(value.min())}, and is never negative.")

@@ -138,13 +138,13 @@ def _check(
 ) -> tuple[Path, RoutingStatistics | None]:
     """Check all that can be checked before weights are loaded; returns the folder to write and what a file holds."""
     check_options(layers, config, **stages)
-    held = _read(statistics, layers.names, config) if statistics else None
+    held = _read(statistics, layers, config) if statistics else None
     parameters = layers.model.num_parameters() - saved_parameters(layers, config)
     needed = parameters * itemsize(dtype, layers.model)
     return check_output(target.output, overwrite=target.overwrite, needed_bytes=needed), held
 
 
-def _read(file: Path, layer_names: list[str], config: MergeConfig) -> RoutingStatistics | None:
+def _read(file: Path, layers: Layers, config: MergeConfig) -> RoutingStatistics | None:
     """Return the statistics that a file holds; None where there is none yet.
 
     Raises:
@@ -157,11 +157,12 @@ def _read(file: Path, layer_names: list[str], config: MergeConfig) -> RoutingSta
     if not file.exists():
         return None
     statistics = RoutingStatistics.load(file)
-    if statistics.layers.keys() != set(layer_names):
+    if statistics.layers.keys() != set(layers.names):
         raise ValueError(
             f"--statistics {file} was taken from another model: it holds the layers {', '.join(statistics.layers)}, "
-            f"and this one has {', '.join(layer_names)}."
+            f"and this one has {', '.join(layers.names)}."
         )
     for sums in statistics.layers.values():
         sums.check(config.needs)
+    statistics.check({layer.name: layer.sizes for layer in layers})
     return statistics

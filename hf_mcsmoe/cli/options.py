@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -112,6 +113,8 @@ def options_of(config: type, into: str, names: list[str] | None = None) -> Calla
         @functools.wraps(command)
         def run(**given: Any) -> None:
             values = {item.name: given.pop(item.name) for item in chosen}
+            for name, value in values.items():
+                _check_finite(name, value)
             command(**given, **{into: config(**values)})
 
         own = inspect.signature(command)
@@ -122,6 +125,12 @@ def options_of(config: type, into: str, names: list[str] | None = None) -> Calla
         return run
 
     return decorate
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Raise ValueError where a number is `nan` or `inf`, which the bounds of an option let through."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--{name.replace('_', '-')} {value} is no number to compute with: give a finite one.")
 
 
 def _parameter(item: Field, hint: Any) -> inspect.Parameter:

@@ -1,10 +1,10 @@
 """Arguments of the distillation trainers: what they add to those of a Trainer."""
 
-import math
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_mcsmoe.methods.checks import check_fields
 from hf_mcsmoe.methods.config import option
 from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.methods.registry import unknown
@@ -56,13 +56,14 @@ class DistillationOptions(Options):
 
     def check(self) -> None:
         """Raise ValueError for a number out of range, a name that does not exist, or options that exclude others."""
+        check_fields(self, DistillationOptions)
         if self.train_parts not in TRAIN_PARTS:
             raise ValueError(unknown("train_parts", self.train_parts, list(TRAIN_PARTS)))
         for name in WEIGHTS:
-            if not 0 <= vars(self)[name] < math.inf:
+            if vars(self)[name] < 0:
                 raise ValueError(f"{name}={vars(self)[name]} must be finite and not negative.")
         for name in ("kd_temperature", "lora_rank", "lora_alpha", "teacher_top_k"):
-            if not 0 < vars(self)[name] < math.inf:
+            if vars(self)[name] <= 0:
                 raise ValueError(f"{name}={vars(self)[name]} must be positive and finite.")
         if self.train_parts == "lora" and not self.freeze_routers:
             raise ValueError("train_parts='lora' trains adapters alone, so routers stay frozen: leave freeze_routers.")

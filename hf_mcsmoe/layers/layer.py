@@ -44,6 +44,11 @@ class MoELayer:
         return self.expert_map is not None
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The layer's sizes by their letters, as `Method.axes` names those of a sum."""
+        return {"E": self.num_experts, "D": self.hidden_size, "F": self.intermediate_size}
+
+    @property
     def model(self) -> PreTrainedModel:
         """The model that the layer is in."""
         return self.source.model

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hf_mcsmoe.low_rank.split import FACTORISATION
+from hf_mcsmoe.methods.checks import check_fields
 from hf_mcsmoe.methods.config import option
 from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.methods.registry import unknown
@@ -33,18 +34,19 @@ class LoSparseConfig(Options):
     allow_dense: bool = option(False, "leave a weight dense where its factors would be larger, instead of refusing")
 
     def __post_init__(self) -> None:
-        FACTORISATION.check(self.factorisation)
-        if self.scope not in SCOPES:
-            raise ValueError(unknown("scope", self.scope, list(SCOPES)))
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
+        FACTORISATION.check(self.factorisation)
+        check_fields(self)
+        if self.scope not in SCOPES:
+            raise ValueError(unknown("scope", self.scope, list(SCOPES)))
         shares = {"parameter_ratio": self.parameter_ratio, "energy": self.energy}
         given = [name for name, value in {"rank": self.rank, **shares}.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; the rank follows from one of them.")
         if not given:
             object.__setattr__(self, "rank", 32)
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+        if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be a whole number, at least 1.")
         if not 0 <= self.keep <= 1:
             raise ValueError(f"keep={self.keep!r} must be a share in [0, 1].")

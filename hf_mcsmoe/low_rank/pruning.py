@@ -18,6 +18,7 @@ from hf_mcsmoe.layers.batches import Batch, each, forward
 from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.low_rank.config import KEEP
 from hf_mcsmoe.low_rank.importance import AGGREGATES, IMPORTANCE, RowAverages, Scores, row_scores
+from hf_mcsmoe.methods.checks import check_value
 from hf_mcsmoe.methods.registry import method_name, unknown
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.convert import write_description
@@ -160,6 +161,8 @@ class SparsificationCallback(TrainerCallback):
         Raises:
             ValueError: a number out of range or an unknown name.
         """
+        for name, given in (("keep", keep), ("beta", beta), ("beta2", beta2), ("start", start), ("end", end)):
+            check_value(name, given, float)
         IMPORTANCE.check(importance)
         if aggregate not in AGGREGATES:
             raise ValueError(unknown("aggregate", aggregate, list(AGGREGATES)))

@@ -7,7 +7,7 @@ from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView, Routed
 
 
-@STATISTICS.register("co_activation")
+@STATISTICS.register("co_activation", axes="EE")
 def co_activation(routed: Routed) -> torch.Tensor:
     """Return the number of tokens that reached both of two experts, int64 [E, E]; on the diagonal, those of each."""
     tokens = torch.zeros(len(routed.index), routed.num_experts + 1, device=routed.index.device)

@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.budget import BUDGET
+from hf_mcsmoe.methods.checks import check_fields
 from hf_mcsmoe.methods.grouping import GROUPING
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.options import Options
@@ -68,19 +69,19 @@ class MergeConfig(Options):
     seed: int = option(0, "seed of the random similarity")
 
     def __post_init__(self) -> None:
-        for name, registry in REGISTRIES.items():
-            registry.check(getattr(self, name))
-        if self.reference not in REFERENCES:
-            raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
-        is_number = isinstance(self.experts, int | float) and not isinstance(self.experts, bool)
+        for name, registry in REGISTRIES.items():
+            registry.check(getattr(self, name))
+        check_fields(self)
+        if self.reference not in REFERENCES:
+            raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
         is_share = isinstance(self.experts, float)
-        if not is_number or (not 0 < self.experts <= 1 if is_share else self.experts < 1):
+        if not 0 < self.experts <= 1 if is_share else self.experts < 1:
             raise ValueError(
                 f"experts={self.experts!r} must be a whole number of experts per layer (8) or a share in (0, 1] (0.5)."
             )
-        if isinstance(self.min_experts, bool) or not isinstance(self.min_experts, int) or self.min_experts < 1:
+        if self.min_experts < 1:
             raise ValueError(
                 f"min_experts={self.min_experts!r} must be at least 1 and whole: a layer needs an expert."
             )

@@ -7,7 +7,7 @@ from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView, Routed
 
 
-@STATISTICS.register("contribution")
+@STATISTICS.register("contribution", axes="E")
 def gated_norms(routed: Routed) -> torch.Tensor:
     """Return the sum of `g |f(x)|` over the tokens x that reached each expert f with gate g, float64 [E]."""
     sums = []

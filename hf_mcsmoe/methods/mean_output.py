@@ -7,7 +7,7 @@ from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView, Routed
 
 
-@STATISTICS.register("output_sum")
+@STATISTICS.register("output_sum", axes="ED", signed=True)
 def output_sum(routed: Routed) -> torch.Tensor:
     """Return the sum of each expert's outputs, without gates, over the tokens that reached it, float64 [E, D]."""
     return torch.stack([routed.outputs_of(e)[0].sum(0, dtype=torch.float64) for e in range(routed.num_experts)])

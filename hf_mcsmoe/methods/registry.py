@@ -11,7 +11,8 @@ class Method:
     """A function under its name.
 
     `paper` is an arXiv identifier or empty; `needs` the names of the statistics that the function reads; of a
-    statistic, `gradients` says that it reads gradients of the loss.
+    statistic, `gradients` says that it reads gradients of the loss, `axes` which sizes its sum has, as letters ("ED";
+    None for any), and `signed` whether a sum may be negative.
     """
 
     name: str
@@ -19,6 +20,8 @@ class Method:
     paper: str = ""
     needs: tuple[str, ...] = ()
     gradients: bool = False
+    axes: str | None = None
+    signed: bool = False
 
 
 @dataclass
@@ -29,12 +32,23 @@ class Registry:
     methods: dict[str, Method] = field(default_factory=dict)
 
     def register(
-        self, name: str, paper: str = "", needs: str | Sequence[str] = (), *, gradients: bool = False
+        self,
+        name: str,
+        paper: str = "",
+        needs: str | Sequence[str] = (),
+        *,
+        gradients: bool = False,
+        axes: str | None = None,
+        signed: bool | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that makes a function available as `name`; see `Method`. `needs` may be a single name."""
+        """Return a decorator that makes a function available as `name`; see `Method`.
+
+        `needs` may be a single name. A sum may be negative unless its `axes` are told and `signed` is not.
+        """
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.methods[name] = Method(name, function, paper, _names(needs), gradients)
+            any_sign = axes is None if signed is None else signed
+            self.methods[name] = Method(name, function, paper, _names(needs), gradients, axes, any_sign)
             return function
 
         return decorate
@@ -60,7 +74,7 @@ class Registry:
         Raises:
             ValueError: there is none; the message names the nearest one and all there are.
         """
-        if name not in self.methods:
+        if not isinstance(name, str) or name not in self.methods:
             raise ValueError(unknown(f"{self.stage} method", name, list(self.methods)))
         return self.methods[name]
 

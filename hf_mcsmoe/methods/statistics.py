@@ -14,27 +14,27 @@ from hf_mcsmoe.methods.view import Routed
 STATISTICS = Registry("statistic")
 
 
-@STATISTICS.register("counts")
+@STATISTICS.register("counts", axes="E")
 def counts(routed: Routed) -> torch.Tensor:
     """Return the tokens that reached each expert, int64 [E]."""
     return torch.bincount(routed.index[routed.reached], minlength=routed.num_experts)
 
 
-@STATISTICS.register("gate_sum")
+@STATISTICS.register("gate_sum", axes="E")
 def gate_sum(routed: Routed) -> torch.Tensor:
     """Return the sum of the weights that each expert received, float64 [E]."""
     picks, gates = routed.index[routed.reached], routed.gates[routed.reached].double()
     return torch.zeros(routed.num_experts, dtype=torch.float64, device=picks.device).index_add_(0, picks, gates)
 
 
-@STATISTICS.register("logit_gram")
+@STATISTICS.register("logit_gram", axes="EE", signed=True)
 def logit_gram(routed: Routed) -> torch.Tensor:
     """Return the sum over tokens of `h h^T` for router logits `h` [E], float64 [E, E]."""
     logits = routed.logits.double()
     return logits.mT @ logits
 
 
-@STATISTICS.register("tokens")
+@STATISTICS.register("tokens", axes="")
 def tokens(routed: Routed) -> torch.Tensor:
     """Return the number of tokens, int64 []."""
     return torch.tensor(len(routed.logits))

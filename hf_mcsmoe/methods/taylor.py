@@ -7,7 +7,7 @@ from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView, Routed
 
 
-@STATISTICS.register("taylor", gradients=True)
+@STATISTICS.register("taylor", gradients=True, axes="E")
 def weights_times_gradients(routed: Routed) -> torch.Tensor:
     """Return `sum |w dL/dw|` over the weights w of each expert for the loss L of the batch, float64 [E]."""
     sums = []

@@ -1,7 +1,6 @@
 """The ways to repair one merged layer against the original one, and their options."""
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_mcsmoe.calibration.inputs import MEMORY_LIMIT
+from hf_mcsmoe.methods.checks import check_fields
 from hf_mcsmoe.methods.config import option
 from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.methods.registry import Registry
@@ -56,14 +56,15 @@ class RepairConfig(Options):
 
     def __post_init__(self) -> None:
         REPAIR.check(self.method)
+        check_fields(self)
         counts = {"sweeps": self.sweeps, "steps": self.steps}
         counts |= {"batch_tokens": self.batch_tokens, "memory_limit": self.memory_limit}
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number.")
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number.")
-        if not self.ridges or not all(math.isfinite(ridge) and ridge > 0 for ridge in self.ridges):
+        if not self.ridges or not all(ridge > 0 for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be positive numbers, at least one.")
         if self.sequential and self.method == "mean_shift":
             raise ValueError("A mean shift is made expert by expert; use sequential=True with refit or local.")

@@ -1,6 +1,7 @@
 """The sums of one layer and the file they are kept in; no model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,57 @@ def test_tokens_over_capacity_count_nowhere_and_skipped_ones_as_tokens() -> None
     assert layer.counts.sum() <= 4
     assert layer["gate_sum"].sum() > 0
     assert _same(layer, rest)
+
+
+def _sums(**changed: torch.Tensor) -> Sums:
+    """Return the sums of 4 experts over 6 tokens of which each reached 2, with some of them changed."""
+    counts = torch.tensor([6, 3, 2, 1])
+    gram = torch.eye(4, dtype=torch.float64)
+    return Sums({"counts": counts, "logit_gram": gram, "tokens": torch.tensor(6), **changed})
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "negative counts": ({"counts": torch.tensor([6, -3, 2, 1])}, "counts of a holds -3.0, and is never negative"),
+    "negative tokens": ({"tokens": torch.tensor(-6)}, "tokens of a holds -6.0"),
+    "negative gates": ({"gate_sum": torch.tensor([1.0, -1, 0, 0]).double()}, "gate_sum of a holds -1.0"),
+    "NaN": ({"logit_gram": torch.full((4, 4), torch.nan).double()}, "logit_gram of a is not finite"),
+    "more than all": ({"tokens": torch.tensor(5)}, "6 tokens reached an expert, of 5 in all"),
+    "too short": ({"logit_gram": torch.eye(3).double()}, r"logit_gram of a has the shape \(3, 3\)"),
+    "too flat": ({"logit_gram": torch.ones(4).double()}, r"should be \[E, E\] of {'E': 4}"),
+    "a scalar": ({"counts": torch.tensor(3)}, "counts of a has the shape"),
+    "half precision": ({"logit_gram": torch.eye(4).half()}, "is of torch.float16, in which nothing is summed"),
+    "a truth": ({"tokens": torch.tensor(True)}, "is of torch.bool"),
+    "an unknown name": ({"nothing": torch.ones(4)}, "Unknown statistic method 'nothing'"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_sums_that_are_impossible_are_refused(case: str, tmp_path: Path) -> None:
+    changed, message = IMPOSSIBLE[case]
+    good = RoutingStatistics("print", {"a": _sums()})
+    good.save(tmp_path / "good")
+    assert RoutingStatistics.load(tmp_path / "good").layers.keys() == {"a"}
+    RoutingStatistics("print", {"a": _sums(**changed)}).save(tmp_path / "bad")
+    with pytest.raises(ValueError, match=message) as error:
+        RoutingStatistics.load(tmp_path / "bad")
+    assert "delete it and collect the statistics anew" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fingerprint", None), *(("layers", value) for value in (None, "5", "null", "[1", '{"a": 1}'))],
+)
+def test_a_file_without_its_metadata_is_refused(name: str, value: str | None, tmp_path: Path) -> None:
+    metadata = {"format": "mcsmoe-statistics", "format_version": "1", "fingerprint": "print", "layers": '["a"]'}
+    metadata = {key: text for key, text in (metadata | {name: value}).items() if text is not None}
+    tensors = {f"b/{key}": tensor for key, tensor in _sums().items()}
+    save_file(tensors, tmp_path / "bad", metadata)
+    with pytest.raises(ValueError, match=r"is damaged .* collect the statistics anew"):
+        RoutingStatistics.load(tmp_path / "bad")
+
+
+def test_sums_of_other_sizes_than_the_layer_are_refused() -> None:
+    statistics = RoutingStatistics("print", {"a": _sums()})
+    statistics.check({"a": {"E": 4, "D": 8}})
+    with pytest.raises(ValueError, match=r"counts of a has the shape \(4,\), and should be \[E\] of {'E': 8, 'D': 8}"):
+        statistics.check({"a": {"E": 8, "D": 8}})
