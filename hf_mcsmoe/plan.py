@@ -34,8 +34,8 @@ FEW_TOKENS = 8
 class LayerPlan:
     """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group).
 
-    For the reader, where they are known: `similarity` [E] of each expert to the dominant one of its group, None where
-    that is not finite, and `counts` int [E], the picks of each expert in the calibration data.
+    For the reader alone, where they are known: `similarity` [E] of each expert to the dominant one of its group, None
+    where that is not finite, and `counts` int [E], the picks of each expert in the calibration data.
 
     Raises:
         ValueError: they do not fit together.
@@ -44,8 +44,8 @@ class LayerPlan:
     expert_map: list[int]
     dominant: list[int]
     weights: list[float]
-    similarity: list[float | None] | None = None
-    counts: list[int] | None = None
+    similarity: list[float | None] | None = field(default=None, compare=False)
+    counts: list[int] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("expert_map", "dominant", "weights", "similarity", "counts"):
