@@ -67,7 +67,7 @@ def compress_command(
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
     config = replace(selection.apply(merge), seed=calibration.seed)
-    empty = empty_model(model)
+    empty = empty_model(model, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
     stages: dict[str, Any] = {"repair": _chosen(repair, layers, config), "low_rank": storage.low_rank()}
     output, held = _check(layers, config, stages, target, loading.dtype, statistics)
@@ -75,7 +75,7 @@ def compress_command(
     reads = held is None or any(stages.values())
     samples = calibration.read() if reads else []
     started = time.perf_counter()
-    loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map)
+    loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
     batches, held_out = calibration.batches(samples, tokenizer, loaded) if reads else ([], [])
     with stage_bars() as progress:
         sums = held

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_mcsmoe.cli.display import console, layer_table
-from hf_mcsmoe.cli.options import Model, Selection, options_of
+from hf_mcsmoe.cli.options import Dequantize, Model, Selection, options_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.loading import empty_model
@@ -18,10 +18,11 @@ def inspect_command(
     model: Model,
     selection: Selection,
     check: Annotated[bool, typer.Option("--check", help="also read all weights of a folder, for NaN")] = False,
+    dequantize: Dequantize = False,
 ) -> None:
     """Show a model's layers of experts and what merging them would save. Loads no weights unless asked to."""
     config = selection.apply(MergeConfig())
-    empty = empty_model(model)
+    empty = empty_model(model, dequantize=dequantize)
     layers = Layers.of(empty)
     merged = layers.compressed
     kind = empty.config.base_model_type if merged else empty.config.model_type

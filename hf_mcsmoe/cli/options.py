@@ -20,6 +20,8 @@ Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", meta
 Experts = Annotated[str, typer.Option(help=option_help("experts"))]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own")]
+DEQUANTIZE = "load quantized weights (FP8, MXFP4 ...) as those that they stand for"
+Dequantize = Annotated[bool, typer.Option("--dequantize", help=DEQUANTIZE)]
 # Dtypes to load in, by name.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,6 +61,7 @@ class Loading:
     tokenizer: str | None = described(None, "tokenizer, if not the model's own")
     dtype: str = described("auto", "dtype to load and save in: auto, float32, bfloat16 ...")
     device_map: str | None = described(None, "where to load the model: cpu, cuda, auto ...")
+    dequantize: bool = described(False, DEQUANTIZE, names=("--dequantize",))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class StoredTensor:
     start: int
     empty: torch.Tensor  # of its shape and dtype, on the meta device
 
+    def is_floating_point(self) -> bool:
+        """Tell whether it holds numbers that are no integers; asked by quantizers."""
+        return self.empty.is_floating_point()
+
     def __getitem__(self, _: EllipsisType) -> torch.Tensor:
         tensor = torch.empty_like(self.empty, device="cpu")
         with self.file.open("rb") as file:
@@ -107,15 +111,24 @@ class Part:
 class Conversion:
     """From stored tensors to weights of a model on the meta device, by Transformers' own conversion of checkpoints."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-        """Look up what the family converts; weights go to `device`, in `dtype` but for those kept in float32."""
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, quantizer: Any = None
+    ) -> None:
+        """Look up what the family converts; weights go to `device`, in `dtype` but for those kept in float32.
+
+        Args:
+            quantizer: Transformers' quantizer that dequantizes what is stored.
+        """
         self.model = model
         self.transforms = get_model_conversion_mapping(model)
+        if quantizer is not None:
+            self.transforms = quantizer.update_weight_conversions(self.transforms, model)
         self.device = device
         self.settings: dict[str, Any] = {
             "dtype": dtype,
             "dtype_plan": model._get_dtype_plan(dtype),
             "weight_mapping": self.transforms,
+            "hf_quantizer": quantizer,
         }
 
     def parts(self, stored: Iterable[str]) -> list[Part]:

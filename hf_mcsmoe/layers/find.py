@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.layers.dequantize import check_not_quantized
 from hf_mcsmoe.layers.fused import FusedLayer, fused_sizes, is_fused
 from hf_mcsmoe.layers.layer import MoELayer, find_router
 from hf_mcsmoe.layers.outside import (
@@ -74,7 +75,7 @@ class Layers(Sequence[MoELayer]):
             return origin
         source = source_of(origin)
         model = source.model
-        _check_not_quantized(model)
+        check_not_quantized(getattr(model, "config", None), type(model).__name__)
         entries = _merged_entries(model)
         modules = [(name, module) for name, module in model.named_modules() if _is_text_experts(name, module)]
         layers = [_layer(source, name, module, entries.get(name)) for name, module in modules]
@@ -192,17 +193,6 @@ def moe_layers(model: PreTrainedModel | Source | Layers) -> Layers:
         ValueError: the model is quantized, has no experts, or experts of a kind that cannot be merged.
     """
     return Layers.of(model)
-
-
-def _check_not_quantized(model: nn.Module) -> None:
-    settings = getattr(getattr(model, "config", None), "quantization_config", None)
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-        raise ValueError(
-            f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}), and packed weights cannot be "
-            "averaged. Load it dequantized (the original checkpoint, or a `quantization_config` with "
-            "`dequantize=True`, where its method has that), save it, merge it, and quantize the result."
-        )
 
 
 def _is_text_experts(name: str, module: nn.Module) -> bool:

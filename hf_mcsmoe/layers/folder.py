@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe.layers.checkpoint import Conversion, Part, StoredTensor, find_tensors
+from hf_mcsmoe.layers.dequantize import check_not_quantized, dequantized
 from hf_mcsmoe.layers.loading import load_config, model_class
 from hf_mcsmoe.layers.streaming import Run, Turnstile, blocks
 
@@ -26,7 +27,12 @@ class Folder:
     """
 
     def __init__(
-        self, path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+        self,
+        path: str | os.PathLike,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "cpu",
+        dequantize: bool = False,
     ) -> None:
         """Build the model of a folder, and find each of its weights in the files without reading any.
 
@@ -34,23 +40,25 @@ class Folder:
             path: a folder with `config.json` and safetensors, one file or several with an index.
             dtype: "auto" for the checkpoint's own, as in `from_pretrained`, or a torch dtype or its name.
             device: where weights are read to.
+            dequantize: read quantized weights as those that they stand for, where Transformers can.
 
         Raises:
-            ValueError: no such folder, a damaged or incomplete one, a quantized checkpoint, or weights of another
-                model than the configuration's.
+            ValueError: no such folder, a damaged or incomplete one, a quantized checkpoint (see `dequantize`), or
+                weights of another model than the configuration's.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder. Download a checkpoint of the Hub with `hf download` first.")
         config = load_config(str(folder))
-        _check_not_quantized(config, folder)
+        quantizer = dequantized(config, str(folder)) if dequantize else None
+        check_not_quantized(config, str(folder))
         self.stored = find_tensors(folder)
         self.device = torch.device(device)
         dtype = _dtype(dtype, config, self.stored)
         with torch.device("meta"):
             self.model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype).eval()
         self.model.config.name_or_path = self.model.name_or_path = str(folder)
-        self._conversion = Conversion(self.model, dtype, self.device)
+        self._conversion = Conversion(self.model, dtype, self.device, quantizer)
         self._places = {name: _Place.of(self.model, name) for name in self.model.state_dict()}
         self._parts = {name: part for part in self._conversion.parts(self.stored) for name in part.names}
         self._tied = self._ties()
@@ -229,14 +237,6 @@ class _Place:
 
 def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(new.detach(), old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
-def _check_not_quantized(config: PreTrainedConfig, folder: Path) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{folder} is quantized, and packed weights cannot be averaged. Compress the checkpoint that it was "
-            "quantized from, and quantize the result."
-        )
 
 
 def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, StoredTensor]) -> torch.dtype:

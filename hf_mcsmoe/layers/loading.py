@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_mcsmoe.layers.config_file import check_config_file
+from hf_mcsmoe.layers.dequantize import dequantized, saved_plainly
 from hf_mcsmoe.modeling import modeling_mcsmoe
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 
@@ -82,24 +83,33 @@ def _told_as_damage(name_or_path: str) -> Iterator[None]:
         ) from None
 
 
-def empty_model(name_or_path: str) -> PreTrainedModel:
+def empty_model(name_or_path: str, *, dequantize: bool = False) -> PreTrainedModel:
     """Return a model without weights, on the meta device: its structure costs neither memory nor a download.
 
+    Args:
+        dequantize: see `load_model`.
+
     Raises:
-        ValueError: see `load_config` and `model_class`.
+        ValueError: see `load_config`, `model_class` and `dequantized`.
     """
     config = load_config(name_or_path)
+    if dequantize:
+        dequantized(config, name_or_path)
     kind = model_class(config)
     with _told_as_damage(name_or_path), torch.device("meta"):
         return kind._from_config(config)
 
 
-def load_model(name_or_path: str, *, dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
+def load_model(
+    name_or_path: str, *, dtype: str = "auto", device_map: str | None = None, dequantize: bool = False
+) -> PreTrainedModel:
     """Return a model in evaluation mode.
 
     Args:
         dtype: "auto" for the checkpoint's own, or the name of a torch dtype.
         device_map: as in `from_pretrained`: "cpu", "cuda", "auto" ...
+        dequantize: load quantized weights as those that they stand for, where Transformers can; the model then is as
+            if it had never been quantized.
 
     Raises:
         ValueError: no such model, a damaged file, one that lacks weights (Transformers would invent them), or too
@@ -107,6 +117,10 @@ def load_model(name_or_path: str, *, dtype: str = "auto", device_map: str | None
     """
     config = load_config(name_or_path)
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    quantizer = dequantized(config, name_or_path) if dequantize else None
+    if quantizer is not None:
+        config.quantization_config = quantizer.quantization_config.to_dict() | {"dequantize": True}
+        arguments["config"] = config
     arguments["trust_remote_code"] = False
     try:
         model, info = cast(Any, model_class(config)).from_pretrained(name_or_path, **arguments)
@@ -123,7 +137,7 @@ def load_model(name_or_path: str, *, dtype: str = "auto", device_map: str | None
             f"{name_or_path} lacks {len(lacking)} of the model's weights ({lacking[0]}, ...): the download is "
             "incomplete or the checkpoint belongs to another class."
         )
-    return model
+    return model if quantizer is None else saved_plainly(model)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -324,4 +324,11 @@ def _expert_linear(
     bias = matrices[name + "_bias"][expert] if experts.has_bias else None
     if isinstance(matrix, Factors):
         return matrix(states) if bias is None else matrix(states) + bias
-    return nn.functional.linear(states.to(matrix.dtype), matrix.T if experts.is_transposed else matrix, bias)
+    return nn.functional.linear(
+        states.to(matrix.dtype), _transposed(matrix) if experts.is_transposed else matrix, bias
+    )
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix transposed; of a class for quantized ones, which mostly have no transpose, its values."""
+    return matrix.dequantize().T if "dequantize" in vars(type(matrix)) else matrix.T

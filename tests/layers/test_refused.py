@@ -23,18 +23,18 @@ def test_a_dense_model_has_no_layer() -> None:
 
 
 QUANTIZED = [
-    ({"quant_method": "mxfp4"}, "mxfp4"),
-    (BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes"),
-    (FineGrainedFP8Config(), "fp8"),
+    ({"quant_method": "mxfp4"}, "mxfp4", "Load it dequantized"),
+    (BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes", "compress the checkpoint that it was quantized from"),
+    (FineGrainedFP8Config(), "fp8", "Load it dequantized"),
 ]
 
 
-@pytest.mark.parametrize(("settings", "method"), QUANTIZED)
-def test_a_quantized_model_is_to_be_loaded_dequantized(settings: Any, method: str) -> None:
+@pytest.mark.parametrize(("settings", "method", "advice"), QUANTIZED)
+def test_a_quantized_model_is_refused_with_what_to_do(settings: Any, method: str, advice: str) -> None:
     model = build("mixtral")
     model.config.quantization_config = settings
     for refused in (moe_layers, lambda model: collect_statistics(model, [])):
-        with pytest.raises(ValueError, match=rf"is quantized \({method}\).*Load it dequantized"):
+        with pytest.raises(ValueError, match=rf"is quantized \({method}\).*{advice}"):
             refused(model)
     del model.config.quantization_config  # as Transformers leaves a model that it dequantized
     assert moe_layers(model)
