@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from hf_mcsmoe.methods.config import REGISTRIES
+from hf_mcsmoe.modeling.companions_mcsmoe import source_folder, source_of
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
 from hf_mcsmoe.modeling.saving_mcsmoe import (
     BYTES_ON_DISK,
@@ -22,8 +23,6 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
     RECORD_FILE,
     SAVED,
     SECTION,
-    source_folder,
-    source_of,
 )
 from hf_mcsmoe.record import Base, Record, cost_rows, public_name, quality_rows
 

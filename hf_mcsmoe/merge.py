@@ -22,15 +22,17 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_copies
+from hf_mcsmoe.layers.output import check_apart
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.experts import Expert, Experts
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
+from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
 from hf_mcsmoe.modeling.convert import convert_model, write_description
+from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer
-from hf_mcsmoe.modeling.saving_mcsmoe import completed_folder
 from hf_mcsmoe.plan import LayerPlan, MergePlan
 
 Progress = Callable[[str, int, int], None]
@@ -56,7 +58,7 @@ def merge_to_folder(
         progress: called as `progress(layer name, layers done, layers)`.
 
     Raises:
-        ValueError: see `merge_experts`; or a source that is no folder.
+        ValueError: see `merge_experts`; a source that is no folder, or a target that is the source or lies in it.
     """
     layers = Layers.of(source)
     if not isinstance(layers.source, Folder):
@@ -64,12 +66,13 @@ def merge_to_folder(
             f"{type(layers.model).__name__} is loaded, and not a `Folder(path)`: merge it with merge_experts, and "
             "save the result with save_pretrained."
         )
-    path = Path(target).resolve()
+    path = Path(os.path.realpath(target))
+    check_apart(path, {"the model": layers.model.name_or_path})
     with completed_folder(path) as folder:
         writer = ShardWriter(folder, layers.source)
         result = merge_experts(layers, plan, statistics=statistics, progress=progress, sink=writer.write)
         writer.write_rest(result)
-        cast(Any, result)._save_folder(folder, path.name, state_dict={})
+        cast(Any, result)._save_into(path, folder, path.name, state_dict={})
         writer.close()
 
 
@@ -122,6 +125,7 @@ def merge_layers(
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     layers = layers.only([layer for layer in layers if layer.name in merged])
     result, done = _prepare(layers, consume), 0
+    remember_source(result, layers.model.name_or_path or "")
     convert_model(result)
     for first, *others in layers.tied:
         sums = _sums(statistics, [first, *others])

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,8 +14,10 @@ from hf_mcsmoe.cli.demo import demo_command
 from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.inspect import inspect_command
+from hf_mcsmoe.cli.options import CLAIMS
 from hf_mcsmoe.cli.recipe import with_recipe
 from hf_mcsmoe.cli.report import report_command
+from hf_mcsmoe.cli.streams import Tolerant, cleaning_up_when_terminated, tolerant_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +54,21 @@ def main() -> None:
         transformers_logging.disable_progress_bar()
         warnings.formatwarning = _one_sentence
     try:
+        with tolerant_streams() as output, cleaning_up_when_terminated(), CLAIMS:
+            _run(arguments, debug, output)
+    finally:
+        warnings.formatwarning = format_of_python
+
+
+def _run(arguments: list[str], debug: bool, output: Tolerant) -> NoReturn:
+    """Run a command and end with its exit code."""
+    try:
         app(args=arguments, prog_name="hf-mcsmoe")
+    except SystemExit as ended:
+        output.flush()
+        if output.error and not ended.code:
+            _tell_what_is_lost(arguments, output.error)
+        raise
     except Exception as error:
         if debug:
             raise
@@ -61,8 +77,18 @@ def main() -> None:
         hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
         Console(stderr=True).print(f"[red]Error:[/] {escape(text)}{hint}", highlight=False)
         sys.exit(1)
-    finally:
-        warnings.formatwarning = format_of_python
+    raise AssertionError("Typer ends every command with SystemExit.")
+
+
+def _tell_what_is_lost(arguments: list[str], error: OSError) -> None:
+    """Say that what was printed is lost, and fail if nothing else was to come of it; a reader that left has enough."""
+    if isinstance(error, BrokenPipeError):
+        return
+    kept = any(argument.split("=")[0] in ("--output", "--json") for argument in arguments)
+    rest = "all else was done" if kept else "nothing else was asked for"
+    Console(stderr=True).print(f"Standard output could not be written ({error.strerror}); {rest}.", highlight=False)
+    if not kept:
+        sys.exit(1)
 
 
 def _one_sentence(

@@ -1,6 +1,5 @@
 """`hf-mcsmoe compress`."""
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +12,13 @@ from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table, plan_table, quality_table, stage_bars
-from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, itemsize, options_of
+from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, check_file, itemsize, options_of
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.compress import check_options, chosen_repair, compress, merges_nothing
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
+from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.record import Calibration as Calibrated
@@ -70,7 +69,8 @@ def compress_command(
     empty = empty_model(model, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
     stages: dict[str, Any] = {"repair": _chosen(repair, layers, config), "low_rank": storage.low_rank()}
-    output, held = _check(layers, config, stages, target, loading.dtype, statistics)
+    needed, held = _check(layers, config, stages, loading.dtype, statistics)
+    output = target.claimed(needed, model=model, data=calibration.data)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or any(stages.values())
     samples = calibration.read() if reads else []
@@ -93,12 +93,11 @@ def compress_command(
     done |= {} if held else {"statistics": None}  # which others can take anew
     text = recipe_text("compress", {**(recipe or {}), **done})
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
-    merged.save_pretrained(output)
-    if loading.tokenizer:
-        tokenizer.save_pretrained(output)
+    own = tokenizer if loading.tokenizer else None
+    merged.save_pretrained(output, tokenizer=own)
     _show(record_of(merged), output)
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
-    target.push(merged, tokenizer if loading.tokenizer else None)
+    target.push(merged, own)
 
 
 def _chosen(repair: str | None, layers: Layers, config: MergeConfig) -> RepairConfig | None:
@@ -134,14 +133,13 @@ def _unmeasured(data: Calibrated) -> str:
 
 
 def _check(
-    layers: Layers, config: MergeConfig, stages: dict[str, Any], target: Output, dtype: str, statistics: Path | None
-) -> tuple[Path, RoutingStatistics | None]:
-    """Check all that can be checked before weights are loaded; returns the folder to write and what a file holds."""
+    layers: Layers, config: MergeConfig, stages: dict[str, Any], dtype: str, statistics: Path | None
+) -> tuple[int, RoutingStatistics | None]:
+    """Check all that can be checked before weights are loaded; returns the bytes to write and what a file holds."""
     check_options(layers, config, **stages)
     held = _read(statistics, layers, config) if statistics else None
     parameters = layers.model.num_parameters() - saved_parameters(layers, config)
-    needed = parameters * itemsize(dtype, layers.model)
-    return check_output(target.output, overwrite=target.overwrite, needed_bytes=needed), held
+    return parameters * itemsize(dtype, layers.model), held
 
 
 def _read(file: Path, layers: Layers, config: MergeConfig) -> RoutingStatistics | None:
@@ -150,11 +148,8 @@ def _read(file: Path, layers: Layers, config: MergeConfig) -> RoutingStatistics 
     Raises:
         ValueError: it can be neither read nor written, is damaged, of other layers, or lacks a sum.
     """
-    if file.is_dir():
-        raise ValueError(f"--statistics {file} is a folder: name a file.")
-    if not (file.is_file() or os.access(file.absolute().parent, os.W_OK)):
-        raise ValueError(f"--statistics {file} can be neither read nor written: its folder is missing or closed.")
-    if not file.exists():
+    if not file.is_file():
+        check_file(file, "--statistics")
         return None
     statistics = RoutingStatistics.load(file)
     if statistics.layers.keys() != set(layers.names):

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_mcsmoe.cli.display import console
-from hf_mcsmoe.cli.options import Experts, Overwrite, parse_experts
-from hf_mcsmoe.layers.loading import check_output
+from hf_mcsmoe.cli.options import Experts, Overwrite, claimed, parse_experts
 
 
 def demo_command(
@@ -19,5 +18,5 @@ def demo_command(
     from hf_mcsmoe.demo import compare
 
     if output is not None:
-        output = check_output(output, overwrite=overwrite, needed_bytes=0)
+        output = claimed(output, overwrite)
     console.print(compare(parse_experts(experts), output))

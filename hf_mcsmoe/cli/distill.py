@@ -22,8 +22,8 @@ from hf_mcsmoe.cli.training import (
     Training,
     check_working_folder,
     kept_until_complete,
+    training_folder,
     training_progress,
-    working_folder,
 )
 from hf_mcsmoe.data.features import Feature, collator, feature_batches
 from hf_mcsmoe.data.text import check_token_ids
@@ -39,7 +39,8 @@ from hf_mcsmoe.distillation.fingerprints import sample_fingerprint
 from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
 from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.loading import check_output, empty_model, load_model, load_tokenizer
+from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
+from hf_mcsmoe.layers.output import check_output
 from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
 from hf_mcsmoe.low_rank.pruning import SparsificationCallback
@@ -171,11 +172,11 @@ def distill_command(
 ) -> None:
     """Train a merged model on a task or text and on its teacher's outputs; with --rank, compress it further (MC-SMoE).
 
-    Checkpoints lie in OUTPUT.training until the result is complete.
+    Checkpoints lie in the hidden folder .OUTPUT.mcsmoe-work beside the output until the result is complete.
     """
     started = time.perf_counter()
-    output = check_output(target.output, overwrite=target.overwrite, needed_bytes=0)
-    folder = working_folder(output)
+    output = target.claimed(student=student, teacher=teacher, data=source.data, data_dir=source.data_dir)
+    folder = training_folder(output)
     parts = [asdict(part) for part in (source, training, pruning, distillation)]
     asked = {name: str(value) if isinstance(value, Path) else value for part in parts for name, value in part.items()}
     asked |= {"student": student, "teacher": teacher, "tokenizer": tokenizer, "dtype": dtype}
@@ -189,9 +190,7 @@ def distill_command(
     with kept_until_complete(folder, asked, checkpoint):
         model, costs = _train(run, checkpoint)
         attach_record(model, replace(record_of(model), recipe=recipe_text("distill", recipe or {})))
-        model.save_pretrained(output)
-        if tokenizer:
-            run.tokenizer.save_pretrained(output)
+        model.save_pretrained(output, tokenizer=run.tokenizer if tokenizer else None)
     costs["distilled"] = replace(costs["distilled"], bytes_on_disk=folder_bytes(output))
     console.print(cost_table(costs))
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")

@@ -1,7 +1,6 @@
 """`hf-mcsmoe evaluate`."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.display import Advance, console, progress_bar
-from hf_mcsmoe.cli.options import DeviceMap, Tokenizer, itemsize, options_of
+from hf_mcsmoe.cli.options import DeviceMap, Tokenizer, check_file, itemsize, options_of
 from hf_mcsmoe.cli.sources import Contents, Source
 from hf_mcsmoe.data.choices import CHOICES
 from hf_mcsmoe.data.features import feature_batches
@@ -54,8 +53,8 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Evaluate models, compressed or not, on a task or on text, and compare them in one table."""
-    if json_file is not None and not os.access(json_file.absolute().parent, os.W_OK):
-        raise ValueError(f"--json {json_file} cannot be written: its folder is missing or closed.")
+    if json_file is not None:
+        json_file = check_file(json_file, "--json")
     if by is not None and source.data:
         raise ValueError("--by goes with --task; on --data it is the loss that is measured.")
     contents = source.read(training=False)

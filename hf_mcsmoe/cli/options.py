@@ -3,7 +3,9 @@
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, cast, get_type_hints
@@ -13,8 +15,10 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.display import console
+from hf_mcsmoe.layers.output import Read, check_output, check_path
 from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig, help_of, option_help
+from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
 Experts = Annotated[str, typer.Option(help=option_help("experts"))]
@@ -22,6 +26,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folde
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own")]
 DEQUANTIZE = "load quantized weights (FP8, MXFP4 ...) as those that they stand for"
 Dequantize = Annotated[bool, typer.Option("--dequantize", help=DEQUANTIZE)]
+# Outputs of this run, given free when it ends.
+CLAIMS = ExitStack()
 # Dtypes to load in, by name.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,12 +78,43 @@ class Output:
     overwrite: bool = described(False, "write into a folder that is not empty", names=("--overwrite",))
     push_to_hub: str | None = described(None, "also upload, to this repository of the Hub")
 
+    def claimed(self, needed_bytes: int = 0, **read: Read) -> Path:
+        """Return the folder to write, checked and kept from other runs until the command ends; see `claimed`."""
+        return claimed(self.output, self.overwrite, needed_bytes, **read)
+
     def push(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Upload the model, and a tokenizer that is not its own, if that is asked for."""
         if self.push_to_hub:
-            console.print(f"uploaded: {cast(Any, model).push_to_hub(self.push_to_hub)}")
-            if tokenizer:
-                tokenizer.push_to_hub(self.push_to_hub)
+            console.print(f"uploaded: {cast(Any, model).push_to_hub(self.push_to_hub, tokenizer=tokenizer)}")
+
+
+def claimed(output: Path, overwrite: bool, needed_bytes: int = 0, **read: Read) -> Path:
+    """Return an output folder that was checked, and is kept from other runs until the command ends.
+
+    Args:
+        read: the folders, files and Hub ids that the command reads, by what they are called.
+
+    Raises:
+        ValueError: see `check_output`, or another run is writing there.
+    """
+    apart = {f"the {what.replace('_', ' ')}": names for what, names in read.items()}
+    target = check_output(output, overwrite=overwrite, needed_bytes=needed_bytes, apart=apart)
+    CLAIMS.enter_context(working_folder(Path(os.path.realpath(target))))
+    return target
+
+
+def check_file(file: Path, option: str) -> Path:
+    """Return a file that an option names after making sure that it can be written.
+
+    Raises:
+        ValueError: it is a folder, its folder is missing or closed, or no disk takes its name.
+    """
+    path = check_path(file)
+    if path.is_dir():
+        raise ValueError(f"{option} {file} is a folder: name a file.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option} {file} cannot be written: its folder is missing or closed.")
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What `distill` adds to a Trainer: the options of a training, its progress, and the checkpoints of a killed run."""
 
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from hf_mcsmoe.cli.options import described
 from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.distillation.checkpoints import last_checkpoint
 from hf_mcsmoe.files import read_json, write_json
+from hf_mcsmoe.modeling.folders_mcsmoe import work_place
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE, WARMUP_STEPS = 3.0, 5e-5, 8, 16
 # Losses are logged so often in a run.
@@ -145,22 +147,18 @@ def training_progress(shown_on: Console = console) -> Iterator[TrainingProgress]
         shown.stop()
 
 
-def working_folder(output: Path) -> Path:
-    """Return the folder beside the output in which a run keeps its checkpoints until it is complete."""
-    return output.with_name(f"{output.name}.training")
+def training_folder(output: Path) -> Path:
+    """Return the folder in which a run keeps its checkpoints until it is complete."""
+    return work_place(Path(os.path.realpath(output))) / "training"
 
 
 def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
     """Return the checkpoint to resume from, if there is one and it is asked for.
 
     Raises:
-        ValueError: a killed run's checkpoints, or whatever else is in the folder, would be lost, it had other options,
-            or all of its checkpoints are damaged.
+        ValueError: a killed run's checkpoints would be lost, it had other options, or all of its checkpoints are
+            damaged.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / OPTIONS).is_file():
-        raise ValueError(
-            f"{folder} is where checkpoints go, but was not made by a run: move it, or name another output."
-        )
     found = last_checkpoint(folder, thorough=resume)
     if not resume:
         if (found.path or found.damaged) and not overwrite:

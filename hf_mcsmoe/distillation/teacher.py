@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from hf_mcsmoe.layers.labels import labelled
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
-from hf_mcsmoe.modeling.saving_mcsmoe import TOKENIZER, source_of
+from hf_mcsmoe.modeling.companions_mcsmoe import TOKENIZER, source_of
 
 
 def load_teacher(

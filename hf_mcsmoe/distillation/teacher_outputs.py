@@ -28,6 +28,7 @@ from hf_mcsmoe.files import read_json, write_json
 from hf_mcsmoe.layers.batches import evaluation_mode, forward
 from hf_mcsmoe.layers.labels import labelled
 from hf_mcsmoe.layers.packing import unpacked
+from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 FORMAT_VERSION = 1
@@ -51,7 +52,7 @@ def store_teacher_outputs(
 ) -> Path:
     """Run the teacher once over a data set and store what a distillation needs of it, about 8 k bytes per label.
 
-    Written to `<folder>.partial`, which becomes `folder` when it is complete. A run that was killed goes on there.
+    Written beside it, to `.<folder>.mcsmoe-work`, and moved when it is complete. A run that was killed goes on there.
 
     Args:
         dataset: rows by number, as the Trainer will be given them.
@@ -60,9 +61,10 @@ def store_teacher_outputs(
         top_k: tokens kept per label; all of them where the vocabulary is smaller.
 
     Raises:
-        ValueError: the folder exists, rows without numbers, no labels, or a collator that draws at random.
+        ValueError: the folder exists or another run writes to it, rows without numbers, no labels, or a collator that
+            draws at random.
     """
-    target = Path(folder)
+    target = Path(os.path.realpath(folder))
     if labelled(teacher) != "text":
         raise ValueError(f"Outputs are stored of models that write text, not of a {type(teacher).__name__}.")
     if target.exists():
@@ -78,18 +80,18 @@ def store_teacher_outputs(
         "top_k": min(top_k, vocabulary_size(teacher)),
         "data": data_fingerprint(dataset, teacher),
     }
-    partial = target.with_name(f"{target.name}.partial")
-    arrays, done = _open_partial(partial, description, labels)
-    with torch.no_grad(), evaluation_mode(teacher):
+    with working_folder(target) as work, torch.no_grad(), evaluation_mode(teacher):
+        partial = work / "outputs"
+        arrays, done = _open_partial(partial, description, labels)
         for first in range(done, len(labels), batch_size):
             rows = range(first, min(first + batch_size, len(labels)))
             _store_rows(teacher, data_collator([dataset[row] for row in rows]), rows, arrays, description)
             for name in KEPT:
                 arrays[name].flush()
             write_json(partial / PROGRESS, {"rows": rows.stop})
-    (partial / PROGRESS).unlink()
-    os.replace(partial, target)
-    return target
+        (partial / PROGRESS).unlink()
+        os.rename(partial, target)
+    return Path(folder)
 
 
 def _length(dataset: Any) -> int:

@@ -1,11 +1,8 @@
-"""Loading a model and its tokenizer by path or Hub id, and checking where a result is to be written."""
+"""Loading a model and its tokenizer by path or Hub id."""
 
 import contextlib
 import importlib
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -158,28 +155,3 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"{name_or_path} has no tokenizer that loads ({told[:300]}); name one with --tokenizer."
         ) from None
-
-
-def check_output(path: str | os.PathLike, *, overwrite: bool, needed_bytes: int) -> Path:
-    """Return the output folder after making sure, before any work, that a result can be written there.
-
-    Raises:
-        ValueError: it exists and is not empty (without `overwrite`), is a file, cannot be written, or the disk is too
-            small for `needed_bytes`.
-    """
-    target = Path(path).expanduser()
-    if target.is_file():
-        raise ValueError(f"{target} is a file; name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{target} exists and is not empty; choose another folder or pass --overwrite.")
-    existing = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{existing} is a file, so {target} cannot be a folder; choose another --output.")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{existing} cannot be written to; choose another --output.")
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise ValueError(
-            f"The result takes about {needed_bytes / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free."
-        )
-    return target

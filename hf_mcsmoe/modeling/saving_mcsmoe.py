@@ -8,23 +8,24 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import CommitInfo, HfApi, metadata_load, metadata_save, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoTokenizer, PreTrainedModel
+from huggingface_hub import CommitInfo, HfApi, metadata_load, metadata_save
+from transformers import PreTrainedModel
 
+from .companions_mcsmoe import (
+    TOKENIZER,
+    copy_companions,
+    kind_of,
+    matches,
+    remember_source,
+    source_of,
+)
 from .configuration_mcsmoe import source_files
+from .folders_mcsmoe import CONFIG, completed_folder, follow_umask
 from .losparse_mcsmoe import sparse_parts
 
-# What a merged checkpoint takes over from its source.
-TOKENIZER = (
-    *("tokenizer*", "tokenization_*.py", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("*.tiktoken", "*.model"),
-)
-COMPANIONS = (*TOKENIZER, "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*")
 # What a checkpoint that is merged already passes on when it is saved again.
 CARD_FILE, PLAN_FILE, RECORD_FILE = "README.md", "mcsmoe_plan.json", "mcsmoe_record.json"
 RECIPE_FILE = "mcsmoe_recipe.yaml"
@@ -42,22 +43,38 @@ class SavedWhole:
 
     # What was done to the model in this process; None where the record beside its source still tells all.
     mcsmoe_record: Any = None
+    # The checkpoint that it came from: its folder or id, a subfolder in there, and the cache; see `remember_source`.
+    mcsmoe_source: Any = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` does, and remember from where."""
+        loaded = cast(Any, super()).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        place = {"subfolder": kwargs.get("subfolder") or "", "cache_dir": kwargs.get("cache_dir")}
+        remember_source(
+            loaded[0] if isinstance(loaded, tuple) else loaded, str(pretrained_model_name_or_path), **place
+        )
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
 
         Low rank + sparse experts are saved in the compact form, but for a Trainer's `checkpoint-<step>` folders.
 
-        Written beside the target and moved in when complete, so that a killed save leaves no half-written checkpoint
-        in a new folder. A tokenizer that was saved to the folder before stays. Takes the arguments of
-        `PreTrainedModel.save_pretrained`, and `tags` for the card.
+        Written beside the target and moved in when complete: a killed save leaves the old checkpoint, the new one, or
+        none that loads. A tokenizer that was saved to the folder before stays. Takes the arguments of
+        `PreTrainedModel.save_pretrained`, `tags` for the card, and a `tokenizer` in place of the source's.
+
+        Raises:
+            ValueError: another process writes to the folder, it is that of the original model, or the model carries
+                adapters.
         """
         given = (
             inspect.signature(PreTrainedModel.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
         )
         kwargs = {key: value for key, value in given.items() if key not in ("self", "save_directory", "kwargs")}
         kwargs |= given.get("kwargs", {})
-        target = Path(save_directory).resolve()
+        target = Path(os.path.realpath(save_directory))
         push_to_hub = kwargs.pop("push_to_hub", False) and kwargs.get("is_main_process", True)
         repo_id, private = kwargs.pop("repo_id", target.name), kwargs.pop("private", None)
         commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
@@ -65,17 +82,31 @@ class SavedWhole:
             api, repo_id = _repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
         # Trainer's own name for what it resumes from, where S keeps its training form.
         resumable = re.fullmatch(r"checkpoint-\d+", target.name) is not None
+        if not self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
+            with tempfile.TemporaryDirectory() as scratch:  # which stays empty
+                self._save_folder(Path(scratch), repo_id, resumable=resumable, **kwargs)
+            return
+        self._check_target(target)
         with completed_folder(target) as folder:
-            self._save_folder(folder, repo_id, resumable=resumable, **kwargs)
-            if target.is_dir() and not (target / "config.json").exists():  # no older model's: its companions stay
-                for file in folder.iterdir():
-                    if _matches(file, COMPANIONS) and (target / file.name).exists():
-                        file.unlink()
-            with contextlib.suppress(OSError):
-                _keep_card(target, folder)
-            written = [file.name for file in folder.iterdir()]
+            self._save_into(target, folder, repo_id, resumable=resumable, **kwargs)
+            written = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
         if push_to_hub:
             api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
+
+    def _save_into(self, target: Path, folder: Path, model_id: str, **kwargs: Any) -> None:
+        """Save to `folder` what will be moved to `target`, with regard to what lies there."""
+        # Tokenizers beside no model are the user's.
+        kept = _kinds_in(target) if target.is_dir() and not (target / CONFIG).exists() else ()
+        self._save_folder(folder, model_id, leave=kept, **kwargs)
+        with contextlib.suppress(OSError):
+            _keep_card(target, folder)
+
+    def _check_target(self, target: Path) -> None:
+        source = source_of(self)
+        if source and target == source and not _is_compressed(source):
+            raise ValueError(
+                f"{target} holds the original model, which saving here would destroy: name another folder."
+            )
 
     def _save_folder(
         self,
@@ -84,6 +115,8 @@ class SavedWhole:
         *,
         resumable: bool = False,
         tags: list[str] | str | None = None,
+        tokenizer: Any = None,
+        leave: tuple[str, ...] = (),
         **kwargs: Any,
     ) -> None:
         # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
@@ -106,14 +139,11 @@ class SavedWhole:
         for file in source_files():
             shutil.copyfile(file, folder / file.name)
         source = source_of(self)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         if source:
-            _copy_companions(source, folder, COMPANIONS)
-        elif self.name_or_path and self.mcsmoe_record is None:
-            warnings.warn(
-                f"{self.name_or_path!r}, which the model was loaded from, is not to be found here, so it is saved "
-                "without the tokenizer, plan, record and card that lay there.",
-                stacklevel=4,
-            )
+            copy_companions(source, folder, leave if tokenizer is None else (*leave, "tokenizer"))
+        _tell_what_is_lacking(self.name_or_path, source, folder, leave)
         _write_documents(self.mcsmoe_record, source, folder, model_id)
         _add_tags(folder / CARD_FILE, [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
 
@@ -128,6 +158,7 @@ class SavedWhole:
         api, repo_id = _repository(repo_id, private, token, commit.get("revision"))
         with tempfile.TemporaryDirectory() as folder:
             self._save_folder(Path(folder), repo_id, **kwargs)
+            follow_umask(Path(folder))
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
 
 
@@ -142,46 +173,25 @@ def _repository(
     return api, repo_id
 
 
-def source_folder(name_or_path: str, revision: str | None = None) -> Path | None:
-    """Return the folder with the files of a model given by path or Hub id; None where there is none to be had."""
-    if Path(name_or_path or "/nowhere").is_dir():
-        return Path(name_or_path)
-    patterns = ["config.json", *COMPANIONS, *DOCUMENTS]
-    try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError):  # no id, or neither online nor in the cache
-        return None
+def _kinds_in(folder: Path) -> tuple[str, ...]:
+    """Return of which kinds a folder holds files."""
+    return tuple({kind for file in folder.iterdir() if (kind := kind_of(file.name))})
 
 
-def source_of(model: PreTrainedModel) -> Path | None:
-    """Return the folder with the files of the checkpoint that a model was loaded from, if there is one."""
-    return source_folder(model.name_or_path or "", vars(model.config).get("_commit_hash"))
-
-
-def _copy_companions(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    """Copy what lies beside the source's weights."""
-    files = [file for file in sorted(source.iterdir()) if file.is_file() and _matches(file, patterns)]
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    if any(_matches(file, TOKENIZER) for file in files):
-        _name_tokenizer_class(source, folder / "tokenizer_config.json")
-
-
-def _matches(file: Path, patterns: tuple[str, ...]) -> bool:
-    return any(file.match(pattern) for pattern in patterns)
-
-
-def _name_tokenizer_class(source: Path, settings: Path) -> None:
-    """Write down which class reads the source's tokenizer.
-
-    Transformers chooses that class by the family's model type as well, and a merged model has another one.
-    """
-    with contextlib.suppress(Exception):  # a tokenizer that does not load here is passed on as it is
-        name = type(AutoTokenizer.from_pretrained(source, trust_remote_code=False)).__name__
-        content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        if content.get("tokenizer_class") != name:
-            text = json.dumps(content | {"tokenizer_class": name}, indent=2, ensure_ascii=False)
-            settings.write_text(text + "\n", encoding="utf-8")
+def _tell_what_is_lacking(name: str, source: Path | None, folder: Path, leave: tuple[str, ...]) -> None:
+    """Warn where a model goes without what its users tokenize with."""
+    if name and source is None:
+        warnings.warn(
+            f"{name!r}, which the model was loaded from, is not to be found here, so it is saved without the "
+            "tokenizer, plan, record and card that lay there.",
+            stacklevel=5,
+        )
+    elif source and "tokenizer" not in leave and not any(matches(file.name, TOKENIZER) for file in folder.iterdir()):
+        warnings.warn(
+            f"No tokenizer lies beside the weights of {source}, so none goes with the model: save one into the same "
+            "folder, with tokenizer.save_pretrained.",
+            stacklevel=5,
+        )
 
 
 def _write_documents(record: Any, source: Path | None, folder: Path, model_id: str) -> None:
@@ -286,41 +296,3 @@ def _add_tags(card: Path, tags: list[str]) -> None:
         warnings.warn(
             f"The tags {tags} are not in {CARD_FILE}, whose metadata cannot be read: {error!r}", stacklevel=4
         )
-
-
-@contextlib.contextmanager
-def completed_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder; its files move to `target` when the block ends without an error.
-
-    It lies beside `target`, or inside where that exists: a mounted folder can only be renamed into from within.
-    """
-    existing = target.is_dir()
-    parent = target if existing else target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
-    try:
-        yield temporary
-        if existing:
-            _move_files(temporary, target)
-        elif any(temporary.iterdir()):
-            temporary.chmod(0o755)
-            os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Move the files of `source` into `target`, and remove those of the weights that they replace."""
-    files = sorted(source.iterdir())
-    replaced = {_weights_name(file) for file in files} - {None}
-    for file in files:
-        os.replace(file, target / file.name)
-    for file in target.iterdir():
-        if _weights_name(file) in replaced and file.name not in {new.name for new in files}:
-            file.unlink()
-
-
-def _weights_name(file: Path) -> str | None:
-    """Return "model.safetensors" for it, its shards and its index (likewise for a variant); None for other files."""
-    found = re.fullmatch(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?", file.name)
-    return f"{found[1]}{found[4] or ''}.safetensors" if found else None

@@ -133,7 +133,15 @@ WRONG = {
     "dtype": (["{model}", "--dtype", "float7"], "no floating-point dtype"),
     "nothing to repair": (["{model}", "--experts", "1.0", "--repair", "refit"], "has nothing to do"),
     "keep without rank": (["{model}", "--keep", "7"], "give --rank as well"),
-    "not empty": (["{model}", "--output", "{model}"], "is not empty"),
+    "not empty": (["{model}", "--output", "{model}/.."], "is not empty"),
+    "the model": (["{model}", "--output", "{model}", "--overwrite"], "is the folder of the model, which is to stay"),
+    "in the model": (["{model}", "--output", "{model}/a/b"], "lies in the folder of the model"),
+    "in the data": (
+        ["{model}", "--data", "{model}/..", "--output", "{model}/../out"],
+        "lies in the folder of the data",
+    ),
+    "long name": (["{model}", "--output", "a" * 256], "cannot be written (File name too long)"),
+    "no UTF-8": (["{model}", "--output", "caf\udce9"], "is no UTF-8"),
     "a file": (["{model}", "--output", "{text}"], "is a file"),
 }
 

@@ -90,6 +90,9 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pruning = ["--rank", 2, "--keep", 0.25, "--start", 0.25, "--end", 0.25]
+    working, mine = tmp_path / ".again.mcsmoe-work" / "training", tmp_path / "again.training" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
     code, out, err = run(*command(folder, tmp_path / "whole"), *pruning)
     assert code == 0, err
     assert re.findall(r"kept_share ([\d.]+)\n", out)[-1] == "0.2500"
@@ -97,10 +100,10 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
         stop(patched, after=3)
         code, out, err = run(*command(folder, tmp_path / "again"), *pruning)
     assert code == 130
-    assert "again.training/checkpoint-2 is kept" in "".join(out.split("\n")).replace("  ", " ")
+    assert "/training/checkpoint-2 is kept" in "".join(out.split("\n")).replace("  ", " ")
     assert not (tmp_path / "again").exists()
-    unfinished = shutil.copytree(tmp_path / "again.training" / "checkpoint-2", tmp_path / "unfinished")
-    (tmp_path / "again.training" / "checkpoint-3").mkdir()  # killed while it was written
+    unfinished = shutil.copytree(working / "checkpoint-2", tmp_path / "unfinished")
+    (working / "checkpoint-3").mkdir()  # killed while it was written
 
     for more, message in (([], "go on from there with --resume"), (["--resume", "--kd-weight", 1], "had other opt")):
         code, _, err = run(*command(folder, tmp_path / "again"), *pruning, *more)
@@ -112,7 +115,8 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
     code, out, err = run(*command(folder, tmp_path / "again"), *pruning, "--resume")
     assert code == 0, err
     assert "4 steps, resumed from checkpoint-4" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "unfinished", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "again.training", "unfinished", "whole"]
+    assert mine.read_text() == "mine"
     whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert whole.keys() == again.keys()
     assert all(torch.equal(value, whole[key]) for key, value in again.items())
@@ -204,7 +208,8 @@ def test_a_run_whose_weights_overflow_says_so_once_and_leaves_nothing(folder: Pa
 def test_a_run_goes_on_from_the_last_finite_weights_at_a_lower_learning_rate(
     folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, working = [*command(folder, tmp_path / "out"), "--save-steps", 1], tmp_path / "out.training"
+    arguments = [*command(folder, tmp_path / "out"), "--save-steps", 1]
+    working = tmp_path / ".out.mcsmoe-work" / "training"
     with monkeypatch.context() as patched:
         stop(patched, after=3)
         assert run(*arguments)[0] == 130

@@ -75,7 +75,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "factorisation": (["--rank", "2", "--factorisation", "svt"], "Did you mean 'svd'?"),
     "dtype": (["--dtype", "float7"], "no floating-point dtype"),
     "a file": (["--output", "{text}"], "is a file"),
-    "not empty": (["--output", "{mixtral}"], "pass --overwrite"),
+    "not empty": (["--output", "{switch}"], "pass --overwrite"),
+    "the teacher": (["--output", "{mixtral}", "--overwrite"], "is the folder of the teacher"),
 }
 STUDENTS = {
     "dense": ("{mixtral}", [], "is not compressed"),
@@ -117,13 +118,3 @@ def test_wrong_students(case: str, folder: Path, tmp_path: Path, run: Run) -> No
     arguments = [*command(folder, tmp_path / "out"), *more]
     arguments[1] = student
     check_refused(arguments, message, folder, tmp_path, run)
-
-
-def test_a_folder_of_the_users_own_is_not_taken_for_checkpoints(folder: Path, tmp_path: Path, run: Run) -> None:
-    (tmp_path / "out.training").mkdir()
-    (tmp_path / "out.training" / "notes.txt").write_text("mine")
-    for more in ([], ["--overwrite"], ["--resume"]):
-        code, _, err = run(*command(folder, tmp_path / "out"), *more)
-        assert code == 1
-        assert "was not made by a run" in err
-    assert [path.name for path in tmp_path.rglob("*")] == ["out.training", "notes.txt"]

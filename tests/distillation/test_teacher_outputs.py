@@ -118,25 +118,37 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not folder.exists()
     with pytest.raises(ValueError, match="no complete teacher outputs"):
         TeacherOutputs(folder)
-    partial = folder.with_name("stored.partial")
+    partial = folder.with_name(".stored.mcsmoe-work") / "outputs"
     assert json.loads((partial / "progress.json").read_text())["rows"] == 6
     forwards: list[int] = []
     handle = case.base.register_forward_pre_hook(lambda *given: forwards.append(1))
     store_teacher_outputs(case.base, make_rows(), folder, batch_size=2)
     handle.remove()
     assert len(forwards) == 1
-    assert not partial.exists()
+    assert not partial.parent.exists()
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         file.name: file.read_bytes() for file in expected.iterdir()
     }
 
 
 def test_what_a_killed_run_left_for_other_data_is_thrown_away(tmp_path: Path) -> None:
-    case, partial = example("mixtral"), tmp_path / "stored.partial"
+    case, partial = example("mixtral"), tmp_path / ".stored.mcsmoe-work" / "outputs"
+    partial.parent.mkdir()
+    (tmp_path / "stored.partial").mkdir()
+    (tmp_path / "stored.partial" / "notes.txt").write_text("mine")
     store_teacher_outputs(case.base, make_rows()[:4], tmp_path / "other").rename(partial)
     (partial / "progress.json").write_text('{"rows": 2}')
     store_teacher_outputs(case.base, make_rows(), tmp_path / "stored")
     assert len(TeacherOutputs(tmp_path / "stored").arrays["offsets"]) == 9
+    assert (tmp_path / "stored.partial" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "log_probs.npy", "teacher_outputs.json"])
+def test_half_a_file_is_named(name: str, tmp_path: Path) -> None:
+    folder = store_teacher_outputs(example("mixtral").base, make_rows(), tmp_path / "stored")
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with pytest.raises(ValueError, match=rf"{name} is cut off or damaged .*: delete"):
+        _ = TeacherOutputs(folder).arrays
 
 
 def test_rows_count_by_their_content() -> None:
