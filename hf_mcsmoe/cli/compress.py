@@ -14,6 +14,7 @@ from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table, plan_table, quality_table, stage_bars
 from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, check_file, itemsize, options_of
 from hf_mcsmoe.cli.recipe import recipe_text
+from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.compress import check_options, chosen_repair, compress, merges_nothing
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
@@ -95,6 +96,7 @@ def compress_command(
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
     own = tokenizer if loading.tokenizer else None
     merged.save_pretrained(output, tokenizer=own)
+    draw(output)
     _show(record_of(merged), output)
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
     target.push(merged, own)

@@ -17,6 +17,7 @@ from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table
 from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, described, itemsize, options_of
 from hf_mcsmoe.cli.recipe import recipe_text
+from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.sources import Source
 from hf_mcsmoe.cli.training import (
     Training,
@@ -191,6 +192,7 @@ def distill_command(
         model, costs = _train(run, checkpoint)
         attach_record(model, replace(record_of(model), recipe=recipe_text("distill", recipe or {})))
         model.save_pretrained(output, tokenizer=run.tokenizer if tokenizer else None)
+    draw(output)
     costs["distilled"] = replace(costs["distilled"], bytes_on_disk=folder_bytes(output))
     console.print(cost_table(costs))
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")

@@ -1,5 +1,6 @@
 """`hf-mcsmoe report`."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,16 @@ import typer
 from rich.markup import escape
 
 from hf_mcsmoe.cli.display import console
+
+
+def draw(folder: Path) -> None:
+    """Write the page of a result that was saved just now; where it cannot be, warn: the result is whole without it."""
+    from hf_mcsmoe.report.page import write_report
+
+    try:
+        write_report([folder])
+    except Exception as error:  # hours of work must not end in an error for want of a picture
+        warnings.warn(f"{folder} is whole, but its page of pictures could not be written: {error!r}", stacklevel=2)
 
 
 def report_command(

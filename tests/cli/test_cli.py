@@ -78,6 +78,7 @@ def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
     assert re.search(r"^\| tokens/s \| [\d,]+ \| [\d,]+ \|  \|$", card, flags=re.MULTILINE)
     names = {file.name for file in output.iterdir()}
     assert {"config.json", "README.md", "mcsmoe_plan.json", "tokenizer.json", "modeling_mcsmoe.py"} <= names
+    assert "<svg" in (output / "report.html").read_text(encoding="utf-8")
     code, out, err = run(*arguments, "--output", tmp_path / "again", "--statistics", statistics)
     assert code == 0, err
     assert "statistics read from" in out

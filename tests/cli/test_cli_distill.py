@@ -65,7 +65,7 @@ def test_a_merged_model_learns_and_is_saved_with_card_and_costs(
     assert table(out)["bytes on disk"] == [*map("{:,}".format, on_disk), f"{1 - on_disk[2] / on_disk[0]:.1%}"]
     assert "## Distillation\n\nTrained for 4 steps" in card
     assert '.from_pretrained("out"' in card
-    assert {"mcsmoe_plan.json", "tokenizer.json"} <= {path.name for path in output.iterdir()}
+    assert {"mcsmoe_plan.json", "report.html", "tokenizer.json"} <= {path.name for path in output.iterdir()}
     lines = re.findall(r"step (\d)/4 +task_loss [\d.]+ +kd_loss [\d.]+\n", out)
     assert lines == ["1", "2", "3", "4"]
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from families import build
 from helpers import Run, batches
-from merged import example
+from merged import ALL, example
 from safetensors import safe_open
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics, compress
+from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics, compress, moe_layers
+from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.report.charts import Point, scatter, unbeaten
 from hf_mcsmoe.report.page import render, write_report
 from hf_mcsmoe.report.result import LayerResult, Result, read_result
@@ -140,6 +141,23 @@ def test_bytes_per_layer_are_those_of_the_file(name: str, folders: Path) -> None
         original = base.get_submodule(layer.name).parameters()
         assert layer.bytes_before == sum(tensor.numel() * tensor.element_size() for tensor in original)
     assert result.bytes_after == (folders / name / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_results_of_every_layout_are_drawn(name: str, tmp_path: Path) -> None:
+    case = example(name)
+    case.merged.save_pretrained(tmp_path / name)
+    result = read_result(tmp_path / name)
+    merged = {item.original_name: item.num_parameters for item in moe_layers(case.merged)}
+    whole = {item.original_name: item.num_parameters for item in moe_layers(case.base)}
+    width = case.merged.dtype.itemsize
+    for layer in result.layers:
+        if name != "longcat_flash":  # whose gates have rows for experts without weights as well, that nothing reads
+            assert layer.bytes_before == whole[layer.name] * width
+        assert layer.bytes_after == merged[layer.name] * width
+        assert layer.dominant == case.plan.layers[layer.name].dominant
+    _check(render([result]))
 
 
 def test_a_result_is_what_plan_and_record_say(folders: Path) -> None:
@@ -345,6 +363,15 @@ def test_the_plan_of_another_result_is_refused(folders: Path, tmp_path: Path) ->
     (path / "mcsmoe_plan.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match=r"groups the experts of \S+ otherwise than config.json does"):
         read_result(path)
+
+
+def test_a_result_is_whole_without_its_page(folders: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(folders / "merged", tmp_path / "result")
+    draw(path)
+    (path / "report.html").unlink()
+    (path / "report.html").mkdir()
+    with pytest.warns(UserWarning, match="is whole, but its page of pictures could not be written"):
+        draw(path)
 
 
 def test_the_command_writes_one_page_and_refuses_in_one_sentence(folders: Path, tmp_path: Path, run: Run) -> None:
