@@ -90,6 +90,24 @@ model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=Tru
 
 The modelling code lies beside the weights; no further package is needed. Where the package `hf_mcsmoe` is imported,
 it loads without the flag.
+
+## Use it with
+
+**PEFT**: `LoraConfig(**hf_mcsmoe.lora_targets(model))` adapts the experts as well; `target_modules="all-linear"` does
+not see them. **TRL** (DPO and others): `model_init_kwargs={"trust_remote_code": True}`.
+**lm-eval**: `lm_eval --model hf --model_args pretrained={{ model_id }},trust_remote_code=True --tasks ...`.
+**torchao**, 8 bits a weight, the experts' among them:
+
+```python
+from hf_mcsmoe import lora_targets
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from transformers import {{ auto_class }}, TorchAoConfig
+
+targets = lora_targets({{ auto_class }}.from_pretrained("{{ model_id }}"))
+names = [f"{name}.weight" for name in targets["target_modules"]] + targets["target_parameters"]
+config = TorchAoConfig(FqnToConfig(dict.fromkeys(names, Int8WeightOnlyConfig(version=2))))
+model = {{ auto_class }}.from_pretrained("{{ model_id }}", quantization_config=config)
+```
 {% if methods %}
 ## Method
 

@@ -57,7 +57,11 @@ def test_all_of_a_record_is_in_its_card() -> None:
 def test_a_record_of_little_has_a_card_of_little() -> None:
     text = card.render(Record(Base("", "mixtral")))
     assert "# mixtral with merged experts" in text.splitlines()
-    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## How to load", "## Citation"]
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## How to load",
+        "## Use it with",
+        "## Citation",
+    ]
 
 
 def test_one_compression_renders_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
