@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
+from types import NoneType
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_r
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.merge import check_loaded, merge_layers
 from hf_mcsmoe.methods.budget import BUDGET, adaptive_budget, uniform_budget
+from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import check_request, plan_merge
@@ -72,6 +74,12 @@ def compress(
             `decompose_experts`. Options are checked before any forward; only ranks by `energy` that make an expert
             larger, and a repair where an adaptive budget kept all experts, are refused later, with `model` unchanged.
     """
+    check_given(
+        config=(config, (MergeConfig, NoneType)),
+        repair=(repair, (RepairConfig, NoneType)),
+        low_rank=(low_rank, (LoSparseConfig, NoneType)),
+        statistics=(statistics, (RoutingStatistics, NoneType)),
+    )
     config, repair = config or MergeConfig(), chosen_repair(repair)
     layers = Layers.of(model).uncompressed()
     check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_
 from hf_mcsmoe.layers.output import check_apart
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
+from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.experts import Expert, Experts
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.view import LayerView, Sums
@@ -119,6 +121,7 @@ def merge_layers(
     sink: Sink | None = None,
 ) -> PreTrainedModel:
     """Do what `merge_experts` does to weights that were checked; the record is written once, when all else is done."""
+    check_given(plan=(plan, MergePlan), statistics=(statistics, (RoutingStatistics, NoneType)))
     if sink is None:
         check_loaded(layers)
     _check_plan(layers, plan, statistics)

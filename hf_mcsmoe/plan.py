@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.files import read_json, write_text
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.budget import budget_total
+from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.methods.grouping import Groups
 from hf_mcsmoe.methods.registry import method_name
@@ -188,6 +190,7 @@ def plan_merge(
         ValueError: statistics of another model, with NaN or without a sum that a method needs, a pattern of `skip`
             that matches no layer, or more experts asked for than a layer has.
     """
+    check_given(statistics=(statistics, RoutingStatistics), config=(config, (MergeConfig, NoneType)))
     config = config or MergeConfig()
     layers = check_request(Layers.of(model).uncompressed(), config)
     if statistics.fingerprint != layers.fingerprint:

@@ -12,6 +12,9 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import torch
 import typer
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.display import console
@@ -81,6 +84,21 @@ class Output:
     def claimed(self, needed_bytes: int = 0, **read: Read) -> Path:
         """Return the folder to write, checked and kept from other runs until the command ends; see `claimed`."""
         return claimed(self.output, self.overwrite, needed_bytes, **read)
+
+    def __post_init__(self) -> None:
+        """Refuse, before any work, a repository that could not be pushed to.
+
+        Raises:
+            ValueError: it has no name of the Hub, or nobody is logged in.
+        """
+        if self.push_to_hub is None:
+            return
+        try:
+            validate_repo_id(self.push_to_hub)
+        except HFValidationError as error:
+            raise ValueError(f"--push-to-hub {self.push_to_hub!r} is no name of a repository: {error}") from None
+        if get_token() is None:
+            raise ValueError(f"--push-to-hub {self.push_to_hub} needs a token of the Hub: run `hf auth login` first.")
 
     def push(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Upload the model, and a tokenizer that is not its own, if that is asked for."""

@@ -21,6 +21,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging
 
+from hf_mcsmoe.files import read_json
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -73,11 +75,23 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {name: inside[file][name] for name, file in files.items()}
 
 
+def check_index(folder: Path) -> None:
+    """Raise ValueError where a folder's weights lie in shards whose index is damaged or names files elsewhere."""
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        _weight_map(folder / INDEX)
+
+
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of safetensors ({error!r}); download it again.") from None
+    weight_map = read_json(index, "download it again").get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not is_map or not weight_map:
+        raise ValueError(f"{index} is no index of safetensors (its weight_map is no object); download it again.")
+    for file in set(weight_map.values()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names the shard {file!r}, which is no safetensors file in its folder: download it again."
+            )
+    return weight_map
 
 
 def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
@@ -94,7 +108,7 @@ def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
             if end - start != empty.nbytes or end > path.stat().st_size:
                 raise ValueError(f"{name} lies outside of it")
             tensors[name] = StoredTensor(path, start, empty)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error!r}); download it again.") from None
     return tensors
 

@@ -155,8 +155,14 @@ class Layers(Sequence[MoELayer]):
         """Return the layers themselves.
 
         Raises:
-            ValueError: the model is compressed already.
+            ValueError: the model is compressed already, or carries adapters.
         """
+        if any(type(module).__module__.startswith("peft.") for module in self.model.modules()):
+            raise ValueError(
+                f"{type(self.model).__name__} carries adapters of PEFT, which are no part of its weights: call "
+                "merge_and_unload() of the PeftModel (PeftModel.from_pretrained(model, adapter)), and pass what that "
+                "returns."
+            )
         if self.compressed:
             raise ValueError(
                 "This model is compressed already. Its routers still speak of the original experts, which are gone: "

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_mcsmoe.layers.checkpoint import check_index
 from hf_mcsmoe.layers.config_file import check_config_file
 from hf_mcsmoe.layers.dequantize import dequantized, saved_plainly
 from hf_mcsmoe.modeling import modeling_mcsmoe
@@ -113,6 +115,7 @@ def load_model(
             little memory.
     """
     config = load_config(name_or_path)
+    check_index(Path(name_or_path))
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
     quantizer = dequantized(config, name_or_path) if dequantize else None
     if quantizer is not None:

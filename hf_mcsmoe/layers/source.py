@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+@runtime_checkable
 class Source(Protocol):
     """A model and access to its weights."""
 
@@ -97,14 +98,37 @@ class Offloaded:
         yield _one_by_one
 
 
+# What is put around a model, by the name of its class, and how the model is got out of it.
+WRAPPERS = {
+    "PeftModel": "call its merge_and_unload(), which adds the adapters to the weights, and pass what that returns",
+    "OptimizedModule": "pass the model that was compiled, its `_orig_mod`, and compile the result",
+    "DataParallel": "pass its `module`",
+    "DistributedDataParallel": "pass its `module`",
+}
+
+
 def source_of(origin: "PreTrainedModel | str | os.PathLike | Source") -> Source:
     """Return the source of a model, of a checkpoint's folder, or what is a source already.
 
     Raises:
-        ValueError: see `Folder`.
+        ValueError: see `Folder`; or a module that is no model of Transformers, such as one that is put around it.
+        TypeError: none of these.
     """
     if isinstance(origin, str | os.PathLike):
         return Folder(origin)
-    if isinstance(origin, nn.Module):
+    if isinstance(origin, PreTrainedModel):
         return Offloaded(origin) if is_hooked(origin) else InMemory(origin)
+    if isinstance(origin, nn.Module):
+        raise ValueError(_no_model(origin))
+    if not isinstance(origin, Source):
+        raise TypeError(f"model must be a model of Transformers or the folder of one, not {type(origin).__name__}.")
     return origin
+
+
+def _no_model(module: nn.Module) -> str:
+    names = {kind.__name__ for kind in type(module).__mro__}
+    advice = next((advice for name, advice in WRAPPERS.items() if name in names), "pass a PreTrainedModel")
+    return (
+        f"{type(module).__name__} has no Mixture-of-Experts layer that could be found, since it is no model of "
+        f"Transformers itself: {advice}."
+    )

@@ -1,6 +1,7 @@
 """MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
 
 from collections.abc import Iterable, Iterator
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import layer_ranks, layers_to_decompose
 from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_columns
+from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
@@ -55,6 +57,7 @@ def decompose_experts(
         ValueError: a model without merged experts or decomposed already, a rank larger than a matrix, factors that
             are larger than the matrix, a pattern of `skip` that matches nothing, or offloaded experts.
     """
+    check_given(config=(config, (LoSparseConfig, NoneType)))
     found = Layers.of(model)
     decompose_layers(found, config or LoSparseConfig(), batches, prune=prune)
     _renew_costs(found.model)

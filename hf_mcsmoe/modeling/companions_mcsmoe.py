@@ -113,7 +113,9 @@ def copy_companions(source: Path, folder: Path, leave: tuple[str, ...] = ()) -> 
             shutil.copyfile(file, place)
         except OSError as error:
             warnings.warn(f"{file} cannot be read, so the model is saved without: {error}", stacklevel=6)
-    name_classes(source, folder)
+    # A compressed source names them already, and its type is one that Transformers by itself does not know.
+    if not (source / "configuration_mcsmoe.py").is_file():
+        name_classes(source, folder)
 
 
 def companions(source: Path) -> list[Path]:

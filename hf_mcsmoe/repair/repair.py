@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inp
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.record import Step
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import REPAIR, LayerRepair, RepairConfig
@@ -96,6 +98,7 @@ def repair_experts(
         ValueError: a student that is not a compressed model of this teacher, no batches, activations that are not
             finite, or a layer that the method cannot repair.
     """
+    check_given(config=(config, (RepairConfig, NoneType)))
     config, begin = config or RepairConfig(), time.perf_counter()
     student, teacher = Layers.of(student), Layers.of(teacher)
     groups = matching_layers(student, teacher)

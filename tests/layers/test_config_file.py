@@ -1,6 +1,7 @@
 """A model's name and its config.json are looked over before anything is built, and the Hub is asked once."""
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as omni
 
 from hf_mcsmoe import moe_layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import empty_model, load_config, load_model, load_tokenizer
 
 
@@ -207,3 +209,63 @@ def test_code_beside_a_model_or_a_tokenizer_is_never_run_nor_asked_about(
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer that loads"):
         load_tokenizer(str(folder))
+
+
+def _index(**values: Any) -> dict[str, Any]:
+    return {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}} | values
+
+
+# Whole contents of an index, and words of the refusal.
+INDICES: list[tuple[Any, str]] = [
+    ([1], "is cut off or damaged"),
+    ({}, "its weight_map is no object"),
+    (_index(weight_map=None), "its weight_map is no object"),
+    (_index(weight_map=["a"]), "its weight_map is no object"),
+    (_index(weight_map={}), "its weight_map is no object"),
+    (_index(weight_map={"a": 5}), "its weight_map is no object"),
+    (_index(weight_map={"a": "../other/model.safetensors"}), "names the shard '../other/model.safetensors'"),
+    (_index(weight_map={"a": "/model.safetensors"}), "names the shard '/model.safetensors'"),
+    (_index(weight_map={"a": "model.bin"}), "names the shard 'model.bin'"),
+    (_index(weight_map={"a": ""}), "names the shard ''"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), INDICES, ids=lambda value: str(value)[-40:])
+def test_an_index_that_is_damaged_or_leads_elsewhere_is_refused(
+    content: Any, message: str, mixtral: Path, tmp_path: Path
+) -> None:
+    folder = _changed(tmp_path / "changed", mixtral)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    for read in (load_model, Folder):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read(str(folder))
+        assert "download it again" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"{", b"[1]", b'{"a": 5}', b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}']
+)
+def test_weights_that_are_cut_off_are_refused(header: bytes, mixtral: Path, tmp_path: Path) -> None:
+    folder = _changed(tmp_path / "changed", mixtral)
+    for content in (header, len(header).to_bytes(8, "little") + header, (10**15).to_bytes(8, "little") + header):
+        (folder / "model.safetensors").write_bytes(content)
+        for read in (load_model, Folder):
+            with pytest.raises(ValueError, match="download it again"):
+                read(str(folder))
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "--x", "x" * 100, "a/b.git", "", "http://hub/a"])
+def test_a_repository_that_is_no_name_is_refused_before_anything_is_read(name: str, tmp_path: Path, run: Run) -> None:
+    code, _, err = run("compress", "nowhere", "--data", "none", "--output", tmp_path / "out", f"--push-to-hub={name}")
+    assert code == 1
+    assert "is no name of a repository" in err
+
+
+def test_a_repository_without_a_token_is_refused(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["compress", "nowhere", "--data", "none", "--output", tmp_path / "out", "--push-to-hub", "me/model"]
+    monkeypatch.setattr("hf_mcsmoe.cli.options.get_token", lambda: None)
+    code, _, err = run(*arguments)
+    assert (code, "needs a token of the Hub: run `hf auth login` first" in err) == (1, True)
+    monkeypatch.setattr("hf_mcsmoe.cli.options.get_token", lambda: "secret")
+    assert "Found no model 'nowhere'" in run(*arguments)[2]

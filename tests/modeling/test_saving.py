@@ -278,3 +278,20 @@ def _check_uploads(hub: Hub) -> None:
     assert tags["me/first"] == [*tags["me/third"], "mine"]
     for repo_id, files in hub.files.items():
         assert f'from_pretrained("{repo_id}"' in files["README.md"].decode()
+
+
+SAVE_AGAIN = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def test_a_reloaded_model_is_saved_without_a_warning(tmp_path: Path) -> None:
+    folder = save(example("mixtral"), tmp_path)
+    done = run_python(["-c", SAVE_AGAIN, str(folder), str(tmp_path / "again")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "can yield errors" not in done.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
