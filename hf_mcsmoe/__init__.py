@@ -10,6 +10,7 @@ from hf_mcsmoe.distillation import (
     DistillationSeq2SeqArguments,
     DistillationSeq2SeqTrainer,
     DistillationTrainer,
+    MCSMoEDistillationTrainer,
     store_teacher_outputs,
 )
 from hf_mcsmoe.layers.find import moe_layers
@@ -35,6 +36,7 @@ __all__ = [
     "DistillationTrainer",
     "LoSparseConfig",
     "LoSparseLinear",
+    "MCSMoEDistillationTrainer",
     "MergeConfig",
     "MergePlan",
     "MergedSwitchSparseMLP",

@@ -2,7 +2,11 @@
 
 from hf_mcsmoe.distillation.arguments import DistillationArguments, DistillationOptions, DistillationSeq2SeqArguments
 from hf_mcsmoe.distillation.teacher_outputs import store_teacher_outputs
-from hf_mcsmoe.distillation.trainer import DistillationSeq2SeqTrainer, DistillationTrainer
+from hf_mcsmoe.distillation.trainer import (
+    DistillationSeq2SeqTrainer,
+    DistillationTrainer,
+    MCSMoEDistillationTrainer,
+)
 
 __all__ = [
     "DistillationArguments",
@@ -10,5 +14,6 @@ __all__ = [
     "DistillationSeq2SeqArguments",
     "DistillationSeq2SeqTrainer",
     "DistillationTrainer",
+    "MCSMoEDistillationTrainer",
     "store_teacher_outputs",
 ]

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.data.data_collator import default_data_collator
 
-from hf_mcsmoe.distillation.fingerprints import rows_fingerprint
+from hf_mcsmoe.distillation.fingerprints import rows_fingerprint, weights_fingerprint
 from hf_mcsmoe.distillation.losses import aligned_labels, top_log_probs
 from hf_mcsmoe.distillation.teacher import check_vocabulary, vocabulary_size
 from hf_mcsmoe.files import read_json, write_json
@@ -29,6 +29,7 @@ from hf_mcsmoe.layers.batches import evaluation_mode, forward
 from hf_mcsmoe.layers.labels import labelled
 from hf_mcsmoe.layers.packing import unpacked
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
+from hf_mcsmoe.record import public_name
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 FORMAT_VERSION = 1
@@ -36,6 +37,8 @@ DESCRIPTION, PROGRESS = "teacher_outputs.json", "progress.json"
 # In a row: its number. In a batch: what is stored of its labels.
 ROW = "teacher_row"
 STORED = ("teacher_log_probs", "teacher_token_ids", "teacher_rest")
+# What a folder tells of what it was made of.
+TOLD = ("teacher", "vocabulary", "temperature", "top_k", "data")
 # Their files, in the order of `top_log_probs`.
 KEPT = ("log_probs", "token_ids", "rest")
 
@@ -75,6 +78,7 @@ def store_teacher_outputs(
     description = {
         "format_version": FORMAT_VERSION,
         "teacher": teacher.name_or_path,
+        "weights": weights_fingerprint(teacher.named_parameters()),
         "vocabulary": vocabulary_size(teacher),
         "temperature": float(temperature),
         "top_k": min(top_k, vocabulary_size(teacher)),
@@ -203,8 +207,12 @@ class TeacherOutputs:
         if not (self.folder / DESCRIPTION).is_file():
             raise ValueError(f"{folder} holds no complete teacher outputs; store_teacher_outputs writes them.")
         self.description = read_json(self.folder / DESCRIPTION, "store the teacher's outputs anew")
-        if self.description["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"{folder} was written by a later version of hf_mcsmoe: upgrade it.")
+        if self.description.get("format_version") not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(f"{folder} was written by another version of hf_mcsmoe: upgrade it, or store them anew.")
+        if lacking := [name for name in TOLD if name not in self.description]:
+            raise ValueError(
+                f"{self.folder / DESCRIPTION} does not tell {', '.join(lacking)}: delete {folder} and store it anew."
+            )
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return TeacherOutputs, (self.folder,)
@@ -228,6 +236,28 @@ class TeacherOutputs:
             )
         if self.description["data"] != data_fingerprint(dataset, student):
             raise ValueError(f"{self.folder} was made from another data set than the one to train on: store it anew.")
+        sizes = {name: len(values) for name, values in self.arrays.items()}
+        wanted = dict.fromkeys(sizes, int(self.arrays["offsets"][-1])) | {"offsets": len(dataset) + 1}
+        if sizes != wanted:
+            raise ValueError(f"The files in {self.folder} hold {sizes} entries, not {wanted}: store them anew.")
+
+    def check_teacher(self, teacher: PreTrainedModel | str | Path | None) -> None:
+        """Check that the outputs are those of a teacher, where one is named beside them.
+
+        Raises:
+            ValueError: they are of another one.
+        """
+        of, problem = self.description["teacher"], False
+        if isinstance(teacher, PreTrainedModel):
+            weights = weights_fingerprint(teacher.named_parameters())
+            problem = self.description.get("weights", weights) != weights
+        elif teacher is not None:
+            problem = public_name(str(teacher)) != public_name(of)
+        if problem:
+            raise ValueError(
+                f"{self.folder} holds the outputs of the teacher {of!r}, not of the one given: leave that out, "
+                "or store them anew."
+            )
 
     def of_rows(self, rows: Sequence[int], labels: np.ndarray) -> dict[str, torch.Tensor]:
         """Return what is stored of some rows, one after another, under the names of `STORED`.

@@ -59,6 +59,10 @@ class DistillationTrainer(CompressedModelTrainer):
     An evaluation reports each term as well; with stored teacher outputs it has the task's loss alone, since they are
     of the rows to train on. With train_parts="lora" the model becomes a `PeftModel`: its checkpoints hold the adapters
     alone, to resume from; `save_model` merges them into the weights of a compressed checkpoint.
+
+    TRL has a `DistillationTrainer` too, whose student learns from what it writes itself, of any model; this one takes
+    a data set with labels and saves compressed checkpoints. Where both are imported, call this one by its other name,
+    `MCSMoEDistillationTrainer`.
     """
 
     decisive = (*DECISIVE, *RESULT)
@@ -335,6 +339,9 @@ class DistillationTrainer(CompressedModelTrainer):
         return Step("Distillation", options, lines)
 
 
+MCSMoEDistillationTrainer = DistillationTrainer
+
+
 def _checked_outputs(options: Any, model: PreTrainedModel, teacher: Any) -> TeacherOutputs | None:
     """Check what a trainer is given; returns the teacher's outputs where they were stored before."""
     if not isinstance(options, DistillationOptions):
@@ -349,6 +356,8 @@ def _checked_outputs(options: Any, model: PreTrainedModel, teacher: Any) -> Teac
     outputs = TeacherOutputs(folder) if folder is not None and Path(folder).exists() else None
     if outputs is None and teacher is None:
         raise ValueError("A distillation needs a teacher, or teacher_outputs that were stored before.")
+    if outputs is not None:
+        outputs.check_teacher(teacher)
     return outputs
 
 

@@ -71,6 +71,41 @@ def test_a_loaded_model_goes_on_with_its_card(form: str, tmp_path: Path) -> None
     check_card(target, 1)
 
 
+# What a person, or a half-written disk, may have made of the files beside the weights.
+EDITED: dict[str, list[tuple[str, bytes]]] = {
+    "metadata": [("README.md", b"---\ntags: 3\nmodel-index: x\nlicense: [1]\n---\n# Mine\n")],
+    "no text": [("README.md", b"\xff\xfe\x00"), ("mcsmoe_plan.json", b"\xff")],
+    "half a record": [("mcsmoe_record.json", b'{"format": "mcsmoe-rec')],
+    "odd steps": [("mcsmoe_record.json", b'{"format": "mcsmoe-record", "format_version": 1, "steps": 3}')],
+    "a list": [("mcsmoe_record.json", b"[1]"), ("mcsmoe_plan.json", b"[1]")],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* is damaged and not used")
+@pytest.mark.parametrize("edit", EDITED)
+def test_a_training_is_not_lost_to_what_became_of_the_card(edit: str, merged: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(merged, tmp_path / "mine")
+    for name, content in EDITED[edit]:
+        (folder / name).write_bytes(content)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = make_trainer("mixtral", tmp_path / "run", model=student, max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "out")
+    assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in trainer.student.state_dict().items())
+    if "README.md" in dict(EDITED[edit]):
+        assert (tmp_path / "out" / "README.md").read_bytes() == dict(EDITED[edit])["README.md"]
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save the merged model."""
+    folder = tmp_path_factory.mktemp("source") / "merged"
+    make_student("mixtral").save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_figures_that_no_longer_hold_are_renewed_or_gone(trained: bool, tmp_path: Path) -> None:
     base = example("switch_transformers").base

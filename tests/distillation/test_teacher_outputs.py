@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +197,35 @@ def random_masks(rows: list[Row]) -> Row:
         ({"reference_kd": True}, "logits at masked positions too"),
         ({"teacher_outputs": "nowhere"}, "needs a teacher, or teacher_outputs"),
         ({"data_collator": random_masks}, "are not those that .* was made with"),
+        ({"teacher": example("mixtral").merged}, "holds the outputs of the teacher '', not of the one given"),
+        ({"teacher": "some/other"}, "holds the outputs of the teacher '', not of the one given"),
     ],
-    ids=["data", "temperature", "hidden", "expert", "reference", "none", "collator"],
+    ids=["data", "temperature", "hidden", "expert", "reference", "none", "collator", "teacher", "name"],
 )
 def test_outputs_that_do_not_fit_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = store_teacher_outputs(example("mixtral").base, make_rows(), tmp_path / "stored")
     options = {"teacher_outputs": str(folder), "teacher": False, **change}
     with pytest.raises(ValueError, match=message):
         make_trainer("mixtral", tmp_path / "run", **options).train()
+
+
+DAMAGED: list[tuple[Callable[[Path], Any], str]] = [
+    (
+        lambda folder: np.save(folder / "rest.npy", np.zeros(3, np.float32)),
+        "'rest': 3.* not .*store them anew",
+    ),
+    (lambda folder: np.save(folder / "offsets.npy", np.arange(4)), "'offsets': 4"),
+    (lambda folder: (folder / "teacher_outputs.json").write_text('{"format_version": 1}'), "does not tell teacher, "),
+    (lambda folder: (folder / "teacher_outputs.json").write_text("{}"), "was written by another version"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED)
+def test_damaged_outputs_are_refused(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    folder = store_teacher_outputs(example("mixtral").base, make_rows(), tmp_path / "stored")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        make_trainer("mixtral", tmp_path / "run", teacher_outputs=str(folder), teacher=False)
 
 
 def test_outputs_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
