@@ -1,5 +1,7 @@
 """Merge the experts of any Mixture-of-Experts model of Transformers (M-SMoE)."""
 
+from importlib.metadata import version
+
 from transformers import AutoConfig
 
 from hf_mcsmoe.calibration.collect import collect_statistics
@@ -56,5 +58,7 @@ __all__ = [
     "repair_experts",
     "store_teacher_outputs",
 ]
+
+__version__ = version("hf_mcsmoe")
 
 AutoConfig.register("mcsmoe", RegisteredConfig, exist_ok=True)

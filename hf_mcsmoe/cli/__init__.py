@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Callable
+from importlib.metadata import version
 from typing import Annotated, NoReturn
 
 import typer
@@ -11,8 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mcsmoe.cli.compress import compress_command
 from hf_mcsmoe.cli.demo import demo_command
+from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
+from hf_mcsmoe.cli.examples import epilog
 from hf_mcsmoe.cli.inspect import inspect_command
 from hf_mcsmoe.cli.options import CLAIMS
 from hf_mcsmoe.cli.recipe import with_recipe
@@ -26,19 +30,32 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"hf-mcsmoe {version('hf_mcsmoe')}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _options_of_all(
     debug: Annotated[bool, typer.Option("--debug", help="show where an error arose; goes with every command")] = False,
+    is_version_asked: Annotated[
+        bool, typer.Option("--version", help="show the version", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     """Merge the experts of Mixture-of-Experts models (M-SMoE) into checkpoints that load anywhere."""
 
 
-app.command("inspect")(with_recipe("inspect", inspect_command))
-app.command("compress")(with_recipe("compress", compress_command))
-app.command("distill")(with_recipe("distill", distill_command))
-app.command("evaluate")(with_recipe("evaluate", evaluate_command))
-app.command("report")(with_recipe("report", report_command))
-app.command("demo")(with_recipe("demo", demo_command))
+COMMANDS: dict[str, Callable] = {
+    "inspect": inspect_command,
+    "compress": compress_command,
+    "distill": distill_command,
+    "evaluate": evaluate_command,
+    "report": report_command,
+    "demo": demo_command,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name, epilog=epilog(_name))(with_recipe(_name, _command))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
-from hf_mcsmoe.cli.display import console, cost_table, plan_table, quality_table, stage_bars
+from hf_mcsmoe.cli.display import console, cost_table, notes, plan_table, quality_table, stage_bars
 from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, check_file, itemsize, options_of
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
@@ -39,12 +39,12 @@ MERGE = [
 ]
 
 
-@options_of(Calibration, "calibration")
-@options_of(Output, "target")
-@options_of(Selection, "selection")
-@options_of(MergeConfig, "merge", MERGE)
-@options_of(Storage, "storage")
-@options_of(Loading, "loading")
+@options_of(Calibration, "calibration", panel="Data")
+@options_of(Output, "target", panel="Output")
+@options_of(Selection, "selection", panel="Merge")
+@options_of(MergeConfig, "merge", MERGE, panel="Merge")
+@options_of(Storage, "storage", panel="Storage")
+@options_of(Loading, "loading", panel="Loading")
 def compress_command(
     model: Model,
     calibration: Calibration,
@@ -58,10 +58,12 @@ def compress_command(
         typer.Option(
             help="fit merged layers to the original ones: " + ", ".join(REPAIR),
             show_default="refit; none where no layer is merged",
+            rich_help_panel="Repair",
         ),
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="file of routing statistics: read if it is there, else written")
+        Path | None,
+        typer.Option(help="file of routing statistics: read if it is there, else written", rich_help_panel="Data"),
     ] = None,
     recipe: dict[str, Any] | None = None,
 ) -> None:
@@ -82,7 +84,7 @@ def compress_command(
         sums = held
         if held is not None:
             unused = "" if batches else "; --data is not used, and nothing is measured"
-            console.print(f"statistics read from {escape(str(statistics))}{unused}")
+            notes.print(f"statistics read from {escape(str(statistics))}{unused}")
         elif statistics:
             sums = collect_statistics(loaded, progress.over("statistics", batches), config.needs)
             sums.save(statistics)
@@ -91,7 +93,7 @@ def compress_command(
     fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
     told = Calibrated(calibration.names if batches else [], fitted + judging, judging)
     done = {"repair": stages["repair"].method if stages["repair"] else "none"}
-    done |= {} if held else {"statistics": None}  # which others can take anew
+    done |= {} if held is not None else {"statistics": None}  # which others can take anew
     text = recipe_text("compress", {**(recipe or {}), **done})
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
     own = tokenizer if loading.tokenizer else None
@@ -107,7 +109,7 @@ def _chosen(repair: str | None, layers: Layers, config: MergeConfig) -> RepairCo
     if repair is not None:
         return chosen_repair(RepairConfig(method=repair))
     if merges_nothing(layers, config):
-        console.print("every layer keeps all its experts, so there is nothing to repair")
+        notes.print("every layer keeps all its experts, so there is nothing to repair")
         return None
     return RepairConfig()
 

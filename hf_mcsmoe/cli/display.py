@@ -4,14 +4,40 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.record import Costs, Quality, cost_rows, quality_rows
 
-console = Console()
+# Results go to standard output, and what passes (progress, notes) to standard error.
+# The least of a name that is shown in a row, folded.
+NAME = 20
+console, notes = Console(), Console(stderr=True)
+
+
+class Sheet(Table):
+    """A table without lines, whose figures stay whole: where they do not fit side by side, each gets its own line."""
+
+    def __init__(self, *heads: str) -> None:
+        """Make an empty table; the names in its first column may be folded."""
+        first, *others = heads
+        columns = [Column(first, overflow="fold"), *(Column(head, no_wrap=True) for head in others)]
+        super().__init__(*columns, box=None)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table or, in a window too narrow for it, its rows one below the other."""
+        cells = [[str(cell) for cell in column.cells] for column in self.columns]
+        needed = [max(map(len, [str(column.header), *own])) for column, own in zip(self.columns, cells, strict=True)]
+        if min(needed[0], NAME) + sum(needed[1:]) + 2 * len(needed) <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        for name, *row in zip(*cells, strict=True):
+            yield f"[bold]{name}[/]"
+            yield from (
+                f"  {column.header} {value}" for column, value in zip(self.columns[1:], row, strict=True) if value
+            )
 
 
 class Advance:
@@ -58,7 +84,7 @@ class Stages:
 
 def _bars() -> Progress:
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=notes, transient=True)
 
 
 @contextmanager
@@ -75,12 +101,9 @@ def stage_bars() -> Iterator[Stages]:
         yield Stages(progress)
 
 
-_NAME = Column("layer", overflow="fold")
-
-
 def layer_table(layers: Layers) -> Table:
     """Return the sizes of layers of experts, a row each."""
-    table = Table(_NAME, "experts", "top-k", "d", "width", "parameters", box=None)
+    table = Sheet("layer", "experts", "top-k", "d", "width", "parameters")
     for layer in layers:
         sizes = (layer.num_experts, layer.top_k or "?", layer.hidden_size, layer.intermediate_size)
         table.add_row(layer.name, *map(str, sizes), f"{layer.num_parameters:,}")
@@ -89,7 +112,7 @@ def layer_table(layers: Layers) -> Table:
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """Return the experts of each layer before and after a merge, and the tokens that it was planned on."""
-    table = Table(_NAME, "experts before", "after", "tokens", box=None)
+    table = Sheet("layer", "experts before", "after", "tokens")
     for name, layer in plan["layers"].items():
         counts = (len(layer["expert_map"]), len(layer["dominant"]), plan["tokens"][name])
         table.add_row(name, *(f"{count:,}" for count in counts))
@@ -108,7 +131,7 @@ def cost_table(costs: Mapping[str, Costs]) -> Table:
 
 def _table(rows: list[list[str]]) -> Table:
     head, *others = rows
-    table = Table(*head, box=None)
+    table = Sheet(*head)
     for row in others:
         table.add_row(*row)
     return table

@@ -154,11 +154,11 @@ class Run:
         return feature_batches(rows, self.tokenizer, self.arguments.per_device_train_batch_size)
 
 
-@options_of(TrainedOutput, "target")
-@options_of(Source, "source")
-@options_of(Training, "training")
-@options_of(Pruning, "pruning")
-@options_of(DistillationOptions, "distillation", DISTILLATION)
+@options_of(TrainedOutput, "target", panel="Output")
+@options_of(Source, "source", panel="Data")
+@options_of(Training, "training", panel="Training")
+@options_of(Pruning, "pruning", panel="Storage")
+@options_of(DistillationOptions, "distillation", DISTILLATION, panel="Training")
 def distill_command(
     student: Annotated[str, typer.Argument(help="folder or Hub id of the merged model", metavar="STUDENT")],
     teacher: Annotated[str, typer.Option(help="folder or Hub id of the original model")],
@@ -168,7 +168,9 @@ def distill_command(
     distillation: DistillationOptions,
     pruning: Pruning,
     tokenizer: Tokenizer = None,
-    dtype: Annotated[str, typer.Option(help="dtype to train in; the result is saved in the student's")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="dtype to train in; the result is saved in the student's", rich_help_panel="Loading")
+    ] = "float32",
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """Train a merged model on a task or text and on its teacher's outputs; with --rank, compress it further (MC-SMoE).

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.cli.display import Advance, console, progress_bar
+from hf_mcsmoe.cli.display import Advance, Sheet, console, progress_bar
 from hf_mcsmoe.cli.options import DeviceMap, Tokenizer, check_file, itemsize, options_of
 from hf_mcsmoe.cli.sources import Contents, Source
 from hf_mcsmoe.data.choices import CHOICES
@@ -35,7 +35,7 @@ class Evaluation:
     measure: Callable[[PreTrainedModel, Advance], Figures]
 
 
-@options_of(Source, "source")
+@options_of(Source, "source", panel="Data")
 def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="folders or Hub ids of models", metavar="MODEL...")],
     source: Source,
@@ -46,10 +46,15 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="rows per forward", min=1)] = 32,
     seed: Annotated[int, typer.Option(help="seed of the spans that are masked, for encoder-decoders on text")] = 0,
     tokenizer: Tokenizer = None,
-    dtype: Annotated[str, typer.Option(help="dtype to load in: auto, float32, bfloat16 ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="dtype to load in: auto, float32, bfloat16 ...", rich_help_panel="Loading")
+    ] = "auto",
     device_map: DeviceMap = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the figures to this file as well")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="write the figures to this file as well", rich_help_panel="Output"
+        ),
     ] = None,
 ) -> None:
     """Evaluate models, compressed or not, on a task or on text, and compare them in one table."""
@@ -139,11 +144,9 @@ def figure_table(found: dict[str, Figures]) -> Table:
     Folders go by their last name where that tells them apart.
     """
     names = list(dict.fromkeys(name for figures in found.values() for name in figures))
-    numbers = [Column(name.replace("_", " "), justify="right") for name in names]
+    table = Sheet("", *(name.replace("_", " ") for name in names))
     unique = len({Path(model).name for model in found}) == len(found)
     labels = [Path(model).name if unique and Path(model).is_dir() else model for model in found]
-    # Names give way last, but long ones do.
-    table = Table(Column("", overflow="fold", min_width=min(30, max(map(len, labels)))), *numbers, box=None)
     for label, figures in zip(labels, found.values(), strict=True):
         table.add_row(escape(label), *(_shown(figures.get(name)) for name in names))
     return table

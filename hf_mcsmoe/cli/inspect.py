@@ -13,7 +13,7 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import check_request, saved_parameters
 
 
-@options_of(Selection, "selection")
+@options_of(Selection, "selection", panel="Merge")
 def inspect_command(
     model: Model,
     selection: Selection,

@@ -26,16 +26,18 @@ from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
 Experts = Annotated[str, typer.Option(help=option_help("experts"))]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
-Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own")]
+Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own", rich_help_panel="Loading")]
 DEQUANTIZE = "load quantized weights (FP8, MXFP4 ...) as those that they stand for"
-Dequantize = Annotated[bool, typer.Option("--dequantize", help=DEQUANTIZE)]
+Dequantize = Annotated[bool, typer.Option("--dequantize", help=DEQUANTIZE, rich_help_panel="Loading")]
 # Outputs of this run, given free when it ends.
 CLAIMS = ExitStack()
 # Dtypes to load in, by name.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
-DeviceMap = Annotated[str | None, typer.Option(help="where to load the model: cpu, cuda, auto ...")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="where to load the model: cpu, cuda, auto ...", rich_help_panel="Loading")
+]
 
 
 def described(default: Any, text: str, **settings: Any) -> Any:
@@ -155,7 +157,9 @@ class Storage:
         return LoSparseConfig(rank=self.rank, keep=KEEP if self.keep is None else self.keep, **options)
 
 
-def options_of(config: type, into: str, names: list[str] | None = None) -> Callable[[Callable], Callable]:
+def options_of(
+    config: type, into: str, names: list[str] | None = None, *, panel: str | None = None
+) -> Callable[[Callable], Callable]:
     """Return a decorator that gives a command an option for each field of a dataclass.
 
     Default and description are the field's (`metadata["help"]`; `metadata["typer"]` holds further settings of the
@@ -163,9 +167,10 @@ def options_of(config: type, into: str, names: list[str] | None = None) -> Calla
 
     Args:
         names: the fields to offer, by default all; the others keep their defaults.
+        panel: the heading that they stand under in the help of a command.
     """
     chosen = [item for item in fields(config) if names is None or item.name in names]
-    added = [_parameter(item, get_type_hints(config)[item.name]) for item in chosen]
+    added = [_parameter(item, get_type_hints(config)[item.name], panel) for item in chosen]
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
@@ -191,10 +196,10 @@ def _check_finite(name: str, value: Any) -> None:
         raise ValueError(f"--{name.replace('_', '-')} {value} is no number to compute with: give a finite one.")
 
 
-def _parameter(item: Field, hint: Any) -> inspect.Parameter:
+def _parameter(item: Field, hint: Any, panel: str | None) -> inspect.Parameter:
     # A method is given by name here, where the dataclass would take a callable as well.
     kind = hint if item.default is None or item.default is MISSING else type(item.default)
-    settings = {"help": help_of(item), **item.metadata.get("typer", {})}
+    settings = {"help": help_of(item), "rich_help_panel": panel, **item.metadata.get("typer", {})}
     declared = settings.pop("names", ())
     annotation = Annotated[kind, typer.Option(*declared, **settings)]  # type: ignore[valid-type]
     default = inspect.Parameter.empty if item.default is MISSING else item.default

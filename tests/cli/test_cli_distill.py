@@ -269,6 +269,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The repair left")
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_a_trained_switch_is_merged_distilled_and_evaluated(tmp_path: Path, run: Run) -> None:
     full = SHARED / "models" / "switch-mini-16e"

@@ -1,0 +1,37 @@
+"""An example for each command, on the model and the text that come with the package; help shows them as they are."""
+
+from pathlib import Path
+
+import yaml
+
+FILES = "hf-mcsmoe demo --files demo"
+# Each a line that fits a terminal of 80 columns: one that is broken in two cannot be pasted.
+EXAMPLES = {
+    "inspect": "hf-mcsmoe inspect demo/model --experts 0.5",
+    "compress": "hf-mcsmoe compress demo/model --config demo/compress.yaml --output demo/small",
+    "distill": "hf-mcsmoe distill demo/small --config demo/distill.yaml --output demo/tuned",
+    "evaluate": "hf-mcsmoe evaluate demo/model demo/small --config demo/evaluate.yaml",
+    "report": "hf-mcsmoe report demo/small",
+    "demo": FILES,
+}
+# What an example needs besides those files.
+AFTER = {"distill": "compress", "evaluate": "compress", "report": "compress"}
+
+
+def epilog(command: str) -> str:
+    """Return the example of a command as the end of its help."""
+    first = f", after that of {AFTER[command]}" if command in AFTER else ""
+    lines = [EXAMPLES[command]] if command == "demo" else [FILES, EXAMPLES[command]]
+    return "\n".join([f"Example{first}:", *lines])
+
+
+def write_recipes(folder: Path, named: Path) -> None:
+    """Write the recipes of the examples into a folder that the user calls `named`."""
+    data = {"data": str(named / "calibration.jsonl"), "target_column": "target"}
+    recipes = {
+        "compress": {**data, "experts": 0.5},
+        "distill": {"teacher": str(named / "model"), **data, "max_steps": 20},
+        "evaluate": {**data, "data": str(named / "evaluation.jsonl")},
+    }
+    for name, options in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
