@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
+from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.evaluation.held_out import judge_of
 from hf_mcsmoe.layers.batches import Batch
@@ -83,6 +84,7 @@ def compress(
     config, repair = config or MergeConfig(), chosen_repair(repair)
     layers = Layers.of(model).uncompressed()
     check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
+    batches = as_batches(batches, layers.model)
     check_weights(layers.source)
     batches, sample = _sampled(batches, keep=bool(repair or low_rank))
     if statistics is None:

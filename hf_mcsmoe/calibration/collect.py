@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.gradients import gradients_of_experts, loss_of
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
@@ -19,7 +20,11 @@ from hf_mcsmoe.methods.view import Routed, Sums
 
 
 def collect_statistics(
-    model: PreTrainedModel | Layers, batches: Iterable[Batch], needs: Iterable[str] | None = None
+    model: PreTrainedModel | Layers,
+    batches: Iterable[Batch],
+    needs: Iterable[str] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RoutingStatistics:
     """Run a model once over `batches` and sum what its routers and experts do (paper, section 3.1).
 
@@ -28,13 +33,15 @@ def collect_statistics(
 
     Args:
         model: a model, or its layers where they are found already.
-        batches: dictionaries for `model(**batch)`; masks [batch, length].
+        batches: dictionaries for `model(**batch)`; masks [batch, length]. With a `tokenizer` also texts, or rows of a
+            data set; see `as_batches`.
         needs: the statistics to sum, by name, e.g. `MergeConfig(saliency="gate").needs`; no others are. None for
             those that the default methods read. Some run one backward pass a batch, of the loss that the model gives
             with the batch's `labels`, or else of predicting each next token. Of layers that share their experts the
             first to run takes the gradients, which are those of all, and the others zeros.
 
     Raises:
+        TypeError: what is passed as batches is none; see `as_batches`.
         ValueError: no batches or no layers, an unknown statistic, a model without experts or one that is compressed
             already, or sums that are not finite.
     """
@@ -42,6 +49,7 @@ def collect_statistics(
     layers = Layers.of(model).uncompressed()
     if not layers:
         raise ValueError("There is no layer to collect statistics of: pass the model, or some of its layers.")
+    batches = as_batches(batches, layers.model, tokenizer)
     statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
     late = [name for name in names if STATISTICS.find(name).gradients]
     if late:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, forward, hooks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
@@ -50,6 +51,7 @@ def account(
     on_disk = None if folder is None else bytes_on_disk(folder)
     if batch is None:
         return Costs(model.num_parameters(), held, on_disk)
+    (batch,) = as_batches([batch], model)
     batch = unpacked(batch, encoder_decoder=model.config.is_encoder_decoder)
     tokens = _positions(model, batch)
     with torch.no_grad(), evaluation_mode(model), _frozen(model):

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.data.choices import Choice, choice_pairs
 from hf_mcsmoe.data.features import answer_feature, feature_batches, input_features, pair_features
 from hf_mcsmoe.data.tasks import Example, Task
@@ -205,15 +206,20 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+def perplexity(
+    model: PreTrainedModel, batches: Iterable[Batch], *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> float:
     """Return exp(mean of -log p) over the tokens of `batches`: their `labels`, else all that is not padding.
 
+    With a `tokenizer` the batches may be texts, or rows of a data set; see `as_batches`.
+
     Raises:
+        TypeError: what is passed as batches is none.
         ValueError: no token counts, or the model's loss is not finite.
     """
     total, tokens = 0.0, 0
     with evaluation_mode(model):
-        for batch in apart(model, batches):
+        for batch in apart(model, as_batches(batches, model, tokenizer, labelled=True)):
             losses = token_losses(model, on_device(batch, model))
             counted = batch.get("labels", batch.get("attention_mask"))
             counts = torch.ones_like(batch["input_ids"]) if counted is None else counted

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.inputs import LayerInputs, stream_inputs
 from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
@@ -72,6 +73,7 @@ def decompose_layers(
 
     Returns the layers as they are then: those that the merge had left whole count as merged.
     """
+    given = None if batches is None else list(as_batches(batches, found.model))
     model, chosen = found.model, _chosen_layers(found, config)
     ranks, names = layer_ranks(chosen, config), {layer.original_name for layer in chosen}
     whole = [layer for layer in chosen if not layer.merged]
@@ -79,12 +81,12 @@ def decompose_layers(
         _convert_whole(model, layer)
     found = Layers.of(found.source) if whole else found
     layers = [layer for layer in found if layer.original_name in names]
-    if batches is None:
+    if given is None:
         for layer, own in zip(layers, ranks, strict=True):
             _decompose_layer(layer.container, own, config, None, prune)
     else:
         # All inputs are taken before the first layer changes, as far as they fit into memory.
-        streamed = stream_inputs([[layer] for layer in layers], list(batches))
+        streamed = stream_inputs([[layer] for layer in layers], given)
         for (_, inputs), layer, own in zip(streamed, layers, ranks, strict=True):
             _decompose_layer(layer.container, own, config, inputs, prune)
     write_description(model, keep=config.keep)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.files import replaced, write_json
 from hf_mcsmoe.layers.batches import Batch, each, forward
 from hf_mcsmoe.layers.packing import apart
@@ -89,7 +90,7 @@ def zero_shot_importance(
     _check_scored(parts, importance)
     mode = model.training
     model.eval()
-    for count, batch in enumerate(apart(model, each(batches)), start=1):  # noqa: B007
+    for count, batch in enumerate(apart(model, each(as_batches(batches, model))), start=1):  # noqa: B007
         model.zero_grad(set_to_none=True)
         loss = forward(model, batch).loss
         if loss is None:

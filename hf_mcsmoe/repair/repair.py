@@ -7,9 +7,10 @@ from types import NoneType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inputs
+from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
@@ -82,6 +83,7 @@ def repair_experts(
     batches: Iterable[Batch],
     config: RepairConfig | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
 ) -> RepairReport:
     """Change the experts of a merged model, in place, so that each layer does what the original's layer does.
@@ -91,7 +93,7 @@ def repair_experts(
     Args:
         student: what `merge_experts` made of `teacher`, on one device.
         teacher: the original model; left as it was.
-        batches: dictionaries for `model(**batch)`, as for `collect_statistics`.
+        batches: dictionaries for `model(**batch)`, as for `collect_statistics`; `tokenizer` as there.
         progress: called as `progress(layer name, layers done, layers)`.
 
     Raises:
@@ -102,7 +104,7 @@ def repair_experts(
     config, begin = config or RepairConfig(), time.perf_counter()
     student, teacher = Layers.of(student), Layers.of(teacher)
     groups = matching_layers(student, teacher)
-    batches = list(batches)
+    batches = list(as_batches(batches, teacher.model, tokenizer))
     if not batches:
         raise ValueError("The calibration set is empty: pass at least one batch.")
     report = RepairReport(config.to_dict(), {}, 0.0)
