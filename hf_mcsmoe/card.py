@@ -281,12 +281,14 @@ def record_of(model: PreTrainedModel) -> Record:
     except AttributeError:  # a class of the modelling files of format 1
         carried = None
     if carried is not None:
-        return carried
+        return replace(carried, auto_class=loading_class(model))
     source = source_of(model)
     plan = _read(source / PLAN_FILE, _read_plan) if source else None
     record = _read(source / RECORD_FILE, partial(_read_record, plan=plan or {})) if source else None
     name = (plan or {}).get("model", "")
-    return record or Record(Base(name, model.config.base_model_type), loading_class(model), plan or {})
+    record = record or Record(Base(name, model.config.base_model_type), plan=plan or {})
+    # It may have been loaded under another head than it was saved with.
+    return replace(record, auto_class=loading_class(model))
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

@@ -12,8 +12,17 @@ from families import build
 from helpers import logits
 from hub import Hub, running_hub
 from huggingface_hub import ModelCard
-from merged import Example, example, merge, run_python, save, stored_experts, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_utils
+from merged import ALL, Example, example, merge, run_python, save, stored_experts, tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    modeling_utils,
+)
+
+from hf_mcsmoe.card import attach_record, record_of
 
 FILES = {
     *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "mcsmoe_record.json"),
@@ -296,3 +305,54 @@ def test_a_reloaded_model_is_saved_without_a_warning(tmp_path: Path) -> None:
     assert "can yield errors" not in done.stderr
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_record_of_a_model_under_another_head_names_the_class_that_loads_that(tmp_path: Path) -> None:
+    folder = save(example("mixtral"), tmp_path)
+    assert record_of(AutoModelForCausalLM.from_pretrained(folder)).auto_class == "AutoModelForCausalLM"
+    config = AutoConfig.from_pretrained(folder, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+    assert record_of(model).auto_class == "AutoModelForSequenceClassification"
+    attach_record(model, record_of(model))
+    model.save_pretrained(tmp_path / "head")
+    assert "AutoModelForSequenceClassification.from_pretrained(" in (tmp_path / "head" / "README.md").read_text()
+    assert json.loads((tmp_path / "head" / "mcsmoe_record.json").read_text())["auto_class"] == (
+        "AutoModelForSequenceClassification"
+    )
+
+
+HEADS = """
+import json, sys
+import transformers
+from pathlib import Path
+for folder in sys.argv[1:]:
+    for name in json.loads((Path(folder) / "config.json").read_text())["auto_map"]:
+        try:
+            made = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+            print(Path(folder).name, name, type(made).__name__)
+        except Exception as error:
+            print(Path(folder).name, name, f"failed: {error!r}"[:300].replace(chr(10), " "))
+"""
+
+
+def _check_heads(names: list[str], folder: Path) -> None:
+    folders = [save(example(name), folder) for name in names]
+    done = run_python(["-c", HEADS, *map(str, folders)], folder)
+    assert done.returncode == 0, done.stderr
+    for path in folders:
+        entries = json.loads((path / "config.json").read_text())["auto_map"]
+        lines = [line.split(" ", 2)[1:] for line in done.stdout.splitlines() if line.startswith(f"{path.name} ")]
+        made = dict(lines)
+        assert made.keys() == entries.keys()
+        assert not [line for line in lines if "failed" in line[1]]
+        models = {name: entry.rpartition(".")[2] for name, entry in entries.items() if name != "AutoConfig"}
+        assert {name: made[name] for name in models} == models
+
+
+def test_every_class_that_the_configuration_names_loads_without_the_package(tmp_path: Path) -> None:
+    _check_heads(["mixtral"], tmp_path)
+
+
+@pytest.mark.slow
+def test_every_class_of_every_layout_loads_without_the_package(tmp_path: Path) -> None:
+    _check_heads(ALL, tmp_path)
