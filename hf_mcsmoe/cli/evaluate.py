@@ -20,6 +20,7 @@ from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.data.text import check_token_ids
 from hf_mcsmoe.evaluation.costs import folder_bytes
+from hf_mcsmoe.evaluation.harness import harness_figures, harness_tasks
 from hf_mcsmoe.evaluation.quality import check_labels, check_way, multiple_choice, perplexity, predict, score
 from hf_mcsmoe.files import write_json
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
@@ -43,6 +44,12 @@ def evaluate_command(
         str | None,
         typer.Option(help="how to evaluate a task: generation (default with an encoder) or likelihood (without)"),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...", help="tasks of lm-eval by name, or files (yaml), in place of --task or --data"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="rows per forward", min=1)] = 32,
     seed: Annotated[int, typer.Option(help="seed of the spans that are masked, for encoder-decoders on text")] = 0,
     tokenizer: Tokenizer = None,
@@ -62,8 +69,16 @@ def evaluate_command(
         json_file = check_file(json_file, "--json")
     if by is not None and source.data:
         raise ValueError("--by goes with --task; on --data it is the loss that is measured.")
-    contents = source.read(training=False)
-    plans = [_plan(model, tokenizer, contents, by, batch_size, seed, dtype) for model in dict.fromkeys(models)]
+    names = list(dict.fromkeys(models))
+    if lm_eval is not None:
+        if source.data or source.task or by:
+            raise ValueError("--lm-eval brings its own rows and ways: leave out --task, --data and --by.")
+        tasks, manager = harness_tasks(lm_eval.split(","))
+        measure = partial(_harness, names=tasks, manager=manager, batch_size=batch_size)
+        plans = [_harness_plan(model, tokenizer, measure, dtype) for model in names]
+    else:
+        contents = source.read(training=False)
+        plans = [_plan(model, tokenizer, contents, by, batch_size, seed, dtype) for model in names]
     found: dict[str, Figures] = {}
     for plan in plans:
         model = load_model(plan.model, dtype=dtype, device_map=device_map)
@@ -78,6 +93,29 @@ def evaluate_command(
     console.print(figure_table(found))
 
 
+def _checked(name: str, tokenizer_name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model without weights and its tokenizer.
+
+    Raises:
+        ValueError: no such model or tokenizer, or one that writes no text.
+    """
+    empty = empty_model(name)
+    if not type(empty).can_generate():
+        raise ValueError(f"{name} is a {type(empty).__name__}, which writes no text; only models that do can be used.")
+    itemsize(dtype, empty)
+    return empty, load_tokenizer(tokenizer_name or name)
+
+
+def _harness_plan(name: str, tokenizer_name: str | None, measure: Callable[..., Figures], dtype: str) -> Evaluation:
+    """Check a model that tasks of lm-eval are asked of."""
+    _, tokenizer = _checked(name, tokenizer_name, dtype)
+    return Evaluation(name, partial(measure, tokenizer=tokenizer))
+
+
+def _harness(model: PreTrainedModel, advance: Advance, **options: Any) -> Figures:
+    return harness_figures(model, **options)
+
+
 def _plan(
     name: str, tokenizer_name: str | None, contents: Contents, by: str | None, batch_size: int, seed: int, dtype: str
 ) -> Evaluation:
@@ -86,11 +124,7 @@ def _plan(
     Raises:
         ValueError: no such model or tokenizer, one that writes no text, or a task that it cannot be evaluated on.
     """
-    empty = empty_model(name)
-    if not type(empty).can_generate():
-        raise ValueError(f"{name} is a {type(empty).__name__}, which writes no text; only models that do can be used.")
-    itemsize(dtype, empty)
-    tokenizer = load_tokenizer(tokenizer_name or name)
+    empty, tokenizer = _checked(name, tokenizer_name, dtype)
     task, with_encoder = contents.task, empty.config.is_encoder_decoder
     if task is None or not with_encoder:
         features = contents.features(tokenizer, empty.config, seed=seed)
