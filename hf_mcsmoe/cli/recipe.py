@@ -48,6 +48,8 @@ def read_recipe(path: Path, command: str, hints: Mapping[str, Any]) -> dict[str,
     content = _parsed(path)
     _check_head(path, content, command)
     options = {key: value for key, value in content.items() if key not in HEAD}
+    if isinstance(options.get("data"), str) and not fits("", hints.get("data", str)):
+        options["data"] = [options["data"]]  # mostly there is one
     for key, value in options.items():
         if key not in hints:
             raise ValueError(f"{path}: {unknown(f'option of {command}', key, [*hints, *HEAD])}")
