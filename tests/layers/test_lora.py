@@ -17,8 +17,12 @@ from transformers import PreTrainedModel
 from hf_mcsmoe import LoSparseConfig, MergeConfig, compact, decompose_experts, lora_targets, moe_layers
 
 FAST = ["mixtral", "gpt_oss", "deepseek_v3", "switch_transformers", "dbrx"]
-# PEFT asks for it by the name that Transformers has given up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    # PEFT asks for it by the name that Transformers has given up.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # Patches of images are embedded by a linear layer.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
 # PEFT cannot adapt these, and a few words of the reason; in the original alone, or merged as well.
 ORIGINAL = {
     "dbrx": "the container reads directly",
