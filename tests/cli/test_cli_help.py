@@ -59,7 +59,7 @@ def test_the_example_of_each_command_runs_as_it_is_printed(
             done.append(line)
     assert len(done) == len(cli.COMMANDS)
     told = yaml.safe_load((tmp_path / "demo" / "small" / "mcsmoe_recipe.yaml").read_text())
-    assert (told["model"], told["data"], told["experts"]) == ("model", "calibration.jsonl", 0.5)
+    assert (told["model"], told["data"], told["experts"]) == ("model", ["calibration.jsonl"], 0.5)
 
 
 def test_the_version_is_told(run: Run) -> None:

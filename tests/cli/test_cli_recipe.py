@@ -44,7 +44,7 @@ def test_a_run_is_done_again_bit_for_bit_by_its_recipe(
     assert code == 0, err
     recipe = tmp_path / "out" / "mcsmoe_recipe.yaml"
     told = yaml.safe_load(recipe.read_text())
-    assert (told["command"], told["model"], told["data"], told["repair"]) == ("compress", "moe", "text.txt", "refit")
+    assert (told["command"], told["model"], told["data"], told["repair"]) == ("compress", "moe", ["text.txt"], "refit")
     assert (told["experts"], told["skip"], told["keep"]) == (4, ["*.0.*"], 0.3)
     assert not {"output", "overwrite", "push_to_hub", "statistics", "config"} & set(told)
     assert str(folder) not in recipe.read_text() + str(tmp_path)[:0]
