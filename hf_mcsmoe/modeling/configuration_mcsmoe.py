@@ -101,11 +101,12 @@ def check_mcsmoe(mcsmoe: Any) -> None:
             "load with trust_remote_code=True in an environment without it."
         )
     _refuse(not isinstance(layers, dict), f"`mcsmoe.layers` must be an object with the merged layers, not {layers!r}.")
-    is_share = keep is None or (isinstance(keep, int | float) and 0 <= keep <= 1)
+    is_share = keep is None or (type(keep) in (int, float) and 0 <= keep <= 1)
     _refuse(not is_share, f"`mcsmoe.keep` must be a share from 0 to 1, not {keep!r}.")
     whole = mcsmoe.get("whole", [])
     is_names = isinstance(whole, list) and all(isinstance(name, str) for name in whole)
     _refuse(not is_names, f"`mcsmoe.whole` must be a list of layers' names, not {whole!r}.")
+    _refuse(not layers.keys().isdisjoint(whole), f"`mcsmoe.whole` names merged layers as unmerged: {whole!r}.")
     for name, layer in layers.items():
         check_layer(name, layer)
 
@@ -125,16 +126,16 @@ def check_layer(name: str, layer: Any, num_experts: int | None = None) -> None:
     _refuse(not whole, f"The expert map of {name} must be a list of whole numbers from 0 on, not {expert_map!r}.")
     known = known if num_experts is None else num_experts
     _refuse(len(expert_map) != known, f"The expert map of {name} has {len(expert_map)} entries for {known!r} experts.")
-    unused = sorted(set(range(max(expert_map) + 1)) - set(expert_map))
+    count = max(expert_map) + 1
     _refuse(
-        bool(unused) or max(expert_map) >= len(expert_map),
-        f"The expert map of {name} must use each stored expert from 0 on, but goes up to {max(expert_map)} "
-        f"without {', '.join(map(str, unused[:5]))}.",
+        count > len(expert_map) or count > len(set(expert_map)),
+        f"The expert map of {name} must use each stored expert from 0 on, but goes up to {count - 1} with "
+        f"{len(set(expert_map))} different ones.",
     )
     low_rank = layer.get("low_rank", {})
     _refuse(not isinstance(low_rank, dict), f"`low_rank` of {name} must be an object, not {low_rank!r}.")
     for weight, entry in low_rank.items():
-        check_low_rank(f"{weight} of {name}", entry, max(expert_map) + 1)
+        check_low_rank(f"{weight} of {name}", entry, count)
 
 
 def check_low_rank(name: str, entry: Any, count: int, shape: tuple[int, int] | None = None) -> None:
@@ -148,7 +149,7 @@ def check_low_rank(name: str, entry: Any, count: int, shape: tuple[int, int] | N
         ValueError: the rank or a number of rows is impossible.
     """
     _refuse(not isinstance(entry, dict), f"What is said of {name} must be an object, not {entry!r}.")
-    rank, rows = entry.get("rank"), entry.get("kept_rows")
+    rank, rows = entry.get("rank"), entry.get("kept_rows", "missing")
     most, largest = shape or (None, None)
     is_rank = _is_count(rank, 1) and (largest is None or rank <= largest)
     _refuse(not is_rank, f"The rank of {name} must be a whole number from 1{_up_to(largest)}, not {rank!r}.")

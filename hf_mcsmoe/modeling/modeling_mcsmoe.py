@@ -8,7 +8,7 @@ every checkpoint: torch, transformers and its siblings only.
 import contextlib
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,9 @@ from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows
 from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, map_of, restore_maps, unmapped
 from .saving_mcsmoe import SavedWhole
 
+# The option of `from_pretrained` that takes weights of whatever shape.
+ANY_SHAPE = "ignore_mismatched_sizes"
+
 __all__ = ["MCSMoEConfig", "MCSMoEModel", "MergedSwitchSparseMLP", "merged_class"]
 
 
@@ -54,7 +57,10 @@ class MCSMoEModel(SavedWhole):
         if not self._has_own_choice():
             prefer_ours(config, [None])
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        layers = (config.mcsmoe or {"layers": {}})["layers"]
+        mcsmoe = config.mcsmoe or {"layers": {}}
+        layers = mcsmoe["layers"]
+        for name in mcsmoe.get("whole", []):
+            layer_path(self, name)
         if len({layer_path(self, name) for name in layers}) < len(layers):
             raise ValueError(f"The configuration names a merged layer twice, with and without prefix: {list(layers)}.")
         for name, layer in layers.items():
@@ -67,12 +73,19 @@ class MCSMoEModel(SavedWhole):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as `PreTrainedModel.from_pretrained` does; whatever that left in the maps, they hold their values."""
-        answer = super().from_pretrained(*args, **kwargs)
-        model = answer[0] if isinstance(answer, tuple) else answer
+        """Load as `PreTrainedModel.from_pretrained` does; whatever that left in the maps, they hold their values.
+
+        Raises:
+            ValueError: weights of experts are missing or of another shape than the configuration says.
+        """
+        is_info_asked, is_any_shape = kwargs.pop("output_loading_info", False), kwargs.pop(ANY_SHAPE, False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs, **{ANY_SHAPE: True})
+        if not is_any_shape:
+            check_shapes(info["mismatched_keys"])
+        check_experts(model, info["missing_keys"])
         restore_maps(model)
         check_rows(model)
-        return answer
+        return (model, info) if is_info_asked else model
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Return what is asked for, by default our implementation, which computes picks that meet once."""
@@ -115,6 +128,25 @@ class MCSMoEModel(SavedWhole):
                     state |= {f"{path}.{name}_s": values, f"{path}.{name}_rows": rows}
                     entry["kept_rows"] = counts
         return state, mcsmoe
+
+
+def check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raise ValueError where weights, by name with their shapes in the checkpoint and in the model, differ."""
+    if told := sorted(f"{name} is {list(stored)}, not {list(wanted)}" for name, stored, wanted in mismatched):
+        raise ValueError(
+            f"{len(told)} of the checkpoint's weights have another shape than its config.json says ({told[0]}): the "
+            f"config.json was edited, take it from the original checkpoint; {ANY_SHAPE}=True makes them anew."
+        )
+
+
+def check_experts(model: nn.Module, missing: Iterable[str]) -> None:
+    """Raise ValueError where some of the missing weights are those of experts, which would be random."""
+    containers = [f"{path}." for path, module in model.named_modules() if path and _is_experts(module)]
+    if lacking := sorted(name for name in missing if name.startswith(tuple(containers))):
+        raise ValueError(
+            f"The checkpoint lacks {len(lacking)} weights of experts that its config.json describes ({lacking[0]}): "
+            "the config.json was edited, or files are missing; take both from the original checkpoint."
+        )
 
 
 def _prefixes(paths: list[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from helpers import batches, logits
 from merged import example, run_python
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
 from hf_mcsmoe.modeling.convert import describe
@@ -85,7 +85,8 @@ def _renamed(name: str) -> Callable[[dict[str, Any]], object]:
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a fraction": (_map(lambda m: m.__setitem__(0, 0.5)), r"expert map of .* whole numbers from 0 on, not \[0\.5"),
     "a negative entry": (_map(lambda m: m.__setitem__(0, -1)), r"whole numbers from 0 on, not \[-1"),
-    "an unused group": (_map(lambda m: m.__setitem__(0, 7)), "goes up to 7 without"),
+    "an unused group": (_map(lambda m: m.__setitem__(0, 7)), "goes up to 7 with "),
+    "a group beyond all memory": (_map(lambda m: m.__setitem__(0, 10**30)), "goes up to 10{30} with "),
     "too short a map": (_map(lambda m: m.pop()), "has 7 entries for 8 experts"),
     "a family of fewer experts": (
         _first(lambda layer: layer.update(num_experts=9, expert_map=[*layer["expert_map"], 0])),
@@ -127,6 +128,31 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         ),
         "names a merged layer twice",
     ),
+    "a share that is a truth": (lambda mcsmoe: mcsmoe.update(keep=True), "`mcsmoe.keep` must be a share from 0 to 1"),
+    "rows that are not told": (
+        _first(lambda layer: layer["low_rank"]["down_proj"].pop("kept_rows")),
+        r"`kept_rows` of down_proj .* must be \d whole numbers from 0 on, or null, not 'missing'",
+    ),
+    "another rank": (
+        _low_rank(rank=2),
+        r"another shape than .* config.json says \(.*down_proj_u is \[\d, 32, 3\], not",
+    ),
+    "the training form": (_low_rank(kept_rows=None), r"another shape than .* config.json says \(.*down_proj_s"),
+    "one group": (
+        _first(lambda layer: layer.update(expert_map=[0] * 8, low_rank={})),
+        r"another shape than its config.json says|lacks \d weights of experts that its config.json describes",
+    ),
+    "no merged layer": (lambda mcsmoe: mcsmoe.update(layers={}), "lacks 8 weights of experts that its config.json"),
+    "a layer that is left out": (
+        lambda mcsmoe: mcsmoe["layers"].pop(next(iter(mcsmoe["layers"]))),
+        r"lacks 2 weights of experts that its config.json describes \(model.layers.0.mlp.experts",
+    ),
+    "no low rank": (_first(lambda layer: layer.pop("low_rank")), r"lacks 2 weights of experts .*experts.down_proj\)"),
+    "a merged layer as whole": (
+        lambda mcsmoe: mcsmoe.update(whole=[next(iter(mcsmoe["layers"]))]),
+        "`mcsmoe.whole` names merged layers as unmerged",
+    ),
+    "an unknown layer as whole": (lambda mcsmoe: mcsmoe.update(whole=["no.such"]), "has no module 'no.such'"),
     "a number of whole layers": (lambda mcsmoe: mcsmoe.update(whole=5), "`mcsmoe.whole` must be a list .*, not 5"),
     "whole layers without names": (lambda mcsmoe: mcsmoe.update(whole=[5]), r"`mcsmoe.whole` must be .*, not \[5\]"),
     "nothing": (lambda mcsmoe: mcsmoe.clear(), "`mcsmoe.format_version` must be a whole number"),
@@ -157,6 +183,23 @@ def test_values_that_mean_nothing_are_refused(case: str, saved: Path, tmp_path: 
     change, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(_changed(saved, tmp_path / "changed", change))
+
+
+def test_another_head_may_be_begun_anew(saved: Path) -> None:
+    kind = AutoModelForSequenceClassification
+    model, info = kind.from_pretrained(saved, num_labels=3, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    assert type(kind.from_pretrained(saved, num_labels=3)) is type(model)
+
+
+def test_a_head_of_another_shape_is_refused_unless_it_may_be_made_anew(saved: Path, tmp_path: Path) -> None:
+    kind = AutoModelForSequenceClassification
+    kind.from_pretrained(saved, num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"score\.weight is \[3, 32\], not \[4, 32\].*ignore_mismatched_sizes=True makes"
+    ):
+        kind.from_pretrained(tmp_path, num_labels=4)
+    assert kind.from_pretrained(tmp_path, num_labels=4, ignore_mismatched_sizes=True).score.weight.shape == (4, 32)
 
 
 def test_an_object_that_is_missing_is_refused(saved: Path, tmp_path: Path) -> None:
