@@ -11,14 +11,19 @@ TORCH ?= torch==2.13.0
 help: ## show what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+# What the tests need besides: other tools that read a result.
+$(VENV)/.ready: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	@touch $@
 
-demo: $(VENV)/.ready ## merge the small trained Switch Transformer in four ways and compare (a minute)
+demo: $(VENV)/.installed ## merge the small trained Switch Transformer in six ways and compare (a minute)
 	$(BIN)/hf-mcsmoe demo
 
 test: lint types unit ## lint, types and tests (under ten minutes on 2 cores)
