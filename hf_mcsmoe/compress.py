@@ -1,7 +1,7 @@
 """The story from top to bottom: statistics, plan, merge (M-SMoE), then repair and low rank + sparse (MC-SMoE)."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -28,12 +28,10 @@ from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import check_request, plan_merge
+from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
 from hf_mcsmoe.record import Costs, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, repair_experts
-
-# Told as `progress(stage, done, total)`; the total is None while nobody knows it.
-Progress = Callable[[str, int, int | None], None]
 
 
 def compress(
@@ -64,8 +62,10 @@ def compress(
         consume: see `merge_experts`; not together with `repair`, which needs the original, nor with what may be
             refused only after the merge (`LoSparseConfig(energy=...)` without `allow_dense`).
         statistics: sums that were collected before, instead of a pass over `batches`.
-        progress: called as `progress(stage, done, total)` in the stages "statistics" (batches; the total is None for
-            an iterator), "merge" and "repair" (layers), "low rank", and "measuring" (held-out batches).
+        progress: called as `progress(stage, done, total)` in the stages "checking" (of weights, one step),
+            "statistics" (batches; the total is None for an iterator), "planning" (one step), "costs" (times that they
+            are counted), "measuring" (held-out batches), "merge" and "repair" (layers), "low rank" (matrices), and
+            "second repair" (of what is stored then). Stages overlap; each counts up from 0 to its total.
         repetitions: forwards to time in each stage, of which the fastest counts; none by default.
         held_out: batches like `batches`, but of other rows: nothing is fitted to them, and the record tells each
             stage's loss on them and its divergence from the original.
@@ -85,36 +85,43 @@ def compress(
     layers = Layers.of(model).uncompressed()
     check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
     batches = as_batches(batches, layers.model)
-    check_weights(layers.source)
+    tell = progress or silent
+    with one_step("checking", tell):
+        check_weights(layers.source)
     batches, sample = _sampled(batches, keep=bool(repair or low_rank))
     if statistics is None:
-        statistics = collect_statistics(layers, _with_progress(batches, progress), config.needs)
-    plan = plan_merge(layers, statistics, config)
-    is_merged = any(not layer.is_whole for layer in plan.layers.values())
+        statistics = collect_statistics(layers, counted(batches, "statistics", tell), config.needs)
+    with one_step("planning", tell):
+        plan = plan_merge(layers, statistics, config)
+    number = sum(not layer.is_whole for layer in plan.layers.values())
+    is_merged = number > 0
     if not is_merged:
         _check_repair_of_whole_layers(repair, low_rank)
-    measure = partial(account, batch=sample, repetitions=repetitions if sample else 0)
+    count = in_parts("costs", tell, 2 + bool(low_rank and is_merged))
+    measure = partial(_counted_costs, batch=sample, repetitions=repetitions if sample else 0, tell=count)
     costs = {"before": replace(measure(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
-    judge = judge_of(layers.model, held_out, _stage("measuring", progress))
+    judged = 1 + is_merged + bool(repair and is_merged) + bool(low_rank)
+    judge = judge_of(layers.model, held_out, in_parts("measuring", tell, judged))
 
-    merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_layers("merge", progress))
+    tell("merge", 0, number)
+    merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_by_number("merge", tell))
     found = Layers.of(merged)
     record, report = new_record(merged, plan.to_dict()), None
 
-    def fit() -> RepairReport:
-        return repair_experts(found, layers, batches, repair, progress=_layers("repair", progress))
+    def fit(stage: str) -> RepairReport:
+        return repair_experts(found, layers, batches, repair, progress=_by_number(stage, tell))
 
     if is_merged:
         judge.measure("merged", merged)
     if low_rank and is_merged:
         costs["merged"] = _measured(found, measure)
     if repair and is_merged:
-        report = fit()
+        report = fit("repair")
         judge.measure("repaired", merged)
     if low_rank:
-        found = _store(found, low_rank, batches, progress)
+        found = _store(found, low_rank, batches, tell)
         if repair and repair.method == "local":  # once more, with what is stored now
-            report = fit()
+            report = fit("second repair")
         judge.measure("low rank", merged)
     costs["compressed" if low_rank else "merged" if is_merged else "after"] = _measured(found, measure)
     for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank)]:
@@ -197,34 +204,26 @@ def _sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], 
     return [*first, *batches] if keep else chain(first, batches), sample
 
 
-def _with_progress(batches: Iterable[Batch], progress: Progress | None) -> Iterator[Batch]:
-    """Yield the batches, and tell of each once it is done with."""
-    total = len(batches) if isinstance(batches, Sequence) else None
-    tell = progress or (lambda stage, done, total: None)
-    tell("statistics", 0, total)
-    for done, batch in enumerate(batches, start=1):
-        yield batch
-        tell("statistics", done, total)
-
-
-def _stage(stage: str, progress: Progress | None) -> Callable[[int, int], None] | None:
-    """Return what tells of a stage's steps."""
-    return None if progress is None else partial(progress, stage)
-
-
-def _layers(stage: str, progress: Progress | None) -> Callable[[str, int, int], None] | None:
+def _by_number(stage: str, progress: Progress) -> Callable[[str, int, int], None]:
     """Return what tells of a stage's layers, by their number."""
-    return None if progress is None else lambda name, done, total: progress(stage, done, total)
+    return lambda name, done, total: progress(stage, done, total)
 
 
-def _store(layers: Layers, config: LoSparseConfig, batches: Iterable[Batch], progress: Progress | None) -> Layers:
+def _counted_costs(
+    layers: Layers, *, batch: Batch | None, repetitions: int, tell: Callable[[int, int], None]
+) -> Costs:
+    """Return what a model costs, and tell before and after."""
+    tell(0, 1)
+    costs = account(layers, batch, repetitions=repetitions)
+    tell(1, 1)
+    return costs
+
+
+def _store(layers: Layers, config: LoSparseConfig, batches: Iterable[Batch], progress: Progress) -> Layers:
     """Store the experts as low rank + sparse, in the compact form; return the layers as they are then."""
-    tell = progress or (lambda stage, done, total: None)
-    tell("low rank", 0, 1)
-    layers = decompose_layers(layers, config, batches, prune=True)
+    layers = decompose_layers(layers, config, batches, prune=True, progress=_by_number("low rank", progress))
     if sparse_parts(layers.model):  # or all of it was to stay dense
         compact_layers(layers.model)
-    tell("low rank", 1, 1)
     return layers
 
 

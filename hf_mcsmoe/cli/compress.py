@@ -22,6 +22,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import saved_parameters
+from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
@@ -76,17 +77,20 @@ def compress_command(
     output = target.claimed(needed, model=model, data=calibration.data)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or any(stages.values())
-    samples = calibration.read() if reads else []
     started = time.perf_counter()
-    loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
-    batches, held_out = calibration.batches(samples, tokenizer, loaded) if reads else ([], [])
     with stage_bars() as progress:
+        samples = calibration.read(progress) if reads else []
+        with one_step("loading", progress):
+            loaded = load_model(
+                model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize
+            )
+        batches, held_out = calibration.batches(samples, tokenizer, loaded, progress) if reads else ([], [])
         sums = held
         if held is not None:
             unused = "" if batches else "; --data is not used, and nothing is measured"
             notes.print(f"statistics read from {escape(str(statistics))}{unused}")
         elif statistics:
-            sums = collect_statistics(loaded, progress.over("statistics", batches), config.needs)
+            sums = collect_statistics(loaded, counted(batches, "statistics", progress), config.needs)
             sums.save(statistics)
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
@@ -97,8 +101,9 @@ def compress_command(
     text = recipe_text("compress", {**(recipe or {}), **done})
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
     own = tokenizer if loading.tokenizer else None
-    merged.save_pretrained(output, tokenizer=own)
-    draw(output)
+    with stage_bars() as progress, one_step("saving", progress):
+        merged.save_pretrained(output, tokenizer=own)
+        draw(output)
     _show(record_of(merged), output)
     console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
     target.push(merged, own)

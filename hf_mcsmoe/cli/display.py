@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.record import Costs, Quality, cost_rows, quality_rows
 
-# Results go to standard output, and what passes (progress, notes) to standard error.
 # The least of a name that is shown in a row, folded.
 NAME = 20
+# Results go to standard output, and what passes (progress, notes) to standard error.
 console, notes = Console(), Console(stderr=True)
 
 
@@ -43,10 +43,10 @@ class Sheet(Table):
 class Advance:
     """Moves one progress bar, batch by batch or layer by layer."""
 
-    def __init__(self, progress: Progress, description: str, total: int) -> None:
-        """Add a bar of `total` steps."""
+    def __init__(self, progress: Progress, description: str) -> None:
+        """Add a bar of a number of steps that nobody knows yet."""
         self.progress = progress
-        self.task = progress.add_task(description, total=total)
+        self.task = progress.add_task(description, total=None)
 
     def __call__(self, items: list[Any]) -> Iterator[Any]:
         """Yield the items; each is a step once it is done with."""
@@ -56,12 +56,12 @@ class Advance:
             self.show(done, len(items))
 
     def show(self, done: int, total: int | None) -> None:
-        """Show that `done` of `total` steps are done."""
-        self.progress.update(self.task, completed=done, total=total)
+        """Show that `done` of `total` steps are done; while a single one is under way, only that it is."""
+        self.progress.update(self.task, completed=done, total=None if (done, total) == (0, 1) else total)
 
 
 class Stages:
-    """Shows a bar for each stage of `compress`, from when it begins."""
+    """Shows a bar for each stage, from when it begins: what is passed as `progress`."""
 
     def __init__(self, progress: Progress) -> None:
         """Show nothing yet."""
@@ -70,28 +70,23 @@ class Stages:
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         """Show that `done` of `total` steps of a stage are done."""
-        self._bar(stage).show(done, total)
+        self.bar(stage).show(done, total)
 
-    def over(self, stage: str, items: list[Any]) -> Iterator[Any]:
-        """Yield the items; each is a step of the stage once it is done with."""
-        return self._bar(stage)(items)
-
-    def _bar(self, stage: str) -> Advance:
+    def bar(self, stage: str) -> Advance:
+        """Return the bar of a stage, which begins now if it has not before."""
         if stage not in self.bars:
-            self.bars[stage] = Advance(self.progress, stage, 1)
+            self.bars[stage] = Advance(self.progress, stage)
         return self.bars[stage]
 
 
+def passing(*columns: ProgressColumn, shown_on: Console = notes) -> Progress:
+    """Return bars that vanish at their end; of what is printed meanwhile, results stay on standard output."""
+    return Progress(*columns, console=shown_on, transient=True, redirect_stdout=False)
+
+
 def _bars() -> Progress:
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=notes, transient=True)
-
-
-@contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Advance]:
-    """Show a progress bar for the time of the block."""
-    with _bars() as progress:
-        yield Advance(progress, description, total)
+    columns = (TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return passing(*columns)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
 from hf_mcsmoe.card import attach_record, record_of
-from hf_mcsmoe.cli.display import console, cost_table
+from hf_mcsmoe.cli.display import console, cost_table, notes, stage_bars
 from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, described, itemsize, options_of
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
@@ -50,6 +50,7 @@ from hf_mcsmoe.methods.config import option_help
 from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
+from hf_mcsmoe.progress import Progress, counted, one_step
 from hf_mcsmoe.record import Costs, Step
 
 # Fields of DistillationOptions that are options of the command; a new one needs its name here, and no more.
@@ -189,11 +190,12 @@ def distill_command(
         data = sample_fingerprint(run.features, empty_model(student))
         check_run(checkpoint, {"data": data}, {})
     begin = f"resumed from {checkpoint.name}" if checkpoint else "from the beginning"
-    console.print(f"{len(run.features):,} rows, {run.arguments.max_steps:,} steps, {begin}")
+    notes.print(f"{len(run.features):,} rows, {run.arguments.max_steps:,} steps, {begin}")
     with kept_until_complete(folder, asked, checkpoint):
         model, costs = _train(run, checkpoint)
         attach_record(model, replace(record_of(model), recipe=recipe_text("distill", recipe or {})))
-        model.save_pretrained(output, tokenizer=run.tokenizer if tokenizer else None)
+        with stage_bars() as progress, one_step("saving", progress):
+            model.save_pretrained(output, tokenizer=run.tokenizer if tokenizer else None)
     draw(output)
     costs["distilled"] = replace(costs["distilled"], bytes_on_disk=folder_bytes(output))
     console.print(cost_table(costs))
@@ -226,8 +228,10 @@ def _check(
     check_output(folder, overwrite=True, needed_bytes=needed)
     tokenizer = load_tokenizer(tokenizer_name or student)
     check_tokenizer(ours, theirs, tokenizer)
-    contents = source.read(training=True)
-    features = contents.features(tokenizer, ours.config, seed=training.seed)
+    with stage_bars() as progress:
+        contents = source.read(training=True, progress=progress)
+        with one_step("tokenising", progress):
+            features = contents.features(tokenizer, ours.config, seed=training.seed)
     check_token_ids(max(max(feature["input_ids"]) for feature in features), ours)
     settings = training.arguments(contents.task, len(features), folder)
     kind = DistillationSeq2SeqArguments if ours.config.is_encoder_decoder else DistillationArguments
@@ -259,16 +263,19 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
     """Load, decompose, train and compact; returns the result and the costs of teacher, student and result."""
     options, batches = run.arguments, run.batches
     batch = batches[len(batches) // 2]  # of middling length
-    model = load_model(run.student, dtype=run.dtype)
-    teacher = load_model(run.teacher, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
     measure = partial(account, batch=batch, repetitions=REPETITIONS)
-    costs = {
-        "teacher": replace(measure(teacher), bytes_on_disk=folder_bytes(run.teacher)),
-        "student": replace(measure(model), bytes_on_disk=folder_bytes(run.student)),
-    }
-    if run.low_rank:
-        with console.status("decomposition, layer by layer"):
-            _decompose(model, run.low_rank, batches, checkpoint)
+    with stage_bars() as progress:
+        progress("loading", 0, 2)
+        model = load_model(run.student, dtype=run.dtype)
+        progress("loading", 1, 2)
+        teacher = load_model(run.teacher, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
+        progress("loading", 2, 2)
+        costs = {}
+        named = [("teacher", run.teacher, teacher), ("student", run.student, model)]
+        for name, folder, measured in counted(named, "costs", progress):
+            costs[name] = replace(measure(measured), bytes_on_disk=folder_bytes(folder))
+        if run.low_rank:
+            _decompose(model, run.low_rank, batches, checkpoint, progress)
     kind = DistillationSeq2SeqTrainer if model.config.is_encoder_decoder else DistillationTrainer
     with training_progress() as shown:
         callbacks = [*([run.pruning] if run.pruning else []), shown]
@@ -309,10 +316,17 @@ def _pruning_step(pruning: SparsificationCallback) -> Step:
 
 
 def _decompose(
-    model: PreTrainedModel, config: LoSparseConfig, batches: list[dict[str, torch.Tensor]], checkpoint: Path | None
+    model: PreTrainedModel,
+    config: LoSparseConfig,
+    batches: list[dict[str, torch.Tensor]],
+    checkpoint: Path | None,
+    progress: Progress,
 ) -> None:
     """Decompose the experts; those of a run that goes on get their values from the checkpoint."""
     weighted = config.factorisation != "svd" and checkpoint is None
-    decompose_experts(
-        model, config if weighted else replace(config, factorisation="svd"), batches if weighted else None
-    )
+    chosen = config if weighted else replace(config, factorisation="svd")
+
+    def tell(layer: str, done: int, total: int) -> None:
+        progress("low rank", done, total)
+
+    decompose_experts(model, chosen, batches if weighted else None, progress=tell)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.cli.display import Advance, Sheet, console, progress_bar
+from hf_mcsmoe.cli.display import Advance, Sheet, console, stage_bars
 from hf_mcsmoe.cli.options import DeviceMap, Tokenizer, check_file, itemsize, options_of
 from hf_mcsmoe.cli.sources import Contents, Source
 from hf_mcsmoe.data.choices import CHOICES
@@ -24,6 +24,7 @@ from hf_mcsmoe.evaluation.harness import harness_figures, harness_tasks
 from hf_mcsmoe.evaluation.quality import check_labels, check_way, multiple_choice, perplexity, predict, score
 from hf_mcsmoe.files import write_json
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
+from hf_mcsmoe.progress import counted, one_step
 
 Figures = dict[str, float]
 
@@ -77,13 +78,16 @@ def evaluate_command(
         measure = partial(_harness, names=tasks, manager=manager, batch_size=batch_size)
         plans = [_harness_plan(model, tokenizer, measure, dtype) for model in names]
     else:
-        contents = source.read(training=False)
-        plans = [_plan(model, tokenizer, contents, by, batch_size, seed, dtype) for model in names]
+        with stage_bars() as progress:
+            contents = source.read(training=False, progress=progress)
+            told = counted(names, "tokenising", progress)
+            plans = [_plan(model, tokenizer, contents, by, batch_size, seed, dtype) for model in told]
     found: dict[str, Figures] = {}
     for plan in plans:
-        model = load_model(plan.model, dtype=dtype, device_map=device_map)
-        with progress_bar(Path(plan.model).name, 1) as advance:
-            figures = plan.measure(model, advance)
+        with stage_bars() as progress:
+            with one_step("loading", progress):
+                model = load_model(plan.model, dtype=dtype, device_map=device_map)
+            figures = plan.measure(model, progress.bar(Path(plan.model).name))
         size = folder_bytes(plan.model)
         figures |= {"parameters": model.num_parameters()} | ({} if size is None else {"bytes_on_disk": size})
         found[plan.model] = figures

@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, dataclass
 from functools import reduce
+from itertools import accumulate
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.cli.display import console
+from hf_mcsmoe.cli.display import notes
 from hf_mcsmoe.cli.options import described
 from hf_mcsmoe.cli.shares import Shared, counts_of, parsed
 from hf_mcsmoe.data.calibration import Drawn, draw
@@ -17,6 +18,7 @@ from hf_mcsmoe.data.features import Feature, feature_batches, split_held_out, ta
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.tasks import TASKS, Task, get_task, task_rows
 from hf_mcsmoe.data.text import Sample, check_token_ids, read_samples
+from hf_mcsmoe.progress import Progress, one_after_another, one_step, part_of, silent
 from hf_mcsmoe.record import is_repo_id, public_name
 
 TEXT_LENGTH = 512
@@ -36,15 +38,18 @@ class Calibration:
     batch_size: int = described(8, "samples per forward", min=1)
     seed: int = described(0, "seed of the samples drawn and of random methods")
 
-    def read(self) -> list[Shared]:
-        """Return the samples of each `--data`, with their shares of what is drawn.
+    def read(self, progress: Progress = silent) -> list[Shared]:
+        """Return the samples of each `--data`, with their shares of what is drawn; tells of the rows read.
 
         Raises:
             ValueError: there is no such data, no such column, or shares that do not add up.
         """
         columns = {"column": self.column, "target_column": self.target_column}
+        given = parsed(self.data)
+        tell = one_after_another(progress, len(given))
         return [
-            Shared(name, share, read_samples(name, **columns, split=self.split)) for name, share in parsed(self.data)
+            Shared(name, share, read_samples(name, **columns, split=self.split, progress=tell))
+            for name, share in given
         ]
 
     @property
@@ -54,20 +59,26 @@ class Calibration:
         return [name if is_repo_id(name.partition(":")[0]) else public_name(name) for name in given]
 
     def batches(
-        self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+        self,
+        data: list[Shared],
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        progress: Progress = silent,
     ) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
         """Return some of the samples as batches for `model(**batch)`: those to fit to, and those held out.
 
-        Prints what was used of what there is.
+        Notes what was used of what there is.
         """
-        drawn = self._draw(data, tokenizer, model.config.is_encoder_decoder)
-        console.print(f"calibration on {drawn}", highlight=False)
+        drawn = self._draw(data, tokenizer, model.config.is_encoder_decoder, progress)
+        notes.print(f"calibration on {drawn}", highlight=False)
         check_token_ids(max(max(feature["input_ids"]) for feature in drawn.features), model)
         parts = split_held_out(drawn.features)
         fitted, held_out = (feature_batches(part, tokenizer, self.batch_size, by_length=False) for part in parts)
         return fitted, held_out
 
-    def _draw(self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> Drawn:
+    def _draw(
+        self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, progress: Progress
+    ) -> Drawn:
         """Draw samples of each data by its share, or else of all of them alike."""
         options: dict[str, Any] = {
             "max_length": self.max_length,
@@ -76,11 +87,12 @@ class Calibration:
         }
         if all(part.share is None for part in data):
             samples = [sample for part in data for sample in part.samples]
-            return draw(samples, tokenizer, num_samples=self.num_samples, **options)
+            return draw(samples, tokenizer, num_samples=self.num_samples, **options, progress=progress)
         counts = counts_of([part.share for part in data], self.num_samples)
+        sizes = [min(count, len(part.samples)) for part, count in zip(data, counts, strict=True)]
         drawn = [
-            draw(part.samples, tokenizer, num_samples=count, **options)
-            for part, count in zip(data, counts, strict=True)
+            draw(part.samples, tokenizer, num_samples=count, **options, progress=part_of(progress, before, sum(sizes)))
+            for part, count, before in zip(data, counts, accumulate(sizes, initial=0), strict=False)
             if count
         ]
         return reduce(add, drawn)
@@ -112,7 +124,7 @@ class Source:
         names=("--fixed-spans",),
     )
 
-    def read(self, *, training: bool) -> "Contents":
+    def read(self, *, training: bool, progress: Progress = silent) -> "Contents":
         """Return the rows, those to train on or those to evaluate on unless a split is named.
 
         Raises:
@@ -129,16 +141,20 @@ class Source:
             raise ValueError(f"{stray[0]} goes with {other}, which is not given.")
         if self.task is None:
             split = self.split or ("train" if training else "validation")
-            samples = self._read_texts(split)
+            samples = self._read_texts(split, progress)
             return Contents(None, [], samples[: self.limit], self.max_length, self.fixed_spans)
-        return self._read_task(get_task(self.task), training)
+        with one_step("reading", progress):
+            return self._read_task(get_task(self.task), training)
 
-    def _read_texts(self, split: str) -> list[Sample]:
+    def _read_texts(self, split: str, progress: Progress) -> list[Sample]:
         samples: list[Sample] = []
-        for name, share in parsed(self.data or []):
+        given = parsed(self.data or [])
+        options: dict[str, Any] = {"column": self.column, "target_column": self.target_column, "split": split}
+        options["progress"] = one_after_another(progress, len(given))
+        for name, share in given:
             if share is not None:
                 raise ValueError(f"--data {name}:{share:g}: all rows are read here; only compress draws by shares.")
-            samples += read_samples(name, column=self.column, target_column=self.target_column, split=split)
+            samples += read_samples(name, **options)
         return samples
 
     def _read_task(self, task: Task, training: bool) -> "Contents":

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_mcsmoe.cli.display import console
+from hf_mcsmoe.cli.display import notes, passing
 from hf_mcsmoe.cli.options import described
 from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.distillation.checkpoints import last_checkpoint
@@ -96,7 +96,8 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, console: Console) -> None:
         """Show nothing yet."""
         columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.console, self.progress = console, Progress(*columns, TextColumn("{task.fields[terms]}"), console=console)
+        self.console = console
+        self.progress = passing(*columns, TextColumn("{task.fields[terms]}"), shown_on=console)
         self.task = self.progress.add_task("distil", total=None, terms="", visible=False)
 
     def on_train_begin(
@@ -108,7 +109,7 @@ class TrainingProgress(TrainerCallback):
             self.progress.start()
 
     def stop(self) -> None:
-        """Leave what is shown as it is."""
+        """Let what is shown vanish."""
         if self.console.is_terminal:
             self.progress.stop()
 
@@ -138,7 +139,7 @@ class TrainingProgress(TrainerCallback):
 
 
 @contextmanager
-def training_progress(shown_on: Console = console) -> Iterator[TrainingProgress]:
+def training_progress(shown_on: Console = notes) -> Iterator[TrainingProgress]:
     """Yield a callback for a Trainer; what it shows ends with the block, whatever happens in there."""
     shown = TrainingProgress(shown_on)
     try:
@@ -170,7 +171,7 @@ def check_working_folder(folder: Path, options: Mapping[str, Any], *, resume: bo
     if found.path is None and found.damaged:
         raise ValueError(f"{' '.join(found.skipped)} Start anew, with --overwrite and without --resume.")
     for sentence in found.skipped:
-        console.print(escape(sentence), highlight=False, soft_wrap=True)
+        notes.print(escape(sentence), highlight=False, soft_wrap=True)
     checkpoint = found.path
     if checkpoint is None:
         return None
@@ -204,6 +205,6 @@ def kept_until_complete(folder: Path, options: Mapping[str, Any], checkpoint: Pa
         if left.path is None and not left.damaged:
             shutil.rmtree(folder)
         elif left.path is not None:
-            console.print(f"{escape(str(left.path))} is kept: --resume goes on from there.")
+            notes.print(f"{escape(str(left.path))} is kept: --resume goes on from there.")
         raise
     shutil.rmtree(folder)

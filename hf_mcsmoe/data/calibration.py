@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,10 @@ from hf_mcsmoe.data.chat import Chat, written
 from hf_mcsmoe.data.features import T5_NOISE, Feature, feature_batches, pair_features, span_features
 from hf_mcsmoe.data.spans import SpanNoise, sentinel_token_ids
 from hf_mcsmoe.data.text import Sample, check_token_ids
+from hf_mcsmoe.progress import Progress, silent
+
+# Rows that are turned into tokens at a time.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def calibration_features(
             than the model has embeddings.
     """
     encoder_decoder = model.config.is_encoder_decoder
-    options = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
+    options: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "seed": seed}
     drawn = draw(samples, tokenizer, encoder_decoder=encoder_decoder, **options, noise=noise)
     check_token_ids(max(max(feature["input_ids"]) for feature in drawn.features), model)
     return drawn.features
@@ -115,8 +120,12 @@ def draw(
     max_length: int,
     seed: int = 0,
     noise: SpanNoise = T5_NOISE,
+    progress: Progress = silent,
 ) -> Drawn:
     """Draw random samples; see `calibration_features`.
+
+    Args:
+        progress: called as `progress("tokenising", rows done, rows)`.
 
     Raises:
         ValueError: no samples, samples of no token, or a tokenizer without a chat template for conversations.
@@ -124,7 +133,12 @@ def draw(
     if not samples:
         raise ValueError("There are no samples to calibrate on.")
     chosen = random.Random(seed).sample(samples, min(num_samples, len(samples)))
-    rows = _windows(chosen, tokenizer, encoder_decoder, max_length, seed, noise)
+    rows: list[list[_Window]] = []
+    progress("tokenising", 0, len(chosen))
+    for start in range(0, len(chosen), CHUNK):
+        part = chosen[start : start + CHUNK]
+        rows += _windows(part, tokenizer, encoder_decoder, max_length, seed, noise)
+        progress("tokenising", len(rows), len(chosen))
     first = [windows[0] for windows in rows if windows]
     others = [window for windows in rows for window in windows[1:]]
     used = first + random.Random(seed).sample(others, min(num_samples - len(first), len(others)))

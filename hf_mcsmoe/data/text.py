@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.data.chat import COLUMNS, PAIR, Chat, chat_of, is_chat
 from hf_mcsmoe.data.readers import SUFFIXES, file_rows, folder_tables, streamed_rows
+from hf_mcsmoe.progress import Progress, counted, silent
 
 # Rows of a streamed data set among which the samples are drawn.
 SHUFFLE_BUFFER = 10_000
+# Rows after which progress is told.
+TOLD_EVERY = 256
 
 # A row of a table, by column; a text or conversation and its target, None where there is none.
 Row = Mapping[str, Any]
@@ -20,7 +23,12 @@ Sample = tuple[str | Chat, str | None]
 
 
 def read_samples(
-    source: str, *, column: str | None = None, target_column: str | None = None, split: str = "train"
+    source: str,
+    *,
+    column: str | None = None,
+    target_column: str | None = None,
+    split: str = "train",
+    progress: Progress | None = None,
 ) -> list[Sample]:
     """Return the (text, target) pairs of `source`; the target is None without a `target_column`.
 
@@ -31,6 +39,7 @@ def read_samples(
             `.csv`, `.tsv` or `.parquet` file, any of them gzipped, or a data set: a folder or Hub id, `id:config`.
         column: the column with the text or conversation; by default `text`, else `messages` or `conversations`, else
             `prompt` followed by `completion`, else the only column of text.
+        progress: called as `progress("reading", rows done, rows)`; the total is None until all are read.
 
     Raises:
         ValueError: no such file or data set, an empty one, one that holds something that is no text, or one without
@@ -38,6 +47,7 @@ def read_samples(
     """
     path = Path(source)
     rows = file_rows(path, split) if path.is_file() else _dataset_rows(source, split)
+    rows = counted(rows, "reading", progress or silent, every=TOLD_EVERY)
     samples = samples_of(rows, source, column=column, target_column=target_column)
     if not samples:
         raise ValueError(f"{source} holds no text.")

@@ -1,6 +1,7 @@
 """MC-SMoE: merged experts as low rank + structured sparse, `W = U V + S` (paper, section 3.2)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # One expert's matrix [out, in]; on calibration data the second moment of its inputs [in, in] and, for W_in, what an
 # error of each row counts [out].
 Part = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -40,6 +42,7 @@ def decompose_experts(
     batches: Iterable[Batch] | None = None,
     *,
     prune: bool = False,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Turn each merged expert's matrices, in place, into `W = U V + S` in the training form, and return the model.
 
@@ -53,6 +56,7 @@ def decompose_experts(
 
     Args:
         batches: calibration data. The factors then err least on the experts' inputs instead of least by themselves.
+        progress: called as `progress(layer name, matrices done, matrices)`, first when none is done.
 
     Raises:
         ValueError: a model without merged experts or decomposed already, a rank larger than a matrix, factors that
@@ -60,14 +64,19 @@ def decompose_experts(
     """
     check_given(config=(config, (LoSparseConfig, NoneType)))
     found = Layers.of(model)
-    decompose_layers(found, config or LoSparseConfig(), batches, prune=prune)
+    decompose_layers(found, config or LoSparseConfig(), batches, prune=prune, progress=progress)
     _renew_costs(found.model)
     return found.model
 
 
 @torch.no_grad()
 def decompose_layers(
-    found: Layers, config: LoSparseConfig, batches: Iterable[Batch] | None = None, *, prune: bool = False
+    found: Layers,
+    config: LoSparseConfig,
+    batches: Iterable[Batch] | None = None,
+    *,
+    prune: bool = False,
+    progress: Progress | None = None,
 ) -> Layers:
     """Do what `decompose_experts` does, but for the record: it is written once, when all is done.
 
@@ -81,14 +90,15 @@ def decompose_layers(
         _convert_whole(model, layer)
     found = Layers.of(found.source) if whole else found
     layers = [layer for layer in found if layer.original_name in names]
-    if given is None:
-        for layer, own in zip(layers, ranks, strict=True):
-            _decompose_layer(layer.container, own, config, None, prune)
-    else:
-        # All inputs are taken before the first layer changes, as far as they fit into memory.
-        streamed = stream_inputs([[layer] for layer in layers], given)
-        for (_, inputs), layer, own in zip(streamed, layers, ranks, strict=True):
-            _decompose_layer(layer.container, own, config, inputs, prune)
+    total = sum(len(own) * layer.container.num_experts for own, layer in zip(ranks, layers, strict=True))
+    count = _Count(total, progress)
+    for layer in layers[:1]:
+        count.tell(layer.name)
+    # All inputs are taken before the first layer changes, as far as they fit into memory.
+    groups = [[layer] for layer in layers]
+    streamed = ((group, None) for group in groups) if given is None else stream_inputs(groups, given)
+    for (_, inputs), layer, own in zip(streamed, layers, ranks, strict=True):
+        _decompose_layer(layer.container, own, config, inputs, prune, partial(count.over, layer.name))
     write_description(model, keep=config.keep)
     return found
 
@@ -191,6 +201,24 @@ def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
     write_description(model, whole=[name for name in model.config.mcsmoe["whole"] if name != layer.name])
 
 
+class _Count:
+    """Counts matrices, and tells of each."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def tell(self, layer: str) -> None:
+        if self.progress:
+            self.progress(layer, self.done, self.total)
+
+    def over(self, layer: str, parts: Iterable[Part]) -> Iterator[Part]:
+        """Yield the parts of a layer; each counts once it is done with."""
+        for part in parts:
+            yield part
+            self.done += 1
+            self.tell(layer)
+
+
 def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:
     """Return one expert's dense weight as [out, in]."""
     weight = getattr(experts, name).detach()[expert]
@@ -198,7 +226,12 @@ def _matrix(experts: Any, name: str, expert: int) -> torch.Tensor:
 
 
 def _decompose_layer(
-    experts: Any, ranks: dict[str, int], config: LoSparseConfig, inputs: LayerInputs | None, prune: bool
+    experts: Any,
+    ranks: dict[str, int],
+    config: LoSparseConfig,
+    inputs: LayerInputs | None,
+    prune: bool,
+    counted: Callable[[Iterable[Part]], Iterator[Part]],
 ) -> None:
     """Decompose one layer's experts: W_in, then W_out against the hidden states that are left of it."""
     first, second = "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
@@ -210,11 +243,11 @@ def _decompose_layer(
     before = _hidden(experts, tokens) if tokens and second in ranks else []
     if first in ranks:
         parts = _weighed(weights[first], tokens, row_importance(experts, tokens)) if tokens else _plain(weights[first])
-        _install(experts, first, ranks[first], parts, config, prune)
+        _install(experts, first, ranks[first], counted(parts), config, prune)
     if second in ranks:
         after = _hidden(experts, tokens) if tokens else []
         parts = _fitted(weights[second], before, after, prune) if tokens else _plain(weights[second])
-        _install(experts, second, ranks[second], parts, config, prune)
+        _install(experts, second, ranks[second], counted(parts), config, prune)
 
 
 def _plain(weights: list[torch.Tensor]) -> Iterator[Part]:

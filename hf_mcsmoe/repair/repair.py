@@ -94,7 +94,7 @@ def repair_experts(
         student: what `merge_experts` made of `teacher`, on one device.
         teacher: the original model; left as it was.
         batches: dictionaries for `model(**batch)`, as for `collect_statistics`; `tokenizer` as there.
-        progress: called as `progress(layer name, layers done, layers)`.
+        progress: called as `progress(layer name, layers done, layers)`, first when none is done.
 
     Raises:
         ValueError: a student that is not a compressed model of this teacher, no batches, activations that are not
@@ -111,6 +111,8 @@ def repair_experts(
     if config.method == "none":
         return report
     total, done = sum(map(len, groups)), 0
+    if progress:
+        progress(groups[0][0][0].name, 0, total)
     with torch.no_grad(), evaluation_mode(student.model), evaluation_mode(teacher.model):
         for pairs, inputs, original_inputs in _inputs(groups, batches, config):
             name = pairs[0][0].name
