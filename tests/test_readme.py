@@ -63,7 +63,7 @@ def test_its_commands_run_as_typed(folder: Path, run: Run, monkeypatch: pytest.M
     monkeypatch.chdir(folder)
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-mcsmoe")]
     assert [shlex.split(line, comments=True)[1] for line in lines] == [
-        *("inspect", "compress", "compress", "distill", "evaluate")
+        *("inspect", "compress", "compress", "distill", "evaluate", "report")
     ]
     for number, line in enumerate(lines):
         words = {"MODEL": "model", "DIR": f"out{min(number, 2)}", "DISTILLED": "distilled", "sst2": "text.jsonl"}
@@ -72,7 +72,7 @@ def test_its_commands_run_as_typed(folder: Path, run: Run, monkeypatch: pytest.M
         arguments += {"distill": ["--max-steps", "2", "--max-length", "32"]}.get(arguments[0], [])
         code, out, error = run(*arguments)
         assert code == 0, (line, error)
-        assert "parameters" in out, line
+        assert ("report.html" if arguments[0] == "report" else "parameters") in out, line
 
 
 @pytest.mark.parametrize("given", ["argument", "environment"])
