@@ -19,10 +19,15 @@ NEXT = (
 
 def demo_command(
     experts: Experts = "0.5",
-    output: Annotated[Path | None, typer.Option(help="keep the merged model in this folder")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="keep the merged model in this folder", rich_help_panel="Output")
+    ] = None,
     overwrite: Overwrite = False,
     files: Annotated[
-        Path | None, typer.Option(help="only copy the model and its text into this folder, to try commands on")
+        Path | None,
+        typer.Option(
+            help="only copy the model and its text into this folder, to try commands on", rich_help_panel="Output"
+        ),
     ] = None,
 ) -> None:
     """Merge the small trained Switch Transformer that comes with the package, in six ways, and compare them."""

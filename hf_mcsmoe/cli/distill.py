@@ -131,7 +131,7 @@ class Pruning(Storage):
 class TrainedOutput(Output):
     """Where the result of a training goes, which may be killed on the way."""
 
-    resume: bool = described(False, "go on with a run that was killed, if there is one", names=("--resume",))
+    resume: bool = described(False, "go on with a run that was killed, if there is one")
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Run:
 @options_of(DistillationOptions, "distillation", DISTILLATION, panel="Training")
 def distill_command(
     student: Annotated[str, typer.Argument(help="folder or Hub id of the merged model", metavar="STUDENT")],
-    teacher: Annotated[str, typer.Option(help="folder or Hub id of the original model")],
+    teacher: Annotated[str, typer.Option(help="folder or Hub id of the original model", rich_help_panel="Training")],
     target: TrainedOutput,
     source: Source,
     training: Training,

@@ -43,16 +43,24 @@ def evaluate_command(
     source: Source,
     by: Annotated[
         str | None,
-        typer.Option(help="how to evaluate a task: generation (default with an encoder) or likelihood (without)"),
+        typer.Option(
+            help="how to evaluate a task: generation (default with an encoder) or likelihood (without)",
+            rich_help_panel="Data",
+        ),
     ] = None,
     lm_eval: Annotated[
         str | None,
         typer.Option(
-            metavar="TASK,...", help="tasks of lm-eval by name, or files (yaml), in place of --task or --data"
+            metavar="TASK,...",
+            help="tasks of lm-eval by name, or files (yaml), in place of --task or --data",
+            rich_help_panel="Data",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="rows per forward", min=1)] = 32,
-    seed: Annotated[int, typer.Option(help="seed of the spans that are masked, for encoder-decoders on text")] = 0,
+    batch_size: Annotated[int, typer.Option(help="rows per forward", min=1, rich_help_panel="Data")] = 32,
+    seed: Annotated[
+        int,
+        typer.Option(help="seed of the spans that are masked, for encoder-decoders on text", rich_help_panel="Data"),
+    ] = 0,
     tokenizer: Tokenizer = None,
     dtype: Annotated[
         str, typer.Option(help="dtype to load in: auto, float32, bfloat16 ...", rich_help_panel="Loading")

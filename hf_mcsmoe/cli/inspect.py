@@ -4,20 +4,23 @@ from typing import Annotated
 
 import typer
 
-from hf_mcsmoe.cli.display import console, layer_table
+from hf_mcsmoe.cli.display import console, layer_table, stage_bars
 from hf_mcsmoe.cli.options import Dequantize, Model, Selection, options_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.loading import empty_model
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import check_request, saved_parameters
+from hf_mcsmoe.progress import one_step
 
 
 @options_of(Selection, "selection", panel="Merge")
 def inspect_command(
     model: Model,
     selection: Selection,
-    check: Annotated[bool, typer.Option("--check", help="also read all weights of a folder, for NaN")] = False,
+    check: Annotated[
+        bool, typer.Option(help="also read all weights of a folder, for NaN", rich_help_panel="Loading")
+    ] = False,
     dequantize: Dequantize = False,
 ) -> None:
     """Show a model's layers of experts and what merging them would save. Loads no weights unless asked to."""
@@ -29,7 +32,8 @@ def inspect_command(
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if merged else ""))
     console.print(layer_table(layers))
     if check:
-        check_weights(model)
+        with stage_bars() as progress, one_step("checking", progress):
+            check_weights(model)
         console.print("all weights are finite")
     total, held = empty.num_parameters(), sum(tied[0].num_parameters for tied in layers.tied)
     console.print(f"parameters {total:,}, of them in experts {held:,} ({held / total:.1%})")

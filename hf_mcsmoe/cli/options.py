@@ -24,11 +24,11 @@ from hf_mcsmoe.methods.config import MergeConfig, help_of, option_help
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
-Experts = Annotated[str, typer.Option(help=option_help("experts"))]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="write into a folder that is not empty")]
+Experts = Annotated[str, typer.Option(help=option_help("experts"), rich_help_panel="Merge")]
+Overwrite = Annotated[bool, typer.Option(help="write into a folder that is not empty", rich_help_panel="Output")]
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own", rich_help_panel="Loading")]
 DEQUANTIZE = "load quantized weights (FP8, MXFP4 ...) as those that they stand for"
-Dequantize = Annotated[bool, typer.Option("--dequantize", help=DEQUANTIZE, rich_help_panel="Loading")]
+Dequantize = Annotated[bool, typer.Option(help=DEQUANTIZE, rich_help_panel="Loading")]
 # Outputs of this run, given free when it ends.
 CLAIMS = ExitStack()
 # Dtypes to load in, by name.
@@ -72,7 +72,7 @@ class Loading:
     tokenizer: str | None = described(None, "tokenizer, if not the model's own")
     dtype: str = described("auto", "dtype to load and save in: auto, float32, bfloat16 ...")
     device_map: str | None = described(None, "where to load the model: cpu, cuda, auto ...")
-    dequantize: bool = described(False, DEQUANTIZE, names=("--dequantize",))
+    dequantize: bool = described(False, DEQUANTIZE)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Output:
     """Where the result goes."""
 
     output: Path = described(MISSING, "folder to write the model to")
-    overwrite: bool = described(False, "write into a folder that is not empty", names=("--overwrite",))
+    overwrite: bool = described(False, "write into a folder that is not empty")
     push_to_hub: str | None = described(None, "also upload, to this repository of the Hub")
 
     def claimed(self, needed_bytes: int = 0, **read: Read) -> Path:

@@ -22,9 +22,11 @@ def draw(folder: Path) -> None:
 
 def report_command(
     folders: Annotated[list[str], typer.Argument(help="folders that `compress` or `distill` wrote", metavar="DIR...")],
-    output: Annotated[Path | None, typer.Option(help="the page, if not report.html in the first folder")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the page, if not report.html in the first folder", rich_help_panel="Output")
+    ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="file of statistics, for how alike any two experts are")
+        Path | None, typer.Option(help="file of statistics, for how alike any two experts are", rich_help_panel="Data")
     ] = None,
 ) -> None:
     """Write one page of pictures about results; several are compared by size and quality. Loads no weights."""

@@ -121,7 +121,6 @@ class Source:
     fixed_spans: bool = described(
         False,
         "mask spans of equal length where an encoder-decoder gets text without targets",
-        names=("--fixed-spans",),
     )
 
     def read(self, *, training: bool, progress: Progress = silent) -> "Contents":

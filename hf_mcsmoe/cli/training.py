@@ -47,7 +47,7 @@ class Training:
         None, f"steps until the highest learning rate; by default {WARMUP_STEPS} (paper), or a tenth of all if fewer"
     )
     seed: int = described(0, "seed of the order of the rows, of dropout and of masked spans")
-    bf16: bool = described(False, "compute in bfloat16 (weights stay as --dtype says)", names=("--bf16",))
+    bf16: bool = described(False, "compute in bfloat16 (weights stay as --dtype says)")
     save_steps: int = described(500, "steps between two checkpoints, from which --resume goes on", min=1)
 
     def arguments(self, task: Task | None, rows: int, folder: Path) -> dict[str, Any]:

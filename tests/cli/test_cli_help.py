@@ -24,6 +24,8 @@ PANELS = {
     "compress": {"Data", "Merge", "Repair", "Storage", "Loading", "Output"},
     "distill": {"Data", "Training", "Storage", "Loading", "Output"},
     "evaluate": {"Data", "Loading", "Output"},
+    "report": {"Data", "Output"},
+    "demo": {"Merge", "Output"},
 }
 
 
@@ -34,14 +36,49 @@ def _help(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
     return out
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_ends_with_an_example_that_fits_a_line(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _example(command, run, monkeypatch)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_what_a_recipe_turns_on_can_be_turned_off(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 160)
+    flags = [line.split()[1:3] for line in run(command, "--help")[1].splitlines() if "<bool>" in line]
+    assert flags.pop(0)[0] == "--help"
+    assert [off for _, off in flags] == [f"--no-{on[2:]}" for on, _ in flags]
+    assert bool(flags) == (command != "report")
+
+
 @pytest.mark.parametrize("command", PANELS)
 def test_options_stand_under_their_subject(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     out = _help(command, run, monkeypatch)
-    found = set(re.findall(r"^╭─ (\w+) ─", out, re.MULTILINE))
-    assert found - {"Arguments", "Options"} == PANELS[command]
-    assert "--config" in out
+    panels = dict(re.findall(r"^╭─ (\w+) ─(.*?)^╰", out, re.MULTILINE | re.DOTALL))
+    assert set(panels) - {"Arguments", "Options"} == PANELS[command]
+    assert re.findall(r"^│ +(--[\w-]+)", panels["Options"], re.MULTILINE) == ["--config", "--help"]
 
 
+def _example(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the command lines with which the help of a command ends."""
+    out = _help(command, run, monkeypatch)
+    lines = [line.strip() for line in out.partition("Example")[2].splitlines()[1:] if line.strip()]
+    assert 1 <= len(lines) <= 2
+    assert max(map(len, lines)) <= 78
+    assert lines[-1].startswith(f"hf-mcsmoe {command} ")
+    return lines
+
+
+def test_the_example_of_inspect_runs_as_it_is_printed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in _example("inspect", run, monkeypatch):
+        code, out, err = run(*shlex.split(line)[1:])
+        assert code == 0, (line, err)
+    assert "with --experts 0.5: parameters" in out
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The repair left", "ignore:Few calibration tokens")
 def test_the_example_of_each_command_runs_as_it_is_printed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,11 +86,7 @@ def test_the_example_of_each_command_runs_as_it_is_printed(
     monkeypatch.chdir(tmp_path)
     done: list[str] = []
     for command in ["demo", *(name for name in cli.COMMANDS if name != "demo")]:
-        out = _help(command, run, monkeypatch)
-        lines = [line.strip() for line in out.partition("Example")[2].splitlines()[1:] if line.strip()]
-        assert 1 <= len(lines) <= 2
-        assert max(map(len, lines)) <= 78
-        for line in (line for line in lines if line not in done):
+        for line in (line for line in _example(command, run, monkeypatch) if line not in done):
             code, _, err = run(*shlex.split(line)[1:])
             assert code == 0, (line, err)
             done.append(line)

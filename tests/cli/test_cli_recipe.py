@@ -78,6 +78,20 @@ def test_a_recipe_of_ones_own_may_name_all_that_a_command_needs(folder: Path, tm
     assert list(json.loads(figures.read_text())) == [str(source / "moe")]
 
 
+def test_a_flag_of_the_command_line_turns_off_what_a_recipe_turns_on(tmp_path: Path, run: Run) -> None:
+    file, kept = tmp_path / "recipe.yaml", tmp_path / "demo" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    file.write_text(f"files: {tmp_path / 'demo'}\noverwrite: true\n")
+    code, _, err = run("demo", "--config", file, "--no-overwrite")
+    assert code == 1
+    assert "--overwrite" in err
+    assert [path.name for path in kept.parent.iterdir()] == ["mine.txt"]
+    code, _, err = run("demo", "--config", file)
+    assert code == 0, err
+    assert kept.read_text() == "mine"
+
+
 WRONG = {
     "unknown": ("num_sample: 3\n", "Unknown option of compress 'num_sample'. Did you mean 'num_samples'?"),
     "no option of this command": ("kd_weight: 3\n", "Unknown option of compress 'kd_weight'"),
