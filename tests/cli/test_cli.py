@@ -9,6 +9,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -299,16 +300,17 @@ def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path)
     many.write_text(TEXT * 50)
     options = ["--data", many, "--num-samples", "5000", "--batch-size", "1", "--output", tmp_path / "out"]
     command = [sys.executable, "-m", "hf_mcsmoe.cli", "compress", *map(str, [source, *options])]
-    watcher = threading.Event()
     # A run in the background of a script is born deaf to the signal.
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, preexec_fn=hear, **streams) as process:
-        # Statistics begin once the model is loaded and the text read; a killed run of seconds is caught in them.
-        watcher.wait(25)
+        # Said once the model is loaded and the text read, so that the many forwards of the statistics begin.
+        said = next((line for line in process.stderr if line.startswith("calibration on")), "")
+        threading.Event().wait(1)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-    assert process.returncode == 130
+        _, rest = process.communicate(timeout=120)
+    assert said
+    assert process.returncode == 130, rest
     assert [file.name for file in tmp_path.iterdir()] == ["many.txt"]
 
 
