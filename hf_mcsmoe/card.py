@@ -13,6 +13,7 @@ from jinja2 import Template
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
+from hf_mcsmoe.files import damage
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.modeling.companions_mcsmoe import source_folder, source_of
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
@@ -298,7 +299,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text("utf-8"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        warnings.warn(f"{path} is damaged and not used: {error!r}.", stacklevel=4)
+        warnings.warn(f"{path} is damaged and not used ({damage(error)}).", stacklevel=4)
         return None
 
 

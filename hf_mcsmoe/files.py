@@ -77,3 +77,13 @@ def read_json(path: str | os.PathLike, instead: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         found = str(error)
     raise ValueError(f"{path} is cut off or damaged ({found}): delete it, and {instead}.")
+
+
+def damage(error: Exception) -> str:
+    """Say in words what is wrong with a file whose values led to an error."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, ValueError):
+        return str(error).rstrip(".")
+    # Of a part of it that was made with names that it has not, or without those that it must have.
+    return str(error).partition("__init__() ")[2] or "a value in it is of the wrong kind"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import check_finite
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.files import read_json, write_text
+from hf_mcsmoe.files import damage, read_json, write_text
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.budget import budget_total
 from hf_mcsmoe.methods.checks import check_given
@@ -155,10 +155,8 @@ class MergePlan:
             layers = {name: LayerPlan(**layer) for name, layer in content.pop("layers").items()}
             _check_provenance(content, list(layers))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            told = str(error).rstrip(".") if isinstance(error, ValueError) else repr(error)
-            raise ValueError(
-                f"{path} is no merge plan, or not a whole one ({told}); delete it and make one with plan_merge."
-            ) from None
+            told = f"{path} is no merge plan, or not a whole one ({damage(error)})"
+            raise ValueError(f"{told}; delete it and make one with plan_merge.") from None
         return cls(layers, content)
 
 

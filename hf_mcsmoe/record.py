@@ -1,12 +1,15 @@
 """What was done to a compressed model, as data: base model, plan, steps, costs of each stage; JSON in and out."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from hf_mcsmoe.files import damage
 
 FORMAT = "mcsmoe-record"
 FORMAT_VERSION = 1
@@ -144,16 +147,15 @@ class Record:
         """Return the record that `to_json` wrote, with its plan.
 
         Raises:
-            ValueError: the text is no record, or one of a later format.
+            ValueError: the text is no record, one of a later format, or one with values of the wrong kind.
         """
         try:
             content = json.loads(text)
             if content["format"] != FORMAT or content["format_version"] > FORMAT_VERSION:
                 raise ValueError(
-                    f"This is no record that this version reads: format {content['format']!r}, version "
-                    f"{content['format_version']!r}."
+                    f"this version reads none of format {content['format']!r}, version {content['format_version']!r}"
                 )
-            return cls(
+            record = cls(
                 Base(**content["base"]),
                 content["auto_class"],
                 plan or {},
@@ -164,8 +166,31 @@ class Record:
                 content.get("judged", ""),
                 Calibration(**content.get("calibration", {})),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"This is no record of a compression ({error!r}).") from None
+            for part in (record.base, *record.steps, *record.costs.values(), *record.quality.values(), record):
+                _check_kinds(part)
+            _check_kinds(record.calibration)
+            return record
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"This is no record of a compression ({damage(error)}).") from None
+
+
+def _check_kinds(part: Any) -> None:
+    """Raise ValueError where a value of a part of a record is not what it is annotated with."""
+    for name, hint in get_type_hints(type(part)).items():
+        if not _is_kind(value := vars(part)[name], hint):
+            raise ValueError(f"{name} is {value!r:.100}")
+
+
+def _is_kind(value: Any, hint: Any) -> bool:
+    kind, inside = get_origin(hint) or hint, get_args(hint)
+    if kind in (list, tuple, dict):
+        entries = value.values() if isinstance(value, dict) else value
+        return isinstance(value, kind) and (inside[-1] in (Any, ...) or all(_is_kind(x, inside[-1]) for x in entries))
+    if inside:  # one of several
+        return any(_is_kind(value, choice) for choice in inside)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is int if kind is int else isinstance(value, kind)
 
 
 def _held(costs: Costs) -> tuple[int, int]:

@@ -54,14 +54,25 @@ def test_a_record_is_read_as_it_was_written() -> None:
         lambda content: content["costs"].update(before={"weight": 1}),
         lambda content: content.update(steps=[1]),
         lambda content: content.update(card=None),
+        lambda content: content.update(judged=5),
+        lambda content: content["base"].update(name=5),
+        lambda content: content["base"].update(language=[None]),
+        lambda content: content["steps"][0].update(figures=True),
+        lambda content: content["steps"][0].update(lines="text"),
+        lambda content: content["costs"]["before"].update(bytes_on_disk="x"),
+        lambda content: content["costs"]["before"].update(parameters=True),
+        lambda content: content["costs"]["before"].update(expert_macs_per_token={"a": float("nan")}),
+        lambda content: content.update(quality={"before": {"kl": []}}),
+        lambda content: content.update(calibration={"rows": 1.5}),
     ],
 )
 def test_what_is_no_record_is_refused(change: Any) -> None:
     content = json.loads(RECORD.to_json())
     change(content)
     for text in (json.dumps(content), "[]", "{", ""):
-        with pytest.raises(ValueError, match="no record"):
+        with pytest.raises(ValueError, match="no record") as error:
             Record.from_json(text)
+        assert "Error" not in str(error.value)
 
 
 def test_a_step_that_is_done_again_comes_last() -> None:

@@ -12,7 +12,17 @@ from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table, notes, plan_table, quality_table, stage_bars
-from hf_mcsmoe.cli.options import Loading, Model, Output, Selection, Storage, check_file, itemsize, options_of
+from hf_mcsmoe.cli.options import (
+    Loading,
+    Model,
+    Output,
+    Selection,
+    Storage,
+    check_device_map,
+    check_file,
+    itemsize,
+    options_of,
+)
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.sources import Calibration
@@ -70,6 +80,7 @@ def compress_command(
 ) -> None:
     """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
     config = replace(selection.apply(merge), seed=calibration.seed)
+    check_device_map(loading.device_map)
     empty = empty_model(model, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
     stages: dict[str, Any] = {"repair": _chosen(repair, layers, config), "low_rank": storage.low_rank()}

@@ -33,6 +33,8 @@ def demo_command(
     """Merge the small trained Switch Transformer that comes with the package, in six ways, and compare them."""
     from hf_mcsmoe.demo import ASSETS, compare
 
+    if files is not None and output is not None:
+        raise ValueError("--files only copies the model, and --output keeps a merged one: give one of them.")
     if files is not None:
         folder = claimed(files, overwrite)
         shutil.copytree(ASSETS, folder, dirs_exist_ok=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table, notes, stage_bars
-from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, described, itemsize, options_of
+from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, check_device_map, described, itemsize, options_of
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.sources import Source
@@ -220,8 +220,10 @@ def _check(
         ValueError: any of it is wrong.
     """
     distillation.check()
+    check_device_map(distillation.teacher_device_map, "--teacher-device-map")
     ours, theirs = empty_model(student), empty_model(teacher)
     check_pair(student, ours, theirs)
+    itemsize(distillation.teacher_dtype, theirs, "--teacher-dtype")
     low_rank = pruning.check(student, ours)
     # The result, and three checkpoints with the two moments of the optimiser: a new one is written before one goes.
     needed = ours.num_parameters() * (ours.dtype.itemsize + 3 * (itemsize(dtype, ours) + 8))

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.display import Advance, Sheet, console, stage_bars
-from hf_mcsmoe.cli.options import DeviceMap, Tokenizer, check_file, itemsize, options_of
+from hf_mcsmoe.cli.options import LAST_SEED, DeviceMap, Tokenizer, check_device_map, check_file, itemsize, options_of
 from hf_mcsmoe.cli.sources import Contents, Source
 from hf_mcsmoe.data.choices import CHOICES
 from hf_mcsmoe.data.features import feature_batches
@@ -59,7 +59,12 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="rows per forward", min=1, rich_help_panel="Data")] = 32,
     seed: Annotated[
         int,
-        typer.Option(help="seed of the spans that are masked, for encoder-decoders on text", rich_help_panel="Data"),
+        typer.Option(
+            help="seed of the spans that are masked, for encoder-decoders on text",
+            min=0,
+            max=LAST_SEED,
+            rich_help_panel="Data",
+        ),
     ] = 0,
     tokenizer: Tokenizer = None,
     dtype: Annotated[
@@ -76,6 +81,7 @@ def evaluate_command(
     """Evaluate models, compressed or not, on a task or on text, and compare them in one table."""
     if json_file is not None:
         json_file = check_file(json_file, "--json")
+    check_device_map(device_map)
     if by is not None and source.data:
         raise ValueError("--by goes with --task; on --data it is the loss that is measured.")
     names = list(dict.fromkeys(models))

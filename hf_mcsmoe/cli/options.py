@@ -35,6 +35,10 @@ CLAIMS = ExitStack()
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
+# Ways of Accelerate to spread a model over what there is.
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+# What numpy, which the Trainer seeds as well, takes.
+LAST_SEED = 2**32 - 1
 DeviceMap = Annotated[
     str | None, typer.Option(help="where to load the model: cpu, cuda, auto ...", rich_help_panel="Loading")
 ]
@@ -218,7 +222,19 @@ def parse_experts(text: str) -> int | float:
         raise ValueError(f"--experts {text!r} is neither a whole number (8) nor a share (0.5).") from None
 
 
-def itemsize(dtype: str, model: PreTrainedModel) -> int:
+def check_device_map(device_map: str | None, option: str = "--device-map") -> None:
+    """Raise ValueError where a device map is neither a way of spreading a model nor a device."""
+    if device_map is None or device_map in SPREAD:
+        return
+    try:
+        torch.device(device_map)
+    except RuntimeError:
+        raise ValueError(
+            f"{option} {device_map!r} is no device of torch (cpu, cuda, cuda:1), nor one of {', '.join(SPREAD)}."
+        ) from None
+
+
+def itemsize(dtype: str, model: PreTrainedModel, option: str = "--dtype") -> int:
     """Return the bytes of a parameter in a dtype given by name; "auto" is the model's own.
 
     Raises:
@@ -227,5 +243,5 @@ def itemsize(dtype: str, model: PreTrainedModel) -> int:
     if dtype == "auto":
         return model.dtype.itemsize
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype!r} is no floating-point dtype of torch (auto, {', '.join(DTYPES)}).")
+        raise ValueError(f"{option} {dtype!r} is no floating-point dtype of torch (auto, {', '.join(DTYPES)}).")
     return DTYPES[dtype].itemsize

@@ -153,4 +153,5 @@ def _check_ranges(path: Path, context: typer.Context, keys: Mapping[str, str]) -
             try:
                 parameter.process_value(context, value)
             except typer.BadParameter as error:
-                raise ValueError(f"{path}: {keys[str(parameter.name)]} is {value!r}: {error.message}") from None
+                told = error.message or "name at least one"
+                raise ValueError(f"{path}: {keys[str(parameter.name)]} is {value!r}: {told}") from None

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.display import notes
-from hf_mcsmoe.cli.options import described
+from hf_mcsmoe.cli.options import LAST_SEED, described
 from hf_mcsmoe.cli.shares import Shared, counts_of, parsed
 from hf_mcsmoe.data.calibration import Drawn, draw
 from hf_mcsmoe.data.features import Feature, feature_batches, split_held_out, task_features, text_features
@@ -36,7 +36,7 @@ class Calibration:
     num_samples: int = described(256, "calibration samples, an eighth of them held out to judge the result", min=1)
     max_length: int = described(512, "longest sample, in tokens", min=2)
     batch_size: int = described(8, "samples per forward", min=1)
-    seed: int = described(0, "seed of the samples drawn and of random methods")
+    seed: int = described(0, "seed of the samples drawn and of random methods", min=0, max=LAST_SEED)
 
     def read(self, progress: Progress = silent) -> list[Shared]:
         """Return the samples of each `--data`, with their shares of what is drawn; tells of the rows read.

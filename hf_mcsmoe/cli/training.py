@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_mcsmoe.cli.display import notes, passing
-from hf_mcsmoe.cli.options import described
+from hf_mcsmoe.cli.options import LAST_SEED, described
 from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.distillation.checkpoints import last_checkpoint
 from hf_mcsmoe.files import read_json, write_json
@@ -46,7 +46,7 @@ class Training:
     warmup_steps: int | None = described(
         None, f"steps until the highest learning rate; by default {WARMUP_STEPS} (paper), or a tenth of all if fewer"
     )
-    seed: int = described(0, "seed of the order of the rows, of dropout and of masked spans")
+    seed: int = described(0, "seed of the order of the rows, of dropout and of masked spans", min=0, max=LAST_SEED)
     bf16: bool = described(False, "compute in bfloat16 (weights stay as --dtype says)")
     save_steps: int = described(500, "steps between two checkpoints, from which --resume goes on", min=1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mcsmoe.evaluation.costs import folder_bytes, layer_bytes
+from hf_mcsmoe.files import damage
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.loading import empty_model
@@ -149,7 +150,9 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): take it from the original folder, or delete it.") from None
+        raise ValueError(
+            f"{file} is damaged ({damage(error)}): take it from the original folder, or delete it."
+        ) from None
 
 
 def _check_maps(folder: Path, layers: Layers, plan: MergePlan | None) -> None:
@@ -172,9 +175,14 @@ def _errors(folder: Path, record: Record | None) -> dict[str, tuple[float | None
         [step.figures["relative_error"] for step in record.steps if "relative_error" in step.figures] if record else []
     )
     try:
-        return {name: (item["before"], item["after"]) for step in steps for name, item in step.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / RECORD_FILE} is damaged: its errors of layers are none ({error!r}).") from None
+        found = {name: (item["before"], item["after"]) for step in steps for name, item in step.items()}
+        if not all(_is_number(value) for pair in found.values() for value in pair):
+            raise ValueError("not all are numbers")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / RECORD_FILE} is damaged: its errors of layers are none ({damage(error)})."
+        ) from None
+    return found
 
 
 def _quality(folder: Path, record: Record | None) -> dict[str, dict[str, float | None]]:

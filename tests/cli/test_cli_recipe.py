@@ -103,6 +103,8 @@ WRONG = {
     "flag": ("overwrite: 'yes'\n", "overwrite is 'yes', and must be true or false"),
     "mapping": ("data: {a: 1}\n", "data is {'a': 1}, and must be"),
     "range": ("batch_size: 0\n", "batch_size is 0"),
+    "seed": ("seed: 4294967296\n", "seed is 4294967296: "),
+    "none of a list": ("data: []\n", "data is []: name at least one"),
     "not whole": ("experts: [1]\n", "experts is [1]"),
     "twice": ("seed: 1\nseed: 2\n", "'seed' is given twice"),
     "damaged": ("seed: [1\n", "is no YAML"),

@@ -136,7 +136,7 @@ def test_tags_join_those_of_the_card(case: Example, tmp_path: Path) -> None:
     case.merged.save_pretrained(tmp_path / "saved", tags=["mine", "mcsmoe"])
     after = ModelCard.load(tmp_path / "saved" / "README.md")
     assert after.data.tags == [*before.data.tags, "mine"]
-    assert after.text.replace('"saved"', '"plain"') == before.text
+    assert after.text.replace('"saved"', '"plain"').replace("=saved,", "=plain,") == before.text
     loaded = _reloaded(tmp_path / "saved")
     loaded.add_model_tags("told before")
     (tmp_path / "saved" / "README.md").unlink()
