@@ -390,7 +390,7 @@ def test_importance_needs_batches_with_labels(batches: list, message: str) -> No
         ({"start": -1}, "start=-1 must be a number of steps"),
         ({"end": -0.1}, "end=-0.1 must be a number of steps"),
         ({"start": 1.5}, "start=1.5 must be a number of steps"),
-        ({"start": True}, "start=True must be a number of steps"),
+        ({"start": True}, "start=True must be a finite number"),
         ({"importance": "sensitivty"}, "Did you mean 'sensitivity'"),
         ({"aggregate": "median"}, "Unknown aggregate"),
     ],
