@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hf_mcsmoe
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
@@ -24,7 +26,7 @@ PAPER = "arxiv.org/abs/2310.01334"
 
 
 def test_the_version_stands_in_one_place_and_is_told_the_same_elsewhere() -> None:
-    assert version("hf_mcsmoe") == PROJECT["version"] == CITATION["version"]
+    assert hf_mcsmoe.__version__ == version("hf_mcsmoe") == PROJECT["version"] == CITATION["version"]
     assert re.findall(r"^## \[(.*?)\] - (\S+)$", CHANGELOG, re.MULTILINE)[0][0] == PROJECT["version"]
 
 

@@ -86,8 +86,10 @@ def evaluate_command(
         raise ValueError("--by goes with --task; on --data it is the loss that is measured.")
     names = list(dict.fromkeys(models))
     if lm_eval is not None:
-        if source.data or source.task or by:
-            raise ValueError("--lm-eval brings its own rows and ways: leave out --task, --data and --by.")
+        if source != Source() or by:
+            raise ValueError(
+                "--lm-eval brings its own rows and ways: leave out --task, --data, what goes with them and --by."
+            )
         tasks, manager = harness_tasks(lm_eval.split(","))
         measure = partial(_harness, names=tasks, manager=manager, batch_size=batch_size)
         plans = [_harness_plan(model, tokenizer, measure, dtype) for model in names]

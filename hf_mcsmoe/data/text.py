@@ -45,6 +45,8 @@ def read_samples(
         ValueError: no such file or data set, an empty one, one that holds something that is no text, or one without
             the column.
     """
+    if not source.strip():
+        raise ValueError(f"{source!r} names no data: give a file, a folder or a Hub id.")
     path = Path(source)
     rows = file_rows(path, split) if path.is_file() else _dataset_rows(source, split)
     rows = counted(rows, "reading", progress or silent, every=TOLD_EVERY)
@@ -75,6 +77,7 @@ def samples_of(
                 columns = _text_columns(row, source) if column is None else (column,)
             sample = _sample(row, place, columns, target_column)
         else:
+            _check_no_columns(source, column, target_column)
             sample = (_text(row, place), None)
         if sample is not None and sample[0]:
             samples.append(cast(Sample, sample))
@@ -106,6 +109,12 @@ def _check_columns(row: Row, source: str, column: str | None, target: str | None
     missing = [name for name in (column, target) if name is not None and name not in row]
     if missing:
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, row))}.")
+
+
+def _check_no_columns(source: str, *columns: str | None) -> None:
+    named = [name for name in columns if name is not None]
+    if named:
+        raise ValueError(f"{source} holds texts, not rows with columns: leave out column {named[0]!r}.")
 
 
 def _sample(row: Row, place: str, columns: tuple[str, ...], target: str | None) -> tuple[Any, str | None] | None:

@@ -1,6 +1,6 @@
 """Arguments of the distillation trainers: what they add to those of a Trainer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -65,6 +65,10 @@ class DistillationOptions(Options):
         for name in ("kd_temperature", "lora_rank", "lora_alpha", "teacher_top_k"):
             if vars(self)[name] <= 0:
                 raise ValueError(f"{name}={vars(self)[name]} must be positive and finite.")
+        options = [item for item in fields(DistillationOptions) if item.name.startswith("lora_")]
+        idle = [item.name for item in options if vars(self)[item.name] != item.default]
+        if idle and self.train_parts != "lora":
+            raise ValueError(f"{idle[0]} goes with train_parts='lora', not {self.train_parts!r}: leave it out.")
         if self.train_parts == "lora" and not self.freeze_routers:
             raise ValueError("train_parts='lora' trains adapters alone, so routers stay frozen: leave freeze_routers.")
         for name, needed in LIVE_ONLY.items():

@@ -174,7 +174,7 @@ def config_class_for(base_model_type: str | None) -> type[PreTrainedConfig]:
     if not isinstance(base_model_type, str) or base_model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"AutoConfig of this Transformers knows no model type {base_model_type!r}, so a merged model of it "
-            "could not be loaded. Upgrade transformers, or compress the whole model that this one is a part of."
+            "could not be loaded: it is not supported. A later version of transformers may know it."
         )
     base = CONFIG_MAPPING[base_model_type]
     return generated_config_class(PREFIX + base.__name__)

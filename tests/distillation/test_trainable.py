@@ -129,8 +129,12 @@ def _decomposed() -> PreTrainedModel:
         (lambda folder: make_trainer("mixtral", folder, **LORA, freeze_routers=False), "routers stay frozen"),
         (lambda folder: make_trainer("mixtral", folder, **LORA, lora_targets=["w_q"]), "w_q.* not found"),
         (lambda folder: make_trainer("mixtral", folder, **LORA | {"lora_rank": 0}), "lora_rank=0 must be positive"),
+        (
+            lambda folder: make_trainer("mixtral", folder, lora_rank=4),
+            "lora_rank goes with train_parts='lora', not 'all'",
+        ),
     ],
-    ids=["save", "training form", "routers", "targets", "rank"],
+    ids=["save", "training form", "routers", "targets", "rank", "idle"],
 )
 def test_what_adapters_cannot_do_is_said(attempt: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

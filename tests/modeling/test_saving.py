@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import build
 from helpers import logits
 from hub import Hub, running_hub
@@ -339,14 +340,23 @@ def _check_heads(names: list[str], folder: Path) -> None:
     folders = [save(example(name), folder) for name in names]
     done = run_python(["-c", HEADS, *map(str, folders)], folder)
     assert done.returncode == 0, done.stderr
-    for path in folders:
+    for name, path in zip(names, folders, strict=True):
         entries = json.loads((path / "config.json").read_text())["auto_map"]
         lines = [line.split(" ", 2)[1:] for line in done.stdout.splitlines() if line.startswith(f"{path.name} ")]
         made = dict(lines)
         assert made.keys() == entries.keys()
-        assert not [line for line in lines if "failed" in line[1]]
-        models = {name: entry.rpartition(".")[2] for name, entry in entries.items() if name != "AutoConfig"}
-        assert {name: made[name] for name in models} == models
+        models = {auto: entry.rpartition(".")[2] for auto, entry in entries.items() if auto != "AutoConfig"}
+        # A head that calls the layers otherwise may read no checkpoint of another head, merged or not.
+        prefix = type(example(name).base).base_model_prefix
+        apart = {auto for auto, kind in models.items() if _original(kind).base_model_prefix != prefix}
+        assert {auto: made[auto] for auto in models.keys() - apart} == {
+            auto: models[auto] for auto in models.keys() - apart
+        }
+        assert all(made[auto] == models[auto] or "has no module" in made[auto] for auto in apart), made
+
+
+def _original(kind: str) -> type[PreTrainedModel]:
+    return getattr(transformers, kind.removeprefix("MCSMoE"))
 
 
 def test_every_class_that_the_configuration_names_loads_without_the_package(tmp_path: Path) -> None:
