@@ -214,7 +214,7 @@ def _masked(folder: Path) -> None:
         (lambda folder: make_trainer("mixtral", folder, train_parts="expert"), ValueError, "Did you mean 'experts'"),
         (lambda folder: make_trainer("mixtral", folder, kd_temperature=0.0), ValueError, "must be positive"),
         (lambda folder: make_trainer("mixtral", folder, kd_temperature=NAN), ValueError, "kd_temperature=nan must be"),
-        (lambda folder: make_trainer("mixtral", folder, kd_weight=NAN), ValueError, "kd_weight=nan must be finite"),
+        (lambda folder: make_trainer("mixtral", folder, kd_weight=NAN), ValueError, "kd_weight=nan must be a finite"),
         (lambda folder: make_trainer("mixtral", folder, hidden_weight=-1.0), ValueError, "not negative"),
         (lambda folder: make_trainer("mixtral", folder, teacher=example(SWITCH).base), ValueError, "one of its kind"),
         (lambda folder: make_trainer(SWITCH, folder, teacher=build("mixtral")), ValueError, "one of its kind"),
