@@ -25,7 +25,7 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
     SAVED,
     SECTION,
 )
-from hf_mcsmoe.record import Base, Record, cost_rows, public_name, quality_rows
+from hf_mcsmoe.record import LOW_RANK, Base, Record, cost_rows, public_name, quality_rows
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
 PIPELINES = {
@@ -97,6 +97,7 @@ it loads without the flag.
 **PEFT**: `LoraConfig(**hf_mcsmoe.lora_targets(model))` adapts the experts as well; `target_modules="all-linear"` does
 not see them. **TRL** (DPO and others): `model_init_kwargs={"trust_remote_code": True}`.
 **lm-eval**: `lm_eval --model hf --model_args pretrained={{ model_id }},trust_remote_code=True --tasks ...`.
+{% if dense -%}
 **torchao**, 8 bits a weight, the experts' among them:
 
 ```python
@@ -109,6 +110,9 @@ names = [f"{name}.weight" for name in targets["target_modules"]] + targets["targ
 config = TorchAoConfig(FqnToConfig(dict.fromkeys(names, Int8WeightOnlyConfig(version=2))))
 model = {{ auto_class }}.from_pretrained("{{ model_id }}", quantization_config=config)
 ```
+{%- else -%}
+**torchao** has no recipe for experts that are stored as low rank + sparse.
+{%- endif %}
 {% if methods %}
 ## Method
 
@@ -178,6 +182,7 @@ def render(record: Record) -> str:
         versions=", ".join(f"{package} {number}" for package, number in plan.get("versions", {}).items()),
         costs=_cost_table(record),
         writes=record.auto_class in WRITERS,
+        dense=all(step.title != LOW_RANK for step in record.steps),
         auto_class=record.auto_class,
         model_id=MODEL_ID,
         methods=method_steps(plan["config"]) if plan else [],

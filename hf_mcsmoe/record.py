@@ -13,6 +13,8 @@ from hf_mcsmoe.files import damage
 
 FORMAT = "mcsmoe-record"
 FORMAT_VERSION = 1
+# Title of the step that stores experts as low rank + sparse.
+LOW_RANK = "Low rank + sparse"
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,13 @@ def test_a_record_of_little_has_a_card_of_little() -> None:
     ]
 
 
+def test_the_advice_on_torchao_is_for_dense_experts() -> None:
+    dense = card.render(Record(Base("", "mixtral"), steps=(Step("Repair"),)))
+    stored = card.render(Record(Base("", "mixtral"), steps=(Step("Repair"), Step("Low rank + sparse"))))
+    assert ["Int8WeightOnlyConfig" in text for text in (dense, stored)] == [True, False]
+    assert "**torchao** has no recipe" in stored
+
+
 def test_one_compression_renders_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
     base, rendered = example("mixtral").base, []
     render = card.render

@@ -51,7 +51,7 @@ from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
 from hf_mcsmoe.progress import Progress, counted, one_step
-from hf_mcsmoe.record import Costs, Step
+from hf_mcsmoe.record import LOW_RANK, Costs, Step
 
 # Fields of DistillationOptions that are options of the command; a new one needs its name here, and no more.
 DISTILLATION = [
@@ -314,7 +314,7 @@ def _pruning_step(pruning: SparsificationCallback) -> Step:
         f"those of the highest {importance}, chosen while the model was distilled. No dense matrix is kept or "
         "rebuilt.",
     ]
-    return Step("Low rank + sparse", {"keep": pruning.keep, "importance": importance}, lines)
+    return Step(LOW_RANK, {"keep": pruning.keep, "importance": importance}, lines)
 
 
 def _decompose(

@@ -26,7 +26,7 @@ from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import SparsePart, compact_rows, final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, install_layer
-from hf_mcsmoe.record import Step
+from hf_mcsmoe.record import LOW_RANK, Step
 
 Model = TypeVar("Model", bound=nn.Module)
 # One expert's matrix [out, in]; on calibration data the second moment of its inputs [in, in] and, for W_in, what an
@@ -161,7 +161,7 @@ def low_rank_step(model: PreTrainedModel, config: LoSparseConfig) -> Step | None
         "data;",
         "no dense matrix is kept or rebuilt.",
     ]
-    return Step("Low rank + sparse", config.to_dict(), lines)
+    return Step(LOW_RANK, config.to_dict(), lines)
 
 
 def _renew_costs(model: PreTrainedModel) -> None:
