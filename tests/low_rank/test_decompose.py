@@ -65,6 +65,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     return check_without_package(checks, tmp_path_factory.mktemp("loading"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("check", "name"), [(check, name) for check in CHECKS for name in CHECKS[check]])
 def test_a_compact_model_without_the_package(check: str, name: str, reports: Reports) -> None:
     assert not reports[name][check], reports[name][check]

@@ -265,6 +265,7 @@ def test_a_subfolder_and_a_relative_path_are_remembered(
     assert logits(loaded, case.batch).equal(logits(model, case.batch))
 
 
+@pytest.mark.slow
 def test_all_comes_along_from_the_hub(base: Path, tmp_path: Path) -> None:
     source = shutil.copytree(base, tmp_path / "source")
     _templates(source)

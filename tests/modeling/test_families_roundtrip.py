@@ -24,6 +24,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     return check_without_package(checks, cwd=tmp_path_factory.mktemp("elsewhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["loads", "saves_again"])
 @EVERY
 def test_without_the_package_it(check: str, name: str, reports: dict[str, dict[str, str]]) -> None:
