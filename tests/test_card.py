@@ -183,6 +183,7 @@ assert "hf_mcsmoe" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_an_edited_card_is_left_alone_without_the_package(merged: Path, tmp_path: Path) -> None:
     cases = {}
     for number, edit in enumerate(EDITS):

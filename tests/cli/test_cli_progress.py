@@ -146,6 +146,7 @@ def left_on_screen(shown: str) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()]
 
 
+@pytest.mark.slow
 def test_bars_are_shown_on_a_terminal_and_vanish(source: Path, tmp_path: Path) -> None:
     assert left_on_screen("kept\na\nb\r\x1b[2K\x1b[1A\x1b[2Kc") == ["kept", "c"]
     arguments = map(str, compressing(source, tmp_path / "small"))

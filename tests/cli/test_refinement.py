@@ -150,6 +150,7 @@ def test_a_repair_that_changes_no_layer_is_told_of() -> None:
     assert "The repair left" in model.mcsmoe_record.card
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_of_experts_that_were_not_repaired(tmp_path: Path) -> None:
     assets = ROOT / "hf_mcsmoe" / "demo_assets"
     arguments = ["compress", assets / "model", "--data", assets / "calibration.jsonl", "--output", tmp_path / "few"]

@@ -45,7 +45,7 @@ def trained(name: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
     return dict(trainer.student.named_parameters())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KINDS)
 def test_with_the_whole_vocabulary_training_is_as_with_the_teacher(name: str, workers: int, tmp_path: Path) -> None:
     expected = trained(name, tmp_path / "live")
