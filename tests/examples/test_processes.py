@@ -22,8 +22,9 @@ LAUNCHER = (
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
 Arguments = list[str | Path]
-# By this seed no token comes so near to the edge between two experts that rounding decides which of them it picks.
-MERGE = ["--num_groups", "4", "--hidden_weight", "0.1", "--seed", "1"]
+# By this seed no token comes so near to the edge between two experts that rounding decides which of them it picks, and
+# no expert sees padding alone, which differs with the size of a batch: Adam moves by a gradient of zero, not by none.
+MERGE = ["--num_groups", "4", "--hidden_weight", "0.1", "--seed", "2"]
 
 
 def _rows(number: int, shift: int) -> list[dict]:
