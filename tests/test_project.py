@@ -120,7 +120,7 @@ def test_a_notebook_holds_no_output_and_its_code_parses(notebook: Path) -> None:
         if cell["cell_type"] == "code":
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
             ast.parse("".join(cell["source"]))
-    assert not re.search(r"/home/|/root/|/work/|/Users/", text)
+    assert not re.search(r"/home/|/Users/|/tmp/", text)
     assert len({cell["id"] for cell in content["cells"]}) == len(content["cells"])
 
 
