@@ -34,7 +34,8 @@ class Choice:
     """What is to become of one layer: `experts` G, and what they are stored as.
 
     `reduce` says how a layer of more experts comes to G. `w_in` (gate and up) and `w_out` are the grids of the two
-    matrices; None leaves their values as they are. `rank` stores both as low rank + sparse, with the share `keep` of S.
+    matrices; None leaves their values as they are. `rank` stores both as low rank + sparse, with the share `keep` of
+    S.
 
     Raises:
         ValueError: no expert, or an unknown reduction.

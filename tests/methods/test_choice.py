@@ -1,5 +1,7 @@
 """What is asked of one layer."""
 
+from collections.abc import Callable
+
 import pytest
 
 from hf_mcsmoe.methods.choice import Choice, Grid
@@ -15,6 +17,6 @@ from hf_mcsmoe.methods.choice import Choice, Grid
         (lambda: Choice(4, "drop"), "reduce='drop' must be one of 'merge', 'prune'"),
     ],
 )
-def test_what_cannot_be_asked_of_a_layer_is_refused(make, told):
+def test_what_cannot_be_asked_of_a_layer_is_refused(make: Callable[[], object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         make()
