@@ -14,6 +14,7 @@ FLOORS = [
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],
     ["merge", "distillation"],
+    ["search"],
     ["compress", "report"],
     ["demo"],
     ["cli"],
