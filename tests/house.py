@@ -13,7 +13,7 @@ FLOORS = [
     ["layers", "data", "card"],
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],
-    ["merge", "distillation"],
+    ["merge", "distillation", "quantization"],
     ["search"],
     ["compress", "report"],
     ["demo"],
