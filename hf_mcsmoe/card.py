@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from hf_mcsmoe.files import damage
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.modeling.companions_mcsmoe import source_folder, source_of
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
+from hf_mcsmoe.modeling.convert import describe
+from hf_mcsmoe.modeling.modeling_mcsmoe import layer_path
 from hf_mcsmoe.modeling.saving_mcsmoe import (
     BYTES_ON_DISK,
     MODEL_ID,
@@ -25,7 +27,17 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
     SAVED,
     SECTION,
 )
-from hf_mcsmoe.record import LOW_RANK, Base, Record, cost_rows, public_name, quality_rows
+from hf_mcsmoe.record import (
+    LOW_RANK,
+    Base,
+    Record,
+    Stored,
+    cost_rows,
+    layer_rows,
+    public_name,
+    quality_rows,
+    size_lines,
+)
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
 PIPELINES = {
@@ -123,14 +135,14 @@ model = {{ auto_class }}.from_pretrained("{{ model_id }}", quantization_config=c
 {% endfor %}
 Calibrated on {{ "{:,}".format(tokens) }} tokens{% if data %} of {{ data }}{% endif %}. Options and groups in full:
 `mcsmoe_plan.json`. Made with {{ versions }}.
+{% endif %}{% if size %}
+## Size
+
+{{ size | join("\n") }}
 {% endif %}{% if layers %}
 ## Experts per layer
 
-| layer | before | after |
-|---|---:|---:|
-{% for name, (old, new) in layers.items() -%}
-| `{{ name }}` | {{ old }} | {{ new }} |
-{% endfor -%}
+{{ layers }}
 {% if whole %}
 Left whole: {{ whole | join(", ") }}.
 {% endif %}{% endif %}
@@ -163,10 +175,9 @@ def render(record: Record) -> str:
     The name to load it by and the bytes on disk of the last stage are left open, for saving to fill in.
     """
     base, plan = record.base, record.plan
-    layers = {
-        name: (len(layer["expert_map"]), len(layer["dominant"])) for name, layer in plan.get("layers", {}).items()
-    }
-    fewer, tokens = any(new < old for old, new in layers.values()) or not plan, plan.get("tokens", {})
+    layers = record.layers or _planned(plan)
+    fewer, tokens = any(item.after < item.before for item in layers.values()) or not plan, plan.get("tokens", {})
+    quality = record.quality.get(record.judged)
     text = TEMPLATE.render(
         marks=SECTION,
         title=f"{base.name.rpartition('/')[2] or base.model_type} "
@@ -187,11 +198,27 @@ def render(record: Record) -> str:
         model_id=MODEL_ID,
         methods=method_steps(plan["config"]) if plan else [],
         tokens=max(tokens.values(), default=0),
-        layers=layers,
+        layers=_layer_table(layers),
+        size=size_lines(record.size, quality.kl if quality else None) if record.size else [],
         whole=[f"`{name}`" for name in tokens if name not in layers],
         steps=record.steps,
     )
     return f"---\n{_metadata(record).to_yaml()}\n---\n\n{text}"
+
+
+def _planned(plan: dict[str, Any]) -> dict[str, Stored]:
+    """Return what a plan says of its layers."""
+    return {
+        name: Stored.of({"num_experts": len(layer["expert_map"]), **layer})
+        for name, layer in plan.get("layers", {}).items()
+    }
+
+
+def _layer_table(layers: Mapping[str, Stored]) -> str:
+    if not layers:
+        return ""
+    head, *rows = layer_rows(layers)
+    return _markdown([head, *([f"`{name}`", *others] for name, *others in rows)])
 
 
 def _cost_table(record: Record) -> str:
@@ -264,8 +291,24 @@ def method_steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def attach_record(model: PreTrainedModel, record: Record) -> None:
-    """Let a compressed model carry its record, with the card rendered from it, to be saved beside the weights."""
+    """Let a compressed model carry its record, with the card rendered from it, to be saved beside the weights.
+
+    What the record says of the layers is what the model's modules say now.
+    """
+    record = replace(record, layers=_stored_layers(model, record.plan))
     cast(Any, model).mcsmoe_record = replace(record, card=render(record))
+
+
+def _stored_layers(model: PreTrainedModel, plan: dict[str, Any]) -> dict[str, Stored]:
+    """Return what became of each layer that was planned, or that the configuration tells of, by the name there."""
+    found = {name: Stored(item.before, item.before) for name, item in _planned(plan).items()}
+    found |= {name: Stored.of(entry) for name, entry in describe(model)["layers"].items()}
+    return {name: replace(item, bytes=_stored_bytes(model, name)) for name, item in found.items()}
+
+
+def _stored_bytes(model: PreTrainedModel, name: str) -> int:
+    tensors = model.get_submodule(layer_path(model, name)).state_dict().values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def new_record(model: PreTrainedModel, plan: dict[str, Any]) -> Record:

@@ -67,22 +67,77 @@ class Quality:
     """How a stage does on held-out calibration rows, in nats per position; None where there is no such measure.
 
     `loss` is that of the next token, the target or the class; `kl` the divergence from the original's distributions.
+    `check_loss` and `check_kl` are the same on text of another kind, where some was named.
     """
 
     loss: float | None = None
     kl: float | None = None
+    check_loss: float | None = None
+    check_kl: float | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What a model was compressed on: names of data, rows fitted to, and rows held out.
 
-    `data` are Hub ids, or the last parts of paths.
+    `data` are Hub ids, or the last parts of paths; `check` and `check_rows` those of another kind, for judging alone.
     """
 
     data: list[str] = field(default_factory=list)
     rows: int = 0
     held_out: int = 0
+    check: list[str] = field(default_factory=list)
+    check_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of one layer: its experts `before` and `after`, and how these are stored in so many `bytes`.
+
+    `reduce` is "merge" or "prune" where there are fewer; `bits` of a weight, and ranks, are told by the name of the
+    weight in its container, where they apply; of bits that differ from expert to expert, the mean.
+    """
+
+    before: int
+    after: int
+    reduce: str = ""
+    rank: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
+    bytes: int | None = None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Stored":
+        """Return what the entry of a layer in `config.mcsmoe["layers"]` says."""
+        before, kept = entry["num_experts"], entry.get("kept")
+        after = len(set(entry["expert_map"])) if kept is None else len(kept)
+        reduce = "" if after == before else "merge" if kept is None else "prune"
+        rank = {weight: item["rank"] for weight, item in entry.get("low_rank", {}).items()}
+        bits = {weight: _mean(item["bits"]) for weight, item in entry.get("quantized", {}).items()}
+        return cls(before, after, reduce, rank, bits)
+
+
+@dataclass(frozen=True)
+class SizeChoice:
+    """What was chosen for a size that was asked for, all in bytes of weight files and nats per position.
+
+    `source` is the size of the original's files, `asked` that which was asked for, `planned` what the choice takes.
+    `predicted` is the divergence that the choice was expected to cost, by layer; effects of layers add up.
+    `method` is what was taken: "mixture" (chosen layer by layer) or a single method for all layers. `checked` is the
+    divergence measured on held-out rows of all that were compared, by their name. `reason` says in a sentence why.
+    """
+
+    source: int
+    asked: int
+    planned: int
+    predicted: dict[str, float] = field(default_factory=dict)
+    method: str = "mixture"
+    checked: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def predicted_kl(self) -> float | None:
+        """The divergence that was expected of all layers together; None where nothing was predicted."""
+        return sum(self.predicted.values()) if self.predicted else None
 
 
 @dataclass(frozen=True)
@@ -98,6 +153,8 @@ class Record:
         quality: by stage, the original first; empty where no rows were held out.
         judged: the stage of `quality` that the model as it is now is in; empty where it was changed since.
         calibration: the data, where they are known.
+        layers: what became of each layer, by the name that it had before; empty where that is not known.
+        size: what was chosen for a size; None where no size was asked for.
         recipe: the options of the command that made the model, as YAML, which have a file of their own; empty where
             another made it, or it was changed since.
         card: the model card that was rendered from all this, with places for what is known when it is saved.
@@ -113,6 +170,8 @@ class Record:
     judged: str = ""
     calibration: Calibration = field(default_factory=Calibration)
     recipe: str = ""
+    layers: dict[str, Stored] = field(default_factory=dict)
+    size: SizeChoice | None = None
 
     def with_step(self, step: Step) -> "Record":
         """Return the record with one more step; one of the same title is replaced, and comes last."""
@@ -167,10 +226,13 @@ class Record:
                 {stage: Quality(**quality) for stage, quality in content.get("quality", {}).items()},
                 content.get("judged", ""),
                 Calibration(**content.get("calibration", {})),
+                layers={name: Stored(**layer) for name, layer in content.get("layers", {}).items()},
+                size=SizeChoice(**size) if (size := content.get("size")) is not None else None,
             )
-            for part in (record.base, *record.steps, *record.costs.values(), *record.quality.values(), record):
-                _check_kinds(part)
-            _check_kinds(record.calibration)
+            stages = (*record.costs.values(), *record.quality.values(), *record.layers.values())
+            for part in (record.base, *record.steps, *stages, record.calibration, record.size, record):
+                if part is not None:
+                    _check_kinds(part)
             return record
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"This is no record of a compression ({damage(error)}).") from None
@@ -193,6 +255,10 @@ def _is_kind(value: Any, hint: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is int if kind is int else isinstance(value, kind)
+
+
+def _mean(values: float | list[float]) -> float:
+    return sum(values) / len(values) if isinstance(values, list) else values
 
 
 def _held(costs: Costs) -> tuple[int, int]:
@@ -235,6 +301,8 @@ def quality_rows(quality: Mapping[str, Quality]) -> list[list[str]]:
     figures = {
         "loss": [item.loss for item in quality.values()],
         "KL to the original": [item.kl for item in quality.values()],
+        "loss, other text": [item.check_loss for item in quality.values()],
+        "KL, other text": [item.check_kl for item in quality.values()],
     }
     rows = [
         [label, *("" if value is None else f"{value:.4g}" for value in values)]
@@ -242,6 +310,43 @@ def quality_rows(quality: Mapping[str, Quality]) -> list[list[str]]:
         if any(value is not None for value in values)
     ]
     return [["", *quality], *rows]
+
+
+def layer_rows(layers: Mapping[str, Stored]) -> list[list[str]]:
+    """Return a table of what became of layers, a row each; head first. What applies to no layer gets no column."""
+    optional = {
+        "by": [{"merge": "merging", "prune": "pruning"}.get(item.reduce, "") for item in layers.values()],
+        "rank": [_distinct(item.rank) for item in layers.values()],
+        "bits": [_distinct(item.bits) for item in layers.values()],
+        "bytes": [f"{item.bytes:,}" if item.bytes else "" for item in layers.values()],
+    }
+    shown = {label: column for label, column in optional.items() if any(column)}
+    if not any(item.reduce == "prune" for item in layers.values()):
+        shown.pop("by", None)
+    rows = [
+        [name, str(item.before), str(item.after), *(column[number] for column in shown.values())]
+        for number, (name, item) in enumerate(layers.items())
+    ]
+    return [["layer", "experts before", "after", *shown], *rows]
+
+
+def size_lines(size: SizeChoice, measured: float | None) -> list[str]:
+    """Return what is told of a size: what was asked for and chosen, and what that costs, predicted and measured."""
+    lines = [f"{size.planned:,} of the {size.source:,} bytes of the original's weights; asked for: {size.asked:,}."]
+    if size.reason:
+        lines.append(size.reason)
+    if (predicted := size.predicted_kl) is not None:
+        found = "not measured" if measured is None else f"measured {measured:.4g}"
+        lines.append(f"KL to the original: predicted {predicted:.4g}, {found}.")
+    if len(size.checked) > 1:
+        others = ", ".join(f"{name} {value:.4g}" for name, value in size.checked.items())
+        lines.append(f"Compared at this size on held-out rows, of which {size.method} was taken: {others}.")
+    return lines
+
+
+def _distinct(values: Mapping[str, float]) -> str:
+    """Return the values of a layer's weights in words, those that are alike once."""
+    return " / ".join(dict.fromkeys(f"{value:g}" for value in values.values()))
 
 
 def public_name(name_or_path: str | None) -> str:

@@ -11,7 +11,20 @@ from merged import example
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, compress
 from hf_mcsmoe.card import record_of
-from hf_mcsmoe.record import Base, Calibration, Costs, Quality, Record, Step, json_text, quality_rows
+from hf_mcsmoe.record import (
+    Base,
+    Calibration,
+    Costs,
+    Quality,
+    Record,
+    SizeChoice,
+    Step,
+    Stored,
+    json_text,
+    layer_rows,
+    quality_rows,
+    size_lines,
+)
 
 BEFORE, SMALL = Costs(100, 400, 420, 9.5, {"a": 2.0}, 3.0), Costs(50, 200, 210)
 PLAN = {"model": "me/base", "layers": {"a": {"expert_map": [0, 0], "dominant": [1], "weights": [0.5, 0.5]}}}
@@ -24,7 +37,9 @@ RECORD = Record(
     "---\ntags: []\n---\n\n# Ünicode\n",
     {"original": Quality(2.5, 0.0), "merged": Quality(None, 0.25)},
     "merged",
-    Calibration(["me/data"], 16, 2),
+    Calibration(["me/data"], 16, 2, ["me/other"], 4),
+    layers={"a": Stored(2, 1, "merge", {"down_proj": 8}, {"down_proj": 4.5}, 96)},
+    size=SizeChoice(420, 300, 299, {"a": 0.1, "b": 0.05}, checked={"mixture": 0.125, "all at 4 bits": 0.25}),
 )
 
 
@@ -64,6 +79,11 @@ def test_a_record_is_read_as_it_was_written() -> None:
         lambda content: content["costs"]["before"].update(expert_macs_per_token={"a": float("nan")}),
         lambda content: content.update(quality={"before": {"kl": []}}),
         lambda content: content.update(calibration={"rows": 1.5}),
+        lambda content: content["layers"]["a"].update(bits={"down_proj": "4"}),
+        lambda content: content["layers"]["a"].pop("before"),
+        lambda content: content.update(size=[]),
+        lambda content: content["size"].update(asked=0.5),
+        lambda content: content["size"].update(predicted={"a": None}),
     ],
 )
 def test_what_is_no_record_is_refused(change: Any) -> None:
@@ -84,10 +104,10 @@ def test_a_step_that_is_done_again_comes_last() -> None:
 
 def test_a_record_of_before_there_was_quality_is_read_and_a_later_step_takes_the_judgement_back() -> None:
     content = json.loads(RECORD.to_json())
-    for key in ("quality", "judged", "calibration"):
+    for key in ("quality", "judged", "calibration", "layers", "size"):
         del content[key]
     old = Record.from_json(json.dumps(content), RECORD.plan)
-    assert (old.quality, old.judged, old.calibration.rows) == ({}, "", 0)
+    assert (old.quality, old.judged, old.calibration.rows, old.layers, old.size) == ({}, "", 0, {}, None)
     again = old.with_quality(RECORD.quality)
     assert again.judged == "merged"
     assert (again.with_step(Step("Distillation")).judged, again.quality) == ("", RECORD.quality)
@@ -105,6 +125,45 @@ def test_present_costs_take_the_place_of_the_last_ones_where_they_differ() -> No
     assert RECORD.with_present_costs(Costs(50, 200)) == RECORD, "what a forward told still holds"
     for known in ({}, {"before": BEFORE}):
         assert replace(RECORD, costs=known).with_present_costs(less).costs == known, "nothing to compare with"
+
+
+ENTRY = {"num_experts": 4, "expert_map": [0, 1, 1, 2]}
+MIXED = {"up_proj": {"bits": [4, 4, 2], "group_size": 32}, "down_proj": {"bits": 8, "group_size": 32}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "row"),
+    [
+        (ENTRY, ["4", "3", "merging", "", ""]),
+        ({"num_experts": 2, "expert_map": [0, 1]}, ["2", "2", "", "", ""]),
+        ({"num_experts": 4, "kept": [1, 3]}, ["4", "2", "pruning", "", ""]),
+        ({"num_experts": 2, "kept": [0, 1]}, ["2", "2", "", "", ""]),
+        (ENTRY | {"low_rank": {"up_proj": {"rank": 8}, "down_proj": {"rank": 8}}}, ["4", "3", "merging", "8", ""]),
+        (ENTRY | {"quantized": MIXED}, ["4", "3", "merging", "", "3.33333 / 8"]),
+    ],
+)
+def test_what_the_configuration_says_of_a_layer_is_a_row(entry: dict[str, Any], row: list[str]) -> None:
+    others = {
+        "full": Stored(9, 2, "prune", {"w": 1}, {"w": 2}),
+        "merged": Stored(9, 3, "merge"),
+    }
+    head, found, *rows = layer_rows({"mine": Stored.of(entry)} | others)
+    assert head == ["layer", "experts before", "after", "by", "rank", "bits"], "no bytes are known"
+    assert found == ["mine", *row]
+    assert rows == [["full", "9", "2", "pruning", "1", "2"], ["merged", "9", "3", "merging", "", ""]]
+    assert layer_rows({"merged": others["merged"]})[0] == ["layer", "experts before", "after"]
+
+
+def test_a_size_is_told_with_what_it_costs_predicted_and_measured() -> None:
+    assert RECORD.size is not None
+    assert size_lines(RECORD.size, 0.125) == [
+        "299 of the 420 bytes of the original's weights; asked for: 300.",
+        "KL to the original: predicted 0.15, measured 0.125.",
+        "Compared at this size on held-out rows, of which mixture was taken: mixture 0.125, all at 4 bits 0.25.",
+    ]
+    alone = SizeChoice(420, 300, 299, reason="Bits come first.")
+    assert size_lines(alone, None)[1:] == ["Bits come first."]
+    assert size_lines(replace(alone, predicted={"a": 0.5}), None)[-1].endswith("predicted 0.5, not measured.")
 
 
 def test_json_text_has_a_line_for_each_list() -> None:

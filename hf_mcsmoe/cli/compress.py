@@ -11,7 +11,7 @@ from rich.markup import escape
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
-from hf_mcsmoe.cli.display import console, cost_table, notes, plan_table, quality_table, stage_bars
+from hf_mcsmoe.cli.display import console, cost_table, layers_table, notes, quality_table, stage_bars
 from hf_mcsmoe.cli.options import (
     Loading,
     Model,
@@ -134,7 +134,7 @@ def _show(record: Record, output: Path) -> None:
     """Print what became of the layers, how the stages do on held-out rows, and what they cost."""
     *_, last = record.costs
     costs = record.costs | {last: replace(record.costs[last], bytes_on_disk=folder_bytes(output))}
-    console.print(plan_table(record.plan))
+    console.print(layers_table(record.layers))
     data = record.calibration
     if record.quality:
         rows = f"{data.held_out} of {data.rows} rows"

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.record import Costs, Quality, cost_rows, quality_rows
+from hf_mcsmoe.record import Costs, Quality, Stored, cost_rows, layer_rows, quality_rows
 
 # The least of a name that is shown in a row, folded.
 NAME = 20
@@ -105,13 +105,9 @@ def layer_table(layers: Layers) -> Table:
     return table
 
 
-def plan_table(plan: Mapping[str, Any]) -> Table:
-    """Return the experts of each layer before and after a merge, and the tokens that it was planned on."""
-    table = Sheet("layer", "experts before", "after", "tokens")
-    for name, layer in plan["layers"].items():
-        counts = (len(layer["expert_map"]), len(layer["dominant"]), plan["tokens"][name])
-        table.add_row(name, *(f"{count:,}" for count in counts))
-    return table
+def layers_table(layers: Mapping[str, Stored]) -> Table:
+    """Return what became of each layer, a row each."""
+    return _table(layer_rows(layers))
 
 
 def quality_table(quality: Mapping[str, Quality]) -> Table:

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import hf_mcsmoe
 from hf_mcsmoe import cli
-from hf_mcsmoe.cli.display import cost_table, plan_table, quality_table
+from hf_mcsmoe.cli.display import cost_table, layers_table, quality_table
 from hf_mcsmoe.cli.evaluate import figure_table
-from hf_mcsmoe.record import Costs, Quality
+from hf_mcsmoe.record import Costs, Quality, Stored
 
 PANELS = {
     "inspect": {"Merge", "Loading"},
@@ -104,9 +104,10 @@ def test_the_version_is_told(run: Run) -> None:
 
 
 LAYER = "model.language_model.decoder.layers.17.feed_forward.experts"
-PLAN = {"layers": {LAYER: {"expert_map": [0] * 128, "dominant": [1] * 64}}, "tokens": {LAYER: 123456}}
+BITS = {"gate_up_proj": 4, "down_proj": 3.5}
+LAYERS = {LAYER: Stored(128, 64, "prune", {"gate_up_proj": 48, "down_proj": 48}, BITS, 1234567)}
 TABLES = {
-    "plan": (lambda: plan_table(PLAN), ["128", "64", "123,456"]),
+    "layers": (lambda: layers_table(LAYERS), ["128", "64", "48", "4 / 3.5", "1,234,567"]),
     "costs": (
         lambda: cost_table(
             {name: Costs(30532122624, 61064245248, 61066575656) for name in ("before", "merged", "last")}
