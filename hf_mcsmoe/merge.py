@@ -197,18 +197,22 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan
     if layer.model is result:
         for module in layer.container.modules():
             detach(module, module)
-    _, merge = _methods(plan)
     with layer.view(sums, plan.config["seed"]) as view:
         device = view.experts.expert(0)["down"].device  # the experts are open now, before others take their place
-        permutations = _alignments(view, item, plan)
         experts = install_layer(result, layer.name, item.expert_map)
-        _materialise(experts, device)
-        target = fused_views(experts)
-        for group in range(len(item.dominant)):
-            members = item.members(group)
-            shares = [item.weights[member] for member in members]
-            target.set_expert(group, merge(view, members, shares, [permutations.get(m) for m in members]))
+        materialise(experts, device)
+        fill_experts(experts, view, item, plan)
     return experts
+
+
+def fill_experts(experts: nn.Module, view: LayerView, item: LayerPlan, plan: MergePlan) -> None:
+    """Align and merge the experts of a layer group by group, and write them into `experts`, G of the family's."""
+    _, merge = _methods(plan)
+    permutations, target = _alignments(view, item, plan), fused_views(experts)
+    for group in range(len(item.dominant)):
+        members = item.members(group)
+        shares = [item.weights[member] for member in members]
+        target.set_expert(group, merge(view, members, shares, [permutations.get(m) for m in members]))
 
 
 def _tie(experts: nn.Module, source: nn.Module) -> None:
@@ -267,7 +271,7 @@ def _prepare(layers: Layers, consume: bool) -> PreTrainedModel:
     return result
 
 
-def _materialise(experts: nn.Module, device: torch.device) -> None:
+def materialise(experts: nn.Module, device: torch.device) -> None:
     """Give experts that stand on the meta device memory on `device`."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         if parameter.is_meta:
