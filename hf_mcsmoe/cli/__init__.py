@@ -19,7 +19,7 @@ from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.examples import epilog
 from hf_mcsmoe.cli.inspect import inspect_command
 from hf_mcsmoe.cli.options import CLAIMS
-from hf_mcsmoe.cli.recipe import with_recipe
+from hf_mcsmoe.cli.recipe import RENAMED, with_recipe
 from hf_mcsmoe.cli.report import report_command
 from hf_mcsmoe.cli.streams import Tolerant, cleaning_up_when_terminated, tolerant_streams
 
@@ -80,6 +80,7 @@ def main() -> None:
 def _run(arguments: list[str], debug: bool, output: Tolerant) -> NoReturn:
     """Run a command and end with its exit code."""
     try:
+        _check_names(arguments)
         app(args=arguments, prog_name="hf-mcsmoe")
     except SystemExit as ended:
         output.flush()
@@ -95,6 +96,13 @@ def _run(arguments: list[str], debug: bool, output: Tolerant) -> NoReturn:
         Console(stderr=True).print(f"[red]Error:[/] {escape(text)}{hint}", highlight=False)
         sys.exit(1)
     raise AssertionError("Typer ends every command with SystemExit.")
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Raise ValueError where an option is given by the name that it had before."""
+    for old, new in RENAMED.items():
+        if any(argument.partition("=")[0] == f"--{old}" for argument in arguments):
+            raise ValueError(f"--{old} is called --{new} now: write that.")
 
 
 def _tell_what_is_lost(arguments: list[str], error: OSError) -> None:

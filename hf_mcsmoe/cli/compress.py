@@ -72,7 +72,7 @@ def compress_command(
             rich_help_panel="Repair",
         ),
     ] = None,
-    statistics: Annotated[
+    scores: Annotated[
         Path | None,
         typer.Option(help="file of routing statistics: read if it is there, else written", rich_help_panel="Data"),
     ] = None,
@@ -84,7 +84,7 @@ def compress_command(
     empty = empty_model(model, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
     stages: dict[str, Any] = {"repair": _chosen(repair, layers, config), "low_rank": storage.low_rank()}
-    needed, held = _check(layers, config, stages, loading.dtype, statistics)
+    needed, held = _check(layers, config, stages, loading.dtype, scores)
     output = target.claimed(needed, model=model, data=calibration.data)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or any(stages.values())
@@ -99,16 +99,16 @@ def compress_command(
         sums = held
         if held is not None:
             unused = "" if batches else "; --data is not used, and nothing is measured"
-            notes.print(f"statistics read from {escape(str(statistics))}{unused}")
-        elif statistics:
+            notes.print(f"statistics read from {escape(str(scores))}{unused}")
+        elif scores:
             sums = collect_statistics(loaded, counted(batches, "statistics", progress), config.needs)
-            sums.save(statistics)
+            sums.save(scores)
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
     fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
     told = Calibrated(calibration.names if batches else [], fitted + judging, judging)
     done = {"repair": stages["repair"].method if stages["repair"] else "none"}
-    done |= {} if held is not None else {"statistics": None}  # which others can take anew
+    done |= {} if held is not None else {"scores": None}  # which others can take anew
     text = recipe_text("compress", {**(recipe or {}), **done})
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
     own = tokenizer if loading.tokenizer else None
@@ -153,11 +153,11 @@ def _unmeasured(data: Calibrated) -> str:
 
 
 def _check(
-    layers: Layers, config: MergeConfig, stages: dict[str, Any], dtype: str, statistics: Path | None
+    layers: Layers, config: MergeConfig, stages: dict[str, Any], dtype: str, scores: Path | None
 ) -> tuple[int, RoutingStatistics | None]:
     """Check all that can be checked before weights are loaded; returns the bytes to write and what a file holds."""
     check_options(layers, config, **stages)
-    held = _read(statistics, layers, config) if statistics else None
+    held = _read(scores, layers, config) if scores else None
     parameters = layers.model.num_parameters() - saved_parameters(layers, config)
     return parameters * itemsize(dtype, layers.model), held
 
@@ -169,12 +169,12 @@ def _read(file: Path, layers: Layers, config: MergeConfig) -> RoutingStatistics 
         ValueError: it can be neither read nor written, is damaged, of other layers, or lacks a sum.
     """
     if not file.is_file():
-        check_file(file, "--statistics")
+        check_file(file, "--scores")
         return None
     statistics = RoutingStatistics.load(file)
     if statistics.layers.keys() != set(layers.names):
         raise ValueError(
-            f"--statistics {file} was taken from another model: it holds the layers {', '.join(statistics.layers)}, "
+            f"--scores {file} was taken from another model: it holds the layers {', '.join(statistics.layers)}, "
             f"and this one has {', '.join(layers.names)}."
         )
     for sums in statistics.layers.values():

@@ -19,7 +19,9 @@ HEAD = ("format", "format_version", "command", "hf_mcsmoe")
 # Where results go, and what is to become of what lies there, is nobody else's business.
 UNTOLD = ("output", "overwrite", "push_to_hub", "resume", "json")
 # What is named by a path or an id.
-NAMES = ("model", "student", "teacher", "models", "tokenizer", "data", "data_dir", "file", "statistics")
+NAMES = ("model", "student", "teacher", "models", "tokenizer", "data", "data_dir", "file", "scores")
+# What options were called before, and what they are called now.
+RENAMED = {"statistics": "scores"}
 # Counts and shares, which the command line takes as text.
 NUMBERS = ("experts",)
 
@@ -51,6 +53,8 @@ def read_recipe(path: Path, command: str, hints: Mapping[str, Any]) -> dict[str,
     if isinstance(options.get("data"), str) and not fits("", hints.get("data", str)):
         options["data"] = [options["data"]]  # mostly there is one
     for key, value in options.items():
+        if key in RENAMED:
+            raise ValueError(f"{path}: {key} is called {RENAMED[key]} now: write that.")
         if key not in hints:
             raise ValueError(f"{path}: {unknown(f'option of {command}', key, [*hints, *HEAD])}")
         if not (fits(value, hints[key]) or (key in NUMBERS and fits(value, float))):

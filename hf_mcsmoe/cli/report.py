@@ -25,11 +25,11 @@ def report_command(
     output: Annotated[
         Path | None, typer.Option(help="the page, if not report.html in the first folder", rich_help_panel="Output")
     ] = None,
-    statistics: Annotated[
+    scores: Annotated[
         Path | None, typer.Option(help="file of statistics, for how alike any two experts are", rich_help_panel="Data")
     ] = None,
 ) -> None:
     """Write one page of pictures about results; several are compared by size and quality. Loads no weights."""
     from hf_mcsmoe.report.page import write_report
 
-    console.print(f"[bold]{escape(str(write_report(folders, output, statistics)))}[/] written")
+    console.print(f"[bold]{escape(str(write_report(folders, output, scores)))}[/] written")

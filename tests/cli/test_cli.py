@@ -64,7 +64,7 @@ def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
     arguments = ["compress", source, "--data", source.parent / "text.txt", "--experts", "0.5", "--max-length", 8]
     arguments += ["--repair", "none"]
     statistics, output = tmp_path / "statistics.safetensors", tmp_path / "out"
-    code, out, err = run(*arguments, "--output", output, "--statistics", statistics)
+    code, out, err = run(*arguments, "--output", output, "--scores", statistics)
     assert code == 0, err
     sizes = {row[0]: row[-3:] for row in (re.split("  +", line.strip()) for line in out.splitlines()) if len(row) > 3}
     rows = ["parameters", "bytes", "bytes on disk", "FLOPs per token", "of them in experts"]
@@ -80,7 +80,7 @@ def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
     names = {file.name for file in output.iterdir()}
     assert {"config.json", "README.md", "mcsmoe_plan.json", "tokenizer.json", "modeling_mcsmoe.py"} <= names
     assert "<svg" in (output / "report.html").read_text(encoding="utf-8")
-    code, out, err = run(*arguments, "--output", tmp_path / "again", "--statistics", statistics)
+    code, out, err = run(*arguments, "--output", tmp_path / "again", "--scores", statistics)
     assert code == 0, err
     assert "statistics read from" in err
     assert "FLOPs" not in out, "there is no batch to count them on"
@@ -135,6 +135,7 @@ WRONG = {
     "dtype": (["{model}", "--dtype", "float7"], "no floating-point dtype"),
     "nothing to repair": (["{model}", "--experts", "1.0", "--repair", "refit"], "has nothing to do"),
     "keep without rank": (["{model}", "--keep", "7"], "give --rank as well"),
+    "called otherwise": (["{model}", "--statistics=sums"], "--statistics is called --scores now"),
     "not empty": (["{model}", "--output", "{model}/.."], "is not empty"),
     "the model": (["{model}", "--output", "{model}", "--overwrite"], "is the folder of the model, which is to stay"),
     "in the model": (["{model}", "--output", "{model}/a/b"], "lies in the folder of the model"),
@@ -199,7 +200,7 @@ def test_a_file_of_statistics_is_read_before_weights_are(
     monkeypatch.setattr(
         "hf_mcsmoe.cli.compress.load_model", lambda name, **options: pytest.fail("weights were loaded")
     )
-    options = ["--data", text, "--output", tmp_path / "out", "--statistics", file]
+    options = ["--data", text, "--output", tmp_path / "out", "--scores", file]
     code, _, err = run("compress", source, *options, *(["--saliency", "gate"] if case == "sum" else []))
     assert code == 1
     assert UNREADABLE[case] in err

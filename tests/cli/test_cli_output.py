@@ -72,8 +72,8 @@ def test_a_path_that_cannot_be_written_is_refused(
     cases: list[tuple[list[Any], str]] = [
         (_compress(folder, "loop"), "symbolic links"),
         (_compress(folder, tmp_path / "loop" / "out"), "symbolic links"),
-        (_compress(folder, "out", "--statistics", tmp_path), "--statistics"),
-        (_compress(folder, "out", "--statistics", "loop"), "symbolic links"),
+        (_compress(folder, "out", "--scores", tmp_path), "--scores"),
+        (_compress(folder, "out", "--scores", "loop"), "symbolic links"),
         ([*evaluate, tmp_path], "is a folder: name a file"),
         ([*evaluate, "loop"], "symbolic links"),
         ([*evaluate, "a" * 256], "File name too long"),

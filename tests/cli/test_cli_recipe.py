@@ -39,14 +39,14 @@ def test_a_run_is_done_again_bit_for_bit_by_its_recipe(
     folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = folder / "source"
-    given = ["--data", source / "text.txt", "--output", tmp_path / "out", "--statistics", tmp_path / "sums"]
+    given = ["--data", source / "text.txt", "--output", tmp_path / "out", "--scores", tmp_path / "sums"]
     code, _, err = run("compress", source / "moe", *given, *OPTIONS, "--keep", "0.3")
     assert code == 0, err
     recipe = tmp_path / "out" / "mcsmoe_recipe.yaml"
     told = yaml.safe_load(recipe.read_text())
     assert (told["command"], told["model"], told["data"], told["repair"]) == ("compress", "moe", ["text.txt"], "refit")
     assert (told["experts"], told["skip"], told["keep"]) == (4, ["*.0.*"], 0.3)
-    assert not {"output", "overwrite", "push_to_hub", "statistics", "config"} & set(told)
+    assert not {"output", "overwrite", "push_to_hub", "scores", "config"} & set(told)
     assert str(folder) not in recipe.read_text() + str(tmp_path)[:0]
     monkeypatch.chdir(source)  # where the names of the recipe are
     code, _, err = run("compress", "--config", recipe, "--output", tmp_path / "again")
@@ -95,6 +95,7 @@ def test_a_flag_of_the_command_line_turns_off_what_a_recipe_turns_on(tmp_path: P
 WRONG = {
     "unknown": ("num_sample: 3\n", "Unknown option of compress 'num_sample'. Did you mean 'num_samples'?"),
     "no option of this command": ("kd_weight: 3\n", "Unknown option of compress 'kd_weight'"),
+    "called otherwise": ("statistics: sums\n", "statistics is called scores now"),
     "the file itself": ("config: a\n", "Unknown option of compress 'config'"),
     "text": ("batch_size: eight\n", "batch_size is 'eight', and must be a whole number"),
     "truth": ("seed: true\n", "seed is True, and must be a whole number"),
