@@ -37,8 +37,8 @@ from hf_mcsmoe.repair.repair import repair_experts
 
 METHODS: dict[str, RepairConfig] = {
     "refit": RepairConfig(),
-    "refit, joint": RepairConfig(joint=True),
-    "refit, sequential": RepairConfig(sequential=True),
+    "joint": RepairConfig(method="joint"),
+    "joint, sequential": RepairConfig(method="joint", sequential=True),
     "local": RepairConfig(method="local"),
     "local, sequential": RepairConfig(method="local", sequential=True),
     "mean_shift": RepairConfig(method="mean_shift"),

@@ -21,7 +21,9 @@ class LayerFit:
 
     `original_inputs` are those of the original layer at the same tokens, with its experts as picks; `inputs`, what the
     merged experts see, with stored experts as picks, are otherwise the same unless the layers before have been changed
-    too. `expert_map` int [E] -> [G] leads from the first picks to the second.
+    too. `expert_map` int [E] -> [G] leads from the first picks to the second; None of a pruned layer, whose stored
+    experts are some of the originals, and whose picks follow from a router of its own. `given` is the original layer's
+    output, float32 [T, D] before any norm behind the experts, where somebody has computed it already.
     """
 
     name: str
@@ -29,7 +31,8 @@ class LayerFit:
     originals: Experts
     inputs: LayerInputs
     original_inputs: LayerInputs
-    expert_map: list[int]
+    expert_map: list[int] | None
+    given: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         stored = merge_picks(self.inputs.index, self.inputs.weights, self.experts.num_experts)
@@ -39,6 +42,12 @@ class LayerFit:
     def device(self) -> torch.device:
         """Where the experts are."""
         return next(self.experts.parameters()).device
+
+    def target(self) -> torch.Tensor:
+        """Return the original layer's output, float32 [T, D] on the CPU, before any norm behind the experts."""
+        if self.given is None:
+            self.given = original_sum(self)
+        return self.given
 
     def tokens_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens int [n] that a stored expert sees, and its summed weights [n]."""

@@ -274,34 +274,47 @@ def _iteratively(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solv
             diagonal += hidden.square().sum(0)
         change = torch.zeros_like(part)
         for ridge in ridges:
-            change = _conjugate_gradients(times_gram, missing, diagonal, ridge * diagonal.mean(), change)
+            own = ridge * diagonal.mean()
+            scale = (diagonal + own).clamp(min=torch.finfo(diagonal.dtype).tiny)
+            times = functools.partial(_times, times_gram, own)
+            change = conjugate_gradients(times, missing, scale.reciprocal().mul, change)
             yield part + change
 
     return solve
 
 
-def _conjugate_gradients(
-    times_gram: Callable[[torch.Tensor], torch.Tensor],
+def _times(
+    times_gram: Callable[[torch.Tensor], torch.Tensor], ridge: torch.Tensor, matrix: torch.Tensor
+) -> torch.Tensor:
+    return times_gram(matrix) + ridge * matrix
+
+
+def conjugate_gradients(
+    times: Callable[[torch.Tensor], torch.Tensor],
     missing: torch.Tensor,
-    diagonal: torch.Tensor,
-    ridge: torch.Tensor,
+    precondition: Callable[[torch.Tensor], torch.Tensor],
     guess: torch.Tensor,
 ) -> torch.Tensor:
-    """Solve `X (A + ridge I) = missing` [D, F], every row by itself, from a guess."""
-    scale = (diagonal + ridge).clamp(min=torch.finfo(diagonal.dtype).tiny)
-    solution = guess
-    residual = missing - times_gram(guess) - ridge * guess
-    direction = residual / scale
+    """Solve `times(X) = missing` [D, F], every row by itself, from a guess.
+
+    Args:
+        times: multiplies by a symmetric, positive matrix from the right.
+        precondition: divides by something near to it.
+    """
+    solution, tiny = guess, torch.finfo(missing.dtype).tiny
+    tolerance = max(TOLERANCE, 10 * torch.finfo(missing.dtype).eps)
+    residual = missing - times(guess)
+    direction = precondition(residual)
     product = (residual * direction).sum(1, keepdim=True)
     for _ in range(MAX_ITERATIONS):
-        if residual.norm() <= TOLERANCE * missing.norm():
+        if residual.norm() <= tolerance * missing.norm():
             break
-        image = times_gram(direction) + ridge * direction
+        image = times(direction)
         # A row that is solved has a direction of zero.
-        step = product / (direction * image).sum(1, keepdim=True).clamp(min=torch.finfo(scale.dtype).tiny)
+        step = product / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
         solution = solution + step * direction
         residual = residual - step * image
-        previous, product = product, (residual * residual / scale).sum(1, keepdim=True)
-        turn = product / previous.clamp(min=torch.finfo(scale.dtype).tiny)
-        direction = residual / scale + turn * direction
+        scaled = precondition(residual)
+        previous, product = product, (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + product / previous.clamp(min=tiny) * direction
     return solution

@@ -15,7 +15,6 @@ from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.repair.fit import (
-    CHUNK,
     LayerFit,
     expert_rows,
     layer_error,
@@ -24,6 +23,7 @@ from hf_mcsmoe.repair.fit import (
     output_weight,
     write_output_weight,
 )
+from hf_mcsmoe.repair.joint import refit_jointly
 from hf_mcsmoe.repair.least_squares import ExpertFit, RowSource, mean_shift, refit, relative
 
 REPAIR = Registry("repair")
@@ -41,13 +41,11 @@ class RepairConfig(Options):
 
     file_name = "mcsmoe_repair.json"
 
-    method: str | Callable = option("refit", "how each merged layer is repaired: refit, local, mean_shift or none")
-    joint: bool = option(False, "fit the layer's whole output with all of its experts together")
-    sequential: bool = option(False, "layer after layer, with the inputs that the repaired model has; implies joint")
+    method: str | Callable = option("refit", "how each changed layer is repaired", REPAIR)
+    sequential: bool = option(False, "layer after layer, with the inputs that the repaired model has (joint, local)")
     ridges: tuple[float, ...] = option(
         (10.0, 1.0, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4), "ridges to choose from, in multiples of the mean diagonal"
     )
-    sweeps: int = option(3, "times that a joint refit goes round the experts")
     steps: int = option(300, "Adam steps a layer (local)")
     learning_rate: float = option(3e-3, "learning rate at the start (local); it falls to zero as a cosine")
     batch_tokens: int = option(1024, "tokens a step (local)")
@@ -57,7 +55,7 @@ class RepairConfig(Options):
     def __post_init__(self) -> None:
         REPAIR.check(self.method)
         check_fields(self)
-        counts = {"sweeps": self.sweeps, "steps": self.steps}
+        counts = {"steps": self.steps}
         counts |= {"batch_tokens": self.batch_tokens, "memory_limit": self.memory_limit}
         for name, value in counts.items():
             if value < 1:
@@ -66,13 +64,11 @@ class RepairConfig(Options):
             raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number.")
         if not self.ridges or not all(ridge > 0 for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be positive numbers, at least one.")
-        if self.sequential and self.method == "mean_shift":
-            raise ValueError("A mean shift is made expert by expert; use sequential=True with refit or local.")
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether the experts fit the layer's whole output together."""
-        return self.joint or self.sequential
+        if self.sequential and self.method in ("refit", "mean_shift"):
+            raise ValueError(
+                f"The repair {self.method!r} is made expert by expert, and has no use for sequential=True: choose "
+                "joint or local."
+            )
 
 
 @dataclass(frozen=True)
@@ -113,16 +109,26 @@ def repaired(
     if errors is None:
         energy = sum(fit.energy for fit in fits)
         errors = relative(sum(fit.before for fit in fits), energy), relative(sum(fit.after for fit in fits), energy)
-    held_out, members = int(layer.inputs.held_out.sum()), Counter(layer.expert_map)
-    lossy = [expert for expert in sorted(members) if members[expert] > 1 or low_rank_of(layer.experts)]
-    return LayerRepair(len(layer.inputs) - held_out, held_out, *errors, [fit.without_weight() for fit in fits], lossy)
+    held_out = int(layer.inputs.held_out.sum())
+    return LayerRepair(
+        len(layer.inputs) - held_out, held_out, *errors, [fit.without_weight() for fit in fits], _lossy(layer)
+    )
+
+
+def _lossy(layer: LayerFit) -> list[int]:
+    """Return the experts that have lost something: several in one, not all there are, or low rank + sparse."""
+    if layer.expert_map is None or low_rank_of(layer.experts):
+        return list(range(layer.experts.num_experts))
+    members = Counter(layer.expert_map)
+    return [expert for expert in sorted(members) if members[expert] > 1]
 
 
 def _per_expert(layer: LayerFit, solve: Callable[[RowSource, torch.Tensor], ExpertFit]) -> list[ExpertFit]:
     """Fit each stored expert to the gated sum of its members' outputs, and store the result."""
     solutions = []
+    expert_map = layer.expert_map or range(layer.experts.num_experts)
     for expert in range(layer.experts.num_experts):
-        members = [m for m, target in enumerate(layer.expert_map) if target == expert]
+        members = [m for m, target in enumerate(expert_map) if target == expert]
         targets = original_sum(layer, members, layer.tokens_of(expert)[0])
         solution = solve(expert_rows(layer, expert, targets), output_weight(layer.experts, expert))
         write_output_weight(layer.experts, expert, solution.weight)
@@ -138,52 +144,44 @@ def leave_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
 
 @REPAIR.register("refit")
 def refit_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
-    """Refit the output matrices in closed form, each expert by itself or, with `joint`, all of them together."""
-    return repaired(layer, _refitted(layer, config, final=True))
+    """Refit the output matrices in closed form, each expert by itself; those of a pruned layer jointly.
+
+    A pruned layer's experts have lost nothing by themselves: it is the others that their sum lacks.
+    """
+    if layer.expert_map is None:
+        return refit_layer_jointly(layer, config)
+    return repaired(layer, _per_expert(layer, lambda rows, start: _refit(rows, start, config)))
 
 
-def _refitted(layer: LayerFit, config: RepairConfig, *, final: bool) -> list[ExpertFit]:
-    """Refit and store the output matrices; unless `final`, the held-out tokens stay unseen."""
-    if config.is_joint:
-        return _refit_jointly(layer, config, final)
-    return _per_expert(layer, lambda rows, start: _refit(rows, start, config, final))
+def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig) -> ExpertFit:
+    return refit(rows, start, config.ridges, memory_limit=config.memory_limit)
 
 
-def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig, final: bool) -> ExpertFit:
-    return refit(rows, start, config.ridges, memory_limit=config.memory_limit, final=final)
+@REPAIR.register("joint")
+def refit_layer_jointly(layer: LayerFit, config: RepairConfig) -> LayerRepair:
+    """Refit the output matrices of all experts together, in closed form, to the layer's whole output."""
+    return _joint(layer, config, final=True)
 
 
-def _refit_jointly(layer: LayerFit, config: RepairConfig, final: bool) -> list[ExpertFit]:
-    """Fit the layer's whole output: one expert after the other what the others leave over, a few times round.
+def _joint(layer: LayerFit, config: RepairConfig, *, final: bool) -> LayerRepair:
+    """Refit and store the output matrices; unless `final`, the held-out tokens stay unseen.
 
     Raises:
         ValueError: a norm follows each expert, so that their outputs do not add up.
     """
-    experts = layer.experts
-    if experts.has_post_expert_norm:
-        raise ValueError(f"{layer.name} has a norm behind each expert; refit its experts with joint=False.")
-    residual = original_sum(layer)
-    starts = [output_weight(experts, expert) for expert in range(experts.num_experts)]
-    solutions = {expert: ExpertFit(start, None, 0, 0.0, 0.0, 0.0) for expert, start in enumerate(starts)}
-    for expert, start in enumerate(starts):
-        _subtract(layer, expert, start, residual)
-    for sweep in range(config.sweeps):
-        for expert, start in enumerate(starts):
-            _subtract(layer, expert, -solutions[expert].weight, residual)
-            rows = expert_rows(layer, expert, residual[layer.tokens_of(expert)[0]])
-            solutions[expert] = _refit(rows, start, config, final and sweep == config.sweeps - 1)
-            _subtract(layer, expert, solutions[expert].weight, residual)
-    for expert, solution in solutions.items():
-        write_output_weight(experts, expert, solution.weight)
-    return list(solutions.values())
-
-
-def _subtract(layer: LayerFit, expert: int, weight: torch.Tensor, residual: torch.Tensor) -> None:
-    """Subtract a stored expert's gated output, with this output matrix, from `residual` [T, D]."""
-    token, gates = layer.tokens_of(expert)
-    for part in torch.arange(len(token)).split(CHUNK):
-        output = layer.hidden(token[part], gates[part], expert) @ weight.float().T
-        residual.index_add_(0, token[part], output.cpu(), alpha=-1)
+    if layer.experts.has_post_expert_norm:
+        raise ValueError(
+            f"{layer.name} has a norm behind each expert, so that their outputs do not add up: choose the repair "
+            "'refit', which fits its experts one by one, or 'local'."
+        )
+    fit = refit_jointly(layer, config.ridges, memory_limit=config.memory_limit, final=final)
+    experts = []
+    for expert, weight in enumerate(fit.weights):
+        write_output_weight(layer.experts, expert, weight)
+        token, _ = layer.tokens_of(expert)
+        fitted = int((~layer.inputs.held_out[token]).sum())
+        experts.append(ExpertFit(weight, fit.ridge if fitted else None, fitted, 0.0, 0.0, 0.0))
+    return repaired(layer, experts, (relative(fit.before, fit.energy), relative(fit.after, fit.energy)))
 
 
 @REPAIR.register("mean_shift")
@@ -195,16 +193,16 @@ def shift_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
 
 @REPAIR.register("local")
 def distil_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
-    """Train all weights of the layer's experts on its output, from the refit on; the best held-out state stays.
+    """Train all weights of the layer's experts on its output, from the joint refit on; the best held-out state stays.
 
-    Experts that no closed form can refit are trained from where they are.
+    Experts with a norm behind them, which no closed form fits together, are trained from where they are.
     """
-    target = original_sum(layer, normed=True)
+    target = original_sum(layer, normed=True) if layer.experts.has_post_expert_norm else layer.target()
     judge = layer.inputs.held_out.nonzero()[:, 0]
     before = layer_error(layer, layer.experts, target, judge)
     error, state = before, _values(layer.experts)
     # From a fit that left the held-out tokens aside, or none of the steps would look better than the start.
-    solutions = _refitted(layer, config, final=False) if _can_refit(layer, config) else []
+    solutions = [] if layer.experts.has_post_expert_norm else _joint(layer, config, final=False).experts
     work = copy.deepcopy(layer.experts).float().requires_grad_(True)
     for reached in _trained(layer, work, target, judge, config):
         if reached < error:
@@ -217,11 +215,6 @@ def distil_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
 
 def _values(experts: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in experts.named_parameters()}
-
-
-def _can_refit(layer: LayerFit, config: RepairConfig) -> bool:
-    experts = layer.experts
-    return not (config.is_joint and experts.has_post_expert_norm)
 
 
 def _trained(

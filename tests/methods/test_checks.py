@@ -13,7 +13,7 @@ NO_NUMBERS: list[Any] = [math.nan, math.inf, -math.inf, "0.5", "0,5", "", True, 
 NUMBERS = [
     *((MergeConfig, name) for name in ("experts", "min_experts", "seed")),
     *((LoSparseConfig, name) for name in ("rank", "keep", "parameter_ratio", "energy")),
-    *((RepairConfig, name) for name in ("sweeps", "steps", "learning_rate", "batch_tokens", "memory_limit", "seed")),
+    *((RepairConfig, name) for name in ("steps", "learning_rate", "batch_tokens", "memory_limit", "seed")),
     *((SparsificationCallback, name) for name in ("keep", "start", "end", "beta", "beta2")),
     *((DistillationArguments, name) for name in ("kd_weight", "kd_temperature", "lora_rank", "teacher_top_k")),
 ]
@@ -37,7 +37,7 @@ OTHERS: list[tuple[type, dict[str, Any], str]] = [
     (MergeConfig, {"reference": None}, "reference=None must be text"),
     (LoSparseConfig, {"allow_dense": "yes"}, "allow_dense='yes' must be True or False"),
     (LoSparseConfig, {"rank": 1.0}, "rank=1.0 must be a whole number or None"),
-    (RepairConfig, {"joint": 1}, "joint=1 must be True or False"),
+    (RepairConfig, {"sequential": 1}, "sequential=1 must be True or False"),
     (RepairConfig, {"ridges": 0.1}, "ridges=0.1 must be a list, each entry a finite number"),
     (RepairConfig, {"ridges": [math.nan]}, "ridges=[nan] must be a list"),
     (DistillationArguments, {"train_parts": 5}, "train_parts=5 must be text"),
@@ -56,7 +56,7 @@ def test_another_kind_of_value_is_refused(config: type, values: dict[str, Any], 
 def test_what_fits_is_taken() -> None:
     assert MergeConfig(experts=1, skip=["a"]).experts == 1
     assert LoSparseConfig(keep=0, energy=1).keep == 0
-    assert RepairConfig(ridges=[1, 0.5], learning_rate=1).sweeps == 3
+    assert RepairConfig(ridges=[1, 0.5], learning_rate=1).steps == 300
     check_given(config=(MergeConfig(), MergeConfig), other=(None, (int, type(None))))
 
 

@@ -1,0 +1,222 @@
+"""Least squares for all output matrices of a layer at once: what its stored experts give together is its output.
+
+The unknown is one matrix [D, N], the output matrices of the G experts side by side, N the sum of their widths. It
+multiplies the gated hidden units of all of them, of which a token has those of its picks and else zeros.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_mcsmoe.repair.fit import CHUNK, LayerFit, output_weight
+from hf_mcsmoe.repair.least_squares import conjugate_gradients
+
+# Tokens that see an expert, int [n], and its gated hidden units there [n, F].
+Seen = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class JointFit:
+    """What became of the output matrices of a layer: `weights`, float64 [D, F] each, as `output_weight` reads them.
+
+    `ridge` that was chosen, None where all stayed as they were; `before`, `after` and `energy`, squared errors of the
+    layer's output on held-out tokens, and the squared norm of their targets. `after` is that of a fit without these
+    tokens, which the weights then include.
+    """
+
+    weights: list[torch.Tensor]
+    ridge: float | None
+    before: float
+    after: float
+    energy: float
+
+
+class Units:
+    """The gated hidden units of a layer's stored experts, [n, F] of each for the n tokens that it sees.
+
+    Kept where they fit into half of `memory_limit` bytes, else computed anew each time that they are read.
+    """
+
+    def __init__(self, layer: LayerFit, memory_limit: int) -> None:
+        """Compute them, or only note what they are made of."""
+        self.layer, self.memory_limit = layer, memory_limit
+        experts = range(layer.experts.num_experts)
+        self.seen = [layer.tokens_of(expert) for expert in experts]
+        starts = [output_weight(layer.experts, expert) for expert in experts]
+        self.widths = [start.shape[1] for start in starts]
+        self.start = torch.cat(starts, 1)  # float64 [D, N]
+        sizes = [len(token) * width for (token, _), width in zip(self.seen, self.widths, strict=True)]
+        self.fits = 4 * sum(sizes) <= memory_limit // 2
+        self.kept = [_joined(self._computed(expert), self.widths[expert]) for expert in experts] if self.fits else []
+
+    def _computed(self, expert: int) -> Iterator[Seen]:
+        token, gates = self.seen[expert]
+        for part in torch.arange(len(token)).split(CHUNK):
+            yield token[part].to(self.layer.device), self.layer.hidden(token[part], gates[part], expert)
+
+    def of(self, expert: int, used: torch.Tensor) -> Iterator[Seen]:
+        """Yield those of the tokens `used`, bool [T], that a stored expert sees, and its units, some at a time."""
+        for token, hidden in [self.kept[expert]] if self.fits else self._computed(expert):
+            chosen = used[token]
+            yield token[chosen], hidden[chosen]
+
+    def output(self, weight: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output [T, D] with output matrices [D, N], zero but for the tokens `used`, bool [T]."""
+        total = weight.new_zeros(len(used), len(weight))
+        for expert, part in enumerate(weight.split(self.widths, 1)):
+            for token, hidden in self.of(expert, used):
+                total.index_add_(0, token, hidden.to(weight) @ part.T)
+        return total
+
+    def against(self, values: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `y h^T` [D, N] over the tokens `used`, bool [T], for `values` y [T, D]."""
+        total = values.new_zeros(values.shape[1], sum(self.widths))
+        for expert, part in enumerate(total.split(self.widths, 1)):
+            for token, hidden in self.of(expert, used):
+                part.addmm_(values[token].T, hidden.to(values))
+        return total
+
+    def blocks(self, used: torch.Tensor) -> list[torch.Tensor]:
+        """Return the Gram matrix [F, F] of each expert's units over the tokens `used`, bool [T]."""
+        found = [self.start.new_zeros(width, width, dtype=torch.float32) for width in self.widths]
+        for expert, block in enumerate(found):
+            for _, hidden in self.of(expert, used):
+                block.addmm_(hidden.T, hidden)
+        return found
+
+    def gram(self, used: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `h h^T` over the tokens `used`, bool [T], float64 [N, N]: pair by pair of experts."""
+        rows = [_joined(self.of(expert, used), width) for expert, width in enumerate(self.widths)]
+        gram = self.start.new_zeros(sum(self.widths), sum(self.widths))
+        blocks = [part.split(self.widths, 1) for part in gram.split(self.widths, 0)]
+        place = torch.full((len(used),), -1, device=gram.device)
+        for one, (token, hidden) in enumerate(rows):
+            place.fill_(-1)[token] = torch.arange(len(token), device=gram.device)
+            for other, (theirs, states) in enumerate(rows[: one + 1]):
+                met = place[theirs]
+                both = (met >= 0).nonzero()[:, 0]
+                product = hidden[met[both]].T @ states[both]
+                blocks[one][other].copy_(product)
+                blocks[other][one].copy_(product.T)
+        return gram
+
+
+def _joined(parts: Iterator[Seen], width: int) -> Seen:
+    """Return the tokens int [n] and units [n, F] of all parts."""
+    found = list(parts)
+    if not found:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, width)
+    return torch.cat([token for token, _ in found]), torch.cat([hidden for _, hidden in found])
+
+
+def refit_jointly(layer: LayerFit, ridges: Sequence[float], *, memory_limit: int, final: bool = True) -> JointFit:
+    """Return the output matrices with which the layer's output is nearest to the original's, as held-out tokens judge.
+
+    Args:
+        ridges: towards the weights that the experts have, in multiples of the mean diagonal of the Gram matrix of all
+            units; tried from the largest on until one does worse than the one before.
+        memory_limit: bytes; where the normal equations [N, N] take more, conjugate gradients go over the tokens.
+        final: whether the weights are fitted to the held-out tokens too once they have chosen the ridge.
+    """
+    units = Units(layer, memory_limit)
+    judge = layer.inputs.held_out.to(layer.device)
+    everything = torch.ones_like(judge)
+    target = layer.target().to(layer.device)
+    missing = target - units.output(units.start.float(), everything)
+    before, energy = (part[judge].double().square().sum().item() for part in (missing, target))
+    kept = JointFit(list(units.start.split(units.widths, 1)), None, before, before, energy)
+    if judge.all() or not judge.any():
+        return kept
+    ladder = sorted(ridges, reverse=True)
+    judged = _errors(units, missing, ladder, ~judge, judge)
+    after = min(judged, default=math.inf)
+    if not after < before:
+        return kept
+    ridge = ladder[judged.index(after)]
+    weight = torch.cat(
+        [
+            next(_changes(units, missing[:, rows], [ridge], everything if final else ~judge))
+            for rows in _row_blocks(units)
+        ]
+    )
+    return JointFit(list((units.start + weight).split(units.widths, 1)), ridge, before, after, energy)
+
+
+def _errors(
+    units: Units, missing: torch.Tensor, ladder: Sequence[float], used: torch.Tensor, judge: torch.Tensor
+) -> list[float]:
+    """Return the squared error on the tokens of `judge` per ridge of a fit to those `used`, both bool [T].
+
+    Ridges after the first that does worse than the one before are left out, where all rows are solved at once.
+    """
+    blocks = _row_blocks(units)
+    judged: list[float] = []
+    for rows in blocks:
+        for position, change in enumerate(_changes(units, missing[:, rows], ladder, used)):
+            missed = missing[judge][:, rows] - units.output(change.float(), judge)[judge]
+            judged += [0.0] * (position + 1 - len(judged))
+            judged[position] += missed.double().square().sum().item()
+            if len(blocks) == 1 and position and judged[position] > judged[position - 1]:
+                break
+    return judged
+
+
+def _is_dense(units: Units) -> bool:
+    """Tell whether there is room for the normal equations, their factor, and what is computed of them."""
+    return 4 * 8 * sum(units.widths) ** 2 <= units.memory_limit
+
+
+def _row_blocks(units: Units) -> list[slice]:
+    """Return the rows of the output matrices that are solved for at a time: all, unless memory holds fewer."""
+    # About eight matrices of a block in float32 are alive at a time.
+    size = len(units.start) if _is_dense(units) else max(1, units.memory_limit // (8 * 4 * sum(units.widths)))
+    return [slice(first, first + size) for first in range(0, len(units.start), size)]
+
+
+def _changes(
+    units: Units, missing: torch.Tensor, ridges: Sequence[float], used: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """Yield per ridge the change X [d, N] that minimises `|X h - m|^2 + ridge * scale * |X|^2` over tokens `used`.
+
+    Args:
+        missing: m [T, d], what some rows of the output lack.
+    """
+    cross = units.against(missing, used)
+    if not cross.any():
+        return
+    if _is_dense(units):
+        gram = units.gram(used)
+        scale, diagonal = gram.diagonal().mean(), gram.diagonal().clone()
+        for ridge in ridges:
+            gram.diagonal().copy_(diagonal + ridge * scale)
+            yield torch.cholesky_solve(cross.double().T, torch.linalg.cholesky(gram)).T
+        return
+    blocks = units.blocks(used)
+    scale = torch.cat([block.diagonal() for block in blocks]).mean()
+    change = torch.zeros_like(cross)
+    for ridge in ridges:
+        change = _iterated(units, cross, blocks, ridge * scale, used, change)
+        yield change
+
+
+def _iterated(
+    units: Units,
+    cross: torch.Tensor,
+    blocks: Sequence[torch.Tensor],
+    ridge: torch.Tensor,
+    used: torch.Tensor,
+    guess: torch.Tensor,
+) -> torch.Tensor:
+    """Solve by conjugate gradients over the tokens; each expert's own normal equations precondition."""
+    factors = [torch.linalg.cholesky(block + ridge * torch.eye(len(block)).to(block)) for block in blocks]
+
+    def times(matrix: torch.Tensor) -> torch.Tensor:
+        return units.against(units.output(matrix, used), used) + ridge * matrix
+
+    def precondition(residual: torch.Tensor) -> torch.Tensor:
+        parts = zip(residual.split(units.widths, 1), factors, strict=True)
+        return torch.cat([torch.cholesky_solve(part.T, factor).T for part, factor in parts], 1)
+
+    return conjugate_gradients(times, cross, precondition, guess)
