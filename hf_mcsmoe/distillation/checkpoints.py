@@ -165,7 +165,7 @@ def _other_model(written: dict[str, Any], model: PreTrainedModel | PeftModel) ->
     if families[0] != families[1]:
         return f"it is of type {families[0]!r}, not {families[1]!r}"
     layers = [(item.get("mcsmoe") or {"layers": {}})["layers"] for item in (written, ours)]
-    maps = [{name: layer["expert_map"] for name, layer in item.items()} for item in layers]
+    maps = [{name: (layer.get("expert_map"), layer.get("kept")) for name, layer in item.items()} for item in layers]
     if maps[0] != maps[1]:
         return "its experts are grouped differently"
     for name in layers[1]:

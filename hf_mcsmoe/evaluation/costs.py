@@ -107,7 +107,7 @@ def layer_bytes(model: PreTrainedModel | Layers) -> dict[str, tuple[int, int]]:
     sizes = {}
     for layer, *_ in layers.tied:
         stored = layer.container.state_dict().values()
-        before = layer.num_routed * _expert_parameters(layer, None, 0.0) * layers.model.dtype.itemsize
+        before = layer.num_original * _expert_parameters(layer, None, 0.0) * layers.model.dtype.itemsize
         sizes[layer.original_name] = round(before), sum(tensor.numel() * tensor.element_size() for tensor in stored)
     return sizes
 

@@ -23,6 +23,7 @@ from hf_mcsmoe.layers.outside import (
     SwitchLayer,
 )
 from hf_mcsmoe.layers.source import Source, source_of
+from hf_mcsmoe.modeling.pruned_mcsmoe import cut_of
 from hf_mcsmoe.modeling.router_mcsmoe import map_of
 
 # Parts of a multimodal model that are not its text part; their experts stay as they are.
@@ -210,8 +211,8 @@ def _is_text_experts(name: str, module: nn.Module) -> bool:
     return kind in OUTSIDE or is_fused(module)
 
 
-def _merged_entries(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return what the configuration says of merged layers: by path, the name before the merge and the map."""
+def _merged_entries(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return what the configuration says of changed layers: by path, the name that they had before, and the entry."""
     modules, entries = dict(model.named_modules()), {}
     mcsmoe = getattr(getattr(model, "config", None), "mcsmoe", None) or {"layers": {}}
     prefix = getattr(model, "base_model_prefix", "") + "."
@@ -219,28 +220,30 @@ def _merged_entries(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
         # A head's checkpoint may be loaded into the bare base model, and the other way round.
         path = next(path for path in (name, name.removeprefix(prefix), prefix + name) if path in modules)
         for inner in (path, path + ".experts"):  # JetMoE's merged experts lie inside what was the layer
-            entries[inner] = (name, tuple(entry["expert_map"]))
+            entries[inner] = (name, entry)
     return entries
 
 
-def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, tuple[int, ...]] | None) -> MoELayer:
-    """Return the description of the experts `module`; `entry` is what the configuration says of merged ones."""
+def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, dict[str, Any]] | None) -> MoELayer:
+    """Return the description of the experts `module`; `entry` is what the configuration says of changed ones."""
     if entry is None and type(module).__name__ in OUTSIDE:
         adapter, measure = OUTSIDE[type(module).__name__]
         sizes = measure(module)
     else:
         block = source.model.get_submodule(name.rpartition(".")[0])
         adapter, sizes = MERGED.get(type(block).__name__, FusedLayer), fused_sizes(module)
-    if entry is None and map_of(source.model, name) is not None:
+    if entry is None and (map_of(source.model, name) or cut_of(source.model, name)) is not None:
         raise ValueError(f"{name!r} holds merged experts of which the configuration's `mcsmoe` says nothing.")
-    original_name, expert_map = entry or (name, None)
+    original_name, told = entry or (name, {})
+    expert_map, kept = (tuple(told[key]) if key in told else None for key in ("expert_map", "kept"))
     top_k, routed = _top_k(source.model, name), len(expert_map or range(sizes[0]))
     if min(sizes) < 1 or (top_k is not None and not 1 <= top_k <= routed):
         raise ValueError(
             f"{name} has {sizes[0]} experts of {sizes[1]} x {sizes[2]}, of which a token picks {top_k}: the "
             f"configuration is damaged, a token must pick 1 to {routed}, and no size may be 0."
         )
-    return adapter(name, source, sizes[0], top_k, *sizes[1:], expert_map, original_name)
+    known = told.get("num_experts", sizes[0])
+    return adapter(name, source, sizes[0], top_k, *sizes[1:], expert_map, original_name, kept, known)
 
 
 def _top_k(model: PreTrainedModel, name: str) -> int | None:

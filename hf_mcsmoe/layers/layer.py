@@ -26,7 +26,8 @@ class MoELayer:
 
     `name` is the path of the experts container in `model.named_modules()`; `original_name` the one that it had before
     a merge. Of a merged layer `num_experts` counts the stored experts, and `expert_map` says which of them stands for
-    each expert of the original, int [E] -> [G].
+    each expert of the original, int [E] -> [G]. Of a pruned one `kept` says which of the `num_original` experts are
+    left, int [G], and the router knows no others.
     """
 
     name: str
@@ -37,11 +38,13 @@ class MoELayer:
     intermediate_size: int
     expert_map: tuple[int, ...] | None = field(default=None, repr=False)
     original_name: str = field(default="", repr=False)
+    kept: tuple[int, ...] | None = field(default=None, repr=False)
+    num_original: int = field(default=0, repr=False)
 
     @property
     def merged(self) -> bool:
-        """Whether the layer holds merged experts."""
-        return self.expert_map is not None
+        """Whether the layer holds merged experts, or what a pruning left."""
+        return self.expert_map is not None or self.kept is not None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -123,7 +126,7 @@ class MoELayer:
 
     @property
     def num_routed(self) -> int:
-        """How many experts the router knows: E, of a merged layer as well."""
+        """How many experts the router knows: E, of a merged layer as well, and of a pruned one G."""
         return self.num_experts if self.expert_map is None else len(self.expert_map)
 
     def routed(self, sink: Sink) -> list[RemovableHandle]:

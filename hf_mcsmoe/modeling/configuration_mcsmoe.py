@@ -33,8 +33,9 @@ class MergedConfigMixin:
     """What a family's configuration gains: the family's name and the merged layers.
 
     `mcsmoe["layers"][name]` holds `num_experts` (E, the experts that the router knows) and `expert_map`
-    (int [E] -> [G], from the router's index to the stored expert) of the experts container called `name`; of weights
-    stored as low rank + sparse also `low_rank[weight]`, with `rank` and `kept_rows` (None in the training form).
+    (int [E] -> [G], from the router's index to the stored expert) of the experts container called `name`, or of a
+    pruned one in its place `kept` (int [G], rising, which of the E experts are left; the router has no others); of
+    weights stored as low rank + sparse also `low_rank[weight]`, with `rank` and `kept_rows` (None in training form).
     Format 1 says the same; its code sent picks to the stored experts inside the experts.
     """
 
@@ -121,21 +122,41 @@ def check_layer(name: str, layer: Any, num_experts: int | None = None) -> None:
         ValueError: the map does not send E experts onto 0 .. G-1, or a rank or a number of rows is impossible.
     """
     _refuse(not isinstance(layer, dict), f"The merged layer {name} must be an object, not {layer!r}.")
-    expert_map, known = layer.get("expert_map"), layer.get("num_experts")
+    known = layer.get("num_experts") if num_experts is None else num_experts
+    count = _check_kept(name, layer, known) if "kept" in layer else _check_map(name, layer.get("expert_map"), known)
+    low_rank = layer.get("low_rank", {})
+    _refuse(not isinstance(low_rank, dict), f"`low_rank` of {name} must be an object, not {low_rank!r}.")
+    for weight, entry in low_rank.items():
+        check_low_rank(f"{weight} of {name}", entry, count)
+
+
+def _check_map(name: str, expert_map: Any, num_experts: Any) -> int:
+    """Return G of a merged layer whose map is right."""
     whole = isinstance(expert_map, list) and bool(expert_map) and all(map(_is_count, expert_map))
     _refuse(not whole, f"The expert map of {name} must be a list of whole numbers from 0 on, not {expert_map!r}.")
-    known = known if num_experts is None else num_experts
-    _refuse(len(expert_map) != known, f"The expert map of {name} has {len(expert_map)} entries for {known!r} experts.")
+    is_long = len(expert_map) == num_experts
+    _refuse(not is_long, f"The expert map of {name} has {len(expert_map)} entries for {num_experts!r} experts.")
     count = max(expert_map) + 1
     _refuse(
         count > len(expert_map) or count > len(set(expert_map)),
         f"The expert map of {name} must use each stored expert from 0 on, but goes up to {count - 1} with "
         f"{len(set(expert_map))} different ones.",
     )
-    low_rank = layer.get("low_rank", {})
-    _refuse(not isinstance(low_rank, dict), f"`low_rank` of {name} must be an object, not {low_rank!r}.")
-    for weight, entry in low_rank.items():
-        check_low_rank(f"{weight} of {name}", entry, count)
+    return count
+
+
+def _check_kept(name: str, layer: dict[str, Any], num_experts: Any) -> int:
+    """Return G of a pruned layer whose kept experts are right."""
+    kept, told = layer["kept"], layer.get("num_experts")
+    _refuse("expert_map" in layer, f"{name} has an expert map and is pruned (`kept`), which exclude each other.")
+    _refuse(told != num_experts, f"{name} is said to have had {told!r} experts, and has {num_experts!r}.")
+    _refuse(not _is_count(told, 1), f"`num_experts` of {name} must be a whole number from 1 on, not {told!r}.")
+    is_list = isinstance(kept, list) and bool(kept) and all(map(_is_count, kept))
+    _refuse(
+        not is_list or sorted(set(kept)) != kept or kept[-1] >= told,
+        f"`kept` of {name} must be a rising list of experts from 0 to {told - 1}, not {kept!r}.",
+    )
+    return len(kept)
 
 
 def check_low_rank(name: str, entry: Any, count: int, shape: tuple[int, int] | None = None) -> None:

@@ -10,6 +10,7 @@ from hf_mcsmoe.modeling.configuration_mcsmoe import FORMAT_VERSION, config_class
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedJetMoeMoE
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.modeling.modeling_mcsmoe import inner_experts, layer_path, merged_class, prefer_ours
+from hf_mcsmoe.modeling.pruned_mcsmoe import cut_routers
 from hf_mcsmoe.modeling.router_mcsmoe import expert_maps
 
 
@@ -55,15 +56,27 @@ def describe(model: nn.Module) -> dict[str, Any]:
     # A bare model and one with a head call the same layer by two names; either is read (see `layer_path`).
     names = {layer_path(model, name): name for name in old["layers"]}
     layers: dict[str, dict] = {}
-    for path, owner in expert_maps(model):
-        path = _container_path(model, path, owner)
-        experts = inner_experts(model.get_submodule(path))
-        layer = {"num_experts": len(owner.expert_map_values), "expert_map": list(owner.expert_map_values)}
-        if low_rank := low_rank_of(experts):
+    for path, layer in _reductions(model).items():
+        if low_rank := low_rank_of(inner_experts(model.get_submodule(path))):
             layer["low_rank"] = {weight: dict(entry) for weight, entry in low_rank.items()}
         layers[names.get(path, path)] = layer
     kept = {key: old[key] for key in ("keep", "whole") if key in old}
     return {"format_version": FORMAT_VERSION, "layers": layers, **kept}
+
+
+def _reductions(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return by the path of each changed experts container what it was, and its map or the experts it kept."""
+    layers: dict[str, dict[str, Any]] = {}
+    for path, owner in expert_maps(model):
+        expert_map = list(owner.expert_map_values)
+        layers[_container_path(model, path, owner)] = {"num_experts": len(expert_map), "expert_map": expert_map}
+    for path, router in cut_routers(model):
+        block = path.rpartition(".")[0]
+        path = _container_path(model, block, model.get_submodule(block))
+        kept = list(router.kept_experts)
+        layers[path] = {"num_experts": len(kept) + router.num_cut, "kept": kept}
+    # In the order of the model's modules.
+    return {path: layers[path] for path, _ in model.named_modules() if path in layers}
 
 
 def _container_path(model: nn.Module, path: str, owner: nn.Module) -> str:

@@ -35,6 +35,7 @@ from .experts_mcsmoe import (
 )
 from .forward_mcsmoe import IMPLEMENTATION, low_rank_of
 from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows, final_rows
+from .pruned_mcsmoe import CUT, CutRouter, check_cut, cut_of, cut_router, joins_logits
 from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, map_of, restore_maps, unmapped
 from .saving_mcsmoe import SavedWhole
 
@@ -64,7 +65,10 @@ class MCSMoEModel(SavedWhole):
         if len({layer_path(self, name) for name in layers}) < len(layers):
             raise ValueError(f"The configuration names a merged layer twice, with and without prefix: {list(layers)}.")
         for name, layer in layers.items():
-            experts = install_layer(self, name, layer["expert_map"])
+            if "kept" in layer:
+                experts = install_pruned(self, name, layer["num_experts"], layer["kept"])
+            else:
+                experts = install_layer(self, name, layer["expert_map"])
             for weight, entry in layer.get("low_rank", {}).items():
                 if weight not in low_rank_of(experts):  # else installed by the base model inside a head
                     decomposable(experts).install_low_rank(weight, entry["rank"], entry["kept_rows"])
@@ -196,19 +200,10 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
     Raises:
         ValueError: the layer has no experts, or the map has not one entry for each of them.
     """
-    path = layer_path(model, name)
-    experts = model.get_submodule(path)
-    if not _is_experts(experts):
-        raise ValueError(
-            f"The configuration names {name!r} as merged, which in {type(model).__name__} is no experts but a "
-            f"{type(experts).__name__}: the checkpoint is damaged or was edited."
-        )
+    path, experts = _experts_called(model, name)
     if map_of(model, path) is not None:  # installed by the base model inside a head
         return inner_experts(experts)
     check_layer(name, {"expert_map": expert_map}, num_original(experts))
-    kind = type(experts).__name__
-    if kind not in OUTSIDE and not hasattr(experts, "has_gate"):  # the interface's layout, outside the interface
-        experts.__class__ = merged_class(type(experts))
     experts = install_experts(model, path, expert_map)
     if map_of(model, path) is None:
         router = unmapped(model, path)
@@ -217,6 +212,43 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
         device = next(router.parameters()).device
         router.set_expert_map(expert_map, None if device.type == "meta" else device)
     return experts
+
+
+def install_pruned(model: nn.Module, name: str, num_experts: int, kept: list[int]) -> Any:
+    """Leave in layer `name` the experts `kept` of its E, empty ones, which are returned, and cut its router to them.
+
+    Raises:
+        ValueError: the layer has no experts, or another number of them; see `check_cut`.
+    """
+    path, experts = _experts_called(model, name)
+    if cut_of(model, path) is not None:  # installed by the base model inside a head
+        return inner_experts(experts)
+    check_layer(name, {"num_experts": num_experts, "kept": kept}, num_original(experts))
+    check_cut(model, path, num_experts, kept)
+    experts = install_experts(model, path, list(range(len(kept))))
+    router = cut_router(model, path, num_experts, kept)
+    if joins_logits(router):
+        router.__class__ = merged_class(type(router), CUT)
+    return experts
+
+
+def _experts_called(model: nn.Module, name: str) -> tuple[str, Any]:
+    """Return the path and the container of the layer called `name`, of a class that computes by the interface.
+
+    Raises:
+        ValueError: the layer has no experts.
+    """
+    path = layer_path(model, name)
+    experts = model.get_submodule(path)
+    if not _is_experts(experts):
+        raise ValueError(
+            f"The configuration names {name!r} as merged, which in {type(model).__name__} is no experts but a "
+            f"{type(experts).__name__}: the checkpoint is damaged or was edited."
+        )
+    is_inside = type(experts).__name__ in (*OUTSIDE, MergedJetMoeMoE.__name__) or hasattr(experts, "has_gate")
+    if not is_inside:  # the interface's layout, outside the interface
+        experts.__class__ = merged_class(type(experts))
+    return path, experts
 
 
 def _is_experts(container: Any) -> bool:
@@ -255,8 +287,11 @@ def adopt_inner_models(model: nn.Module) -> None:
             module.__class__ = merged_class(type(module))
 
 
-def merged_class(base: type[nn.Module]) -> type[nn.Module]:
+def merged_class(base: type[nn.Module], kind: str = "") -> type[nn.Module]:
     """Return the generated subclass `MCSMoE<base>` of a model, router or experts class of Transformers.
+
+    Args:
+        kind: "Cut" for that of a router whose other experts are gone.
 
     Raises:
         ValueError: the class is not one of Transformers, so a checkpoint could not name it.
@@ -268,7 +303,7 @@ def merged_class(base: type[nn.Module]) -> type[nn.Module]:
             "not be loaded elsewhere; only models of Transformers itself are supported."
         )
     exported = getattr(importlib.import_module("transformers"), base.__name__, None) is base
-    return generated_class(PREFIX + base.__name__ + ("" if exported else "__" + "__".join(parts[2:])))
+    return generated_class(PREFIX + kind + base.__name__ + ("" if exported else "__" + "__".join(parts[2:])))
 
 
 @cache
@@ -279,6 +314,7 @@ def generated_class(name: str) -> type[nn.Module]:
         AttributeError: the name leads to no class of Transformers.
     """
     base_name, _, module = name.removeprefix(PREFIX).partition("__")
+    is_cut, base_name = base_name.startswith(CUT), base_name.removeprefix(CUT)
     source = "transformers.models." + module.replace("__", ".") if module else "transformers"
     base = getattr(importlib.import_module(source), base_name, None) if name.startswith(PREFIX) else None
     if not isinstance(base, type) or not issubclass(base, nn.Module):
@@ -288,6 +324,8 @@ def generated_class(name: str) -> type[nn.Module]:
         "__qualname__": name,
         "__doc__": f"`{base.__name__}` with merged experts.",
     }
+    if is_cut:
+        return type(name, (CutRouter, base), fields)
     if not issubclass(base, PreTrainedModel):
         mixin = MergedExperts if hasattr(base, "_apply_gate") else MAPPED.get(base.__name__, MappedRouter)
         return type(name, (mixin, base), fields)

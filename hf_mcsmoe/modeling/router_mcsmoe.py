@@ -80,7 +80,19 @@ def unmapped(model: nn.Module, path: str) -> nn.Module:
     block = model.get_submodule(path.rpartition(".")[0])
     if type(block).__name__ in MAPPED:
         return block
+    return router_beside(model, path)
+
+
+def router_beside(model: nn.Module, path: str) -> Any:
+    """Return the router of the experts at `path`, merged ones or not."""
+    container = model.get_submodule(path)
+    block = container if is_jetmoe(container) else model.get_submodule(path.rpartition(".")[0])
     return block.gate if hasattr(block, "gate") else block.router
+
+
+def is_jetmoe(container: nn.Module) -> bool:
+    """Tell whether a container of experts, merged or not, is the whole block of JetMoE."""
+    return type(container).__name__ in ("JetMoeMoE", "MergedJetMoeMoE")
 
 
 def map_of(model: nn.Module, path: str) -> Any:
