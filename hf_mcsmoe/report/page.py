@@ -8,9 +8,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.files import write_text
-from hf_mcsmoe.report.pictures import pictures
+from hf_mcsmoe.report.pictures import Picture, pictures
 from hf_mcsmoe.report.quality import compared, stages, summary
 from hf_mcsmoe.report.result import Result, read_result
+from hf_mcsmoe.report.storage import expected, storage
 
 REPORT_FILE = "report.html"
 # Of more results at once nobody could tell the points apart.
@@ -55,11 +56,18 @@ def write_report(
     return file
 
 
+def _pictures(result: Result, statistics: RoutingStatistics | None) -> list[Picture]:
+    """Return the pictures of one result."""
+    sizes, *others = pictures(result, statistics)
+    prediction = expected(result)
+    return [sizes, storage(result), *([prediction] if prediction else []), *others, stages(result)]
+
+
 def render(results: Sequence[Result], statistics: RoutingStatistics | None = None) -> str:
     """Return the page as HTML."""
     return TEMPLATES.get_template("page.html").render(
         title=results[0].name if len(results) == 1 else f"{len(results)} results",
         comparison=compared(results) if len(results) > 1 else None,
-        sections=[(result, summary(result), [*pictures(result, statistics), stages(result)]) for result in results],
+        sections=[(result, summary(result), _pictures(result, statistics)) for result in results],
         version=version("hf_mcsmoe"),
     )

@@ -24,9 +24,12 @@ def summary(result: Result) -> list[tuple[str, str, str]]:
         old = result.bytes_before
         note = f"{share(result.bytes_after, old)} of {size(old)}" if old else "of safetensors"
         found.insert(0, ("size on disk", size(result.bytes_after), note))
+    choice = result.record.size if result.record else None
     for name, words in MEASURES.items():
         if name in result.quality:
-            found.append((words, figure(result.quality[name]), "on rows held out"))
+            predicted = choice.predicted_kl if choice and name == "kl" else None
+            note = "on rows held out" if predicted is None else f"on rows held out; predicted {figure(predicted)}"
+            found.append((words, figure(result.quality[name]), note))
     return found
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.loading import empty_model
 from hf_mcsmoe.modeling.saving_mcsmoe import PLAN_FILE, RECORD_FILE
 from hf_mcsmoe.plan import LayerPlan, MergePlan
-from hf_mcsmoe.record import Record, public_name
+from hf_mcsmoe.record import Record, Stored, public_name
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class LayerResult:
     """One layer: `expert_map` int [E] -> [G] and the bytes of its experts before and after; None for what is not told.
 
     `dominant` int [G], `similarity` [E] to the dominant expert, `counts` int [E] picks in the calibration data, and
-    the relative errors of its outputs before and after the repair.
+    the relative errors of its outputs before and after the repair. `stored` is what the configuration says of it, and
+    `bits` those of a weight, the mean over its matrices.
     """
 
     name: str
@@ -34,6 +35,8 @@ class LayerResult:
     counts: list[int] | None = None
     error_before: float | None = None
     error_after: float | None = None
+    stored: Stored | None = None
+    bits: float | None = None
 
     @property
     def groups(self) -> list[list[int]]:
@@ -96,7 +99,8 @@ def read_result(folder: Path) -> Result:
     _check_maps(folder, layers, plan)
     errors = _errors(folder, record)
     sizes = layer_bytes(layers)
-    told = [_layer(shared[0], sizes, plan, errors) for shared in layers.tied]
+    entries = config["mcsmoe"]["layers"]
+    told = [_layer(shared[0], sizes, plan, errors, entries) for shared in layers.tied]
     costs = list(record.costs.values()) if record else []
     return Result(
         folder.resolve().name,
@@ -202,10 +206,14 @@ def _layer(
     sizes: dict[str, tuple[int, int]],
     plan: MergePlan | None,
     errors: dict[str, tuple[float | None, float | None]],
+    entries: dict[str, Any],
 ) -> LayerResult:
     item: LayerPlan | None = plan.layers.get(layer.original_name) if plan else None
     # Errors are told under the name of the layer as it was repaired.
     before, after = errors.get(layer.name, (None, None))
+    entry = entries.get(layer.original_name)
+    stored = Stored.of(entry) if entry else Stored(layer.num_experts, layer.num_experts)
+    bits = list(stored.bits.values()) or [8.0 * layer.model.dtype.itemsize]
     return LayerResult(
         layer.original_name,
         _map(layer),
@@ -215,4 +223,6 @@ def _layer(
         counts=item.counts if item else None,
         error_before=before,
         error_after=after,
+        stored=replace(stored, bytes=sizes[layer.original_name][1]),
+        bits=sum(bits) / len(bits),
     )

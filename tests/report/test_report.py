@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import safe_open
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics, compress, moe_layers
 from hf_mcsmoe.cli.report import draw
+from hf_mcsmoe.record import Base, Record, SizeChoice, Stored
 from hf_mcsmoe.report.charts import Point, scatter, unbeaten
 from hf_mcsmoe.report.page import render, write_report
 from hf_mcsmoe.report.result import LayerResult, Result, read_result
@@ -213,7 +215,7 @@ def test_what_a_folder_does_not_tell_is_a_sentence(folders: Path, tmp_path: Path
         "tells no loss or divergence",
     ):
         assert told in _text(html)
-    assert len(_drawings(html)) == 2, "bytes and groups are known from the configuration"
+    assert len(_drawings(html)) == 3, "bytes, experts and groups are known from the configuration"
 
 
 def test_names_are_text_and_nothing_else() -> None:
@@ -244,6 +246,44 @@ def test_layers_unlike_each_other_and_values_of_any_kind_are_drawn() -> None:
     _check(render([_result(odd)]))
     for layer in odd:
         _check(render([_result([layer], kl=None), _result([layer], kl=0.0, held=1)]))
+
+
+def test_a_page_tells_what_layers_are_stored_as_and_what_that_was_expected_to_cost() -> None:
+    names = [f"model.layers.{number}.mlp.experts" for number in range(3)]
+    stored = [
+        (Stored(16, 16, "", {}, {"gate_up_proj": 4, "down_proj": 3}, 11), 3.5),
+        (Stored(16, 8, "prune", {}, {"gate_up_proj": 8, "down_proj": 8}, 12), 8.0),
+        (Stored(16, 12, "merge", {"down_proj": 9}, {}, 13), 16.0),
+    ]
+    layers = [_layer(number, 16, item.after, stored=item, bits=bits) for number, (item, bits) in enumerate(stored)]
+    predicted = dict(zip(names, [0.25, 0.125, 0.0625], strict=True))
+    choice = SizeChoice(10**9, 250, 249, predicted, checked={"mixture": 0.5, "all at 3 bits": 0.75})
+    record = Record(Base("base", "mixtral"), size=choice)
+    html = render([replace(_result(layers, kl=0.5), record=record)])
+    _check(html)
+    text = _text(html)
+    told = [
+        f"{names[0]} 16 16 4 / 3 11",
+        f"{names[1]} 16 8 pruning 8 12",
+        f"{names[2]} 16 12 merging 9 13",
+        f"{names[0]} 0.25",
+        "predicted, all layers 0.438",
+        "measured 0.5",
+        "on these rows: all at 3 bits 0.75",
+        "on rows held out; predicted 0.438",
+        "For 250 bytes mixture was taken.",
+    ]
+    for words in told:
+        assert words in text, words
+    for title, values in (
+        ("Bits of the weights of each layer", ["3.5", "8", "16"]),
+        ("Predicted KL of each layer", ["0.25"]),
+    ):
+        (drawing,) = [found for found in _drawings(html) if found.findtext("title") == title]
+        assert set(values) <= {label.text for label in drawing.iter("text")}
+    plain = [_layer(0, 16, 8, stored=Stored(16, 8, "merge"), bits=16.0)]
+    titles = {found.findtext("title") for found in _drawings(render([_result(plain)]))}
+    assert not {"Bits of the weights of each layer", "Predicted KL of each layer"} & titles
 
 
 def test_several_results_are_compared_by_size_and_divergence() -> None:
@@ -383,8 +423,8 @@ def test_the_command_writes_one_page_and_refuses_in_one_sentence(folders: Path, 
         ([folders / "merged", folders / "merged"], "A folder is named twice"),
         ([folders / "merged", "--output", tmp_path / "page.txt"], "let it end in .html"),
         ([folders / "merged", "--output", tmp_path / "none" / "page.html"], "none"),
-        ([folders / "other", "--statistics", folders / "statistics.safetensors"], "taken from another model"),
-        ([folders / "merged", "--statistics", folders / "merged" / "config.json"], "config.json"),
+        ([folders / "other", "--scores", folders / "statistics.safetensors"], "taken from another model"),
+        ([folders / "merged", "--scores", folders / "merged" / "config.json"], "config.json"),
         ([tmp_path / "nowhere"], "is no folder"),
     ):
         code, _, error = run("report", *arguments)
