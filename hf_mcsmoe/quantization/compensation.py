@@ -5,14 +5,18 @@ import torch
 from hf_mcsmoe.methods.choice import Grid
 from hf_mcsmoe.quantization.codes import Codes, scale_dtype
 from hf_mcsmoe.quantization.nearest import (
+    ROUNDING,
     as_codes,
     check_quantizable,
     find_scales,
     input_importance,
     levels,
     nearest_codes,
+    nearest_experts,
 )
 
+# The name that the method has.
+COMPENSATED = "gptq"
 # Added to the diagonal of a second moment, in shares of its mean.
 DAMPING = 0.01
 
@@ -35,14 +39,17 @@ def compensated(weight: torch.Tensor, moment: torch.Tensor, grid: Grid, dtype: t
     return compensated_experts(weight[None], moment[None], grid, dtype)[0]
 
 
+@ROUNDING.register(COMPENSATED, paper="2210.17323")
 def compensated_experts(
-    weights: torch.Tensor, moments: torch.Tensor, grid: Grid, dtype: torch.dtype | None = None
+    weights: torch.Tensor, moments: torch.Tensor | None, grid: Grid, dtype: torch.dtype | None = None
 ) -> list[Codes]:
     """Return the codes of several matrices [G, out, in] side by side, each as `compensated` makes them.
 
     Args:
-        moments: [G, in, in] or [G, blocks, B, B].
+        moments: [G, in, in] or [G, blocks, B, B]; without any, the nearest codes.
     """
+    if moments is None or not weights.numel():
+        return nearest_experts(weights, None, grid, dtype)
     dtype = dtype or scale_dtype(weights.dtype)
     check_quantizable(weights, grid, moments, dtype)
     width, size = weights.shape[-1], moments.shape[-1]

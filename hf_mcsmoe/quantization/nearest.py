@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 
 from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.quantization.codes import SCALES, Codes, check_group_size, code_range, scale_dtype
 
+# Called with the matrices of some experts [G, out, in], second moments of their inputs or None, and a `Grid`.
+ROUNDING = Registry("rounding")
 # By bits: the smallest share of a group's range that is tried, and how many shares up to the whole.
 SHARES = {8: (0.95, 3), 4: (0.6, 11), 3: (0.45, 14), 2: (0.3, 18)}
 # Times that codes and the best scale for them follow from each other, after the search.
@@ -39,6 +42,19 @@ def nearest(
     return as_codes(nearest_codes(groups, scale, zero, grid.bits).flatten(-2), scale, zero, grid, dtype)
 
 
+@ROUNDING.register("nearest")
+def nearest_experts(
+    weights: torch.Tensor, moments: torch.Tensor | None, grid: Grid, dtype: torch.dtype | None = None
+) -> list[Codes]:
+    """Return the nearest codes of several matrices [G, out, in].
+
+    Args:
+        moments: [G, in, in], or blocks of equal size along their diagonals, [G, blocks, B, B].
+    """
+    diagonals = [None] * len(weights) if moments is None else moments.diagonal(dim1=-2, dim2=-1).flatten(1)
+    return [nearest(weight, grid, diagonal, dtype) for weight, diagonal in zip(weights, diagonals, strict=True)]
+
+
 def as_codes(
     values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, dtype: torch.dtype
 ) -> Codes:
@@ -58,7 +74,7 @@ def check_quantizable(weight: torch.Tensor, grid: Grid, moment: torch.Tensor | N
     for name, values in (("weight", weight), ("second moment of the inputs", moment)):
         if values is not None and not values.isfinite().all():
             raise ValueError(f"The {name} {list(values.shape)} holds a value that is not finite, and has no codes.")
-    if (peak := weight.abs().max().item()) * 2 / (2**grid.bits - 1) > torch.finfo(dtype).max:
+    if weight.numel() and (peak := weight.abs().max().item()) * 2 / (2**grid.bits - 1) > torch.finfo(dtype).max:
         raise ValueError(f"Weights up to {peak:.3g} need scales beyond {dtype}: store them in torch.bfloat16.")
 
 
