@@ -83,6 +83,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
 
 
+@pytest.mark.slow
 def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
     folder: Path,
     tmp_path: Path,
@@ -142,6 +143,7 @@ def test_low_rank_experts_killed_and_resumed_end_as_if_nothing_had_happened(
     assert "--factorisation svd would do nothing to" in err
 
 
+@pytest.mark.slow
 def test_the_result_loads_where_the_package_is_not_installed(
     folder: Path,
     tmp_path: Path,

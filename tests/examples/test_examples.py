@@ -76,6 +76,7 @@ def test_a_benchmark_prints_its_table(script: str) -> None:
     assert all(float(row.split("|")[2]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> None:
     listed = (EXAMPLES / "benchmarks" / "run_all.py").read_text()
     # Comparisons of quality have a model and a text to be told, and the structure is no measure of speed.

@@ -57,6 +57,7 @@ def test_it_holds_what_the_sizes_say_and_its_card_tells_the_truth(name: str) -> 
     assert "ranks [2], and the share 0.25" in card
 
 
+@pytest.mark.slow
 def test_the_folder_loads_without_the_package(tmp_path: Path) -> None:
     cases = {name: replace(example(name), merged=_compressed(name)) for name in SAVED}
     folder, scratch = tmp_path / "saved", tmp_path / "scratch"
@@ -116,6 +117,7 @@ def test_layers_that_an_adaptive_budget_left_whole_are_decomposed_with_the_other
     torch.testing.assert_close(logits(model, case.batch), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_repair_where_nothing_was_merged() -> None:
     case = example("mixtral")
     data, config = batches("mixtral", case.base, number=32), MergeConfig(experts=1.0)

@@ -82,6 +82,7 @@ def test_without_the_package_it(check: str, name: str, loading: Reports) -> None
 
 
 @_cases(TRAINING)
+@pytest.mark.slow
 def test_in_training_without_the_package_it(check: str, name: str, training: Reports) -> None:
     assert not training[name][check], training[name][check]
 

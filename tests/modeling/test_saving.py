@@ -359,6 +359,7 @@ def _original(kind: str) -> type[PreTrainedModel]:
     return getattr(transformers, kind.removeprefix("MCSMoE"))
 
 
+@pytest.mark.slow
 def test_every_class_that_the_configuration_names_loads_without_the_package(tmp_path: Path) -> None:
     _check_heads(["mixtral"], tmp_path)
 

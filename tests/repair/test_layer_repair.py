@@ -246,6 +246,7 @@ def test_what_is_left_of_a_pruned_layer_is_fitted_to_the_whole_of_its_output(met
     assert layer_error(fit, layer.container, fit.target(), torch.arange(len(seen))) < 0.98 * before
 
 
+@pytest.mark.slow
 def test_wide_experts_get_the_same_weights_without_a_matrix_of_the_width_squared() -> None:
     model = build("gpt_oss")
     data = batches("gpt_oss", model, number=3)
