@@ -77,6 +77,8 @@ def groups_of_experts(result: Result) -> Picture:
         if is_large
         else "Touching cells are one group; the framed or underlined one is dominant."
     )
+    if any(layer.pruned for layer in result.layers):
+        caption += " The last ones of a layer, without colour, were pruned away."
     values = [value for layer in result.layers for value in layer.similarity or () if value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     cells = [_binned(layer) if is_large else _cells(layer) for layer in result.layers]
@@ -112,15 +114,16 @@ def _summary(result: Result) -> list[list[str]]:
 
 
 def _of_members(layer: LayerResult) -> list[float]:
-    """Return the similarities of all but dominant experts, in order."""
+    """Return the similarities of all merged experts but the dominant ones, in order."""
     known = enumerate(layer.similarity or ())
-    dominant = set(layer.dominant or ())
-    return sorted(value for expert, value in known if value is not None and expert not in dominant)
+    others = {*(layer.dominant or ()), *layer.pruned}
+    return sorted(value for expert, value in known if value is not None and expert not in others)
 
 
 def _cells(layer: LayerResult) -> list[list[Cell]]:
     known, dominant = layer.similarity or [None] * len(layer.expert_map), set(layer.dominant or ())
-    return [[Cell(str(expert), known[expert], expert in dominant) for expert in group] for group in layer.groups]
+    cells = [[Cell(str(expert), known[expert], expert in dominant) for expert in group] for group in layer.groups]
+    return [*cells, *([Cell(str(expert), None)] for expert in layer.pruned)]
 
 
 def _binned(layer: LayerResult) -> list[list[Cell]]:
@@ -147,6 +150,8 @@ def routing(result: Result) -> Picture:
         else "Touching parts are one group, numbered by its dominant expert."
     )
     legend = [("strong", "dominant"), ("weak", "merged into it")]
+    if any(layer.pruned for layer in known):
+        legend.append(("before", "pruned away"))
     if is_large:
         legend = [("strong", "groups, the busiest first"), ("weak", "all others")]
     rows = [_busiest(layer) if is_large else _shares(layer) for layer in known]
@@ -160,13 +165,13 @@ def _shares(layer: LayerResult) -> list[list[Part]]:
     return [
         [Part(counts[expert] / total, "strong" if expert in dominant else "weak", str(expert)) for expert in group]
         for group in layer.groups
-    ]
+    ] + [[Part(counts[expert] / total, "before", str(expert))] for expert in layer.pruned]
 
 
 def _busiest(layer: LayerResult) -> list[list[Part]]:
     counts = layer.counts or []
     shares = sorted((sum(counts[expert] for expert in group) / sum(counts) for group in layer.groups), reverse=True)
-    rest = sum(shares[MOST_GROUPS:])
+    rest = 1 - sum(shares[:MOST_GROUPS])  # experts that were pruned away among them
     return [*([Part(value, "strong")] for value in shares[:MOST_GROUPS]), [Part(rest, "weak")]]
 
 
@@ -239,7 +244,7 @@ def _similarity(layer: LayerResult, statistics: RoutingStatistics, method: str) 
     """Return the similarities [E, E] of a layer, its experts in the order of their groups."""
     view = LayerView(statistics[layer.name], len(layer.expert_map), 0, _no_experts)
     matrix: torch.Tensor = SIMILARITY[method](view)
-    order = [expert for group in layer.groups for expert in group]
+    order = layer.order
     return torch.nan_to_num(matrix[order][:, order].double())
 
 
@@ -248,6 +253,6 @@ def _square(layer: LayerResult, matrix: torch.Tensor, most: int, low: float, hig
     experts = len(matrix)
     if experts > most:
         matrix = torch.nn.functional.adaptive_avg_pool2d(matrix[None], most)[0]
-    order, dominant = [expert for group in layer.groups for expert in group], set(layer.dominant or ())
+    order, dominant = layer.order, set(layer.dominant or ())
     places = [place * len(matrix) / experts for place, expert in enumerate(order) if expert in dominant]
     return square(f"Similarity of the experts of {layer.name}", matrix.tolist(), places, low, high)

@@ -21,13 +21,15 @@ from hf_mcsmoe.record import Record, Stored, public_name
 class LayerResult:
     """One layer: `expert_map` int [E] -> [G] and the bytes of its experts before and after; None for what is not told.
 
+    An expert that was pruned away has no group: None.
+
     `dominant` int [G], `similarity` [E] to the dominant expert, `counts` int [E] picks in the calibration data, and
     the relative errors of its outputs before and after the repair. `stored` is what the configuration says of it, and
     `bits` those of a weight, the mean over its matrices.
     """
 
     name: str
-    expert_map: list[int]
+    expert_map: list[int | None]
     bytes_before: int
     bytes_after: int
     dominant: list[int] | None = None
@@ -41,15 +43,26 @@ class LayerResult:
     @property
     def groups(self) -> list[list[int]]:
         """The experts of each group, the dominant one first."""
-        members: list[list[int]] = [[] for _ in range(max(self.expert_map) + 1)]
+        members: dict[int, list[int]] = {}
         for expert, group in enumerate(self.expert_map):
-            members[group].append(expert)
+            if group is not None:
+                members.setdefault(group, []).append(expert)
         first = set(self.dominant or ())
-        return [sorted(group, key=lambda expert: (expert not in first, expert)) for group in members]
+        return [sorted(members[group], key=lambda expert: (expert not in first, expert)) for group in sorted(members)]
+
+    @property
+    def pruned(self) -> list[int]:
+        """The experts that are gone."""
+        return [expert for expert, group in enumerate(self.expert_map) if group is None]
+
+    @property
+    def order(self) -> list[int]:
+        """The experts in the order of their groups, those that are gone last."""
+        return [*(expert for group in self.groups for expert in group), *self.pruned]
 
     @property
     def is_merged(self) -> bool:
-        """Whether some of its experts became one."""
+        """Whether it has fewer experts than before."""
         return len(self.groups) < len(self.expert_map)
 
 
@@ -169,8 +182,12 @@ def _check_maps(folder: Path, layers: Layers, plan: MergePlan | None) -> None:
             )
 
 
-def _map(layer: MoELayer) -> list[int]:
-    return list(range(layer.num_experts)) if layer.expert_map is None else list(layer.expert_map)
+def _map(layer: MoELayer) -> list[int | None]:
+    """Return the group of each original expert; None for one that was pruned away."""
+    if layer.kept is not None:
+        places = {expert: place for place, expert in enumerate(layer.kept)}
+        return [places.get(expert) for expert in range(layer.num_original)]
+    return list(range(layer.num_experts) if layer.expert_map is None else layer.expert_map)
 
 
 def _errors(folder: Path, record: Record | None) -> dict[str, tuple[float | None, float | None]]:

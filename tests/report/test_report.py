@@ -286,6 +286,28 @@ def test_a_page_tells_what_layers_are_stored_as_and_what_that_was_expected_to_co
     assert not {"Bits of the weights of each layer", "Predicted KL of each layer"} & titles
 
 
+def _pruned(number: int, experts: int, kept: list[int]) -> LayerResult:
+    places = {expert: place for place, expert in enumerate(kept)}
+    layer = _layer(number, experts, len(kept), dominant=kept, similarity=[None] * experts)
+    return replace(layer, expert_map=[places.get(expert) for expert in range(experts)])
+
+
+def test_experts_that_were_pruned_away_are_drawn_apart() -> None:
+    html = render([_result([_pruned(0, 8, [1, 4, 6]), _layer(1, 8, 5)])])
+    _check(html)
+    text = _text(html)
+    assert "The last ones of a layer, without colour, were pruned away." in text
+    (cells,) = [found for found in _drawings(html) if "by group" in str(found.findtext("title"))]
+    row = [label.text for label in cells.iter("text") if "cell" in label.get("class", "")][:8]
+    assert row == ["1", "4", "6", "0", "2", "3", "5", "7"]
+    assert "8 of 16, in 2 layers, 2 of them merged" in text.replace("3 of 8", "")
+    large = render([_result([_pruned(0, 128, list(range(0, 128, 4))), _layer(1, 128, 100)])])
+    _check(large)
+    (shares,) = [found for found in _drawings(large) if "picks" in str(found.findtext("title"))]
+    weak = next(path for path in shares.iter("path") if path.get("class") == "weak")
+    assert weak.get("d"), "the picks of experts that are gone are among all others"
+
+
 def test_several_results_are_compared_by_size_and_divergence() -> None:
     results = [
         _result([_layer(0, 8, 4)], f"number {kl}", kl, held * 10**9)
