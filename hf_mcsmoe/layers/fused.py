@@ -18,13 +18,16 @@ def is_fused(module: nn.Module) -> bool:
     flagged = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     down = getattr(module, "down_proj", None)
     stacked = isinstance(down, nn.Parameter) and down.ndim == 3
-    return (flagged or type(module).__name__ in WITHOUT_FLAGS) and (stacked or bool(getattr(module, "low_rank", None)))
+    stored = bool(getattr(module, "low_rank", None) or getattr(module, "quantized", None))
+    return (flagged or type(module).__name__ in WITHOUT_FLAGS) and (stacked or stored)
 
 
 def fused_sizes(experts: Any) -> tuple[int, int, int]:
-    """Return (E, D, F) of stacked experts, dense or low rank."""
+    """Return (E, D, F) of stacked experts, dense, low rank or quantized."""
     if "down_proj" in getattr(experts, "low_rank", {}):
-        return (*experts.down_proj_u.shape[:2], experts.down_proj_v.shape[2])
+        return (*experts.dense_shape("down_proj_u")[:2], experts.dense_shape("down_proj_v")[2])
+    if "down_proj" in getattr(experts, "quantized", {}):
+        return experts.dense_shape("down_proj")
     down = _stacked(experts, "down_proj")
     return (len(down), *down.shape[1:])
 
@@ -32,7 +35,7 @@ def fused_sizes(experts: Any) -> tuple[int, int, int]:
 def fused_views(experts: Any) -> Experts:
     """Return views of the stacked parameters by role, for every layout that the interface's flags describe.
 
-    Weights stored as low rank + sparse are multiplied out: those are copies, to be read only.
+    Weights stored as low rank + sparse are multiplied out, those in few bits dequantized: copies, to be read only.
     """
     down = _stacked(experts, "down_proj")
     tensors: dict[str, torch.Tensor] = {"down": down}
@@ -60,16 +63,26 @@ def _stacked(experts: Any, name: str) -> torch.Tensor:
     """Return a stacked weight as [E, out, in]."""
     if name in getattr(experts, "low_rank", {}):
         return torch.stack([dense(factors).detach() for factors in experts.factors(name)])
+    if name in getattr(experts, "quantized", {}):
+        return torch.stack([plain(matrix) for matrix in experts.quantized_stack(name)])
     weight = getattr(experts, name).detach()
     return weight.mT if getattr(experts, "is_transposed", False) else weight
 
 
 def dense(factors: Any) -> torch.Tensor:
     """Return W [out, in] of its `Factors`: for inspection and for further compression, never in a forward."""
-    product, s = factors.u @ factors.v, factors.s
+    parts = (factors.u, factors.v, factors.s)
+    dtype = next((part.dtype for part in parts if isinstance(part, torch.Tensor)), torch.float32)
+    u, v, s = (plain(part, dtype) for part in parts)
+    product = u @ v
     target = product.mT if factors.columns else product
     total = target + s * factors.kept[:, None] if factors.rows is None else target.index_add(0, factors.rows, s)
     return total.mT if factors.columns else total
+
+
+def plain(matrix: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a matrix itself, or in a dtype what a quantized one stands for."""
+    return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantized(dtype)
 
 
 def _split(experts: Any, up: torch.Tensor, suffix: str) -> dict[str, torch.Tensor]:

@@ -15,8 +15,7 @@ from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.fused import fused_views
-from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import layer_ranks, layers_to_decompose
 from hf_mcsmoe.low_rank.split import FACTORISATION, refit_output, split, split_columns
@@ -25,7 +24,7 @@ from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import SparsePart, compact_rows, final_rows, low_rank_modules
-from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, install_layer
+from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable
 from hf_mcsmoe.record import LOW_RANK, Step
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,7 +86,7 @@ def decompose_layers(
     ranks, names = layer_ranks(chosen, config), {layer.original_name for layer in chosen}
     whole = [layer for layer in chosen if not layer.merged]
     for layer in whole:
-        _convert_whole(model, layer)
+        convert_whole(model, layer)
     found = Layers.of(found.source) if whole else found
     layers = [layer for layer in found if layer.original_name in names]
     total = sum(len(own) * layer.container.num_experts for own, layer in zip(ranks, layers, strict=True))
@@ -190,15 +189,6 @@ def _chosen_layers(layers: Layers, config: LoSparseConfig) -> Layers:
         if any(parameter.is_meta for _, parameter in layer.parameters):
             raise ValueError(f"The experts of {layer.name} are offloaded; load the merged model onto one device.")
     return chosen
-
-
-def _convert_whole(model: PreTrainedModel, layer: MoELayer) -> None:
-    """Give a layer of library experts, in place, the merged experts' form with the identity as its map."""
-    identity, weights = list(range(layer.num_experts)), layer.read()
-    views = fused_views(install_layer(model, layer.name, identity))
-    for expert in identity:
-        views.set_expert(expert, weights.expert(expert))
-    write_description(model, whole=[name for name in model.config.mcsmoe["whole"] if name != layer.name])
 
 
 class _Count:

@@ -9,6 +9,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 PREFIX = "MCSMoE"
 FORMAT_VERSION = 2
+# Bits a weight that can be stored, and the dtypes of their scales.
+BITS = (8, 4, 3, 2)
+SCALE_DTYPES = ("bfloat16", "float16")
 
 
 @cache
@@ -35,7 +38,9 @@ class MergedConfigMixin:
     `mcsmoe["layers"][name]` holds `num_experts` (E, the experts that the router knows) and `expert_map`
     (int [E] -> [G], from the router's index to the stored expert) of the experts container called `name`, or of a
     pruned one in its place `kept` (int [G], rising, which of the E experts are left; the router has no others); of
-    weights stored as low rank + sparse also `low_rank[weight]`, with `rank` and `kept_rows` (None in training form).
+    weights stored as low rank + sparse also `low_rank[weight]`, with `rank` and `kept_rows` (None in training form),
+    and of those in few bits `quantized[weight]`, with `bits` (or a list, one number per stored expert), `group_size`,
+    `symmetric` and `scale_dtype`.
     Format 1 says the same; its code sent picks to the stored experts inside the experts.
     """
 
@@ -128,6 +133,10 @@ def check_layer(name: str, layer: Any, num_experts: int | None = None) -> None:
     _refuse(not isinstance(low_rank, dict), f"`low_rank` of {name} must be an object, not {low_rank!r}.")
     for weight, entry in low_rank.items():
         check_low_rank(f"{weight} of {name}", entry, count)
+    quantized = layer.get("quantized", {})
+    _refuse(not isinstance(quantized, dict), f"`quantized` of {name} must be an object, not {quantized!r}.")
+    for weight, entry in quantized.items():
+        check_quantized(f"{weight} of {name}", entry, count)
 
 
 def _check_map(name: str, expert_map: Any, num_experts: Any) -> int:
@@ -180,6 +189,33 @@ def check_low_rank(name: str, entry: Any, count: int, shape: tuple[int, int] | N
         not fits,
         f"`kept_rows` of {name} must be {count} whole numbers from 0{_up_to(most)}, or null, not {rows!r}.",
     )
+
+
+def check_quantized(name: str, entry: Any, count: int, width: int | None = None, *, in_stack: bool = True) -> None:
+    """Check what is said of a weight stored in few bits.
+
+    Args:
+        count: the number of its matrices, G.
+        width: length of their input axis; None where it is not known yet.
+        in_stack: whether they are a tensor [G, out, in], whose matrices can differ in bits.
+
+    Raises:
+        ValueError: bits that cannot be stored, groups that do not fill the width, or an unknown dtype of scales.
+    """
+    _refuse(not isinstance(entry, dict), f"What is said of {name} must be an object, not {entry!r}.")
+    bits, group = entry.get("bits"), entry.get("group_size")
+    is_list = in_stack and isinstance(bits, list) and len(bits) == count
+    known = all(type(number) is int and number in BITS for number in (bits if is_list else [bits]))
+    choices = " or ".join([", ".join(map(str, BITS)), *([f"a list of {count} of these"] if in_stack else [])])
+    _refuse(not known, f"The bits of {name} must be {choices}, not {bits!r}.")
+    _refuse(not _is_count(group, 1), f"`group_size` of {name} must be a whole number from 1 on, not {group!r}.")
+    _refuse(
+        width is not None and width % group != 0,
+        f"`group_size` of {name} must divide its {width} inputs, which {group!r} does not.",
+    )
+    symmetric, dtype = entry.get("symmetric"), entry.get("scale_dtype")
+    _refuse(type(symmetric) is not bool, f"`symmetric` of {name} must be true or false, not {symmetric!r}.")
+    _refuse(dtype not in SCALE_DTYPES, f"`scale_dtype` of {name} must be {' or '.join(SCALE_DTYPES)}, not {dtype!r}.")
 
 
 def _up_to(most: int | None) -> str:

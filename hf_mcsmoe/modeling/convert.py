@@ -11,6 +11,7 @@ from hf_mcsmoe.modeling.experts_mcsmoe import MergedJetMoeMoE
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.modeling.modeling_mcsmoe import inner_experts, layer_path, merged_class, prefer_ours
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_routers
+from hf_mcsmoe.modeling.quantized_mcsmoe import quantized_of
 from hf_mcsmoe.modeling.router_mcsmoe import expert_maps
 
 
@@ -57,8 +58,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     names = {layer_path(model, name): name for name in old["layers"]}
     layers: dict[str, dict] = {}
     for path, layer in _reductions(model).items():
-        if low_rank := low_rank_of(inner_experts(model.get_submodule(path))):
+        experts = inner_experts(model.get_submodule(path))
+        if low_rank := low_rank_of(experts):
             layer["low_rank"] = {weight: dict(entry) for weight, entry in low_rank.items()}
+        if quantized := quantized_of(experts):
+            layer["quantized"] = {weight: dict(entry) for weight, entry in quantized.items()}
         layers[names.get(path, path)] = layer
     kept = {key: old[key] for key in ("keep", "whole") if key in old}
     return {"format_version": FORMAT_VERSION, "layers": layers, **kept}

@@ -1,6 +1,6 @@
 """Merged experts: the modules that stand where a model's experts stood. This file travels with every checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -8,17 +8,22 @@ from torch import nn
 
 from .forward_mcsmoe import merged_experts_forward
 from .losparse_mcsmoe import LowRankSparse
+from .quantized_mcsmoe import Quantized
 from .router_mcsmoe import ExpertMap
 
+# The stacked weights of the experts interface.
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
-class MergedExperts(LowRankSparse):
-    """Stacked experts that compute as this file says: first base of those stored as low rank + sparse.
+
+class MergedExperts(LowRankSparse, Quantized):
+    """Stacked experts that compute as this file says: first base of those stored as low rank + sparse or in few bits.
 
     The stacked parameters keep the names and the layout of the family, with G rows instead of E. Those stored as low
-    rank + sparse are never transposed, whatever the layout.
+    rank + sparse or in few bits are never transposed, whatever the layout.
     """
 
     low_rank: ClassVar[dict[str, dict]] = {}
+    quantized: ClassVar[dict[str, dict]] = {}
     sparse_columns = ("down_proj",)
     picks_meet = True
 
@@ -35,9 +40,15 @@ class MergedExperts(LowRankSparse):
         return merged_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
-        """Return (G, out, in) of a stacked weight."""
-        count, out, width = getattr(self, name).shape
-        return (count, width, out) if self.is_transposed else (count, out, width)
+        """Return (G, out, in) of a stacked weight or a factor; (N, in) of the kept rows of S."""
+        if name in self.quantized:
+            return self.quantized_shape(name)
+        *stack, out, width = getattr(self, name).shape
+        return (*stack, width, out) if self.is_transposed and name in WEIGHTS else (*stack, out, width)
+
+    def by_expert(self, name: str) -> Iterable[Any]:
+        """Return each expert's part of a tensor that is one of a weight's factors."""
+        return self.quantized_stack(name) if name in self.quantized else super().by_expert(name)
 
 
 class StackedExperts(MergedExperts):

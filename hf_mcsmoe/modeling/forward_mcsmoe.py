@@ -9,6 +9,7 @@ from torch import nn
 from transformers.integrations import moe
 
 from .losparse_mcsmoe import Factors
+from .quantized_mcsmoe import QuantizedMatrix, quantized_of
 
 # Our experts implementation, the default of merged models: the name for `set_experts_implementation`.
 IMPLEMENTATION = "mcsmoe"
@@ -45,21 +46,24 @@ def merged_experts_forward(
     """Run stacked experts, each once for a token however many of the token's picks meet in it.
 
     What other implementations of the experts interface compute, which run an expert once for each pick. For dense
-    experts of every layout, and for those stored as low rank + sparse.
+    experts of every layout, and for those stored as low rank + sparse or in few bits.
 
     Args:
         hidden_states: [T, D].
         top_k_index: int [T, K], stored experts; an index of `num_experts` means no expert.
         top_k_weights: [T, K].
     """
-    # Tensors of a class of their own (quantized weights) know how to be multiplied, but not in a grouped product.
-    plain = low_rank_of(self) or type(self.down_proj) in (torch.Tensor, nn.Parameter)
+    quantized = bool(quantized_of(self))
+    # Tensors of a class of their own (of other quantizers) know how to be multiplied, but not in a grouped product.
+    plain = quantized or low_rank_of(self) or type(self.down_proj) in (torch.Tensor, nn.Parameter)
     if not getattr(self, "picks_meet", False):  # a layer that was left whole computes as in the original
         original = moe.grouped_mm_experts_forward if plain else eager_experts_forward
         return original(self, hidden_states, top_k_index, top_k_weights)
     index, weights = merge_picks(top_k_index, top_k_weights, self.num_experts)
     # A loop over experts breaks a graph, and means many small launches on an accelerator; the CPU is faster so.
-    looped = not plain or (hidden_states.device.type == "cpu" and not torch.compiler.is_compiling())
+    # Quantized experts are looped over anyway, which one loop does with one look at the counts.
+    is_faster = quantized or hidden_states.device.type == "cpu"
+    looped = not plain or (is_faster and not torch.compiler.is_compiling())
     product = eager_experts_forward if looped else grouped_experts_forward
     return product(self, hidden_states, index, weights)
 
@@ -158,6 +162,9 @@ def _grouped_linear(experts: nn.Module, states: torch.Tensor, name: str, picks: 
     if name in low_rank_of(experts):
         output = _grouped_low_rank(experts, states, name, picks)
         output = output if bias is None else output + bias
+    elif name in quantized_of(experts):
+        output = experts.quantized_product(name, states, picks.ends)
+        output = output if bias is None else output + bias
     else:
         weight = getattr(experts, name)
         output = moe._grouped_linear(states, weight, picks.ends, bias=bias, is_transposed=experts.is_transposed)
@@ -166,12 +173,14 @@ def _grouped_linear(experts: nn.Module, states: torch.Tensor, name: str, picks: 
 
 
 def _grouped_low_rank(experts: nn.Module, states: torch.Tensor, name: str, picks: Picks) -> torch.Tensor:
-    u, v, s = (getattr(experts, f"{name}_{part}") for part in ("u", "v", "s"))
-    states = states.to(v.dtype)
-    if padding := -u.shape[-1] % ALIGNMENT:
-        u, v = nn.functional.pad(u, (0, padding)), nn.functional.pad(v, (0, 0, 0, padding))
-    output = moe._grouped_linear(moe._grouped_linear(states, v, picks.ends), u, picks.ends)
+    quantized = quantized_of(experts)
+    dense = [getattr(experts, f"{name}_{part}") for part in ("u", "v", "s") if f"{name}_{part}" not in quantized]
+    states = states.to(dense[0].dtype) if dense else states
+    output = _grouped_factor(experts, f"{name}_u", _grouped_factor(experts, f"{name}_v", states, picks), picks)
     counts, columns = experts.low_rank[name]["kept_rows"], name in experts.sparse_columns
+    if f"{name}_s" in quantized:
+        return _add_quantized_sparse(experts, output, states, name, picks)
+    s = getattr(experts, f"{name}_s")
     if counts is None:
         kept = getattr(experts, f"{name}_kept")[picks.expert]
         if columns:
@@ -181,6 +190,31 @@ def _grouped_low_rank(experts: nn.Module, states: torch.Tensor, name: str, picks
         return output
     rows = getattr(experts, f"{name}_rows").long()
     return _add_sparse(output, s.split(counts), rows.split(counts), states, picks, columns=columns)
+
+
+def _grouped_factor(experts: nn.Module, name: str, states: torch.Tensor, picks: Picks) -> torch.Tensor:
+    """Return [N, out] of `states` [N, in], each row by its expert's factor, quantized or not."""
+    if name in quantized_of(experts):
+        return experts.quantized_product(name, states, picks.ends)
+    factor = getattr(experts, name)
+    rows, down, right = factor.shape[-2], -factor.shape[-2] % ALIGNMENT, -factor.shape[-1] % ALIGNMENT
+    if not down and not right:
+        return moe._grouped_linear(states, factor, picks.ends)
+    factor, states = nn.functional.pad(factor, (0, right, 0, down)), nn.functional.pad(states, (0, right))
+    return moe._grouped_linear(states, factor, picks.ends)[:, :rows]
+
+
+def _add_quantized_sparse(
+    experts: nn.Module, output: torch.Tensor, states: torch.Tensor, name: str, picks: Picks
+) -> torch.Tensor:
+    """Return `output` [N, out] and what the kept rows, or columns, of a quantized S add to it for `states` [N, in]."""
+    counts = experts.low_rank[name]["kept_rows"]
+    rows = getattr(experts, f"{name}_rows").long().split(counts)
+    places = torch.stack([nn.functional.pad(one, (0, max(counts) - len(one))) for one in rows])[picks.expert]
+    if name in experts.sparse_columns:
+        kept = states.gather(1, places)
+        return output + experts.quantized_product(f"{name}_s", kept, picks.ends, is_transposed=True)
+    return output.scatter_add(1, places, experts.quantized_product(f"{name}_s", states, picks.ends))
 
 
 def _add_sparse(
@@ -267,13 +301,19 @@ def row_levels(counts: list[int]) -> list[int]:
 
 
 def unstacked(experts: nn.Module) -> dict[str, Any]:
-    """Return each weight of the experts by its name, to be indexed by expert: a matrix, a bias, or factors."""
+    """Return each weight of the experts by its name, to be indexed by expert.
+
+    By that it is a matrix, a bias, factors, or a quantized matrix, which is dequantized when something is multiplied.
+    """
     names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
     biases = [name + "_bias" for name in names] if experts.has_bias else []
     low_rank = low_rank_of(experts)
     # By name, not from the list of parameters: PEFT turns those that it adapts into computed attributes.
-    dense = {name: _by_expert(getattr(experts, name)) for name in names + biases if name not in low_rank}
-    return dense | {name: experts.factors(name) for name in low_rank}
+    quantized = {name for name in names if name in quantized_of(experts)}
+    stored = quantized | low_rank.keys()
+    dense = {name: _by_expert(getattr(experts, name)) for name in names + biases if name not in stored}
+    packed = {name: experts.quantized_stack(name) for name in quantized}
+    return dense | packed | {name: experts.factors(name) for name in low_rank}
 
 
 def _by_expert(weight: torch.Tensor) -> Any:
@@ -322,7 +362,7 @@ def _expert_linear(
 ) -> torch.Tensor:
     matrix = matrices[name][expert]
     bias = matrices[name + "_bias"][expert] if experts.has_bias else None
-    if isinstance(matrix, Factors):
+    if isinstance(matrix, Factors | QuantizedMatrix):
         return matrix(states) if bias is None else matrix(states) + bias
     return nn.functional.linear(
         states.to(matrix.dtype), _transposed(matrix) if experts.is_transposed else matrix, bias

@@ -15,8 +15,9 @@ Neither form ever multiplies U by V (LoSparse, arXiv 2306.11222; Merge, Then Com
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,12 +42,12 @@ class Factors:
     """One matrix `W = U V + S`: `u` [out, R], `v` [R, in], and S as in `SparsePart` or as kept rows and their places.
 
     `s` [out, in] and `kept` bool [out] in the training form, `s` [N, in] and `rows` int [N] in the compact one; with
-    `columns`, `s` [in, out] and `kept` [in], or `s` [N, out] and `rows` [N].
+    `columns`, `s` [in, out] and `kept` [in], or `s` [N, out] and `rows` [N]. The compact form's may be quantized.
     """
 
-    u: torch.Tensor
-    v: torch.Tensor
-    s: torch.Tensor
+    u: Any
+    v: Any
+    s: Any
     kept: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     columns: bool = False
@@ -54,7 +55,8 @@ class Factors:
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Map `states` [..., in] to [..., out] without a matrix of the size of W, but for S in its training form."""
         # A token a column: the rows of S are then rows in memory, which are added several times as fast as columns.
-        tokens = states.reshape(-1, states.shape[-1]).to(self.v.dtype).mT
+        dtypes = [part.dtype for part in (self.v, self.u, self.s) if isinstance(part, torch.Tensor)]
+        tokens = states.reshape(-1, states.shape[-1]).to(dtypes[0] if dtypes else states.dtype).mT
         output = self.u @ (self.v @ tokens)
         if self.columns:
             output = output + self.s.mT @ (tokens * self.kept[:, None] if self.rows is None else tokens[self.rows])
@@ -103,13 +105,14 @@ class LowRankSparse(nn.Module):
         self.low_rank = {**self.low_rank, name: entry}
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
-        """Return (*, out, in) of a weight that is not stored as low rank + sparse."""
+        """Return (*, out, in) of a weight that is not stored as low rank + sparse, or of a factor."""
         return tuple(getattr(self, name).shape)
 
     def init_low_rank(self, std: float) -> None:
         """Initialise what a checkpoint does not bring: factors and biases at random, no row at a particular place."""
         for name, tensor in self.named_parameters(recurse=False):
-            init.zeros_(tensor) if name.endswith(("_s", "bias")) else init.normal_(tensor, mean=0.0, std=std)
+            if tensor.is_floating_point():
+                init.zeros_(tensor) if name.endswith(("_s", "bias")) else init.normal_(tensor, mean=0.0, std=std)
         for name in self.low_rank:
             if (kept := getattr(self, f"{name}_kept", None)) is not None:
                 init.ones_(kept)
@@ -118,17 +121,21 @@ class LowRankSparse(nn.Module):
 
     def factors(self, name: str) -> list[Factors]:
         """Return the factors of each expert's matrix; of a single matrix as a list of one."""
-        u, v, s = (getattr(self, f"{name}_{part}") for part in ("u", "v", "s"))
         counts, columns = self.low_rank[name]["kept_rows"], name in self.sparse_columns
+        ends = ("u", "v", "s", "kept" if counts is None else "rows")
+        parts = zip(*(self.by_expert(f"{name}_{end}") for end in ends), strict=True)
         if counts is None:
-            kept = getattr(self, f"{name}_kept")
-            tensors = (u, v, s, kept) if u.ndim == 3 else tuple(tensor[None] for tensor in (u, v, s, kept))
-            parts = zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
-            return [Factors(*part, columns=columns) for part in parts]
-        rows = getattr(self, f"{name}_rows")
-        u, v = (u, v) if u.ndim == 3 else (u[None], v[None])
-        parts = zip(u.unbind(0), v.unbind(0), s.split(counts), rows.split(counts), strict=True)
-        return [Factors(one_u, one_v, one_s, None, one_rows, columns) for one_u, one_v, one_s, one_rows in parts]
+            return [Factors(u, v, s, kept, None, columns) for u, v, s, kept in parts]
+        return [Factors(u, v, s, None, rows, columns) for u, v, s, rows in parts]
+
+    def by_expert(self, name: str) -> Iterable[Any]:
+        """Return each expert's part of a tensor that is one of a weight's factors."""
+        weight, _, end = name.rpartition("_")
+        tensor, counts = getattr(self, name), self.low_rank[weight]["kept_rows"]
+        if counts is not None and end in ("s", "rows"):
+            return tensor.split(counts)
+        is_stack = tensor.ndim == (2 if end == "kept" else 3)
+        return tensor.unbind(0) if is_stack else (tensor,)
 
 
 def low_rank_modules(model: nn.Module) -> Iterator[tuple[str, LowRankSparse]]:
@@ -150,8 +157,8 @@ def check_rows(model: nn.Module) -> None:
             if entry["kept_rows"] is None or getattr(module, f"{name}_rows").is_meta:
                 continue
             rows = getattr(module, f"{name}_rows").long().cpu()
-            size = getattr(module, f"{name}_v").shape[-1] if name in module.sparse_columns else None
-            size = getattr(module, f"{name}_u").shape[-2] if size is None else size
+            is_column = name in module.sparse_columns
+            size = module.dense_shape(f"{name}_v")[-1] if is_column else module.dense_shape(f"{name}_u")[-2]
             expert = torch.arange(len(entry["kept_rows"])).repeat_interleave(torch.tensor(entry["kept_rows"]))
             inside = bool(((rows >= 0) & (rows < size)).all())
             if not inside or len((expert * size + rows).unique()) < len(rows):

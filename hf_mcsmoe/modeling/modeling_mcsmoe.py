@@ -36,6 +36,7 @@ from .experts_mcsmoe import (
 from .forward_mcsmoe import IMPLEMENTATION, low_rank_of
 from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows, final_rows
 from .pruned_mcsmoe import CUT, CutRouter, check_cut, cut_of, cut_router, joins_logits
+from .quantized_mcsmoe import freeze_quantized, quantized_of
 from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, map_of, restore_maps, unmapped
 from .saving_mcsmoe import SavedWhole
 
@@ -72,6 +73,9 @@ class MCSMoEModel(SavedWhole):
             for weight, entry in layer.get("low_rank", {}).items():
                 if weight not in low_rank_of(experts):  # else installed by the base model inside a head
                     decomposable(experts).install_low_rank(weight, entry["rank"], entry["kept_rows"])
+            for weight, entry in layer.get("quantized", {}).items():
+                if weight not in quantized_of(experts):
+                    decomposable(experts).install_quantized(weight, entry)
         adopt_inner_models(self)
         self.init_weights()  # of the new experts, and their ties
 
@@ -88,6 +92,7 @@ class MCSMoEModel(SavedWhole):
             check_shapes(info["mismatched_keys"])
         check_experts(model, info["missing_keys"])
         restore_maps(model)
+        freeze_quantized(model)
         check_rows(model)
         return (model, info) if is_info_asked else model
 
@@ -105,17 +110,19 @@ class MCSMoEModel(SavedWhole):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ExpertMap):
             module.restore_map()
-        if isinstance(module, LowRankSparse) and (module.low_rank or isinstance(module, StackedExperts)):
-            module.init_low_rank(getattr(self.config.get_text_config(), "initializer_range", 0.02))
+        std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
+        if isinstance(module, MergedExperts) and _is_own(module):
+            module.init_low_rank(std)
+            module.init_quantized(std)
+        elif isinstance(module, LowRankSparse) and module.low_rank:
+            module.init_low_rank(std)
         else:
             super()._init_weights(module)
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         # The family's plan says how to split its own experts; ours are whole on every process.
         whole = [
-            path
-            for path, module in self.named_modules()
-            if isinstance(module, MergedExperts) and (module.low_rank or isinstance(module, StackedExperts))
+            path for path, module in self.named_modules() if isinstance(module, MergedExperts) and _is_own(module)
         ]
         expanded = super()._expand_parallel_plan(plan)
         return {name: style for name, style in expanded.items() if not f"{name}.".startswith(_prefixes(whole))}
@@ -132,6 +139,11 @@ class MCSMoEModel(SavedWhole):
                     state |= {f"{path}.{name}_s": values, f"{path}.{name}_rows": rows}
                     entry["kept_rows"] = counts
         return state, mcsmoe
+
+
+def _is_own(experts: MergedExperts) -> bool:
+    """Tell whether experts hold other weights than their library class does."""
+    return bool(experts.low_rank or experts.quantized) or isinstance(experts, StackedExperts)
 
 
 def check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
@@ -255,12 +267,13 @@ def _is_experts(container: Any) -> bool:
     """Tell whether a module, merged or not, is what the configuration calls a layer."""
     if type(container).__name__ in (*OUTSIDE, MergedJetMoeMoE.__name__):
         return True
-    stacked = hasattr(container, "down_proj") or "down_proj" in low_rank_of(container)
+    stored = low_rank_of(container) | quantized_of(container)
+    stacked = hasattr(container, "down_proj") or "down_proj" in stored
     return stacked and hasattr(container, "num_experts")
 
 
 def decomposable(experts: Any) -> Any:
-    """Return experts, re-classed in place if they are the library's, whose weights can be low rank + sparse."""
+    """Return experts, re-classed in place if they are the library's, whose weights can be factors or quantized."""
     # By name: a model loaded through remote code has a class of its own copy of this file.
     if all(cls.__name__ != MergedExperts.__name__ for cls in type(experts).__mro__):
         experts.__class__ = merged_class(type(experts))
