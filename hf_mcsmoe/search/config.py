@@ -1,0 +1,46 @@
+"""Options of a search for a size. Each is described once, here; the command line reads the descriptions."""
+
+from dataclasses import dataclass
+
+from hf_mcsmoe.methods.checks import check_fields
+from hf_mcsmoe.methods.choice import BITS, REDUCTIONS
+from hf_mcsmoe.methods.config import option
+from hf_mcsmoe.methods.options import Options
+from hf_mcsmoe.search.size import parse_size
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class SizeConfig(Options):
+    """A size, and what may be chosen for it: experts, how they become fewer, bits.
+
+    Raises:
+        ValueError: no size, bits that cannot be stored, or a number out of range.
+    """
+
+    file_name = "mcsmoe_size.json"
+
+    size: str | float = option(0.5, "size of the weight files: 20GB, 800MB, 12345678B, or a share of the source's")
+    bits: tuple[int, ...] = option(BITS, "bits a weight that may be chosen, beside those it has")
+    reduce: str = option(AUTO, "how a layer comes to fewer experts: merge, prune or auto, by measured effect")
+    uniform_experts: bool = option(False, "one count of experts for all layers")
+    min_experts: int = option(1, "fewest experts in a layer; never fewer than a token picks")
+    group_size: int = option(64, "weights that share a scale, where that divides their matrix")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        parse_size(self.size)
+        for bits in self.bits:
+            if bits not in BITS:
+                raise ValueError(f"bits={bits!r} must be of {', '.join(map(str, BITS))}.")
+        if self.reduce not in (AUTO, *REDUCTIONS):
+            raise ValueError(f"reduce={self.reduce!r} must be one of {', '.join(map(repr, (AUTO, *REDUCTIONS)))}.")
+        for name, value in (("min_experts", self.min_experts), ("group_size", self.group_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 on.")
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The ways in which a layer may come to fewer experts."""
+        return REDUCTIONS if self.reduce == AUTO else (self.reduce,)

@@ -1,0 +1,39 @@
+"""The experts that a plan makes of one layer, apart from any model: to be fitted, measured and thrown away."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.offloading import detach, unhooked_copies
+from hf_mcsmoe.merge import fill_experts, materialise
+from hf_mcsmoe.methods.view import Sums
+from hf_mcsmoe.modeling.experts_mcsmoe import install_experts
+from hf_mcsmoe.plan import LayerPlan, MergePlan
+
+
+def student_experts(layer: MoELayer, item: LayerPlan, plan: MergePlan, sums: Sums) -> Any:
+    """Return the container of G experts that `item` of a plan makes of a layer; the model is left as it was."""
+    with layer.view(sums, plan.config["seed"]) as view:
+        device = view.experts.expert(0)["down"].device
+        experts = empty_experts(layer, item.expert_map)
+        materialise(experts, device)
+        fill_experts(experts, view, item, plan)
+    return experts.requires_grad_(False)
+
+
+def empty_experts(layer: MoELayer, expert_map: list[int]) -> Any:
+    """Return G experts of a layer's family on the meta device, in the layout that the merged model stores."""
+    block = layer.block
+    experts = {id(parameter): _empty(parameter) for _, parameter in layer.parameters}
+    tensors = {id(tensor): tensor for tensor in [*block.parameters(), *block.buffers()]}
+    holder = nn.Module()
+    holder.block = copy.deepcopy(block, {**tensors, **experts, **unhooked_copies(block)})
+    for module in holder.modules():
+        detach(module, module, load=False)
+    return install_experts(holder, f"block.{layer.name.rpartition('.')[2]}", expert_map)
+
+
+def _empty(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
