@@ -19,9 +19,7 @@ from hf_mcsmoe.record import Record, Stored, public_name
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer: `expert_map` int [E] -> [G] and the bytes of its experts before and after; None for what is not told.
-
-    An expert that was pruned away has no group: None.
+    """One layer: `expert_map` int [E] -> [G], -1 where pruned, and its bytes before and after; None where untold.
 
     `dominant` int [G], `similarity` [E] to the dominant expert, `counts` int [E] picks in the calibration data, and
     the relative errors of its outputs before and after the repair. `stored` is what the configuration says of it, and
@@ -29,7 +27,7 @@ class LayerResult:
     """
 
     name: str
-    expert_map: list[int | None]
+    expert_map: list[int]
     bytes_before: int
     bytes_after: int
     dominant: list[int] | None = None
@@ -45,7 +43,7 @@ class LayerResult:
         """The experts of each group, the dominant one first."""
         members: dict[int, list[int]] = {}
         for expert, group in enumerate(self.expert_map):
-            if group is not None:
+            if group >= 0:
                 members.setdefault(group, []).append(expert)
         first = set(self.dominant or ())
         return [sorted(members[group], key=lambda expert: (expert not in first, expert)) for group in sorted(members)]
@@ -53,7 +51,7 @@ class LayerResult:
     @property
     def pruned(self) -> list[int]:
         """The experts that are gone."""
-        return [expert for expert, group in enumerate(self.expert_map) if group is None]
+        return [expert for expert, group in enumerate(self.expert_map) if group < 0]
 
     @property
     def order(self) -> list[int]:
@@ -182,11 +180,11 @@ def _check_maps(folder: Path, layers: Layers, plan: MergePlan | None) -> None:
             )
 
 
-def _map(layer: MoELayer) -> list[int | None]:
-    """Return the group of each original expert; None for one that was pruned away."""
+def _map(layer: MoELayer) -> list[int]:
+    """Return the group of each original expert; -1 for one that was pruned away."""
     if layer.kept is not None:
         places = {expert: place for place, expert in enumerate(layer.kept)}
-        return [places.get(expert) for expert in range(layer.num_original)]
+        return [places.get(expert, -1) for expert in range(layer.num_original)]
     return list(range(layer.num_experts) if layer.expert_map is None else layer.expert_map)
 
 

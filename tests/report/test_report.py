@@ -289,7 +289,7 @@ def test_a_page_tells_what_layers_are_stored_as_and_what_that_was_expected_to_co
 def _pruned(number: int, experts: int, kept: list[int]) -> LayerResult:
     places = {expert: place for place, expert in enumerate(kept)}
     layer = _layer(number, experts, len(kept), dominant=kept, similarity=[None] * experts)
-    return replace(layer, expert_map=[places.get(expert) for expert in range(experts)])
+    return replace(layer, expert_map=[places.get(expert, -1) for expert in range(experts)])
 
 
 def test_experts_that_were_pruned_away_are_drawn_apart() -> None:
