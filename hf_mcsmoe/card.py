@@ -62,14 +62,23 @@ TEMPLATE = Template(
 
 # {{ title }}
 
-{% if fewer -%}
-{{ base }} with fewer experts: the experts of each layer were merged by **M-SMoE**
+{% if "merged" in done -%}
+{{ base }} with fewer experts: the experts of {{ layers_of("merge") }} were merged by **M-SMoE**
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024) with
 `hf_mcsmoe`{{ version }}. The router is the original one; a map sends
 its choice among the original experts to the stored ones.
+{%- elif "pruned" in done -%}
+{{ base }} with fewer experts: those of {{ layers_of("prune") }} that are missed least were pruned by
+`hf_mcsmoe`{{ version }}, and the routers cut to the others.
 {%- else -%}
 {{ base }}, all of its experts kept by `hf_mcsmoe`{{ version }}
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024): none were merged.
+{%- endif %}
+{%- if "merged" in done and "pruned" in done %}
+In {{ layers_of("prune") }} experts were pruned instead, and the routers cut to the others.
+{%- endif %}
+{%- if bits %}
+Experts are stored in {{ bits }}.
 {%- endif %}
 {% if quality %}
 ## Quality
@@ -122,6 +131,8 @@ names = [f"{name}.weight" for name in targets["target_modules"]] + targets["targ
 config = TorchAoConfig(FqnToConfig(dict.fromkeys(names, Int8WeightOnlyConfig(version=2))))
 model = {{ auto_class }}.from_pretrained("{{ model_id }}", quantization_config=config)
 ```
+{%- elif bits -%}
+**torchao**: the experts are in few bits already; its recipes are for the layers around them.
 {%- else -%}
 **torchao** has no recipe for experts that are stored as low rank + sparse.
 {%- endif %}
@@ -176,13 +187,14 @@ def render(record: Record) -> str:
     """
     base, plan = record.base, record.plan
     layers = record.layers or _planned(plan)
-    fewer, tokens = any(item.after < item.before for item in layers.values()) or not plan, plan.get("tokens", {})
+    tokens, done = plan.get("tokens", {}), _done(layers)
     quality = record.quality.get(record.judged)
     text = TEMPLATE.render(
         marks=SECTION,
-        title=f"{base.name.rpartition('/')[2] or base.model_type} "
-        + ("with merged experts" if fewer else "with its own experts"),
-        fewer=fewer,
+        title=f"{base.name.rpartition('/')[2] or base.model_type} " + _with(layers, done),
+        done=done,
+        bits=_bits(layers),
+        layers_of=partial(_layers_of, layers),
         base=f"[{base.name}](https://huggingface.co/{base.name})"
         if "/" in base.name
         else f"A model of type `{base.model_type}`",
@@ -193,7 +205,7 @@ def render(record: Record) -> str:
         versions=", ".join(f"{package} {number}" for package, number in plan.get("versions", {}).items()),
         costs=_cost_table(record),
         writes=record.auto_class in WRITERS,
-        dense=all(step.title != LOW_RANK for step in record.steps),
+        dense=all(step.title != LOW_RANK for step in record.steps) and not _bits(layers),
         auto_class=record.auto_class,
         model_id=MODEL_ID,
         methods=method_steps(plan["config"]) if plan else [],
@@ -212,6 +224,38 @@ def _planned(plan: dict[str, Any]) -> dict[str, Stored]:
         name: Stored.of({"num_experts": len(layer["expert_map"]), **layer})
         for name, layer in plan.get("layers", {}).items()
     }
+
+
+def _done(layers: Mapping[str, Stored]) -> list[str]:
+    """Return what became of experts; of a model of which nothing is known, that they were merged."""
+    words = {"merge": "merged", "prune": "pruned"}
+    found = {item.reduce for item in layers.values()}
+    return [words[reduce] for reduce in words if reduce in found] if layers else ["merged"]
+
+
+def _with(layers: Mapping[str, Stored], done: list[str]) -> str:
+    """Return the second part of the title."""
+    if done:
+        return f"with {' and '.join(done)} experts"
+    return "with experts in few bits" if _bits(layers) else "with its own experts"
+
+
+def _layers_of(layers: Mapping[str, Stored], reduce: str) -> str:
+    """Return which layers have fewer experts in one way, as part of a sentence."""
+    number = sum(item.reduce == reduce for item in layers.values())
+    fewer = sum(bool(item.reduce) for item in layers.values())
+    return "each layer" if number == fewer else f"{number} layers" if number > 1 else "one layer"
+
+
+def _bits(layers: Mapping[str, Stored]) -> str:
+    """Return the bits of the experts' weights in words; empty where these are not few."""
+    found = sorted({bits for item in layers.values() for bits in item.bits.values()})
+    if not found:
+        return ""
+    least, most = found[0], found[-1]
+    told = f"{least:.3g}{'' if least == most else f' to {most:.3g}'} bits a weight"
+    whole = sum(not item.bits for item in layers.values())
+    return told if not whole else f"{told} ({whole} of {len(layers)} layers as they were)"
 
 
 def _layer_table(layers: Mapping[str, Stored]) -> str:

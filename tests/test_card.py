@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from merged import example, run_python
 from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, card, compress
-from hf_mcsmoe.record import Base, Costs, Record, Step
+from hf_mcsmoe.record import Base, Costs, Quality, Record, SizeChoice, Step, Stored
 
 START, END = "<!-- mcsmoe -->", "<!-- /mcsmoe -->"
 
@@ -62,6 +63,57 @@ def test_a_record_of_little_has_a_card_of_little() -> None:
         "## Use it with",
         "## Citation",
     ]
+
+
+MERGED, PRUNED, KEPT = Stored(8, 4, "merge"), Stored(8, 6, "prune"), Stored(8, 8)
+FOUR, MIXED = {"down_proj": 4}, {"down_proj": 3.5, "up_proj": 8}
+FIRST_WORDS = {
+    "merged": ([MERGED, KEPT], "with merged experts", ["experts of each layer were merged by **M-SMoE**"]),
+    "pruned": ([PRUNED, KEPT], "with pruned experts", ["of each layer that are missed least were pruned by"]),
+    "both": (
+        [MERGED, MERGED, PRUNED],
+        "with merged and pruned experts",
+        ["experts of 2 layers were merged", "In one layer experts were pruned instead"],
+    ),
+    "few bits": (
+        [replace(KEPT, bits=FOUR)],
+        "with experts in few bits",
+        ["none were merged", "Experts are stored in 4 bits a weight."],
+    ),
+    "bits and fewer": (
+        [replace(MERGED, bits=MIXED), KEPT],
+        "with merged experts",
+        ["Experts are stored in 3.5 to 8 bits a weight (1 of 2 layers as they were)."],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_WORDS)
+def test_a_card_begins_with_what_became_of_the_experts(case: str) -> None:
+    layers, title, told = FIRST_WORDS[case]
+    named = {f"layer.{number}": layer for number, layer in enumerate(layers)}
+    text = card.render(Record(Base("", "mixtral"), layers=named))
+    assert f"# mixtral {title}" in text.splitlines()
+    first = " ".join(text.partition("## ")[0].split())
+    assert all(words in first for words in told), first
+    assert ("pruned" in first, "merged by" in first) == (
+        any(layer.reduce == "prune" for layer in layers),
+        any(layer.reduce == "merge" for layer in layers),
+    )
+    in_bits = any(layer.bits for layer in layers)
+    assert ("Int8WeightOnlyConfig" in text, "are in few bits already" in text) == (not in_bits, in_bits)
+    assert text.count("| `layer.") == len(layers)
+
+
+def test_a_card_tells_the_size_that_was_asked_for_with_both_divergences() -> None:
+    size = SizeChoice(400, 200, 199, {"a": 0.25}, reason="Experts are alike.")
+    quality = {"original": Quality(2.0, 0.0), "merged": Quality(2.5, 0.5)}
+    record = Record(Base("", "mixtral"), size=size).with_quality(quality)
+    told = card.render(record).partition("## Size\n")[2].partition("##")[0]
+    assert "199 of the 400 bytes" in told
+    assert "Experts are alike." in told
+    assert "predicted 0.25, measured 0.5" in told
+    assert "## Size" not in card.render(Record(Base("", "mixtral")))
 
 
 def test_the_advice_on_torchao_is_for_dense_experts() -> None:
