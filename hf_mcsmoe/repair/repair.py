@@ -114,7 +114,7 @@ def repair_experts(
     if progress:
         progress(groups[0][0][0].name, 0, total)
     with torch.no_grad(), evaluation_mode(student.model), evaluation_mode(teacher.model):
-        for pairs, inputs, original_inputs in _inputs(groups, batches, config):
+        for pairs, inputs, original_inputs in paired_inputs(groups, batches, config):
             name = pairs[0][0].name
             report.layers[name] = _repair_layer(pairs[0], inputs, original_inputs, config)
             done += len(pairs)
@@ -162,7 +162,7 @@ def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
     return original
 
 
-def _inputs(
+def paired_inputs(
     groups: list[list[Pair]],
     batches: list[Batch],
     config: RepairConfig,
