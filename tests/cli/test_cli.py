@@ -98,7 +98,7 @@ def test_compress_writes_a_folder_that_loads_and_statistics_that_are_reused(
 def test_compress_shows_the_original_the_merged_and_the_compressed_model(
     source: Path, tmp_path: Path, run: Run
 ) -> None:
-    arguments = ["compress", source, "--data", source.parent / "text.txt", "--max-length", 8]
+    arguments = ["compress", source, "--data", source.parent / "text.txt", "--max-length", 8, "--experts", 0.5]
     for name, more in (("merged", []), ("small", ["--rank", 2, "--keep", 0.25])):
         code, out, err = run(*arguments, "--output", tmp_path / name, *more)
         assert code == 0, err
@@ -158,6 +158,7 @@ def test_errors_are_one_sentence_and_leave_nothing(
     arguments, message = WRONG[case]
     given = [str(argument).format(model=source, text=text) for argument in arguments]
     given += [] if "--data" in given else ["--data", str(text)]
+    given += [] if "--experts" in given else ["--experts", "0.5"]
     given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
     loaded: list[str] = []
     monkeypatch.setattr("hf_mcsmoe.cli.compress.load_model", lambda name, **options: loaded.append(name))
@@ -201,6 +202,7 @@ def test_a_file_of_statistics_is_read_before_weights_are(
         "hf_mcsmoe.cli.compress.load_model", lambda name, **options: pytest.fail("weights were loaded")
     )
     options = ["--data", text, "--output", tmp_path / "out", "--scores", file]
+    options += ["--experts", "0.5"]
     code, _, err = run("compress", source, *options, *(["--saliency", "gate"] if case == "sum" else []))
     assert code == 1
     assert UNREADABLE[case] in err
@@ -274,7 +276,7 @@ def test_a_source_in_another_format_has_no_bytes_to_compare(source: Path, tmp_pa
     old = shutil.copytree(source, tmp_path / "old")
     (old / "model.safetensors").unlink()
     torch.save(build("mixtral").state_dict(), old / "pytorch_model.bin")
-    data = ["--data", source.parent / "text.txt", "--max-length", 8]
+    data = ["--data", source.parent / "text.txt", "--max-length", 8, "--experts", 0.5]
     code, out, err = run("compress", old, *data, "--output", tmp_path / "out")
     assert code == 0, err
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -300,6 +302,7 @@ def test_interrupted_in_the_middle_nothing_is_left(source: Path, tmp_path: Path)
     many = tmp_path / "many.txt"
     many.write_text(TEXT * 50)
     options = ["--data", many, "--num-samples", "5000", "--batch-size", "1", "--output", tmp_path / "out"]
+    options += ["--experts", "0.5"]
     command = [sys.executable, "-m", "hf_mcsmoe.cli", "compress", *map(str, [source, *options])]
     # A run in the background of a script is born deaf to the signal.
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -38,7 +38,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _compress(folder: Path, output: Path | str, *more: object) -> list[object]:
-    data = ["--data", folder / "text.txt", "--max-length", 8, "--repair", "none"]
+    data = ["--data", folder / "text.txt", "--max-length", 8, "--repair", "none", "--experts", "0.5"]
     return ["compress", folder / "model", *data, "--output", output, *more]
 
 

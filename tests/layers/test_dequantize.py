@@ -128,6 +128,7 @@ def test_the_command_line_refuses_it_and_the_advice_works(checkpoints: tuple, tm
     name, quantized, _ = checkpoints
     (tmp_path / "text.txt").write_text("\n\n".join([TEXT] * 20))
     given = ["compress", quantized, "--data", tmp_path / "text.txt", "--repair", "none", "--output", tmp_path / "out"]
+    given += ["--experts", "0.5"]
     code, _, error = run(*given)
     assert code == 1
     assert "packed weights cannot be merged" in error
