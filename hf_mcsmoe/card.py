@@ -221,7 +221,7 @@ def render(record: Record) -> str:
 def _planned(plan: dict[str, Any]) -> dict[str, Stored]:
     """Return what a plan says of its layers."""
     return {
-        name: Stored.of({"num_experts": len(layer["expert_map"]), **layer})
+        name: Stored.of({"num_experts": len(layer.get("expert_map", ())), **layer})
         for name, layer in plan.get("layers", {}).items()
     }
 

@@ -34,7 +34,8 @@ from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
 from hf_mcsmoe.modeling.convert import convert_model, write_description
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder
-from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer
+from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer, install_pruned
+from hf_mcsmoe.modeling.pruned_mcsmoe import check_cut, cut_tensors, kept_entries, set_tensor
 from hf_mcsmoe.plan import LayerPlan, MergePlan
 
 Progress = Callable[[str, int, int], None]
@@ -136,7 +137,7 @@ def merge_layers(
         if sink:
             sink(next(path for path, module in result.named_modules() if module is experts), experts)
         for layer in others:
-            _tie(install_layer(result, layer.name, merged[layer.name].expert_map), experts)
+            _tie(_install(layer, merged[layer.name], result), experts)
         done += 1 + len(others)
         if progress:
             progress(first.name, done, len(merged))
@@ -161,6 +162,9 @@ def _check_plan(layers: Layers, plan: MergePlan, statistics: RoutingStatistics |
     fits = all(len(item.expert_map) == sizes.get(name) for name, item in plan.layers.items())
     if not fits or layers.fingerprint != plan.fingerprint:
         raise ValueError("The plan was made for another model; make one with plan_merge for this one.")
+    for layer in layers:
+        if layer.name in plan.layers and (kept := plan.layers[layer.name].kept) is not None:
+            check_cut(layers.model, layer.name, layer.num_experts, kept)
     for shared in layers.tied:
         items = [plan.layers.get(layer.name) for layer in shared]
         if any(item != items[0] for item in items):
@@ -199,10 +203,32 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan
             detach(module, module)
     with layer.view(sums, plan.config["seed"]) as view:
         device = view.experts.expert(0)["down"].device  # the experts are open now, before others take their place
-        experts = install_layer(result, layer.name, item.expert_map)
+        experts = _install(layer, item, result)
         materialise(experts, device)
         fill_experts(experts, view, item, plan)
     return experts
+
+
+def _install(layer: MoELayer, item: LayerPlan, result: PreTrainedModel) -> Any:
+    """Give a layer of `result` its empty experts, and its router the map, or the cut with the original's weights."""
+    if item.kept is None:
+        return install_layer(result, layer.name, item.expert_map)
+    cut = _cut_tensors(layer) if isinstance(layer.source, Folder) else {}
+    experts = install_pruned(result, layer.name, layer.num_experts, item.kept)
+    if cut:  # or they were cut where they are
+        with cast(Folder, layer.source).tensors(cut) as read:
+            for name, axis in cut.items():
+                path, _, attribute = name.rpartition(".")
+                entries = kept_entries(read[name], axis, layer.num_experts, item.kept)
+                set_tensor(result.get_submodule(path), attribute, entries)
+    return experts
+
+
+def _cut_tensors(layer: MoELayer) -> dict[str, int]:
+    """Return the names of the tensors of a layer's router that have an entry per expert, and its axis."""
+    paths = {id(module): path for path, module in layer.model.named_modules()}
+    found = cut_tensors(layer.model, layer.name, layer.num_experts)
+    return {f"{paths[id(module)]}.{name}": axis for module, name, axis in found}
 
 
 def fill_experts(experts: nn.Module, view: LayerView, item: LayerPlan, plan: MergePlan) -> None:

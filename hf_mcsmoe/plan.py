@@ -2,12 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -16,14 +16,18 @@ from hf_mcsmoe.calibration.collect import check_finite
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.files import damage, read_json, write_text
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.methods.budget import budget_total
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.methods.budget import BUDGET, budget_total
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.methods.grouping import Groups
+from hf_mcsmoe.methods.pruning import keeping_order
 from hf_mcsmoe.methods.registry import method_name
+from hf_mcsmoe.methods.saliency import SALIENCY
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
+from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
 from hf_mcsmoe.record import json_text, public_name
 
 FORMAT = "mcsmoe-plan"
@@ -35,6 +39,9 @@ FEW_TOKENS = 8
 @dataclass(frozen=True)
 class LayerPlan:
     """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group).
+
+    Of a layer to be pruned `kept` says which experts stay, int [G], rising: these are `dominant`, the map sends the
+    others to -1, and their weights are 0; see `pruned`.
 
     For the reader alone, where they are known: `similarity` [E] of each expert to the dominant one of its group, None
     where that is not finite, and `counts` int [E], the picks of each expert in the calibration data.
@@ -48,10 +55,16 @@ class LayerPlan:
     weights: list[float]
     similarity: list[float | None] | None = field(default=None, compare=False)
     counts: list[int] | None = field(default=None, compare=False)
+    kept: list[int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("expert_map", "dominant", "weights", "similarity", "counts"):
-            _check_numbers(name, vars(self)[name])
+            _check_numbers(name, vars(self)[name], least=-1 if name == "expert_map" and self.kept else None)
+        if self.kept is None:
+            self._check_groups()
+        self._check_lengths()
+
+    def _check_groups(self) -> None:
         numbers = list(range(len(self.dominant)))
         known = all(expert in range(len(self.expert_map)) for expert in self.dominant)
         groups = [self.expert_map[expert] for expert in self.dominant] if known else None
@@ -60,13 +73,46 @@ class LayerPlan:
                 f"expert_map={self.expert_map} must send experts to the groups 0 to {len(numbers) - 1}, and each of "
                 f"dominant={self.dominant} to its own."
             )
+
+    def _check_lengths(self) -> None:
         for name in ("weights", "similarity", "counts"):
             values = vars(self)[name]
             if values is not None and len(values) != len(self.expert_map):
                 raise ValueError(f"{name}={values} must have one entry for each of {len(self.expert_map)} experts.")
-        sums = [sum(self.weights[member] for member in self.members(group)) for group in numbers]
+        sums = [sum(self.weights[member] for member in self.members(group)) for group in range(len(self.dominant))]
         if not all(abs(total - 1) < 1e-3 for total in sums):
             raise ValueError(f"weights={self.weights} must sum to 1 in each group, not to {sums}.")
+
+    @classmethod
+    def pruned(cls, num_experts: int, kept: list[int], counts: list[int] | None = None) -> "LayerPlan":
+        """Return the plan of a layer of which the experts `kept` stay, rising, and the router is cut to these.
+
+        Raises:
+            ValueError: they are no such experts.
+        """
+        known = type(num_experts) is int and type(kept) is list and all(type(expert) is int for expert in kept)
+        if not known or not kept or sorted(set(kept)) != kept or not 0 <= kept[0] <= kept[-1] < num_experts:
+            raise ValueError(f"kept={kept!r} must be a rising list of some of num_experts={num_experts!r} experts.")
+        places = {expert: place for place, expert in enumerate(kept)}
+        expert_map = [places.get(expert, -1) for expert in range(num_experts)]
+        return cls(expert_map, list(kept), [float(place >= 0) for place in expert_map], None, counts, list(kept))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LayerPlan":
+        """Return what `to_dict` gave.
+
+        Raises:
+            ValueError, TypeError: the values are those of no plan.
+        """
+        return cls.pruned(**values) if "kept" in values else cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values; that of a layer to be pruned is what the checkpoint says, and the counts."""
+        if self.kept is None:
+            values = asdict(self)
+        else:
+            values = {"num_experts": len(self.expert_map), "kept": self.kept, "counts": self.counts}
+        return {key: value for key, value in values.items() if value is not None}
 
     @property
     def is_whole(self) -> bool:
@@ -88,11 +134,12 @@ NUMBERS: dict[str, tuple[type, float]] = {
 }
 
 
-def _check_numbers(name: str, values: Any) -> None:
+def _check_numbers(name: str, values: Any, least: float | None = None) -> None:
     """Raise ValueError where a list of a layer's plan holds what is no number, or none that it can hold."""
     if values is None and name in ("similarity", "counts"):
         return
-    kind, least = NUMBERS[name]
+    kind, usual = NUMBERS[name]
+    least = usual if least is None else least
     kinds = (int,) if kind is int else (int, float)
     known: list[Any] = (
         [value for value in values if value is not None or name != "similarity"] if type(values) is list else [None]
@@ -127,10 +174,7 @@ class MergePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        layers = {
-            name: {key: value for key, value in asdict(layer).items() if value is not None}
-            for name, layer in self.layers.items()
-        }
+        layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **self.provenance, "layers": layers}
 
     def to_json(self) -> str:
@@ -152,7 +196,7 @@ class MergePlan:
         try:
             if content.pop("format") != FORMAT or content.pop("format_version") > FORMAT_VERSION:
                 raise ValueError("its format is none that this version reads")
-            layers = {name: LayerPlan(**layer) for name, layer in content.pop("layers").items()}
+            layers = {name: LayerPlan.from_dict(layer) for name, layer in content.pop("layers").items()}
             _check_provenance(content, list(layers))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             told = f"{path} is no merge plan, or not a whole one ({damage(error)})"
@@ -181,6 +225,8 @@ def plan_merge(
 ) -> MergePlan:
     """Decide which experts merge (paper, section 3.1): saliency, budget over the layers, groups, weights.
 
+    Or, with `reduce="prune"`, which stay: the most salient of each layer, or of each of the groups of its router.
+
     Args:
         model: a model, or its layers where they are found already.
 
@@ -196,26 +242,54 @@ def plan_merge(
     check_finite(statistics)
     statistics.check({layer.name: layer.sizes for layer in layers})
     _warn_if_few_tokens(layers, statistics)
-    chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
     sums = [statistics.together([layer.name for layer in shared]) for shared in layers.tied]
     for layer in sums:
         layer.check(config.needs)
-    saliency = []
+    scores, salient = [], SALIENCY[cast(str, config.saliency)]
     for (first, *_), layer in zip(layers.tied, sums, strict=True):
         with first.view(layer, config.seed) as view:
-            saliency.append(chosen["saliency"](view))
-    counts = chosen["budget"](saliency, config.experts, config.min_experts)
-    _check_counts(counts, [len(scores) for scores in saliency], method_name(config.budget))
-    plans: dict[str, LayerPlan] = {}
-    for shared, layer, scores, count in zip(layers.tied, sums, saliency, counts, strict=True):
-        with shared[0].view(layer, config.seed) as view:
-            similarity = chosen["similarity"](view)
-            groups = chosen["grouping"](view, scores, similarity, count)
-            weights = chosen["weighting"](view, scores, groups)
-        item = LayerPlan(groups.expert_map, groups.dominant, weights.tolist(), *_shown(groups, similarity, layer))
-        plans |= {layer.name: item for layer in shared}
+            scores.append(salient(view))
+    items = (_pruned if config.reduce == "prune" else _merged)(layers, sums, scores, config)
+    plans = {layer.name: item for shared, item in zip(layers.tied, items, strict=True) for layer in shared}
     given = [method if callable(method) else None for method in (config.alignment, config.merging)]
     return MergePlan(plans, _provenance(layers, statistics, config), *given)
+
+
+def _merged(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config: MergeConfig) -> Iterator[LayerPlan]:
+    """Yield for each set of experts how they merge."""
+    chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
+    counts = _counts(scores, config.experts, config.min_experts, config)
+    for shared, layer, saliency, count in zip(layers.tied, sums, scores, counts, strict=True):
+        with shared[0].view(layer, config.seed) as view:
+            similarity = chosen["similarity"](view)
+            groups = chosen["grouping"](view, saliency, similarity, count)
+            weights = chosen["weighting"](view, saliency, groups)
+        yield LayerPlan(groups.expert_map, groups.dominant, weights.tolist(), *_shown(groups, similarity, layer))
+
+
+def _pruned(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config: MergeConfig) -> Iterator[LayerPlan]:
+    """Yield for each set of experts which of them stay: as many of each group of a router."""
+    limits = [_limits(layers, shared) for shared in layers.tied]
+    orders = [keeping_order(saliency, groups) for saliency, (_, groups) in zip(scores, limits, strict=True)]
+    units = [saliency[order].sum(1) for saliency, order in zip(scores, orders, strict=True)]
+    least = max(max(-(-config.min_experts // groups), few // groups) for few, groups in limits)
+    # Of a whole number of experts the groups share alike; see `check_request`.
+    experts = config.experts // limits[0][1] if isinstance(config.experts, int) else config.experts
+    for order, layer, count in zip(orders, sums, _counts(units, experts, least, config), strict=True):
+        counts = layer.counts.tolist() if "counts" in layer else None
+        yield LayerPlan.pruned(order.numel(), sorted(order[:count].flatten().tolist()), counts)
+
+
+def _limits(layers: Layers, shared: list[MoELayer]) -> tuple[int, int]:
+    """Return how few experts the routers of layers that share them can do with, and in how many groups."""
+    found = [cut_limits(layers.model, layer.name) for layer in shared]
+    return max(least for least, _ in found), max(groups for _, groups in found)
+
+
+def _counts(saliency: list[torch.Tensor], experts: int | float, min_experts: int, config: MergeConfig) -> list[int]:
+    counts: list[int] = BUDGET[config.budget](saliency, experts, min_experts)
+    _check_counts(counts, [len(scores) for scores in saliency], method_name(config.budget))
+    return counts
 
 
 def _shown(groups: Groups, similarity: torch.Tensor, sums: Sums) -> tuple[list[float | None], list[int] | None]:
@@ -240,6 +314,8 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
             raise ValueError(
                 f"experts={config.experts} is more than the {layer.num_experts} experts of {layer.name}: ask for less."
             )
+    if config.reduce == "prune":
+        _check_pruning(layers, config)
     total = budget_total(config.experts, [layer.num_experts for layer in layers])
     if config.min_experts * len(layers) > total or config.min_experts > min(layer.num_experts for layer in layers):
         raise ValueError(
@@ -247,6 +323,23 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
             "lower it or raise `experts`."
         )
     return layers
+
+
+def _check_pruning(layers: Layers, config: MergeConfig) -> None:
+    """Raise ValueError where a router cannot be cut, or not to as few experts as are asked for."""
+    limits = [_limits(layers, shared) for shared in layers.tied]
+    sizes = [shared[0].num_experts for shared in layers.tied]
+    least, groups = max(few for few, _ in limits), max(groups for _, groups in limits)
+    if isinstance(config.experts, int) and config.experts % groups:
+        raise ValueError(
+            f"experts={config.experts} cannot be shared alike by the {groups} groups that the routers pick among: "
+            f"keep a multiple of {groups}."
+        )
+    if budget_total(config.experts, sizes) < least * len(sizes):
+        raise ValueError(
+            f"experts={config.experts} leaves less than the {least} experts a layer that the routers need at least: "
+            "raise `experts`, or merge."
+        )
 
 
 def saved_parameters(layers: Layers, config: MergeConfig) -> int:

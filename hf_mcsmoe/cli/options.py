@@ -202,6 +202,7 @@ def _check_finite(name: str, value: Any) -> None:
 
 def _parameter(item: Field, hint: Any, panel: str | None) -> inspect.Parameter:
     # A method is given by name here, where the dataclass would take a callable as well.
+    hint = str | None if "registry" in item.metadata else hint  # a callable cannot be typed
     kind = hint if item.default is None or item.default is MISSING else type(item.default)
     settings = {"help": help_of(item), "rich_help_panel": panel, **item.metadata.get("typer", {})}
     declared = settings.pop("names", ())

@@ -7,6 +7,7 @@ from typing import Any
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.budget import BUDGET
 from hf_mcsmoe.methods.checks import check_fields
+from hf_mcsmoe.methods.choice import REDUCTIONS
 from hf_mcsmoe.methods.grouping import GROUPING
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.options import Options
@@ -17,6 +18,8 @@ from hf_mcsmoe.methods.statistics import with_tokens
 from hf_mcsmoe.methods.weighting import WEIGHTING
 
 REFERENCES = ("dominant", "first")
+# What is lost with an expert is another question than which of a group the others should be like.
+DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution"}
 REGISTRIES = {
     "budget": BUDGET,
     "saliency": SALIENCY,
@@ -45,7 +48,9 @@ def help_of(item: Field) -> str:
 
 @dataclass(frozen=True)
 class MergeConfig(Options):
-    """How M-SMoE merges. Methods are given by name, or as a callable of the same signature.
+    """How M-SMoE merges, or how layers are pruned. Methods are given by name, or as a callable of the same signature.
+
+    To prune, only budget and saliency are read: the most salient experts stay, and the router is cut to these.
 
     Raises:
         ValueError: a name that no method has, or a number out of range.
@@ -57,7 +62,9 @@ class MergeConfig(Options):
     budget: str | Callable = option("adaptive", "how layers share the experts", BUDGET)
     min_experts: int = option(1, "experts that every layer keeps at least")
     skip: tuple[str, ...] = option((), "layers to leave whole: patterns of layer names, e.g. 'encoder.block.1.*'")
-    saliency: str | Callable = option("frequency", "what makes an expert dominant", SALIENCY)
+    saliency: str | Callable | None = option(
+        None, "what makes an expert dominant or worth keeping (frequency; to prune contribution)", SALIENCY
+    )
     similarity: str | Callable = option("router_logits", "which experts belong together", SIMILARITY)
     grouping: str | Callable = option("dominant", "how groups form", GROUPING)
     alignment: str | Callable = option("weight_matching", "how neurons are aligned", ALIGNMENT)
@@ -67,10 +74,15 @@ class MergeConfig(Options):
     )
     merging: str | Callable = option("average", "how aligned members become one expert", MERGING)
     seed: int = option(0, "seed of the random similarity")
+    reduce: str = option("merge", "how experts become fewer: merge, or prune, which cuts the router to those it keeps")
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(unknown("reduce", self.reduce, list(REDUCTIONS)))
+        if self.saliency is None:
+            object.__setattr__(self, "saliency", DEFAULT_SALIENCY[self.reduce])
         for name, registry in REGISTRIES.items():
             registry.check(getattr(self, name))
         check_fields(self)
@@ -89,7 +101,8 @@ class MergeConfig(Options):
     @property
     def needs(self) -> tuple[str, ...]:
         """The statistics that the methods read, to be passed to `collect_statistics`."""
-        needs = [name for stage, registry in REGISTRIES.items() for name in registry.needs(getattr(self, stage))]
+        stages = ("budget", "saliency") if self.reduce == "prune" else tuple(REGISTRIES)
+        needs = [name for stage in stages for name in REGISTRIES[stage].needs(getattr(self, stage))]
         return tuple(with_tokens(needs))
 
 
