@@ -30,6 +30,7 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
 from hf_mcsmoe.record import (
     LOW_RANK,
     Base,
+    Calibration,
     Record,
     Stored,
     cost_rows,
@@ -54,6 +55,8 @@ WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 LICENCE = ("license", "license_name", "license_link")
 # What the metadata call the figures of a stage.
 METRICS = {"loss": ("loss", "Loss"), "kl": ("kl_divergence", "KL to the original")}
+# The same on text of another kind.
+CHECK_METRICS = {f"check_{name}": metric for name, metric in METRICS.items()}
 
 TEMPLATE = Template(
     """\
@@ -86,7 +89,10 @@ Experts are stored in {{ bits }}.
 {{ quality }}
 
 In nats per position, on {{ held_out }} that no statistic, repair or factor was fitted to.
-KL is the divergence from the original's distributions. On text of other kinds the model may lose more.
+KL is the divergence from the original's distributions.
+{%- if check %} The other text is {{ check }}, of which nothing was fitted to either.
+{%- else %} On text of other kinds the model may lose more.
+{%- endif %}
 {% endif %}{% if costs %}
 ## Costs
 
@@ -201,6 +207,7 @@ def render(record: Record) -> str:
         version=f" {plan['versions']['hf_mcsmoe']}" if plan else "",
         quality=_markdown(quality_rows(record.quality)) if record.quality else "",
         held_out=_held_out(record),
+        check=_check(record.calibration),
         data=", ".join(f"`{name}`" for name in record.calibration.data),
         versions=", ".join(f"{package} {number}" for package, number in plan.get("versions", {}).items()),
         costs=_cost_table(record),
@@ -283,6 +290,11 @@ def _held_out(record: Record) -> str:
     return f"{data.held_out:,} of the {data.rows:,} calibration rows"
 
 
+def _check(data: Calibration) -> str:
+    """Return which text of another kind judged, as part of a sentence; empty where none did."""
+    return f"{data.check_rows:,} rows of {', '.join(data.check)}" if data.check_rows else ""
+
+
 def _markdown(rows: list[list[str]]) -> str:
     """Return a table, its head first, whose figures are on the right."""
     head, *rows = rows
@@ -309,16 +321,21 @@ def _metadata(record: Record) -> ModelCardData:
 
 def _results(record: Record) -> list[EvalResult]:
     """Return what was measured of the model as it is now, where it is known on what."""
-    quality, data = record.quality.get(record.judged), record.calibration.data
-    if quality is None or not data:
+    quality, data = record.quality.get(record.judged), record.calibration
+    if quality is None:
         return []
-    name = ", ".join(data)
-    task = PIPELINES.get(record.auto_class) or "text2text-generation"
-    measured = {METRICS[metric]: value for metric, value in vars(quality).items() if value is not None}
+    texts = [(METRICS, data.data, "held-out calibration rows of "), (CHECK_METRICS, data.check, "")]
     return [
-        EvalResult(task, data[0], f"held-out calibration rows of {name}", kind, value, metric_name=title)
-        for (kind, title), value in measured.items()
+        _result(record, names, f"{told}{', '.join(names)}", metrics[name], value)
+        for metrics, names, told in texts
+        for name, value in vars(quality).items()
+        if names and name in metrics and value is not None
     ]
+
+
+def _result(record: Record, data: list[str], told: str, metric: tuple[str, str], value: float) -> EvalResult:
+    (kind, title), task = metric, PIPELINES.get(record.auto_class) or "text2text-generation"
+    return EvalResult(task, data[0], told, kind, value, metric_name=title)
 
 
 def method_steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 """The story from top to bottom: statistics, plan, merge (M-SMoE), then repair and low rank + sparse (MC-SMoE)."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.data.batches import as_batches
@@ -29,7 +30,7 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import check_request, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
-from hf_mcsmoe.record import Costs, Step
+from hf_mcsmoe.record import Calibration, Costs, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, repair_experts
 
@@ -46,6 +47,7 @@ def compress(
     progress: Progress | None = None,
     repetitions: int = 0,
     held_out: Iterable[Batch] | None = None,
+    check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None,
 ) -> PreTrainedModel:
     """Return `model` with merged experts: statistics over `batches`, plan, merge (paper, section 3.1).
 
@@ -69,6 +71,8 @@ def compress(
         repetitions: forwards to time in each stage, of which the fastest counts; none by default.
         held_out: batches like `batches`, but of other rows: nothing is fitted to them, and the record tells each
             stage's loss on them and its divergence from the original.
+        check: batches of text of another kind, by name where there are several kinds: nothing is fitted to them
+            either, and the same is told of them, apart.
 
     Raises:
         ValueError: see `check_options`, `collect_statistics`, `plan_merge`, `merge_experts`, `repair_experts` and
@@ -101,7 +105,8 @@ def compress(
     measure = partial(_counted_costs, batch=sample, repetitions=repetitions if sample else 0, tell=count)
     costs = {"before": replace(measure(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
     judged = 1 + is_merged + bool(repair and is_merged) + bool(low_rank)
-    judge = judge_of(layers.model, held_out, in_parts("measuring", tell, judged))
+    kinds = {name: list(part) for name, part in _by_name(check).items()}
+    judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", tell, judged))
 
     tell("merge", 0, number)
     merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_by_number("merge", tell))
@@ -126,8 +131,17 @@ def compress(
     costs["compressed" if low_rank else "merged" if is_merged else "after"] = _measured(found, measure)
     for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank)]:
         record = record.with_step(step)
-    attach_record(merged, replace(record, costs=costs).with_quality(judge.quality))
+    rows = sum(num_sequences(batch) for part in kinds.values() for batch in part)
+    record = replace(record, costs=costs, calibration=Calibration(check=list(kinds), check_rows=rows))
+    attach_record(merged, record.with_quality(judge.quality))
     return merged
+
+
+def _by_name(check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None) -> Mapping[str, Iterable[Batch]]:
+    """Return batches of other kinds of text by their names."""
+    if check is None or isinstance(check, Mapping):
+        return check or {}
+    return {"text of another kind": check}
 
 
 def chosen_repair(repair: RepairConfig | None) -> RepairConfig | None:

@@ -85,28 +85,37 @@ def compress_command(
     layers = Layers.of(empty).uncompressed()
     stages: dict[str, Any] = {"repair": _chosen(repair, layers, config), "low_rank": storage.low_rank()}
     needed, held = _check(layers, config, stages, loading.dtype, scores)
-    output = target.claimed(needed, model=model, data=calibration.data)
+    output = target.claimed(needed, model=model, data=calibration.data, check_data=calibration.check_data or [])
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or any(stages.values())
     started = time.perf_counter()
     with stage_bars() as progress:
-        samples = calibration.read(progress) if reads else []
+        samples, other = calibration.read(progress) if reads else [], calibration.read_check()
         with one_step("loading", progress):
             loaded = load_model(
                 model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize
             )
         batches, held_out = calibration.batches(samples, tokenizer, loaded, progress) if reads else ([], [])
+        check = calibration.check_batches(other, tokenizer, loaded)
         sums = held
         if held is not None:
-            unused = "" if batches else "; --data is not used, and nothing is measured"
+            unused = "" if batches else "; --data is not used" + ("" if check else ", and nothing is measured")
             notes.print(f"statistics read from {escape(str(scores))}{unused}")
         elif scores:
             sums = collect_statistics(loaded, counted(batches, "statistics", progress), config.needs)
             sums.save(scores)
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
+        shown["check"] = check
         merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
     fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
-    told = Calibrated(calibration.names if batches else [], fitted + judging, judging)
+    checked = sum(len(batch["input_ids"]) for batch in check)
+    told = Calibrated(
+        calibration.names if batches else [],
+        fitted + judging,
+        judging,
+        calibration.check_names if check else [],
+        checked,
+    )
     done = {"repair": stages["repair"].method if stages["repair"] else "none"}
     done |= {} if held is not None else {"scores": None}  # which others can take anew
     text = recipe_text("compress", {**(recipe or {}), **done})
@@ -138,6 +147,7 @@ def _show(record: Record, output: Path) -> None:
     data = record.calibration
     if record.quality:
         rows = f"{data.held_out} of {data.rows} rows"
+        rows += f", and {data.check_rows} of other text ({', '.join(data.check)})," if data.check_rows else ""
         console.print(f"\nin nats per position, on {rows} that nothing was fitted to:", highlight=False)
         console.print(quality_table(record.quality))
         console.print()

@@ -19,7 +19,7 @@ HEAD = ("format", "format_version", "command", "hf_mcsmoe")
 # Where results go, and what is to become of what lies there, is nobody else's business.
 UNTOLD = ("output", "overwrite", "push_to_hub", "resume", "json")
 # What is named by a path or an id.
-NAMES = ("model", "student", "teacher", "models", "tokenizer", "data", "data_dir", "file", "scores")
+NAMES = ("model", "student", "teacher", "models", "tokenizer", "data", "check_data", "data_dir", "file", "scores")
 # What options were called before, and what they are called now.
 RENAMED = {"statistics": "scores"}
 # Counts and shares, which the command line takes as text.
@@ -50,8 +50,9 @@ def read_recipe(path: Path, command: str, hints: Mapping[str, Any]) -> dict[str,
     content = _parsed(path)
     _check_head(path, content, command)
     options = {key: value for key, value in content.items() if key not in HEAD}
-    if isinstance(options.get("data"), str) and not fits("", hints.get("data", str)):
-        options["data"] = [options["data"]]  # mostly there is one
+    for name in ("data", "check_data"):
+        if isinstance(options.get(name), str) and not fits("", hints.get(name, str)):
+            options[name] = [options[name]]  # mostly there is one
     for key, value in options.items():
         if key in RENAMED:
             raise ValueError(f"{path}: {key} is called {RENAMED[key]} now: write that.")

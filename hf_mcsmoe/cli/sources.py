@@ -14,7 +14,7 @@ from hf_mcsmoe.cli.display import notes
 from hf_mcsmoe.cli.options import LAST_SEED, described
 from hf_mcsmoe.cli.shares import Shared, counts_of, parsed
 from hf_mcsmoe.data.calibration import Drawn, draw
-from hf_mcsmoe.data.features import Feature, feature_batches, split_held_out, task_features, text_features
+from hf_mcsmoe.data.features import HELD_OUT, Feature, feature_batches, split_held_out, task_features, text_features
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.data.tasks import TASKS, Task, get_task, task_rows
 from hf_mcsmoe.data.text import Sample, check_token_ids, read_samples
@@ -22,6 +22,8 @@ from hf_mcsmoe.progress import Progress, one_after_another, one_step, part_of, s
 from hf_mcsmoe.record import is_repo_id, public_name
 
 TEXT_LENGTH = 512
+# Samples of text of another kind that judge at least.
+CHECK_SAMPLES = 32
 KINDS = "a file (txt, json, jsonl, csv, parquet) or a data set (a folder or Hub id)"
 
 
@@ -30,6 +32,9 @@ class Calibration:
     """The text that a model is compressed on."""
 
     data: list[str] = described(MISSING, f"calibration text, {KINDS}; may be repeated, FILE:0.3 for a share")
+    check_data: list[str] | None = described(
+        None, "text of another kind, that nothing is fitted to: the result is judged on it as well; may be repeated"
+    )
     column: str | None = described(None, "column of the data with the text")
     target_column: str | None = described(None, "column with the target, for encoder-decoders")
     split: str = described("train", "split of a data set")
@@ -38,14 +43,32 @@ class Calibration:
     batch_size: int = described(8, "samples per forward", min=1)
     seed: int = described(0, "seed of the samples drawn and of random methods", min=0, max=LAST_SEED)
 
+    def __post_init__(self) -> None:
+        """Refuse to judge on what is fitted to.
+
+        Raises:
+            ValueError: the same data are given for both.
+        """
+        fitted = {name for name, _ in parsed(self.data)}
+        for name, _ in parsed(self.check_data or []):
+            if name in fitted:
+                raise ValueError(f"--check-data {name} is --data as well, which is fitted to: name other text.")
+
     def read(self, progress: Progress = silent) -> list[Shared]:
         """Return the samples of each `--data`, with their shares of what is drawn; tells of the rows read.
 
         Raises:
             ValueError: there is no such data, no such column, or shares that do not add up.
         """
+        return self._read(self.data, progress)
+
+    def read_check(self) -> list[Shared]:
+        """Return the same of each `--check-data`."""
+        return self._read(self.check_data or [], silent)
+
+    def _read(self, data: list[str], progress: Progress) -> list[Shared]:
         columns = {"column": self.column, "target_column": self.target_column}
-        given = parsed(self.data)
+        given = parsed(data)
         tell = one_after_another(progress, len(given))
         return [
             Shared(name, share, read_samples(name, **columns, split=self.split, progress=tell))
@@ -55,8 +78,12 @@ class Calibration:
     @property
     def names(self) -> list[str]:
         """What others may know the data by: a Hub id, or the last part of a path."""
-        given = [name for name, _ in parsed(self.data)]
-        return [name if is_repo_id(name.partition(":")[0]) else public_name(name) for name in given]
+        return _public_names(self.data)
+
+    @property
+    def check_names(self) -> list[str]:
+        """The same of the text of another kind."""
+        return _public_names(self.check_data or [])
 
     def batches(
         self,
@@ -69,15 +96,43 @@ class Calibration:
 
         Notes what was used of what there is.
         """
-        drawn = self._draw(data, tokenizer, model.config.is_encoder_decoder, progress)
-        notes.print(f"calibration on {drawn}", highlight=False)
-        check_token_ids(max(max(feature["input_ids"]) for feature in drawn.features), model)
-        parts = split_held_out(drawn.features)
+        features = self._features(data, tokenizer, model, self.num_samples, "calibration on", progress)
+        parts = split_held_out(features)
         fitted, held_out = (feature_batches(part, tokenizer, self.batch_size, by_length=False) for part in parts)
         return fitted, held_out
 
+    def check_batches(
+        self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return as many samples of the text of another kind as batches as are held out, or `CHECK_SAMPLES`."""
+        if not data:
+            return []
+        number = max(self.num_samples // HELD_OUT, CHECK_SAMPLES)
+        features = self._features(data, tokenizer, model, number, "checked on", silent)
+        return feature_batches(features, tokenizer, self.batch_size, by_length=False)
+
+    def _features(
+        self,
+        data: list[Shared],
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        number: int,
+        told: str,
+        progress: Progress,
+    ) -> list[Feature]:
+        """Draw so many samples, and note what was used of what there is."""
+        drawn = self._draw(data, tokenizer, model.config.is_encoder_decoder, number, progress)
+        notes.print(f"{told} {drawn}", highlight=False)
+        check_token_ids(max(max(feature["input_ids"]) for feature in drawn.features), model)
+        return drawn.features
+
     def _draw(
-        self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, progress: Progress
+        self,
+        data: list[Shared],
+        tokenizer: PreTrainedTokenizerBase,
+        encoder_decoder: bool,
+        number: int,
+        progress: Progress,
     ) -> Drawn:
         """Draw samples of each data by its share, or else of all of them alike."""
         options: dict[str, Any] = {
@@ -87,8 +142,8 @@ class Calibration:
         }
         if all(part.share is None for part in data):
             samples = [sample for part in data for sample in part.samples]
-            return draw(samples, tokenizer, num_samples=self.num_samples, **options, progress=progress)
-        counts = counts_of([part.share for part in data], self.num_samples)
+            return draw(samples, tokenizer, num_samples=number, **options, progress=progress)
+        counts = counts_of([part.share for part in data], number)
         sizes = [min(count, len(part.samples)) for part, count in zip(data, counts, strict=True)]
         drawn = [
             draw(part.samples, tokenizer, num_samples=count, **options, progress=part_of(progress, before, sum(sizes)))
@@ -96,6 +151,12 @@ class Calibration:
             if count
         ]
         return reduce(add, drawn)
+
+
+def _public_names(data: list[str]) -> list[str]:
+    """Return Hub ids, with what stands behind a colon, as they are, and of paths the last part."""
+    given = [name for name, _ in parsed(data)]
+    return [name if is_repo_id(name.partition(":")[0]) else public_name(name) for name in given]
 
 
 @dataclass(frozen=True)

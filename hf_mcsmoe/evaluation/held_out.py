@@ -30,11 +30,13 @@ class Judge:
 
     Args:
         batches: dictionaries for `model(**batch)` that no statistic, repair or factor was fitted to.
+        check: others, of text of another kind than what was fitted to, whose figures are told apart.
         memory_limit: bytes for the original's distributions.
         progress: called as `progress(batches done, batches)`.
     """
 
     batches: Sequence[Batch]
+    check: Sequence[Batch] = ()
     memory_limit: int = MEMORY_LIMIT
     progress: Progress | None = None
     quality: dict[str, Quality] = field(default_factory=dict)
@@ -42,35 +44,40 @@ class Judge:
 
     def remember(self, model: PreTrainedModel, stage: str = "original") -> None:
         """Measure the original's loss, and keep its distributions at evenly spread positions of each batch."""
-        sums = _Sums()
-        for logits, labels in self._predictions(model):
-            count = max(1, self.memory_limit // (4 * logits.shape[-1] * len(self.batches)))
+        sums, number = (_Sums(), _Sums()), len(self.batches) + len(self.check)
+        for is_check, (logits, labels) in self._predictions(model):
+            count = max(1, self.memory_limit // (4 * logits.shape[-1] * number))
             chosen = torch.linspace(0, len(logits) - 1, min(count, len(logits))).round().long()
             self.kept.append((chosen, log_softmax(logits[chosen.to(logits.device)].float(), -1).cpu()))
-            sums.add_loss(logits, labels)
+            sums[is_check].add_loss(logits, labels)
+            sums[is_check].compared += len(chosen)
         if self.kept:
-            self.quality[stage] = sums.quality(kl=0.0)
+            self.quality[stage] = _quality(*sums)
 
     def measure(self, stage: str, model: PreTrainedModel) -> None:
         """Measure a stage: its loss, and its divergence from the original where the original was kept."""
         if not self.kept:
             return
-        sums = _Sums()
-        for (chosen, expected), (logits, labels) in zip(self.kept, self._predictions(model), strict=True):
-            sums.add_loss(logits, labels)
-            sums.add_divergence(expected, logits[chosen.to(logits.device)])
-        self.quality[stage] = sums.quality()
+        sums = _Sums(), _Sums()
+        for (chosen, expected), (is_check, (logits, labels)) in zip(self.kept, self._predictions(model), strict=True):
+            sums[is_check].add_loss(logits, labels)
+            sums[is_check].add_divergence(expected, logits[chosen.to(logits.device)])
+        self.quality[stage] = _quality(*sums)
 
     @torch.no_grad()
-    def _predictions(self, model: PreTrainedModel) -> Iterator[Predictions]:
-        """Yield what the model says of each batch; of one that says nothing that can be compared, nothing."""
+    def _predictions(self, model: PreTrainedModel) -> Iterator[tuple[bool, Predictions]]:
+        """Yield what the model says of each batch, and whether that is one of `check`.
+
+        Of a batch to which it says nothing that can be compared, nothing.
+        """
+        batches = [*self.batches, *self.check]
         with evaluation_mode(model):
-            for done, batch in enumerate(self.batches, start=1):
+            for done, batch in enumerate(batches, start=1):
                 found = predictions(model, batch)
                 if self.progress:
-                    self.progress(done, len(self.batches))
+                    self.progress(done, len(batches))
                 if found is not None and len(found[0]):
-                    yield found
+                    yield done > len(self.batches), found
 
 
 @dataclass
@@ -95,9 +102,14 @@ class _Sums:
             self.divergence += float(kl_div(theirs, old, reduction="sum", log_target=True))
         self.compared += len(expected)
 
-    def quality(self, kl: float | None = None) -> Quality:
-        compared = self.divergence / self.compared if self.compared else None
-        return Quality(self.loss / self.labels if self.labels else None, compared if kl is None else kl)
+    def means(self) -> tuple[float | None, float | None]:
+        """Return loss and divergence per position; None where there is no such position."""
+        loss = self.loss / self.labels if self.labels else None
+        return loss, self.divergence / self.compared if self.compared else None
+
+
+def _quality(held_out: _Sums, check: _Sums) -> Quality:
+    return Quality(*held_out.means(), *check.means())
 
 
 def predictions(model: PreTrainedModel, batch: Batch) -> Predictions | None:
@@ -145,8 +157,13 @@ def _classes(labels: Any, rows: int) -> torch.Tensor | None:
     return labels if is_class else None
 
 
-def judge_of(model: PreTrainedModel, batches: Iterable[Batch] | None, progress: Progress | None = None) -> Judge:
+def judge_of(
+    model: PreTrainedModel,
+    batches: Iterable[Batch] | None,
+    check: Iterable[Batch] | None = None,
+    progress: Progress | None = None,
+) -> Judge:
     """Return what measures stages against `model`, which is measured at once; nothing is without batches."""
-    judge = Judge(list(batches or ()), progress=progress)
+    judge = Judge(list(batches or ()), list(check or ()), progress=progress)
     judge.remember(model)
     return judge

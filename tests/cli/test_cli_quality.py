@@ -121,3 +121,31 @@ def test_too_few_rows_and_nothing_to_repair_are_told(folder: Path, run: Run) -> 
     record = record_of(load_model(str(folder / "out")))
     assert (record.quality, record.steps, record.calibration.held_out) == ({}, (), 0)
     assert "## Quality" not in record.card
+
+
+@pytest.mark.filterwarnings("ignore:The repair left")
+def test_text_of_another_kind_judges_and_is_told_of_and_named_in_the_recipe(folder: Path, run: Run) -> None:
+    (folder / "other.txt").write_text("\n".join(row[::-1] for row in ROWS))
+    options = ["--experts", "4", "--num-samples", "40"]
+    given = ["--data", folder / "text.txt", "--check-data", folder / "other.txt"]
+    code, out, err = run("compress", folder / "mixtral", *given, *options, "--output", folder / "out")
+    assert code == 0, err
+    record = record_of(load_model(str(folder / "out")))
+    assert (record.calibration.check, record.calibration.check_rows) == (["other.txt"], 32)
+    last = record.quality["repaired"]
+    assert last.check_kl != last.kl
+    assert _printed(out)["KL, other text"][-1] == f"{last.check_kl:.4g}"
+    assert "on 5 of 40 rows, and 32 of other text (other.txt), that nothing was fitted to" in out
+    card = (folder / "out" / "README.md").read_text()
+    assert "The other text is 32 rows of other.txt" in card
+    results = {(item.dataset_name, item.metric_type): item.metric_value for item in ModelCard(card).data.eval_results}
+    assert results["other.txt", "kl_divergence"] == pytest.approx(last.check_kl)
+    recipe = folder / "out" / "mcsmoe_recipe.yaml"
+    assert "check_data:\n- other.txt\n" in recipe.read_text()
+    paths = ["--data", folder / "text.txt", "--check-data", folder / "other.txt", "--output", folder / "again"]
+    code, _, err = run("compress", folder / "mixtral", "--config", recipe, *paths)
+    assert code == 0, err
+    assert record_of(load_model(str(folder / "again"))).quality["repaired"] == last
+    code, _, err = run("compress", folder / "mixtral", *given[:3], folder / "text.txt", "--output", folder / "no")
+    assert code != 0
+    assert "is --data as well, which is fitted to: name other text" in err

@@ -69,6 +69,20 @@ def test_loss_and_divergence_are_those_that_one_would_sum_by_hand(name: str) -> 
         assert judge.quality[stage].kl == pytest.approx(quality.kl, rel=1e-3, abs=1e-9)
 
 
+def test_text_of_another_kind_is_told_apart() -> None:
+    base, merged = example("mixtral").base, example("mixtral").merged
+    held_out, check = _data("mixtral", base)[:1], _data("mixtral", base)[1:]
+    judge = judge_of(base, held_out, check)
+    judge.measure("merged", merged)
+    ours, theirs = (_expected(_written_out(base, data), _written_out(merged, data)) for data in (held_out, check))
+    wanted = (ours.loss, ours.kl, theirs.loss, theirs.kl)
+    assert tuple(vars(judge.quality["merged"]).values()) == pytest.approx(wanted, rel=1e-3)
+    assert judge.quality["original"].check_kl == 0
+    alone = judge_of(base, None, check)
+    alone.measure("merged", merged)
+    assert alone.quality["merged"] == Quality(None, None, *tuple(vars(judge.quality["merged"]).values())[2:])
+
+
 def test_of_the_originals_distributions_no_more_is_kept_than_the_limit_and_spread_over_all_batches() -> None:
     base, merged = example("mixtral").base, example("mixtral").merged
     data, vocabulary = _data("mixtral", base), base.config.vocab_size
