@@ -27,18 +27,8 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
     SAVED,
     SECTION,
 )
-from hf_mcsmoe.record import (
-    LOW_RANK,
-    Base,
-    Calibration,
-    Record,
-    Stored,
-    cost_rows,
-    layer_rows,
-    public_name,
-    quality_rows,
-    size_lines,
-)
+from hf_mcsmoe.record import LOW_RANK, Base, Calibration, Record, Stored, public_name
+from hf_mcsmoe.tables import bits_of, cost_rows, done_to, layer_rows, layers_of, quality_rows, size_lines, title_of
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
 PIPELINES = {
@@ -193,14 +183,14 @@ def render(record: Record) -> str:
     """
     base, plan = record.base, record.plan
     layers = record.layers or _planned(plan)
-    tokens, done = plan.get("tokens", {}), _done(layers)
+    tokens, done = plan.get("tokens", {}), done_to(layers)
     quality = record.quality.get(record.judged)
     text = TEMPLATE.render(
         marks=SECTION,
-        title=f"{base.name.rpartition('/')[2] or base.model_type} " + _with(layers, done),
+        title=f"{base.name.rpartition('/')[2] or base.model_type} " + title_of(layers, done),
         done=done,
-        bits=_bits(layers),
-        layers_of=partial(_layers_of, layers),
+        bits=bits_of(layers),
+        layers_of=partial(layers_of, layers),
         base=f"[{base.name}](https://huggingface.co/{base.name})"
         if "/" in base.name
         else f"A model of type `{base.model_type}`",
@@ -212,7 +202,7 @@ def render(record: Record) -> str:
         versions=", ".join(f"{package} {number}" for package, number in plan.get("versions", {}).items()),
         costs=_cost_table(record),
         writes=record.auto_class in WRITERS,
-        dense=all(step.title != LOW_RANK for step in record.steps) and not _bits(layers),
+        dense=all(step.title != LOW_RANK for step in record.steps) and not bits_of(layers),
         auto_class=record.auto_class,
         model_id=MODEL_ID,
         methods=method_steps(plan["config"]) if plan else [],
@@ -231,38 +221,6 @@ def _planned(plan: dict[str, Any]) -> dict[str, Stored]:
         name: Stored.of({"num_experts": len(layer.get("expert_map", ())), **layer})
         for name, layer in plan.get("layers", {}).items()
     }
-
-
-def _done(layers: Mapping[str, Stored]) -> list[str]:
-    """Return what became of experts; of a model of which nothing is known, that they were merged."""
-    words = {"merge": "merged", "prune": "pruned"}
-    found = {item.reduce for item in layers.values()}
-    return [words[reduce] for reduce in words if reduce in found] if layers else ["merged"]
-
-
-def _with(layers: Mapping[str, Stored], done: list[str]) -> str:
-    """Return the second part of the title."""
-    if done:
-        return f"with {' and '.join(done)} experts"
-    return "with experts in few bits" if _bits(layers) else "with its own experts"
-
-
-def _layers_of(layers: Mapping[str, Stored], reduce: str) -> str:
-    """Return which layers have fewer experts in one way, as part of a sentence."""
-    number = sum(item.reduce == reduce for item in layers.values())
-    fewer = sum(bool(item.reduce) for item in layers.values())
-    return "each layer" if number == fewer else f"{number} layers" if number > 1 else "one layer"
-
-
-def _bits(layers: Mapping[str, Stored]) -> str:
-    """Return the bits of the experts' weights in words; empty where these are not few."""
-    found = sorted({bits for item in layers.values() for bits in item.bits.values()})
-    if not found:
-        return ""
-    least, most = found[0], found[-1]
-    told = f"{least:.3g}{'' if least == most else f' to {most:.3g}'} bits a weight"
-    whole = sum(not item.bits for item in layers.values())
-    return told if not whole else f"{told} ({whole} of {len(layers)} layers as they were)"
 
 
 def _layer_table(layers: Mapping[str, Stored]) -> str:

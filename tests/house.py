@@ -10,6 +10,7 @@ ROOT = Path(hf_mcsmoe.__file__).parent
 FLOORS = [
     ["files", "progress"],
     ["modeling", "methods", "record"],
+    ["tables"],
     ["layers", "data", "card"],
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],

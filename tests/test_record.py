@@ -21,10 +21,8 @@ from hf_mcsmoe.record import (
     Step,
     Stored,
     json_text,
-    layer_rows,
-    quality_rows,
-    size_lines,
 )
+from hf_mcsmoe.tables import layer_rows, quality_rows, size_lines
 
 BEFORE, SMALL = Costs(100, 400, 420, 9.5, {"a": 2.0}, 3.0), Costs(50, 200, 210)
 PLAN = {"model": "me/base", "layers": {"a": {"expert_map": [0, 0], "dominant": [1], "weights": [0.5, 0.5]}}}

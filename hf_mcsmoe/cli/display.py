@@ -9,7 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.record import Costs, Quality, Stored, cost_rows, layer_rows, quality_rows
+from hf_mcsmoe.record import Costs, Quality, Stored
+from hf_mcsmoe.tables import cost_rows, layer_rows, quality_rows
 
 # The least of a name that is shown in a row, folded.
 NAME = 20

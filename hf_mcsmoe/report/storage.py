@@ -2,11 +2,11 @@
 
 from markupsafe import Markup
 
-from hf_mcsmoe.record import layer_rows
 from hf_mcsmoe.report.charts import bars, paired_bars
 from hf_mcsmoe.report.pictures import Picture
 from hf_mcsmoe.report.result import Result
 from hf_mcsmoe.report.words import figure, short_names
+from hf_mcsmoe.tables import layer_rows
 
 
 def storage(result: Result) -> Picture:

@@ -18,7 +18,8 @@ from hf_mcsmoe import MergeConfig, compress, moe_layers
 from hf_mcsmoe.evaluation.costs import account, bytes_on_disk, expected_parameters
 from hf_mcsmoe.modeling.convert import convert_model
 from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable, install_layer
-from hf_mcsmoe.record import Costs, cost_rows
+from hf_mcsmoe.record import Costs
+from hf_mcsmoe.tables import cost_rows
 
 D, F, E, T = 32, 24, 8, 24
 IMPLEMENTATIONS = ["mcsmoe", "eager", "batched_mm", "grouped_mm"]
