@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from types import NoneType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -33,6 +34,8 @@ from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
 from hf_mcsmoe.record import Calibration, Costs, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, repair_experts
+from hf_mcsmoe.search.compress import check_size, compress_to_size
+from hf_mcsmoe.search.config import SizeConfig
 
 
 def compress(
@@ -48,6 +51,7 @@ def compress(
     repetitions: int = 0,
     held_out: Iterable[Batch] | None = None,
     check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None,
+    size: SizeConfig | str | float | None = None,
 ) -> PreTrainedModel:
     """Return `model` with merged experts: statistics over `batches`, plan, merge (paper, section 3.1).
 
@@ -73,6 +77,9 @@ def compress(
             stage's loss on them and its divergence from the original.
         check: batches of text of another kind, by name where there are several kinds: nothing is fitted to them
             either, and the same is told of them, apart.
+        size: of the weight files, as text (20GB) or a share of the source's: experts and bits are chosen for it by
+            measured effect, layer by layer; of `config` the methods and `skip` count, not how many experts. Further
+            stages are then "curves" and "fit" (layers).
 
     Raises:
         ValueError: see `check_options`, `collect_statistics`, `plan_merge`, `merge_experts`, `repair_experts` and
@@ -86,12 +93,18 @@ def compress(
         statistics=(statistics, (RoutingStatistics, NoneType)),
     )
     config, repair = config or MergeConfig(), chosen_repair(repair)
+    search = SizeConfig.of(size)
     layers = Layers.of(model).uncompressed()
-    check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume)
+    check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume, size=search)
     batches = as_batches(batches, layers.model)
     tell = progress or silent
     with one_step("checking", tell):
         check_weights(layers.source)
+    kinds = {name: list(part) for name, part in _by_name(check).items()}
+    if search:
+        options: dict[str, Any] = {"statistics": statistics, "progress": tell, "repetitions": repetitions}
+        options |= {"repair": repair, "held_out": held_out or (), "check": kinds}
+        return compress_to_size(layers, list(batches), config, search, **options)
     batches, sample = _sampled(batches, keep=bool(repair or low_rank))
     if statistics is None:
         statistics = collect_statistics(layers, counted(batches, "statistics", tell), config.needs)
@@ -99,13 +112,11 @@ def compress(
         plan = plan_merge(layers, statistics, config)
     number = sum(not layer.is_whole for layer in plan.layers.values())
     is_merged = number > 0
-    if not is_merged:
-        _check_repair_of_whole_layers(repair, low_rank)
+    _check_repair_of_whole_layers(None if is_merged else repair, low_rank)
     count = in_parts("costs", tell, 2 + bool(low_rank and is_merged))
     measure = partial(_counted_costs, batch=sample, repetitions=repetitions if sample else 0, tell=count)
     costs = {"before": replace(measure(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
     judged = 1 + is_merged + bool(repair and is_merged) + bool(low_rank)
-    kinds = {name: list(part) for name, part in _by_name(check).items()}
     judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", tell, judged))
 
     tell("merge", 0, number)
@@ -156,14 +167,18 @@ def check_options(
     repair: RepairConfig | None,
     low_rank: LoSparseConfig | None,
     consume: bool = False,
+    size: SizeConfig | None = None,
 ) -> None:
     """Check, before any forward and without weights, that all of `compress` can be done to a model of these `layers`.
 
     Raises:
-        ValueError: see `check_request` and `check_low_rank`; nothing to repair; `consume` together with what needs the
-            original, or may be refused when it is used up.
+        ValueError: see `check_request`, `check_low_rank` and `check_size`; nothing to repair; `consume` together with
+            what needs the original, or may be refused when it is used up.
     """
     check_loaded(layers)
+    if size:
+        _check_for_size(layers, config, size, {"low_rank": low_rank, "consume": consume})
+        return
     chosen = check_request(layers, config)
     if low_rank:
         check_low_rank(chosen, low_rank)
@@ -176,6 +191,22 @@ def check_options(
             f"With energy={low_rank.energy} the merged weights decide on the ranks, and consume=True leaves no model "
             "to go back to if they are too large: pass allow_dense=True, or leave out consume."
         )
+
+
+def _check_for_size(layers: Layers, config: MergeConfig, size: SizeConfig, others: Mapping[str, Any]) -> None:
+    """Check what can be checked of a search for a size.
+
+    Raises:
+        ValueError: see `check_size`; or what a search for a size does not go with.
+    """
+    check_request(layers, replace(config, experts=1.0, min_experts=1))
+    check_size(layers, config, size)
+    for name, value in others.items():
+        if value:
+            raise ValueError(
+                f"size={size.size!r} chooses what is stored, and compares with the original to the end: leave out "
+                f"{name}, or say how many experts to keep in place of a size."
+            )
 
 
 def merges_nothing(layers: Layers, config: MergeConfig) -> bool:

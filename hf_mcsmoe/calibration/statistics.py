@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.files import replaced
 from hf_mcsmoe.methods.registry import Method
 from hf_mcsmoe.methods.statistics import STATISTICS
@@ -23,10 +24,15 @@ DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 @dataclass
 class RoutingStatistics:
-    """Sums by the statistic's name, per layer, and the fingerprint of the model that they were taken from."""
+    """Sums by the statistic's name, per layer, and the fingerprint of the model that they were taken from.
+
+    `curves` tell what choices for a layer cost, of layers that share experts under the first's name; mostly there are
+    none.
+    """
 
     fingerprint: str
     layers: dict[str, Sums] = field(default_factory=dict)
+    curves: dict[str, LayerCurves] = field(default_factory=dict)
 
     def __getitem__(self, layer_name: str) -> Sums:
         if layer_name not in self.layers:
@@ -63,6 +69,8 @@ class RoutingStatistics:
             "fingerprint": self.fingerprint,
             "layers": json.dumps([*self.layers]),
         }
+        if self.curves:
+            metadata["curves"] = json.dumps({name: curves.to_dict() for name, curves in self.curves.items()})
         with replaced(path) as new:
             save_file({key: value.contiguous() for key, value in tensors.items()}, new, metadata)
 
@@ -79,9 +87,11 @@ class RoutingStatistics:
             for key, value in tensors.items():
                 layer, _, name = key.rpartition("/")
                 layers[layer][name] = value
-            statistics = cls(metadata["fingerprint"], layers)
+            told = json.loads(metadata.get("curves", "{}"))
+            curves = {name: LayerCurves.from_dict(values) for name, values in told.items()}
+            statistics = cls(metadata["fingerprint"], layers, curves)
             statistics.check()
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and collect the statistics anew.") from None
         return statistics
 
@@ -95,6 +105,11 @@ class RoutingStatistics:
             ValueError: an unknown statistic, a sum of another shape, NaN, a number below 0 where none can be, or an
                 expert that more tokens reached than there were.
         """
+        for name, curves in self.curves.items():
+            if name not in self.layers or (sizes and name in sizes and sizes[name]["E"] != curves.experts):
+                raise ValueError(
+                    f"the curves of {name} are of {curves.experts} experts, and of no layer that there is."
+                )
         for name, sums in self.layers.items():
             known = sizes[name] if sizes is not None and name in sizes else _sizes(sums)
             for key, value in sums.items():

@@ -34,13 +34,20 @@ class SizeConfig(Options):
         for bits in self.bits:
             if bits not in BITS:
                 raise ValueError(f"bits={bits!r} must be of {', '.join(map(str, BITS))}.")
+        if self.reduce == "prune":
+            raise ValueError("reduce='prune' is not among what is chosen for a size: give merge, or auto.")
         if self.reduce not in (AUTO, *REDUCTIONS):
             raise ValueError(f"reduce={self.reduce!r} must be one of {', '.join(map(repr, (AUTO, *REDUCTIONS)))}.")
         for name, value in (("min_experts", self.min_experts), ("group_size", self.group_size)):
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 on.")
 
+    @classmethod
+    def of(cls, size: "SizeConfig | str | float | None") -> "SizeConfig | None":
+        """Return the options for a size alone, or those that are given."""
+        return size if size is None or isinstance(size, SizeConfig) else cls(size)
+
     @property
     def reductions(self) -> tuple[str, ...]:
         """The ways in which a layer may come to fewer experts."""
-        return REDUCTIONS if self.reduce == AUTO else (self.reduce,)
+        return ("merge",)

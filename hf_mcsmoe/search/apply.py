@@ -1,0 +1,83 @@
+"""A choice put into effect: the plan of fewer experts, and the fit, rounding and storing of each layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from hf_mcsmoe.calibration.inputs import stream_inputs
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.batches import Batch, evaluation_mode
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.whole import convert_whole
+from hf_mcsmoe.methods.choice import Choice
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.modeling.convert import write_description
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.quantization.layer import quantize_layer
+from hf_mcsmoe.quantization.packing import store_codes
+from hf_mcsmoe.repair.fit import LayerFit
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.repair.repair import matching_layers
+from hf_mcsmoe.search.curves import plan_with
+
+Progress = Callable[[str, int, int], None]
+
+
+def plan_choices(
+    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, choices: Mapping[str, Choice]
+) -> MergePlan:
+    """Return the plan that leaves each layer the experts of its choice, by the reduction of its choice."""
+    groups = layers.selected(merge.skip).tied
+    plans = {}
+    for reduce in dict.fromkeys(choice.reduce for choice in choices.values()):
+        # Of layers of another reduction this plan is not read.
+        counts = [choices[x.name].experts if choices[x.name].reduce == reduce else x.num_experts for x, *_ in groups]
+        plans[reduce] = plan_with(layers, statistics, merge, counts, reduce)
+    items = {
+        layer.name: plans[choices[shared[0].name].reduce].layers[layer.name] for shared in groups for layer in shared
+    }
+    return replace(next(iter(plans.values())), layers=items)
+
+
+@torch.no_grad()
+def store_choices(
+    student: Layers,
+    teacher: Layers,
+    batches: Sequence[Batch],
+    choices: Mapping[str, Choice],
+    repair: RepairConfig,
+    progress: Progress | None = None,
+) -> Layers:
+    """Fit, round and store the layers of a merged model, in place, as chosen; return them as they are then.
+
+    Args:
+        student: what `merge_layers` made of `teacher` by the plan of the choices.
+        progress: called as `progress(layer name, layers done, layers)`.
+    """
+    model = student.model
+    for layer in student:
+        choice = choices.get(layer.original_name)
+        if choice is not None and not layer.merged and choice.w_in is not None:
+            convert_whole(model, layer)
+    student = Layers.of(student.source)
+    if not any(layer.merged for layer in student):
+        return student
+    groups = matching_layers(student, teacher)
+    originals = [[original for _, original in pairs] for pairs in groups]
+    streamed = stream_inputs(originals, batches, memory_limit=repair.memory_limit)
+    with evaluation_mode(model), evaluation_mode(teacher.model):
+        for done, (pairs, (_, inputs)) in enumerate(zip(groups, streamed, strict=True), 1):
+            layer, original = pairs[0]
+            choice = choices[original.name]
+            with original.open() as weights:
+                expert_map = list(layer.expert_map or ())
+                seen = inputs.mapped(expert_map)
+                fit = LayerFit(layer.name, layer.container, weights, seen, inputs, expert_map)
+                codes = quantize_layer(fit, choice.w_in, choice.w_out, repair)
+            for weight, values in codes.items():
+                store_codes(layer.container, weight, values)
+            if progress:
+                progress(layer.name, done, len(groups))
+    write_description(model)
+    return Layers.of(student.source)

@@ -1,0 +1,167 @@
+"""What each layer may become, what that takes in bytes, and the choice of least effect for the bytes there are."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hf_mcsmoe.calibration.curves import LayerCurves
+from hf_mcsmoe.evaluation.costs import account
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.methods.choice import Choice, Grid
+from hf_mcsmoe.quantization.codes import group_size_for
+from hf_mcsmoe.quantization.packing import expert_bytes
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.knapsack import Candidate, cheapest
+from hf_mcsmoe.search.size import bytes_text
+
+# Steps that the experts of a layer are counted in.
+STEPS = 16
+# Bytes of the header of a file of weights, for each tensor that it holds.
+HEADER = 120
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to become of each layer, by name (of those that share experts the first); `bytes` of the weight files.
+
+    `predicted` effect in nats per position, by layer; empty where no curves were given.
+    """
+
+    choices: dict[str, Choice]
+    bytes: int
+    predicted: dict[str, float]
+
+
+def choose(
+    layers: Layers, curves: Mapping[str, LayerCurves], config: SizeConfig, limit: int, skip: Sequence[str] = ()
+) -> Chosen:
+    """Return the choice of least predicted effect whose weight files take at most `limit` bytes.
+
+    Raises:
+        ValueError: the size cannot be reached; the message says which is the smallest.
+    """
+    check_reachable(layers, config, limit, skip)
+    groups = layers.selected(skip).tied
+    options = [_measured(shared, curves[shared[0].name], config) for shared in groups]
+    room = limit - fixed_bytes(layers, skip)
+    counts = sorted({choice.experts for choice in options[0]}) if config.uniform_experts else [None]
+    found = [solved for count in counts if (solved := _solved(groups, curves, options, room, count))]
+    best = min(found, key=lambda chosen: sum(chosen.predicted.values()))
+    return replace(best, bytes=best.bytes + fixed_bytes(layers, skip))
+
+
+def _solved(
+    groups: Sequence[Sequence[MoELayer]],
+    curves: Mapping[str, LayerCurves],
+    options: Sequence[Sequence[Choice]],
+    room: int,
+    count: int | None,
+) -> Chosen | None:
+    """Solve the knapsack, with so many experts in each layer or, for None, any; None where nothing fits."""
+    names = [shared[0].name for shared in groups]
+    kept = [[choice for choice in choices if count in (None, choice.experts)] for choices in options]
+    if not all(kept):
+        return None
+    tables = [
+        [Candidate(choice_bytes(shared[0], choice), curves[shared[0].name].effect(choice)) for choice in choices]
+        for shared, choices in zip(groups, kept, strict=True)
+    ]
+    numbers = cheapest(tables, room)
+    if numbers is None:
+        return None
+    taken = [table[number] for table, number in zip(tables, numbers, strict=True)]
+    choices = {name: options[number] for name, options, number in zip(names, kept, numbers, strict=True)}
+    predicted = {name: item.effect for name, item in zip(names, taken, strict=True)}
+    return Chosen(choices, sum(item.bytes for item in taken), predicted)
+
+
+def check_reachable(layers: Layers, config: SizeConfig, limit: int, skip: Sequence[str] = ()) -> None:
+    """Check, from shapes alone, that a size can be reached, and that something has to be done for it.
+
+    Raises:
+        ValueError: not.
+    """
+    least, whole = smallest_bytes(layers, config, skip), fixed_bytes(layers, skip) + whole_bytes(layers, skip)
+    if limit < least:
+        raise ValueError(
+            f"size={config.size!r} is {bytes_text(limit)} for this model, and the smallest that can be reached is "
+            f"{bytes_text(least)}: ask for that or more, or allow fewer bits or experts."
+        )
+    if limit >= whole:
+        raise ValueError(
+            f"size={config.size!r} is {bytes_text(limit)} for this model, which in the dtype it is loaded in takes "
+            f"{bytes_text(whole)} as it is: nothing is to be done but to save it in that dtype."
+        )
+
+
+def smallest_bytes(layers: Layers, config: SizeConfig, skip: Sequence[str] = ()) -> int:
+    """Return the bytes of the weight files of the smallest result that the options allow."""
+    smallest = [
+        min(choice_bytes(shared[0], choice) for choice in candidates(shared, config))
+        for shared in layers.selected(skip).tied
+    ]
+    return fixed_bytes(layers, skip) + sum(smallest)
+
+
+def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
+    """Return what layers that share their experts may become, from shapes alone: as they are first."""
+    first = shared[0]
+    reductions = [(first.num_experts, "merge")]
+    reductions += [(count, reduce) for reduce in config.reductions for count in expert_counts(first, config)]
+    w_in, w_out = (list(_grids(width, shared, config)) for width in (first.hidden_size, first.intermediate_size))
+    return [
+        Choice(count, reduce, one, other)
+        for (count, reduce), one, other in itertools.product(reductions, w_in, w_out)
+        if (one is None) == (other is None)
+    ]
+
+
+def expert_counts(layer: MoELayer, config: SizeConfig) -> list[int]:
+    """Return the numbers of fewer experts that a layer may have, from the most on."""
+    step, least = max(1, layer.num_experts // STEPS), max(config.min_experts, layer.top_k or 1, 1)
+    return [count for count in range(layer.num_experts - step, 0, -step) if count >= least]
+
+
+def grids(width: int, config: SizeConfig) -> list[Grid]:
+    """Return the grids that matrices of `width` inputs may have, from the most bits on."""
+    size = group_size_for(width, config.group_size)
+    return [Grid(bits, size) for bits in sorted(config.bits, reverse=True)]
+
+
+def _grids(width: int, shared: Sequence[MoELayer], config: SizeConfig) -> Iterator[Grid | None]:
+    yield None
+    if len(shared) == 1:  # a weight that layers share is not stored in few bits
+        yield from grids(width, config)
+
+
+def _measured(shared: Sequence[MoELayer], curves: LayerCurves, config: SizeConfig) -> list[Choice]:
+    """Return the candidates that the curves tell of."""
+    return [
+        choice
+        for choice in candidates(shared, config)
+        if choice.experts == curves.experts or curves.reduced.get(choice.reduce)
+    ]
+
+
+def choice_bytes(layer: MoELayer, choice: Choice) -> int:
+    """Return the bytes of a layer's experts as a choice stores them."""
+    expert, dtype = layer.read().expert(0), layer.parameters[0][1].dtype
+    width, hidden_size = expert["up"].shape
+    matrices = expert_bytes(((1 + ("gate" in expert)) * width, hidden_size), choice.w_in, dtype)
+    matrices += expert_bytes((hidden_size, width), choice.w_out, dtype)
+    biases = sum(tensor.numel() for role, tensor in expert.items() if role.endswith("_bias"))
+    return choice.experts * (matrices + biases * dtype.itemsize)
+
+
+def whole_bytes(layers: Layers, skip: Sequence[str] = ()) -> int:
+    """Return the bytes of the experts that may be changed, as they are."""
+    return sum(choice_bytes(shared[0], Choice(shared[0].num_experts)) for shared in layers.selected(skip).tied)
+
+
+def fixed_bytes(layers: Layers, skip: Sequence[str] = ()) -> int:
+    """Return the bytes of the weight files that stay as they are: all but the experts that may be changed."""
+    held = account(layers).bytes_resident
+    buffers, saved = dict(layers.model.named_buffers()), layers.model.state_dict().keys()
+    unsaved = sum(tensor.nbytes for name, tensor in buffers.items() if name not in saved)
+    return held - unsaved - whole_bytes(layers, skip) + HEADER * len(saved)

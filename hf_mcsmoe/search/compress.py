@@ -1,0 +1,195 @@
+"""A model of a size: statistics and curves, the choice, its check against the best single method, and the result."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.curves import LayerCurves
+from hf_mcsmoe.calibration.inputs import num_sequences
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.card import attach_record, new_record
+from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
+from hf_mcsmoe.evaluation.held_out import judge_of
+from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.merge import merge_layers
+from hf_mcsmoe.methods.choice import Choice
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.progress import Progress, counted, in_parts, silent
+from hf_mcsmoe.record import Calibration, Quality, SizeChoice
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.apply import plan_choices, store_choices
+from hf_mcsmoe.search.choices import Chosen, candidates, check_reachable, choice_bytes, choose, fixed_bytes
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.curves import measure_curves, reduced_by
+from hf_mcsmoe.search.size import bytes_of, bytes_text
+
+MIXTURE = "mixture"
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A result: the model, its plan, what was chosen, and how it does where rows were held out."""
+
+    model: PreTrainedModel
+    plan: MergePlan
+    chosen: Chosen
+    quality: Quality | None = None
+
+    @property
+    def effect(self) -> float:
+        """The divergence from the original, all kinds of text alike; where none was measured, the predicted one."""
+        known = [] if self.quality is None else [self.quality.kl, self.quality.check_kl]
+        measured = [value for value in known if value is not None]
+        return sum(measured) / len(measured) if measured else sum(self.chosen.predicted.values())
+
+
+def source_bytes(layers: Layers) -> int:
+    """Return the bytes of the source's weight files; of a model that has none on disk, as it would be saved."""
+    return folder_bytes(layers.model.name_or_path) or saved_bytes(layers)
+
+
+def saved_bytes(layers: Layers) -> int:
+    """Return the bytes of the weight files that a model would be saved in as it is."""
+    return fixed_bytes(layers, ()) + sum(
+        choice_bytes(shared[0], Choice(shared[0].num_experts)) for shared in layers.tied
+    )
+
+
+def check_size(layers: Layers, merge: MergeConfig, search: SizeConfig) -> int:
+    """Return the bytes that are asked for, checked from shapes alone, before any forward and without weights.
+
+    Raises:
+        ValueError: no size, one that cannot be reached, or one for which nothing is to be done.
+    """
+    limit = bytes_of(search.size, source_bytes(layers))
+    check_reachable(layers, search, limit, merge.skip)
+    return limit
+
+
+def compress_to_size(
+    layers: Layers,
+    batches: Sequence[Batch],
+    merge: MergeConfig,
+    search: SizeConfig,
+    *,
+    repair: RepairConfig | None = None,
+    statistics: RoutingStatistics | None = None,
+    progress: Progress = silent,
+    repetitions: int = 0,
+    held_out: Iterable[Batch] = (),
+    check: Mapping[str, Sequence[Batch]] | None = None,
+) -> PreTrainedModel:
+    """Return the model that the search for a size ends with, with its record; the original stays as it is.
+
+    The mixture that the curves choose is compared with the best single method of the same bytes, on rows that nothing
+    was fitted to; up to two results are held in memory beside the original.
+
+    Args:
+        progress: see `compress`.
+
+    Raises:
+        ValueError: see `check_size`; no batches.
+    """
+    limit, repair = check_size(layers, merge, search), repair or RepairConfig(method="joint")
+    if not batches:
+        raise ValueError("The calibration set is empty: pass at least one batch; a size is chosen by what it costs.")
+    if statistics is None:
+        statistics = collect_statistics(layers, counted(batches, "statistics", progress), needs_of(merge, search))
+    sample, kinds = batches[len(batches) // 2], check or {}
+    before = replace(account(layers, sample, repetitions=repetitions), bytes_on_disk=source_bytes(layers))
+    judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", progress, 3))
+    curves = statistics.curves or measure_curves(
+        layers, statistics, batches, merge, search, repair=repair, progress=_by_number("curves", progress)
+    )
+    plans = {MIXTURE: choose(layers, curves, search, limit, merge.skip)}
+    plans |= best_single(layers, curves, search, limit, merge.skip)
+    results: dict[str, Sized] = {}
+    for name, chosen in plans.items():
+        plan = plan_choices(layers, statistics, merge, chosen.choices)
+        model = merge_layers(layers, plan, statistics=statistics)
+        store_choices(Layers.of(model), layers, batches, chosen.choices, repair, _by_number("fit", progress))
+        judge.measure(name, model)
+        results[name] = Sized(model, plan, chosen, judge.quality.pop(name, None))
+    checked = {name: result.effect for name, result in results.items() if result.quality is not None}
+    taken = min(results, key=lambda name: results[name].effect)
+    best = results[taken]
+    size = SizeChoice(source_bytes(layers), limit, best.chosen.bytes, best.chosen.predicted, taken, checked)
+    size = replace(size, reason=_reason(limit, best.chosen.bytes))
+    if best.quality is not None:
+        judge.quality["compressed"] = best.quality
+    after = replace(
+        account(best.model, sample, repetitions=repetitions), bytes_on_disk=saved_costs(best.model).bytes_on_disk
+    )
+    rows = sum(num_sequences(batch) for part in kinds.values() for batch in part)
+    record = replace(
+        new_record(best.model, best.plan.to_dict()),
+        costs={"before": before, "compressed": after},
+        calibration=Calibration(check=list(kinds), check_rows=rows),
+        size=size,
+    )
+    attach_record(best.model, record.with_quality(judge.quality))
+    return best.model
+
+
+def needs_of(merge: MergeConfig, search: SizeConfig) -> tuple[str, ...]:
+    """Return the statistics that the reductions which may be chosen read."""
+    return tuple(dict.fromkeys(name for reduce in search.reductions for name in reduced_by(merge, reduce).needs))
+
+
+def best_single(
+    layers: Layers, curves: Mapping[str, LayerCurves], search: SizeConfig, limit: int, skip: Sequence[str]
+) -> dict[str, Chosen]:
+    """Return the single method of least predicted effect within the bytes, by its name; nothing where none fits.
+
+    All experts in so many bits, or so many experts in every layer.
+    """
+    groups, fixed = layers.selected(skip).tied, fixed_bytes(layers, skip)
+    singles: dict[str, dict[str, Choice]] = {}
+    for choices in zip(*(candidates(shared, search) for shared in groups), strict=False):
+        if (name := _single_method(choices, groups)) is not None:
+            singles[name] = {shared[0].name: choice for shared, choice in zip(groups, choices, strict=True)}
+    found = {name: _told(groups, curves, choices, fixed) for name, choices in singles.items()}
+    fits = [name for name, chosen in found.items() if chosen.bytes <= limit]
+    best = min(fits, key=lambda name: sum(found[name].predicted.values()), default=None)
+    return {} if best is None else {best: found[best]}
+
+
+def _single_method(choices: Sequence[Choice], groups: Sequence[Sequence[MoELayer]]) -> str | None:
+    """Return the name of the single method that makes these choices for the layers; None where none does."""
+    first = choices[0]
+    if any(
+        replace(choice, w_in=None, w_out=None, experts=1) != replace(first, w_in=None, w_out=None, experts=1)
+        for choice in choices
+    ):
+        return None
+    bits = {grid and grid.bits for choice in choices for grid in (choice.w_in, choice.w_out)}
+    whole = all(choice.experts == shared[0].num_experts for choice, shared in zip(choices, groups, strict=True))
+    if whole and len(bits) == 1 and None not in bits:
+        return f"all experts at {bits.pop()} bits"
+    if not whole and bits == {None} and len({choice.experts for choice in choices}) == 1:
+        return f"{first.experts} experts in every layer"
+    return None
+
+
+def _told(
+    groups: Sequence[Sequence[MoELayer]], curves: Mapping[str, LayerCurves], choices: dict[str, Choice], fixed: int
+) -> Chosen:
+    sizes = [choice_bytes(shared[0], choices[shared[0].name]) for shared in groups]
+    predicted = {name: curves[name].effect(choice) for name, choice in choices.items()}
+    return Chosen(choices, fixed + sum(sizes), predicted)
+
+
+def _reason(limit: int, planned: int) -> str:
+    if planned >= 0.98 * limit:
+        return ""
+    return f"No candidate comes nearer to {bytes_text(limit)} than {bytes_text(planned)}."
+
+
+def _by_number(stage: str, progress: Progress) -> Callable[[str, int, int], None]:
+    return lambda name, done, total: progress(stage, done, total)

@@ -1,0 +1,234 @@
+"""The curves of all layers: each part of a choice fitted as in the final model, its error and its effect measured."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hf_mcsmoe.calibration.curves import LayerCurves, Part
+from hf_mcsmoe.calibration.inputs import LayerInputs, stream_inputs
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.batches import Batch, evaluation_mode
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.methods.config import DEFAULT_SALIENCY, MergeConfig
+from hf_mcsmoe.methods.experts import Experts
+from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge
+from hf_mcsmoe.quantization.layer import quantize_layer
+from hf_mcsmoe.repair.fit import LayerFit, layer_error, original_sum, write_output_weight
+from hf_mcsmoe.repair.joint import refit_jointly
+from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
+from hf_mcsmoe.search.choices import grids
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.probe import Probe, Student
+from hf_mcsmoe.search.student import student_experts
+
+# Shares of a layer's experts at which a reduction is fitted.
+SHARES = (0.75, 0.5, 0.25, 0.125)
+# Exponents between which the effect grows with the error, where it was measured twice.
+POWERS = (0.4, 1.3)
+# Tokens of the rows that an effect is measured on.
+PROBE_TOKENS = 2048
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One part of a choice in place: held-out error, and what the probe says of it, error and nats; None unasked."""
+
+    error: float
+    probed: tuple[float, float] | None = None
+
+
+def measure_curves(
+    layers: Layers,
+    statistics: RoutingStatistics,
+    batches: Sequence[Batch],
+    merge: MergeConfig,
+    search: SizeConfig,
+    *,
+    repair: RepairConfig | None = None,
+    progress: Progress | None = None,
+) -> dict[str, LayerCurves]:
+    """Return the curves of the layers that `merge.skip` leaves, by name; of those that share experts the first's name.
+
+    Args:
+        statistics: of these layers; with what the methods of `merge` need.
+        batches: calibration data, all that a fit sees; a fifth of its rows judges.
+        repair: how output matrices are fitted; None for the default.
+        progress: called as `progress(layer name, layers done, layers)`.
+    """
+    chosen, repair = layers.selected(merge.skip), repair or RepairConfig()
+    plans = {reduce: _plans(layers, statistics, merge, reduce, search) for reduce in search.reductions}
+    probe, curves = Probe(layers.model, few_rows(batches)), {}
+    with torch.no_grad(), evaluation_mode(layers.model):
+        for done, (shared, inputs) in enumerate(stream_inputs(chosen.tied, batches, memory_limit=repair.memory_limit)):
+            first = shared[0]
+            with first.open() as originals:
+                bench = Bench(shared, originals, inputs, statistics.together([x.name for x in shared]), probe, repair)
+                curves[first.name] = bench.curves(search, plans)
+            if progress:
+                progress(first.name, done + 1, len(chosen.tied))
+    return curves
+
+
+def few_rows(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first batches, until they have enough tokens for an effect to be measured on."""
+    chosen, tokens = list[Batch](), 0
+    for batch in batches:
+        if tokens >= PROBE_TOKENS:
+            break
+        chosen.append(batch)
+        tokens += max((v.shape[:2].numel() for v in batch.values() if isinstance(v, torch.Tensor)), default=0)
+    return chosen
+
+
+def ladder(layer: MoELayer, search: SizeConfig) -> list[int]:
+    """Return the numbers of experts at which a reduction of a layer is fitted, from the most on."""
+    least = max(search.min_experts, layer.top_k or 1)
+    counts = {max(round(share * layer.num_experts), least) for share in SHARES}
+    return sorted((count for count in counts if count < layer.num_experts), reverse=True)
+
+
+def _plans(
+    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, reduce: str, search: SizeConfig
+) -> list[MergePlan]:
+    """Return a plan for each step of the ladder; layers with a shorter ladder stay at its end."""
+    ladders = [ladder(shared[0], search) or [shared[0].num_experts] for shared in layers.selected(merge.skip).tied]
+    plans = []
+    for step in range(max(map(len, ladders))):
+        counts = [rungs[min(step, len(rungs) - 1)] for rungs in ladders]
+        plans.append(plan_with(layers, statistics, merge, counts, reduce))
+    return plans
+
+
+def plan_with(
+    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, counts: list[int], reduce: str = "merge"
+) -> MergePlan:
+    """Return the plan that leaves each set of experts so many of them."""
+
+    def budget(saliency: list[torch.Tensor], experts: float, min_experts: int) -> list[int]:
+        return counts
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few tokens, which the plan that is taken tells
+        return plan_merge(layers, statistics, replace(reduced_by(merge, reduce), experts=1.0, budget=budget))
+
+
+def reduced_by(merge: MergeConfig, reduce: str) -> MergeConfig:
+    """Return a configuration for one of the reductions, with its own default where `merge` has that of the other."""
+    saliency = None if merge.saliency == DEFAULT_SALIENCY[merge.reduce] else merge.saliency
+    return replace(merge, reduce=reduce, saliency=saliency, min_experts=1)
+
+
+@dataclass
+class Bench:
+    """One layer, or several that share their experts, on which parts of a choice are tried."""
+
+    layers: Sequence[MoELayer]
+    originals: Experts
+    inputs: LayerInputs
+    sums: Any
+    probe: Probe
+    repair: RepairConfig
+
+    def __post_init__(self) -> None:
+        self.target: torch.Tensor | None = None
+        self.normed = torch.empty(0)
+        self.judge = self.inputs.held_out.nonzero()[:, 0]
+
+    def curves(self, search: SizeConfig, plans: dict[str, list[MergePlan]]) -> LayerCurves:
+        """Return the curves of the layer."""
+        layer = self.layers[0]
+        whole = LayerPlan(*_identity(layer.num_experts))
+        some = next(iter(plans.values()))[0]
+        fit = self._fit(whole, some)
+        kept = {name: value.detach().clone() for name, value in fit.experts.named_parameters()}
+        w_out = dict(self._rounded(fit, kept, grids(layer.intermediate_size, search), False))
+        w_in = dict(self._rounded(fit, kept, grids(layer.hidden_size, search), True))
+        del fit, kept
+        reduced = {reduce: dict(self._reduced(steps)) for reduce, steps in plans.items()}
+        return LayerCurves(
+            layer.num_experts, {name: _parts(seen) for name, seen in reduced.items()}, _parts(w_in), _parts(w_out)
+        )
+
+    def _fit(self, item: LayerPlan, plan: MergePlan) -> LayerFit:
+        """Return the layer with the experts of a plan."""
+        experts = student_experts(self.layers[0], item, plan, self.sums)
+        name, seen = self.layers[0].name, self.inputs.mapped(item.expert_map)
+        fit = LayerFit(name, experts, self.originals, seen, self.inputs, item.expert_map, self.target)
+        if self.target is None:
+            self.target = fit.target()
+            self.normed = original_sum(fit, normed=True) if self.originals.norm else self.target
+        return fit
+
+    def _error(self, fit: LayerFit) -> float:
+        return layer_error(fit, fit.experts, self.normed, self.judge) / max(len(self.judge), 1)
+
+    def _observed(self, fit: LayerFit, *, probed: bool) -> Observed:
+        probe = self.probe.measure(self.layers, Student(fit)) if probed and self.probe.tells else None
+        return Observed(self._error(fit), probe)
+
+    def _rounded(
+        self, fit: LayerFit, kept: dict[str, torch.Tensor], choices: list[Grid], is_input: bool
+    ) -> Iterator[tuple[Grid, Observed]]:
+        """Yield what rounding one of the matrices does, the other as it was; W_in with the refit of W_out to it."""
+        probed = [choices[-1], next((grid for grid in choices if grid.bits <= 4), choices[0])]
+        gain = 1.0
+        for grid in reversed(choices):
+            quantize_layer(fit, grid if is_input else None, None if is_input else grid)
+            if is_input and grid == probed[0]:
+                before = self._error(fit)
+                self._refit(fit)
+                gain = self._error(fit) / before if before else 1.0
+            seen = self._observed(fit, probed=grid in probed)
+            yield grid, replace(seen, error=seen.error * (gain if is_input and grid != probed[0] else 1.0))
+            for name, value in fit.experts.named_parameters():
+                value.copy_(kept[name])
+
+    def _refit(self, fit: LayerFit) -> None:
+        """Refit the output matrices; held-out tokens choose, and are not fitted to."""
+        if fit.experts.has_post_expert_norm:
+            REPAIR["refit"](fit, self.repair)
+            return
+        found = refit_jointly(fit, self.repair.ridges, memory_limit=self.repair.memory_limit, final=False)
+        for expert, weight in enumerate(found.weights):
+            write_output_weight(fit.experts, expert, weight)
+
+    def _reduced(self, plans: list[MergePlan]) -> Iterator[tuple[int, Observed]]:
+        """Yield what fewer experts do, by their number."""
+        items = {len(plan.layers[self.layers[0].name].dominant): plan for plan in plans}
+        for number, (count, plan) in enumerate(items.items()):
+            item = plan.layers[self.layers[0].name]
+            if item.is_whole:
+                continue
+            fit = self._fit(item, plan)
+            self._refit(fit)
+            yield count, self._observed(fit, probed=number in (0, len(items) - 1, len(items) // 2))
+
+
+def _identity(experts: int) -> tuple[list[int], list[int], list[float]]:
+    return list(range(experts)), list(range(experts)), [1.0] * experts
+
+
+def _parts(seen: dict[Any, Observed]) -> dict[Any, Part]:
+    """Return the effect of each part, on a power of its error through those that the probe has measured."""
+    points = sorted(point.probed for point in seen.values() if point.probed and min(point.probed) > 0)
+    return {key: Part(item.error, _effect(points, item.error)) for key, item in seen.items()}
+
+
+def _effect(points: Sequence[tuple[float, float]], error: float) -> float:
+    """Return the effect of an error, given pairs of both; the nearest two decide."""
+    if not points or error <= 0:
+        return 0.0
+    values = torch.tensor(points, dtype=torch.float64).log()
+    place = torch.tensor(error, dtype=torch.float64).log()
+    nearest = values[(values[:, 0] - place).abs().argsort(stable=True)[:2]]
+    (near, effect), other = nearest[0], nearest[-1]
+    slope = 1.0
+    if len(nearest) > 1 and not torch.isclose(near, other[0]):
+        slope = float(((other[1] - effect) / (other[0] - near)).clamp(*POWERS))
+    return float((effect + slope * (place - near)).exp())

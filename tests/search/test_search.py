@@ -1,0 +1,110 @@
+"""The search for a size on small made models: bytes kept, choices told, the way from compress to a folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from helpers import batches, logits
+from merged import stored_experts
+from transformers import PreTrainedModel
+
+from hf_mcsmoe import MergeConfig, collect_statistics, compress
+from hf_mcsmoe.calibration.curves import LayerCurves, Part
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.card import record_of
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.search.choices import candidates, choose, fixed_bytes, smallest_bytes, whole_bytes
+from hf_mcsmoe.search.config import SizeConfig
+
+
+def made_curves(layers: Layers, config: SizeConfig) -> dict[str, LayerCurves]:
+    """Make curves as they look: fewer bits and experts cost more, in later layers less."""
+    curves = {}
+    for number, (first, *_) in enumerate(layers.tied, 1):
+        choices = candidates([first], config)
+        grids = {grid for choice in choices for grid in (choice.w_in, choice.w_out) if grid}
+        parts = {grid: Part(4.0**-grid.bits, 4.0**-grid.bits / number) for grid in grids}
+        reduced = {count: Part(1 / count, 0.1 / count / number) for count in range(1, first.num_experts)}
+        curves[first.name] = LayerCurves(first.num_experts, {"merge": reduced}, parts, parts)
+    return curves
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return build("qwen3_moe")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.9])
+def test_a_choice_is_within_the_bytes_and_told_with_its_effect(model: PreTrainedModel, share: float) -> None:
+    layers, config = Layers.of(model), SizeConfig(0.5, group_size=8)
+    curves = made_curves(layers, config)
+    limit = fixed_bytes(layers) + int(share * whole_bytes(layers))
+    chosen = choose(layers, curves, config, limit)
+    assert chosen.bytes <= limit
+    assert chosen.predicted == {name: curves[name].effect(choice) for name, choice in chosen.choices.items()}
+    one = choose(layers, curves, SizeConfig(0.5, group_size=8, uniform_experts=True), limit)
+    assert len({choice.experts for choice in one.choices.values()}) == 1
+    assert sum(one.predicted.values()) >= sum(chosen.predicted.values())
+
+
+def test_options_hold_for_what_is_chosen(model: PreTrainedModel) -> None:
+    layers, config = Layers.of(model), SizeConfig(0.5, bits=(4,), min_experts=3, group_size=8)
+    for choice in candidates(layers.tied[0], config):
+        assert {grid and grid.bits for grid in (choice.w_in, choice.w_out)} <= {None, 4}
+        assert choice.experts >= 3
+    with pytest.raises(ValueError, match=r"the smallest that can be reached is \d"):
+        choose(layers, made_curves(layers, config), config, smallest_bytes(layers, config) - 1)
+
+
+@pytest.mark.slow
+def test_a_size_is_kept_on_disk_and_the_record_tells_of_it(model: PreTrainedModel, tmp_path: Path) -> None:
+    data = batches("qwen3_moe", model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    size = SizeConfig(0.6, group_size=8)
+    result = compress(model, data, MergeConfig(), size=size, held_out=data[:1])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    result.save_pretrained(tmp_path / "small")
+    told = record_of(result).size
+    assert told is not None
+    written = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
+    assert written <= told.asked
+    assert written == pytest.approx(told.planned, rel=0.02)
+    assert told.method in told.checked
+    assert told.checked[told.method] == min(told.checked.values())
+    assert json.loads((tmp_path / "small" / "mcsmoe_record.json").read_text())["size"]["asked"] == told.asked
+    assert max(stored_experts(result)) <= Layers.of(model)[0].num_experts
+    assert torch.isfinite(logits(result, data[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": "5 apples"}, "no known unit"),
+        ({"size": "1B"}, "the smallest that can be reached is"),
+        ({"size": "1TB"}, "nothing is to be done"),
+        ({"size": 0.5, "consume": True}, "leave out consume"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_forward(model: PreTrainedModel, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        compress(model, iter(()), **options)
+
+
+def test_curves_are_kept_in_the_file_of_statistics(model: PreTrainedModel, tmp_path: Path) -> None:
+    layers, config, file = Layers.of(model), SizeConfig(0.5, group_size=8), tmp_path / "scores.safetensors"
+    statistics = collect_statistics(layers, batches("qwen3_moe", model))
+    statistics.curves = made_curves(layers, config)
+    statistics.save(file)
+    assert RoutingStatistics.load(file).curves == statistics.curves
+    name = layers[0].name
+    statistics.curves = {name: LayerCurves(99, w_in={Grid(4): Part(1.0, 1.0)})}
+    statistics.save(file)
+    with pytest.raises(ValueError, match="99 experts"):
+        RoutingStatistics.load(file).check({layer.name: layer.sizes for layer in layers})
+    statistics.curves = {"elsewhere": statistics.curves[name]}
+    statistics.save(file)
+    with pytest.raises(ValueError, match="damaged"):
+        RoutingStatistics.load(file)
