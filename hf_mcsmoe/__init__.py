@@ -28,6 +28,8 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.auto import RegisteredConfig
 from hf_mcsmoe.modeling.modeling_mcsmoe import MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.quantization.config import QuantizationConfig
+from hf_mcsmoe.quantization.quantize import quantize_experts
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts
 
@@ -43,6 +45,7 @@ __all__ = [
     "MergePlan",
     "MergedSwitchSparseMLP",
     "MoELayer",
+    "QuantizationConfig",
     "RepairConfig",
     "RoutingStatistics",
     "SparsificationCallback",
@@ -55,6 +58,7 @@ __all__ = [
     "merge_experts",
     "moe_layers",
     "plan_merge",
+    "quantize_experts",
     "repair_experts",
     "store_teacher_outputs",
 ]

@@ -1,4 +1,4 @@
-"""The story from top to bottom: statistics, plan, merge (M-SMoE), then repair and low rank + sparse (MC-SMoE)."""
+"""The story from top to bottom: statistics, plan, merge (M-SMoE), repair, low rank + sparse (MC-SMoE), few bits."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +31,8 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import check_request, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
+from hf_mcsmoe.quantization.config import QuantizationConfig
+from hf_mcsmoe.quantization.quantize import quantization_step, quantize_layers
 from hf_mcsmoe.record import Calibration, Costs, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, repair_experts
@@ -45,6 +47,7 @@ def compress(
     *,
     repair: RepairConfig | None = None,
     low_rank: LoSparseConfig | None = None,
+    quantization: QuantizationConfig | None = None,
     consume: bool = False,
     statistics: RoutingStatistics | None = None,
     progress: Progress | None = None,
@@ -55,9 +58,9 @@ def compress(
 ) -> PreTrainedModel:
     """Return `model` with merged experts: statistics over `batches`, plan, merge (paper, section 3.1).
 
-    Then merged layers are repaired and stored as low rank + sparse (section 3.2), where that is asked for. The record
-    tells what was done and what each stage holds, and what it executes in a forward of one batch: the first, of a list
-    that in the middle.
+    Then merged layers are repaired and stored as low rank + sparse (section 3.2), and experts, merged or not, in few
+    bits, where that is asked for. The record tells what was done and what each stage holds, and what it executes in a
+    forward of one batch: the first, of a list that in the middle.
 
     Args:
         batches: dictionaries for `model(**batch)`; may be empty where `statistics` are given and nothing else needs
@@ -65,13 +68,16 @@ def compress(
         repair: how merged layers are fitted to the original ones; None leaves them as merged (on the command line
             the default is `RepairConfig()`, for there the original is at hand until the end).
         low_rank: how merged experts are stored as low rank + sparse; None leaves them dense.
+        quantization: in how many bits experts are stored; with a `repair`, output matrices are fitted once more to
+            what W_in has become. None leaves their values as they are.
         consume: see `merge_experts`; not together with `repair`, which needs the original, nor with what may be
             refused only after the merge (`LoSparseConfig(energy=...)` without `allow_dense`).
         statistics: sums that were collected before, instead of a pass over `batches`.
         progress: called as `progress(stage, done, total)` in the stages "checking" (of weights, one step),
             "statistics" (batches; the total is None for an iterator), "planning" (one step), "costs" (times that they
-            are counted), "measuring" (held-out batches), "merge" and "repair" (layers), "low rank" (matrices), and
-            "second repair" (of what is stored then). Stages overlap; each counts up from 0 to its total.
+            are counted), "measuring" (held-out batches), "merge" and "repair" (layers), "low rank" (matrices), "second
+            repair" (of what is stored then) and "quantization" (layers). Stages overlap; each counts up from 0 to its
+            total.
         repetitions: forwards to time in each stage, of which the fastest counts; none by default.
         held_out: batches like `batches`, but of other rows: nothing is fitted to them, and the record tells each
             stage's loss on them and its divergence from the original.
@@ -90,12 +96,14 @@ def compress(
         config=(config, (MergeConfig, NoneType)),
         repair=(repair, (RepairConfig, NoneType)),
         low_rank=(low_rank, (LoSparseConfig, NoneType)),
+        quantization=(quantization, (QuantizationConfig, NoneType)),
         statistics=(statistics, (RoutingStatistics, NoneType)),
     )
     config, repair = config or MergeConfig(), chosen_repair(repair)
     search = SizeConfig.of(size)
     layers = Layers.of(model).uncompressed()
-    check_options(layers, config, repair=repair, low_rank=low_rank, consume=consume, size=search)
+    stages: dict[str, Any] = {"repair": repair, "low_rank": low_rank, "quantization": quantization}
+    check_options(layers, config, **stages, consume=consume, size=search)
     batches = as_batches(batches, layers.model)
     tell = progress or silent
     with one_step("checking", tell):
@@ -105,18 +113,19 @@ def compress(
         options: dict[str, Any] = {"statistics": statistics, "progress": tell, "repetitions": repetitions}
         options |= {"repair": repair, "held_out": held_out or (), "check": kinds}
         return compress_to_size(layers, list(batches), config, search, **options)
-    batches, sample = _sampled(batches, keep=bool(repair or low_rank))
+    batches, sample = _sampled(batches, keep=any(stages.values()))
     if statistics is None:
         statistics = collect_statistics(layers, counted(batches, "statistics", tell), config.needs)
     with one_step("planning", tell):
         plan = plan_merge(layers, statistics, config)
     number = sum(not layer.is_whole for layer in plan.layers.values())
     is_merged = number > 0
-    _check_repair_of_whole_layers(None if is_merged else repair, low_rank)
-    count = in_parts("costs", tell, 2 + bool(low_rank and is_merged))
+    _check_repair(is_merged, **stages)
+    stored = bool(low_rank or quantization)
+    count = in_parts("costs", tell, 2 + (stored and is_merged))
     measure = partial(_counted_costs, batch=sample, repetitions=repetitions if sample else 0, tell=count)
     costs = {"before": replace(measure(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
-    judged = 1 + is_merged + bool(repair and is_merged) + bool(low_rank)
+    judged = 1 + is_merged + bool(repair and is_merged) + bool(low_rank) + bool(quantization)
     judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", tell, judged))
 
     tell("merge", 0, number)
@@ -129,8 +138,7 @@ def compress(
 
     if is_merged:
         judge.measure("merged", merged)
-    if low_rank and is_merged:
-        costs["merged"] = _measured(found, measure)
+    costs |= {"merged": _measured(found, measure)} if stored and is_merged else {}
     if repair and is_merged:
         report = fit("repair")
         judge.measure("repaired", merged)
@@ -139,8 +147,13 @@ def compress(
         if repair and repair.method == "local":  # once more, with what is stored now
             report = fit("second repair")
         judge.measure("low rank", merged)
-    costs["compressed" if low_rank else "merged" if is_merged else "after"] = _measured(found, measure)
-    for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank)]:
+    if quantization:
+        original = None if consume else layers
+        told = _by_number("quantization", tell)
+        found = quantize_layers(found, original, batches, quantization, repair=repair, progress=told)
+        judge.measure("quantized", merged)
+    costs["compressed" if stored else "merged" if is_merged else "after"] = _measured(found, measure)
+    for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank), *_quantization_steps(quantization)]:
         record = record.with_step(step)
     rows = sum(num_sequences(batch) for part in kinds.values() for batch in part)
     record = replace(record, costs=costs, calibration=Calibration(check=list(kinds), check_rows=rows))
@@ -166,24 +179,26 @@ def check_options(
     *,
     repair: RepairConfig | None,
     low_rank: LoSparseConfig | None,
+    quantization: QuantizationConfig | None = None,
     consume: bool = False,
     size: SizeConfig | None = None,
 ) -> None:
     """Check, before any forward and without weights, that all of `compress` can be done to a model of these `layers`.
 
     Raises:
-        ValueError: see `check_request`, `check_low_rank` and `check_size`; nothing to repair; `consume` together with
-            what needs the original, or may be refused when it is used up.
+        ValueError: see `check_request`, `check_low_rank`, `QuantizationConfig.check_layers` and `check_size`; nothing
+            to repair; `consume` together with what needs the original, or may be refused when it is used up.
     """
     check_loaded(layers)
     if size:
-        _check_for_size(layers, config, size, {"low_rank": low_rank, "consume": consume})
+        _check_for_size(layers, config, size, {"low_rank": low_rank, "quantization": quantization, "consume": consume})
         return
     chosen = check_request(layers, config)
     if low_rank:
         check_low_rank(chosen, low_rank)
-    if merges_nothing(layers, config):
-        _check_repair_of_whole_layers(repair, low_rank)
+    if quantization:
+        quantization.check_layers(chosen.selected(quantization.skip))
+    _check_repair(not merges_nothing(layers, config), repair, low_rank, quantization)
     if consume and repair:
         raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
     if consume and low_rank and low_rank.energy is not None and not low_rank.allow_dense:
@@ -222,11 +237,18 @@ def merges_nothing(layers: Layers, config: MergeConfig) -> bool:
     return budget([torch.ones(size) for size in sizes], config.experts, config.min_experts) == sizes
 
 
-def _check_repair_of_whole_layers(repair: RepairConfig | None, low_rank: LoSparseConfig | None) -> None:
-    if repair and (low_rank is None or repair.method != "local"):
+def _check_repair(
+    is_merged: bool,
+    repair: RepairConfig | None,
+    low_rank: LoSparseConfig | None,
+    quantization: QuantizationConfig | None,
+) -> None:
+    """Raise ValueError where a repair has nothing to do."""
+    changed = is_merged or quantization or (low_rank and repair and repair.method == "local")
+    if repair and not changed:
         raise ValueError(
             f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: give none. Where "
-            "the experts become low rank + sparse, method 'local' repairs that."
+            "the experts become low rank + sparse, method 'local' repairs that; in few bits, every method."
         )
 
 
@@ -243,7 +265,9 @@ def _sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], 
         first = list(islice(batches, 1))
         sample = first[0] if first else None
     if keep and sample is None:
-        raise ValueError("The calibration set is empty: pass at least one batch; repair and low_rank read it.")
+        raise ValueError(
+            "The calibration set is empty: pass at least one batch; repair, low_rank and quantization read it."
+        )
     if isinstance(batches, Sequence):
         return batches, sample
     return [*first, *batches] if keep else chain(first, batches), sample
@@ -296,3 +320,8 @@ def _low_rank_steps(merged: PreTrainedModel, config: LoSparseConfig | None) -> l
             stacklevel=3,
         )
     return [] if step is None else [step]
+
+
+def _quantization_steps(config: QuantizationConfig | None) -> list[Step]:
+    """Return what the record tells of bits."""
+    return [] if config is None else [quantization_step(config)]

@@ -10,12 +10,20 @@ from families import build
 from helpers import Batch, batches, logits, relative_error
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_mcsmoe import MergeConfig, RepairConfig, collect_statistics, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe import (
+    MergeConfig,
+    QuantizationConfig,
+    RepairConfig,
+    collect_statistics,
+    compress,
+    merge_experts,
+    moe_layers,
+    plan_merge,
+    quantize_experts,
+)
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
-from hf_mcsmoe.quantization.config import QuantizationConfig
-from hf_mcsmoe.quantization.quantize import quantize_experts
 
 
 def merged(model: PreTrainedModel, data: list[Batch], experts: float = 0.5, **options: Any) -> PreTrainedModel:
@@ -25,8 +33,9 @@ def merged(model: PreTrainedModel, data: list[Batch], experts: float = 0.5, **op
 
 @pytest.fixture(scope="module")
 def mixtral() -> tuple[PreTrainedModel, list[Batch], PreTrainedModel]:
-    """Return a model, data, and the model with half of its experts."""
+    """Return a model of two layers, data, and the model with half of its experts."""
     model = build("mixtral")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     data = batches("mixtral", model)
     return model, data, merged(model, data)
 
@@ -72,13 +81,52 @@ def test_compensation_and_refit_bring_the_model_nearer_to_the_original(mixtral: 
 
 def test_layers_that_were_left_whole_are_quantized_and_skipped_ones_are_not(mixtral: Any) -> None:
     model, data, _ = mixtral
-    names = moe_layers(model).names
-    student = merged(model, data, experts=1.0, skip=(names[0],))
-    quantize_experts(student, None, data, QuantizationConfig(bits=8, group_size=8, skip=(names[-1],)))
-    assert list(student.config.mcsmoe["layers"]) == names[1:-1]
-    assert distance(student, model, data) < 0.05
-    before = {layer.name: layer.num_parameters for layer in moe_layers(student)}
-    assert before[names[0]] == before[names[-1]] == moe_layers(model)[0].num_parameters
+    first, second = moe_layers(model).names
+    for skipped in ({"merge": (first,)}, {"bits": (first,)}):
+        student = merged(model, data, experts=1.0, skip=skipped.get("merge", ()))
+        quantize_experts(student, None, data, QuantizationConfig(bits=8, group_size=8, skip=skipped.get("bits", ())))
+        assert list(student.config.mcsmoe["layers"]) == [second]
+        assert distance(student, model, data) < 0.05
+        assert moe_layers(student)[0].num_parameters == moe_layers(model)[0].num_parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "columns", "stages"),
+    [
+        ({"config": MergeConfig(experts=1.0)}, ["before", "compressed"], ["original", "quantized"]),
+        (
+            {"config": MergeConfig(experts=0.5), "low_rank": LoSparseConfig(rank=4), "repair": RepairConfig("joint")},
+            ["before", "merged", "compressed"],
+            ["original", "merged", "repaired", "low rank", "quantized"],
+        ),
+        (
+            {"config": MergeConfig(experts=1.0), "repair": RepairConfig("joint")},
+            ["before", "compressed"],
+            ["original", "quantized"],
+        ),
+    ],
+    ids=["untouched", "low rank", "refitted"],
+)
+def test_compress_quantizes_last(mixtral: Any, options: dict, columns: list[str], stages: list[str]) -> None:
+    model, data, _ = mixtral
+    told: list[tuple[str, int, int]] = []
+    config = QuantizationConfig(bits=8, group_size=8)
+    result = compress(
+        model, data, quantization=config, held_out=data, progress=lambda *step: told.append(step), **options
+    )
+    record = record_of(result)
+    assert [done for stage, done, _ in told if stage == "quantization"] == [0, 1, 2]
+    assert list(record.costs) == columns
+    assert list(record.quality) == stages
+    assert record.steps[-1].options == config.to_dict()
+    assert record.costs[columns[-1]].bytes_resident < record.costs[columns[-2]].bytes_resident
+    divergences = [record.quality[stage].kl or 0.0 for stage in stages]
+    assert divergences[-1] < divergences[-2] + 1e-3
+
+
+def test_groups_that_do_not_divide_are_refused_before_any_forward(mixtral: Any) -> None:
+    with pytest.raises(ValueError, match="group_size=48 does not divide the 32 inputs of W_in"):
+        compress(mixtral[0], iter(()), quantization=QuantizationConfig(group_size=48))
 
 
 def test_important_experts_have_more_bits(mixtral: Any) -> None:
@@ -138,7 +186,7 @@ def test_what_cannot_be_quantized_is_refused(mixtral: Any) -> None:
         ((model,), None, {}, "not compressed: quantize its experts with `compress"),
         ((student,), QuantizationConfig(group_size=48), {}, "group_size=48 does not divide the 32 inputs of W_in"),
         ((student,), QuantizationConfig(low_bits=2), {}, "low_bits=2 is for experts that calibration data tell"),
-        ((student,), None, {"repair": RepairConfig()}, "The repair 'refit' fits to calibration data"),
+        ((student,), None, {"repair": RepairConfig("joint")}, "The repair 'refit' fits to calibration data"),
         ((student,), QuantizationConfig(skip="x"), {}, "skip='x' matches no layer"),
     ]:
         with pytest.raises(ValueError, match=message):
