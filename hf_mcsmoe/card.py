@@ -215,7 +215,7 @@ def render(record: Record) -> str:
     return f"---\n{_metadata(record).to_yaml()}\n---\n\n{text}"
 
 
-def _planned(plan: dict[str, Any]) -> dict[str, Stored]:
+def _planned(plan: Mapping[str, Any]) -> dict[str, Stored]:
     """Return what a plan says of its layers."""
     return {
         name: Stored.of({"num_experts": len(layer.get("expert_map", ())), **layer})
@@ -314,11 +314,11 @@ def attach_record(model: PreTrainedModel, record: Record) -> None:
 
     What the record says of the layers is what the model's modules say now.
     """
-    record = replace(record, layers=_stored_layers(model, record.plan))
+    record = replace(record, layers=stored_layers(model, record.plan))
     cast(Any, model).mcsmoe_record = replace(record, card=render(record))
 
 
-def _stored_layers(model: PreTrainedModel, plan: dict[str, Any]) -> dict[str, Stored]:
+def stored_layers(model: PreTrainedModel, plan: Mapping[str, Any]) -> dict[str, Stored]:
     """Return what became of each layer that was planned, or that the configuration tells of, by the name there."""
     found = {name: Stored(item.before, item.before) for name, item in _planned(plan).items()}
     found |= {name: Stored.of(entry) for name, entry in describe(model)["layers"].items()}

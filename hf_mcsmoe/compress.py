@@ -214,7 +214,7 @@ def _check_for_size(layers: Layers, config: MergeConfig, size: SizeConfig, other
     Raises:
         ValueError: see `check_size`; or what a search for a size does not go with.
     """
-    check_request(layers, replace(config, experts=1.0, min_experts=1))
+    check_request(layers, replace(config, experts=1.0, min_experts=size.min_experts))
     check_size(layers, config, size)
     for name, value in others.items():
         if value:

@@ -1,6 +1,7 @@
 """`hf-mcsmoe compress`."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +12,12 @@ from rich.markup import escape
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.cli.dial import Dial
 from hf_mcsmoe.cli.display import console, cost_table, layers_table, notes, quality_table, stage_bars
 from hf_mcsmoe.cli.options import (
     Loading,
     Model,
     Output,
-    Selection,
     Storage,
     check_device_map,
     check_file,
@@ -36,6 +37,8 @@ from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
+from hf_mcsmoe.search.compress import check_size
+from hf_mcsmoe.tables import size_lines
 
 MERGE = [
     "budget",
@@ -52,7 +55,7 @@ MERGE = [
 
 @options_of(Calibration, "calibration", panel="Data")
 @options_of(Output, "target", panel="Output")
-@options_of(Selection, "selection", panel="Merge")
+@options_of(Dial, "dial", panel="Size")
 @options_of(MergeConfig, "merge", MERGE, panel="Merge")
 @options_of(Storage, "storage", panel="Storage")
 @options_of(Loading, "loading", panel="Loading")
@@ -60,7 +63,7 @@ def compress_command(
     model: Model,
     calibration: Calibration,
     target: Output,
-    selection: Selection,
+    dial: Dial,
     merge: MergeConfig,
     storage: Storage,
     loading: Loading,
@@ -78,12 +81,13 @@ def compress_command(
     ] = None,
     recipe: dict[str, Any] | None = None,
 ) -> None:
-    """Merge a model's experts, guided by its routers on calibration text, and save the smaller model."""
-    config = replace(selection.apply(merge), seed=calibration.seed)
+    """Make a model fit a size, guided by its routers on calibration text: fewer experts, in fewer bits."""
+    config, size = replace(dial.apply(merge), seed=calibration.seed), dial.size_config(merge, storage)
     check_device_map(loading.device_map)
     empty = empty_model(model, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
-    stages: dict[str, Any] = {"repair": _chosen(repair, layers, config), "low_rank": storage.low_rank()}
+    stages: dict[str, Any] = {"low_rank": storage.low_rank(), "quantization": dial.quantization(), "size": size}
+    stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores)
     output = target.claimed(needed, model=model, data=calibration.data, check_data=calibration.check_data or [])
     tokenizer = load_tokenizer(loading.tokenizer or model)
@@ -104,9 +108,10 @@ def compress_command(
         elif scores:
             sums = collect_statistics(loaded, counted(batches, "statistics", progress), config.needs)
             sums.save(scores)
+        original = any(stages[name] for name in stages if name != "low_rank")  # it is compared with to the end
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         shown["check"] = check
-        merged = compress(loaded, batches, config, **stages, consume=not stages["repair"], statistics=sums, **shown)
+        merged = compress(loaded, batches, config, **stages, consume=not original, statistics=sums, **shown)
     fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
     checked = sum(len(batch["input_ids"]) for batch in check)
     told = Calibrated(
@@ -117,6 +122,7 @@ def compress_command(
         checked,
     )
     done = {"repair": stages["repair"].method if stages["repair"] else "none"}
+    done |= {"size": str(size.size)} if size else {}
     done |= {} if held is not None else {"scores": None}  # which others can take anew
     text = recipe_text("compress", {**(recipe or {}), **done})
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
@@ -129,11 +135,11 @@ def compress_command(
     target.push(merged, own)
 
 
-def _chosen(repair: str | None, layers: Layers, config: MergeConfig) -> RepairConfig | None:
+def _chosen(repair: str | None, layers: Layers, config: MergeConfig, stages: Mapping[str, Any]) -> RepairConfig | None:
     """Return the repair that is asked for, or else the default where there is something to repair."""
     if repair is not None:
         return chosen_repair(RepairConfig(method=repair))
-    if merges_nothing(layers, config):
+    if not (stages["size"] or stages["quantization"]) and merges_nothing(layers, config):
         notes.print("every layer keeps all its experts, so there is nothing to repair")
         return None
     return RepairConfig()
@@ -154,6 +160,10 @@ def _show(record: Record, output: Path) -> None:
     elif data.rows:
         console.print(f"{_unmeasured(data)}: neither loss nor KL to the original is known")
     console.print(cost_table(costs))
+    if record.size:
+        console.print()
+        for line in size_lines(record.size, record.quality[record.judged].kl if record.judged else None):
+            console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _unmeasured(data: Calibrated) -> str:
@@ -168,6 +178,8 @@ def _check(
     """Check all that can be checked before weights are loaded; returns the bytes to write and what a file holds."""
     check_options(layers, config, **stages)
     held = _read(scores, layers, config) if scores else None
+    if stages["size"]:
+        return check_size(layers, config, stages["size"]), held
     parameters = layers.model.num_parameters() - saved_parameters(layers, config)
     return parameters * itemsize(dtype, layers.model), held
 

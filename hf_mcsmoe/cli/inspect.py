@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from hf_mcsmoe.cli.display import console, layer_table, stage_bars
+from hf_mcsmoe.card import record_of, stored_layers
+from hf_mcsmoe.cli.display import console, layer_table, layers_table, stage_bars
 from hf_mcsmoe.cli.options import Dequantize, Model, Selection, options_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
@@ -31,6 +32,8 @@ def inspect_command(
     kind = empty.config.base_model_type if merged else empty.config.model_type
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if merged else ""))
     console.print(layer_table(layers))
+    if merged:
+        console.print(layers_table(stored_layers(empty, record_of(empty).plan)))
     if check:
         with stage_bars() as progress, one_step("checking", progress):
             check_weights(model)

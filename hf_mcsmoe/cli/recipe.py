@@ -1,5 +1,6 @@
 """Recipes: the options of a run as a YAML file, which `--config` reads and a result has beside its weights."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ NAMES = ("model", "student", "teacher", "models", "tokenizer", "data", "check_da
 # What options were called before, and what they are called now.
 RENAMED = {"statistics": "scores"}
 # Counts and shares, which the command line takes as text.
-NUMBERS = ("experts",)
+NUMBERS = ("experts", "size", "bits")
 
 
 class _Loader(yaml.SafeLoader):
@@ -102,8 +103,16 @@ def _told(key: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_told(key, item) for item in value]
     if key in NUMBERS:
-        return float(value) if "." in value else int(value)
+        return _number(value)
     return _public(str(value)) if key in NAMES else value
+
+
+def _number(text: str) -> int | float | str:
+    """Return a count or a share; text where it is neither (20GB)."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _public(name: str) -> str:

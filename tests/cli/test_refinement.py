@@ -154,18 +154,8 @@ def test_a_repair_that_changes_no_layer_is_told_of() -> None:
 def test_the_command_line_tells_of_experts_that_were_not_repaired(tmp_path: Path) -> None:
     assets = ROOT / "hf_mcsmoe" / "demo_assets"
     arguments = ["compress", assets / "model", "--data", assets / "calibration.jsonl", "--output", tmp_path / "few"]
-    arguments += [
-        "--column",
-        "source",
-        "--target-column",
-        "target",
-        "--repair",
-        "refit",
-        "--num-samples",
-        "2",
-        "--experts",
-        "0.5",
-    ]
+    arguments += ["--column", "source", "--target-column", "target", "--repair", "refit", "--num-samples", "2"]
+    arguments += ["--experts", "0.5"]
     command = [sys.executable, "-m", "hf_mcsmoe.cli", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if "The repair left" in line]

@@ -1,0 +1,92 @@
+"""A size on the command line: what is refused before weights are loaded, and what a run for a size tells."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from families import build
+from helpers import Run
+from transformers import PreTrainedTokenizerFast
+
+ROWS = [f"what is {number} {other} {(number * other) % 10}" for number in range(6) for other in range(8)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sizes")
+
+
+@pytest.fixture
+def source(models: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    path = models / "moe"
+    if not path.exists():
+        build("mixtral").save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        (models / "text.txt").write_text("\n".join(ROWS))
+    return path
+
+
+BITS = "none of the bits that weights are stored in, 8, 4, 3, 2"
+WRONG: dict[str, tuple[list[str], str]] = {
+    "nothing": (["--size", "0"], "size='0' is no share between 0 and 1"),
+    "negative": (["--size=-1GB"], "size='-1GB' is no size: give bytes, as 20GB"),
+    "apples": (["--size", "5 apples"], "is in no known unit"),
+    "an exponent": (["--size", "1e30"], "size='1e30' is no size"),
+    "all of it": (["--size", "1.0"], "is no share between 0 and 1"),
+    "binary": (["--size", "20GiB"], "write 21.47GB"),
+    "per cent": (["--size", "40%"], "write 0.4"),
+    "larger than the source": (["--size", "20GB"], "nothing is to be done"),
+    "below the smallest": (["--size", "0.001"], "the smallest that can be reached is"),
+    "below the smallest of these bits": (["--size", "0.3", "--bits", "8", "--min-experts", "8"], "the smallest that"),
+    "five bits": (["--bits", "5"], f"--bits 5: 5 is {BITS}"),
+    "one of several": (["--bits", "4,5"], f"--bits 4,5: 5 is {BITS}"),
+    "a comma": (["--bits", "4,"], f"nothing is {BITS}"),
+    "five bits by hand": (["--bits", "5", "--experts", "1.0"], f"--bits 5: 5 is {BITS}"),
+    "groups": (["--bits", "4", "--experts", "1.0", "--group-size", "7"], "divide"),
+    "size and experts": (["--size", "0.5", "--experts", "4"], "--size says how large, and --experts how many"),
+    "size and rank": (["--size", "0.5", "--rank", "4"], "--rank 4 stores experts, and --experts says how many"),
+    "rank alone": (["--rank", "4"], "--rank 4 stores experts, and --experts says how many"),
+    "several bits by hand": (["--experts", "4", "--bits", "4,8"], "--bits 4,8 are what --size may choose from"),
+    "groups of nothing": (["--experts", "4", "--group-size", "32"], "give --bits as well"),
+    "automatic by hand": (["--experts", "4", "--reduce", "auto"], "--reduce auto decides by measured effect"),
+    "reduction": (["--reduce", "both"], "--reduce 'both' must be one of auto, merge, prune"),
+    "uniform by hand": (["--experts", "4", "--uniform-experts"], "give --budget uniform"),
+    "too many experts": (["--min-experts", "9"], "min_experts=9"),
+    "pattern": (["--skip", "encoder.*"], "matches no layer"),
+    "all skipped": (["--skip", "*"], "leaves no layer"),
+    "unreadable scores": (["--scores", "{text}"], "is damaged or no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_size_is_refused_before_weights_are_loaded(
+    case: str, source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, message = WRONG[case]
+    text = source.parent / "text.txt"
+    monkeypatch.setattr("hf_mcsmoe.cli.compress.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    given = ["--data", text, "--output", tmp_path / "out", *(option.format(text=text) for option in options)]
+    code, _, err = run("compress", source, *given)
+    assert code == 1, err
+    assert message in err
+    assert err.count("Error:") == 1
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+RECIPES = {
+    "bytes": ({"size": "20GB"}, "nothing is to be done"),
+    "share": ({"size": 0.001}, "the smallest that can be reached is"),
+    "bits": ({"bits": 5}, "--bits 5"),
+    "both": ({"size": 0.5, "experts": 4}, "give one of them"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_names_a_size_as_the_command_line_does(case: str, source: Path, tmp_path: Path, run: Run) -> None:
+    options, message = RECIPES[case]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
+    given = ["--data", source.parent / "text.txt", "--output", tmp_path / "out"]
+    code, _, err = run("compress", source, *given, "--config", tmp_path / "recipe.yaml")
+    assert code == 1
+    assert message in err
