@@ -15,6 +15,7 @@ from hf_mcsmoe.layers.source import Source
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.view import LayerView, Routed, Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
+from hf_mcsmoe.modeling.pruned_mcsmoe import CUT
 
 # Called once per forward of a layer with its tokens.
 Sink = Callable[[Routed], None]
@@ -213,7 +214,7 @@ def _class_name(recorder: Any) -> str:
 
 def _library_name(module: nn.Module) -> str:
     """Return the name of a module's class in Transformers, of which a merged model generates another."""
-    return type(module).__name__.removeprefix(PREFIX).partition("__")[0]
+    return type(module).__name__.removeprefix(PREFIX).removeprefix(CUT).partition("__")[0]
 
 
 def find_router(model: PreTrainedModel, name: str) -> Any:

@@ -29,7 +29,7 @@ from hf_mcsmoe.quantization.packing import store_codes
 from hf_mcsmoe.record import Step
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import RepairConfig
-from hf_mcsmoe.repair.repair import matching_layers, paired_inputs
+from hf_mcsmoe.repair.repair import map_of_fit, matching_layers, paired_inputs
 
 Progress = Callable[[str, int, int], None]
 
@@ -192,8 +192,10 @@ def _fits(
         for pairs, inputs, original_inputs in paired_inputs(groups, list(batches), repair or RepairConfig()):
             layer, original = pairs[0]
             with original.open() as weights:
-                expert_map = list(layer.expert_map or ())
-                yield layer, LayerFit(layer.name, layer.container, weights, inputs, original_inputs, expert_map)
+                yield (
+                    layer,
+                    LayerFit(layer.name, layer.container, weights, inputs, original_inputs, map_of_fit(layer)),
+                )
 
 
 def _grids(layer: MoELayer, config: QuantizationConfig, fit: LayerFit | None) -> tuple[Grids, Grids]:

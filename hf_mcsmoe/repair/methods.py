@@ -125,10 +125,14 @@ def _lossy(layer: LayerFit) -> list[int]:
 
 def _per_expert(layer: LayerFit, solve: Callable[[RowSource, torch.Tensor], ExpertFit]) -> list[ExpertFit]:
     """Fit each stored expert to the gated sum of its members' outputs, and store the result."""
+    if layer.expert_map is None:
+        raise ValueError(
+            f"{layer.name} is pruned, and what its experts lack was done by others: choose the repair 'joint' or "
+            "'local'."
+        )
     solutions = []
-    expert_map = layer.expert_map or range(layer.experts.num_experts)
     for expert in range(layer.experts.num_experts):
-        members = [m for m, target in enumerate(expert_map) if target == expert]
+        members = [m for m, target in enumerate(layer.expert_map) if target == expert]
         targets = original_sum(layer, members, layer.tokens_of(expert)[0])
         solution = solve(expert_rows(layer, expert, targets), output_weight(layer.experts, expert))
         write_output_weight(layer.experts, expert, solution.weight)

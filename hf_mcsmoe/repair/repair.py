@@ -1,5 +1,6 @@
 """Repair of a merged model against its original, layer by layer, without end-to-end training."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inputs
+from hf_mcsmoe.calibration.pruned import pruned_inputs
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
@@ -152,7 +154,7 @@ def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
             f"The merged model has experts {layer.name!r}, the original has {', '.join(originals)}: it was made of "
             "another model."
         )
-    ours = (len(layer.expert_map or ()), layer.hidden_size, layer.intermediate_size)
+    ours = (layer.num_original, layer.hidden_size, layer.intermediate_size)
     theirs = (original.num_experts, original.hidden_size, original.intermediate_size)
     if ours != theirs:
         raise ValueError(
@@ -172,18 +174,38 @@ def paired_inputs(
     limit = config.memory_limit // 2 if config.sequential else config.memory_limit
     streamed = stream_inputs(originals, batches, memory_limit=limit)
     for pairs, (_, original_inputs) in zip(groups, streamed, strict=True):
-        if not config.sequential:
-            yield pairs, original_inputs.mapped(pairs[0][0].expert_map or ()), original_inputs
-            continue
-        captured = capture_inputs([layer for layer, _ in pairs], batches)
-        first, *others = captured.values()
-        yield pairs, sum(others, first), original_inputs
+        seen = _captured(pairs, batches) if config.sequential else student_inputs(pairs, original_inputs, batches)
+        yield pairs, seen, original_inputs
+
+
+def student_inputs(pairs: list[Pair], inputs: LayerInputs, batches: Iterable[Batch]) -> LayerInputs:
+    """Return what the student's experts see of the teacher's `inputs`, with stored experts as picks.
+
+    Where nobody can tell from them what the router of a pruned layer picks, it is what the student's layers see, after
+    those before them have been changed.
+    """
+    (layer, original), *others = pairs
+    if layer.kept is None:
+        return inputs.mapped(layer.expert_map or ())
+    if not others:
+        with contextlib.suppress(ValueError):
+            return pruned_inputs(original, layer.kept, inputs)
+    return _captured(pairs, batches)
+
+
+def _captured(pairs: list[Pair], batches: Iterable[Batch]) -> LayerInputs:
+    first, *others = capture_inputs([layer for layer, _ in pairs], batches).values()
+    return sum(others, first)
+
+
+def map_of_fit(layer: MoELayer) -> list[int] | None:
+    """Return the map of a merged layer as a fit takes it; None for a pruned one."""
+    return None if layer.expert_map is None else list(layer.expert_map)
 
 
 def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
     begin, (layer, original) = time.perf_counter(), pair
     with original.open() as weights:
-        expert_map = list(layer.expert_map or ())
-        layer_fit = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, expert_map)
+        layer_fit = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, map_of_fit(layer))
         repaired: LayerRepair = REPAIR[config.method](layer_fit, config)
     return replace(repaired, seconds=time.perf_counter() - begin)

@@ -18,7 +18,7 @@ from hf_mcsmoe.quantization.layer import quantize_layer
 from hf_mcsmoe.quantization.packing import store_codes
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import RepairConfig
-from hf_mcsmoe.repair.repair import matching_layers
+from hf_mcsmoe.repair.repair import map_of_fit, matching_layers, student_inputs
 from hf_mcsmoe.search.curves import plan_with
 
 Progress = Callable[[str, int, int], None]
@@ -71,9 +71,8 @@ def store_choices(
             layer, original = pairs[0]
             choice = choices[original.name]
             with original.open() as weights:
-                expert_map = list(layer.expert_map or ())
-                seen = inputs.mapped(expert_map)
-                fit = LayerFit(layer.name, layer.container, weights, seen, inputs, expert_map)
+                seen = student_inputs(pairs, inputs, batches)
+                fit = LayerFit(layer.name, layer.container, weights, seen, inputs, map_of_fit(layer))
                 codes = quantize_layer(fit, choice.w_in, choice.w_out, repair)
             for weight, values in codes.items():
                 store_codes(layer.container, weight, values)
