@@ -18,6 +18,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.packing import unpacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import final_rows, sparse_parts
+from hf_mcsmoe.modeling.quantized_mcsmoe import uncounted
 from hf_mcsmoe.record import Costs
 
 # Forwards that commands time, of which the fastest counts.
@@ -83,7 +84,7 @@ def saved_costs(model: PreTrainedModel) -> Costs:
     """Return what a compressed model holds as it will be saved: S compact, without adapters. Runs no forward."""
     own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]
     buffers, saved = dict(model.named_buffers()), model.state_dict().keys()
-    parameters = sum(tensor.numel() for _, tensor in own)
+    parameters = sum(tensor.numel() for _, tensor in own) + uncounted(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*dict(own).values(), *buffers.values()])
     unsaved = sum(tensor.numel() * tensor.element_size() for name, tensor in buffers.items() if name not in saved)
     with warnings.catch_warnings():
@@ -144,7 +145,7 @@ def expected_parameters(
 
 def _expert_parameters(layer: MoELayer, rank: int | None, keep: float) -> float:
     """Return the parameters of one expert as stored: gate above up in one matrix."""
-    expert = layer.read().expert(0)
+    expert = layer.read_first()
     biases = sum(tensor.numel() for role, tensor in expert.items() if role.endswith("_bias"))
     (width, hidden_size), parts = expert["up"].shape, 1 + ("gate" in expert)
     matrices = [(parts * width, hidden_size), (hidden_size, width)]

@@ -32,18 +32,21 @@ def fused_sizes(experts: Any) -> tuple[int, int, int]:
     return (len(down), *down.shape[1:])
 
 
-def fused_views(experts: Any) -> Experts:
+def fused_views(experts: Any, count: int | None = None) -> Experts:
     """Return views of the stacked parameters by role, for every layout that the interface's flags describe.
 
     Weights stored as low rank + sparse are multiplied out, those in few bits dequantized: copies, to be read only.
+
+    Args:
+        count: of how many experts, of the first ones; None for all.
     """
-    down = _stacked(experts, "down_proj")
+    down = _stacked(experts, "down_proj", count)
     tensors: dict[str, torch.Tensor] = {"down": down}
     name = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-    tensors |= _split(experts, _stacked(experts, name)[: len(down)], "")
+    tensors |= _split(experts, _stacked(experts, name, len(down)), "")
     if getattr(experts, "has_bias", False):
-        tensors |= _split(experts, getattr(experts, name + "_bias").detach(), "_bias")
-        tensors["down_bias"] = experts.down_proj_bias.detach()
+        tensors |= _split(experts, getattr(experts, name + "_bias").detach()[: len(down)], "_bias")
+        tensors["down_bias"] = experts.down_proj_bias.detach()[: len(down)]
     norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
     return Experts(tensors, lambda gate, up: _activated(experts, gate, up), norm)
 
@@ -59,13 +62,14 @@ def _activated(experts: Any, gate: torch.Tensor | None, up: torch.Tensor) -> tor
     return experts._apply_gate(torch.stack([gate, up], -1).flatten(-2))
 
 
-def _stacked(experts: Any, name: str) -> torch.Tensor:
-    """Return a stacked weight as [E, out, in]."""
+def _stacked(experts: Any, name: str, count: int | None = None) -> torch.Tensor:
+    """Return a stacked weight as [E, out, in], of the first `count` experts."""
     if name in getattr(experts, "low_rank", {}):
-        return torch.stack([dense(factors).detach() for factors in experts.factors(name)])
+        return torch.stack([dense(factors).detach() for factors in experts.factors(name)[:count]])
     if name in getattr(experts, "quantized", {}):
-        return torch.stack([plain(matrix) for matrix in experts.quantized_stack(name)])
-    weight = getattr(experts, name).detach()
+        stack = experts.quantized_stack(name)
+        return torch.stack([plain(stack[expert]) for expert in range(len(stack))[:count]])
+    weight = getattr(experts, name).detach()[:count]
     return weight.mT if getattr(experts, "is_transposed", False) else weight
 
 
@@ -105,6 +109,9 @@ class FusedLayer(MoELayer):
 
     def read(self) -> Experts:
         return fused_views(self.container)
+
+    def read_first(self) -> dict[str, torch.Tensor]:
+        return fused_views(self.container, 1).expert(0) if self.merged else super().read_first()
 
     def routed(self, sink: Sink) -> list[RemovableHandle]:
         logits: list[torch.Tensor] = []

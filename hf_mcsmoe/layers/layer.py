@@ -16,6 +16,7 @@ from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.view import LayerView, Routed, Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 from hf_mcsmoe.modeling.pruned_mcsmoe import CUT
+from hf_mcsmoe.modeling.quantized_mcsmoe import uncounted
 
 # Called once per forward of a layer with its tokens.
 Sink = Callable[[Routed], None]
@@ -84,8 +85,8 @@ class MoELayer:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters held by the experts."""
-        return sum(parameter.numel() for _, parameter in self.parameters)
+        """Parameters held by the experts, of quantized ones those that they stand for."""
+        return sum(parameter.numel() for _, parameter in self.parameters) + uncounted(self.container)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Experts]:
@@ -96,6 +97,10 @@ class MoELayer:
     def read(self) -> Experts:
         """Return the experts' tensors, views of the model's parameters as they are; see `open`."""
         raise NotImplementedError
+
+    def read_first(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of one expert, by role, as they are; no other is looked at."""
+        return self.read().expert(0)
 
     def read_with_gradients(self) -> Experts:
         """Return the experts with the gradients that the last backward pass left; zeros where it left none."""

@@ -25,6 +25,7 @@ from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.forward_mcsmoe import activated, expert_hidden, expert_inner, merge_picks, unstacked
 from hf_mcsmoe.modeling.losparse_mcsmoe import SparsePart, compact_rows, final_rows, low_rank_modules
 from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable
+from hf_mcsmoe.modeling.quantized_mcsmoe import quantized_modules
 from hf_mcsmoe.record import LOW_RANK, Step
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,8 +59,8 @@ def decompose_experts(
         progress: called as `progress(layer name, matrices done, matrices)`, first when none is done.
 
     Raises:
-        ValueError: a model without merged experts or decomposed already, a rank larger than a matrix, factors that
-            are larger than the matrix, a pattern of `skip` that matches nothing, or offloaded experts.
+        ValueError: a model without merged experts, decomposed or quantized already, a rank larger than a matrix,
+            factors that are larger than the matrix, a pattern of `skip` that matches nothing, or offloaded experts.
     """
     check_given(config=(config, (LoSparseConfig, NoneType)))
     found = Layers.of(model)
@@ -183,6 +184,11 @@ def _chosen_layers(layers: Layers, config: LoSparseConfig) -> Layers:
         )
     if any(low_rank_modules(layers.model)):
         raise ValueError("The model's experts are decomposed already; decompose the merged model instead.")
+    if any(True for _ in quantized_modules(layers.model)):
+        raise ValueError(
+            "The model's experts are in few bits, which cannot be decomposed: decompose the model that it was "
+            "made of, and quantize the result (`compress` does both in this order)."
+        )
     known = [layer for layer in layers if layer.merged or layer.name in mcsmoe.get("whole", [])]
     chosen = layers_to_decompose(layers.only(known), config.skip)
     for layer in chosen:

@@ -36,7 +36,7 @@ from .experts_mcsmoe import (
 from .forward_mcsmoe import IMPLEMENTATION, low_rank_of
 from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows, final_rows
 from .pruned_mcsmoe import CUT, CutRouter, check_cut, cut_of, cut_router, joins_logits
-from .quantized_mcsmoe import freeze_quantized, quantized_of
+from .quantized_mcsmoe import frozen_parameters, quantized_of, uncounted
 from .router_mcsmoe import MAPPED, ExpertMap, MappedRouter, map_of, restore_maps, unmapped
 from .saving_mcsmoe import SavedWhole
 
@@ -92,9 +92,22 @@ class MCSMoEModel(SavedWhole):
             check_shapes(info["mismatched_keys"])
         check_experts(model, info["missing_keys"])
         restore_maps(model)
-        freeze_quantized(model)
+        for parameter in frozen_parameters(model):
+            parameter.requires_grad_(False)  # a load lets scales be trained
         check_rows(model)
         return (model, info) if is_info_asked else model
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters as the library does; quantized weights count as what they stand for."""
+        more = 0 if only_trainable else uncounted(self)
+        return super().num_parameters(only_trainable, exclude_embeddings) + more
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Let all parameters be trained, or none; quantized weights never are."""
+        frozen = {id(parameter) for parameter in frozen_parameters(self)}
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
+        return self
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Return what is asked for, by default our implementation, which computes picks that meet once."""

@@ -186,7 +186,7 @@ def test_what_cannot_be_quantized_is_refused(mixtral: Any) -> None:
         ((model,), None, {}, "not compressed: quantize its experts with `compress"),
         ((student,), QuantizationConfig(group_size=48), {}, "group_size=48 does not divide the 32 inputs of W_in"),
         ((student,), QuantizationConfig(low_bits=2), {}, "low_bits=2 is for experts that calibration data tell"),
-        ((student,), None, {"repair": RepairConfig("joint")}, "The repair 'refit' fits to calibration data"),
+        ((student,), None, {"repair": RepairConfig("joint")}, "The repair 'joint' fits to calibration data"),
         ((student,), QuantizationConfig(skip="x"), {}, "skip='x' matches no layer"),
     ]:
         with pytest.raises(ValueError, match=message):
