@@ -13,7 +13,7 @@ from hf_mcsmoe.quantization.codes import SCALES, Codes, check_group_size, code_r
 # Called with the matrices of some experts [G, out, in], second moments of their inputs or None, and a `Grid`.
 ROUNDING = Registry("rounding")
 # By bits: the smallest share of a group's range that is tried, and how many shares up to the whole.
-SHARES = {8: (0.95, 3), 4: (0.6, 11), 3: (0.45, 14), 2: (0.3, 18)}
+SHARES = {8: (0.95, 3), 4: (0.65, 8), 3: (0.5, 8), 2: (0.35, 10)}
 # Times that codes and the best scale for them follow from each other, after the search.
 REFINEMENTS = 2
 # Inputs that hardly occur count as much, in shares of the mean: their weights are still to be near.
