@@ -1,5 +1,6 @@
 """What each layer may become, what that takes in bytes, and the choice of least effect for the bytes there are."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,41 @@ def _solved(
     choices = {name: options[number] for name, options, number in zip(names, kept, numbers, strict=True)}
     predicted = {name: item.effect for name, item in zip(names, taken, strict=True)}
     return Chosen(choices, sum(item.bytes for item in taken), predicted)
+
+
+def best_single(
+    layers: Layers, curves: Mapping[str, LayerCurves], config: SizeConfig, limit: int, skip: Sequence[str] = ()
+) -> dict[str, Chosen]:
+    """Return the single method of least predicted effect within the bytes, by its name; nothing where none fits."""
+    found = {}
+    for name, item in single_methods(layers, config, skip).items():
+        with contextlib.suppress(ValueError):  # what was not measured
+            predicted = {layer: curves[layer].effect(choice) for layer, choice in item.choices.items()}
+            found[name] = replace(item, predicted=predicted)
+    fits = [name for name, item in found.items() if item.bytes <= limit]
+    best = min(fits, key=lambda name: sum(found[name].predicted.values()), default=None)
+    return {} if best is None else {best: found[best]}
+
+
+def single_methods(layers: Layers, config: SizeConfig, skip: Sequence[str] = ()) -> dict[str, Chosen]:
+    """Return the methods that do one thing to all layers, by name: all experts in so many bits, or fewer experts."""
+    groups, fixed = layers.selected(skip).tied, fixed_bytes(layers, skip)
+    found = {}
+    for bits in sorted(config.bits, reverse=True):
+        own = replace(config, bits=(bits,))
+        rounded = [next(x for x in candidates(shared, own) if x.w_in or len(shared) > 1) for shared in groups]
+        found[f"all experts at {bits} bits"] = rounded
+    for reduce, share in itertools.product(config.reductions, (0.75, 0.5, 0.25)):
+        counts = [max(round(share * shared[0].num_experts), shared[0].top_k or 1) for shared in groups]
+        fewer = [Choice(count, reduce) for count in counts]
+        found[f"{share:.0%} of the experts, {reduce}d"] = fewer
+    return {name: _in_all(groups, choices, fixed) for name, choices in found.items()}
+
+
+def _in_all(groups: Sequence[Sequence[MoELayer]], choices: Sequence[Choice], fixed: int) -> Chosen:
+    sizes = [choice_bytes(shared[0], choice) for shared, choice in zip(groups, choices, strict=True)]
+    named = {shared[0].name: choice for shared, choice in zip(groups, choices, strict=True)}
+    return Chosen(named, fixed + sum(sizes), {})
 
 
 def check_reachable(layers: Layers, config: SizeConfig, limit: int, skip: Sequence[str] = ()) -> None:

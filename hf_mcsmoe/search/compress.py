@@ -7,7 +7,6 @@ from itertools import chain
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import collect_statistics
-from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
@@ -15,7 +14,6 @@ from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.evaluation.held_out import judge_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.merge import merge_layers
 from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.config import MergeConfig
@@ -24,7 +22,7 @@ from hf_mcsmoe.progress import Progress, counted, in_parts, silent
 from hf_mcsmoe.record import Calibration, Quality, SizeChoice
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.apply import plan_choices, store_choices
-from hf_mcsmoe.search.choices import Chosen, candidates, check_reachable, choice_bytes, choose, fixed_bytes
+from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choice_bytes, choose, fixed_bytes
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import measure_curves, reduced_by
 from hf_mcsmoe.search.size import bytes_of, bytes_text
@@ -104,16 +102,18 @@ def compress_to_size(
     sample, kinds = batches[len(batches) // 2], check or {}
     before = replace(account(layers, sample, repetitions=repetitions), bytes_on_disk=source_bytes(layers))
     judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", progress, 3))
-    curves = statistics.curves or measure_curves(
-        layers, statistics, batches, merge, search, repair=repair, progress=_by_number("curves", progress)
-    )
+    if not statistics.curves:  # which whoever gave the statistics may keep with them
+        told = _by_number("curves", progress)
+        statistics.curves = measure_curves(layers, statistics, batches, merge, search, repair=repair, progress=told)
+    curves = statistics.curves
     plans = {MIXTURE: choose(layers, curves, search, limit, merge.skip)}
     plans |= best_single(layers, curves, search, limit, merge.skip)
     results: dict[str, Sized] = {}
     for name, chosen in plans.items():
         plan = plan_choices(layers, statistics, merge, chosen.choices)
         model = merge_layers(layers, plan, statistics=statistics)
-        store_choices(Layers.of(model), layers, batches, chosen.choices, repair, _by_number("fit", progress))
+        told = _by_number("fit", progress)
+        store_choices(Layers.of(model), layers, batches, chosen.choices, repair, told)
         judge.measure(name, model)
         results[name] = Sized(model, plan, chosen, judge.quality.pop(name, None))
     checked = {name: result.effect for name, result in results.items() if result.quality is not None}
@@ -140,49 +140,6 @@ def compress_to_size(
 def needs_of(merge: MergeConfig, search: SizeConfig) -> tuple[str, ...]:
     """Return the statistics that the reductions which may be chosen read."""
     return tuple(dict.fromkeys(name for reduce in search.reductions for name in reduced_by(merge, reduce).needs))
-
-
-def best_single(
-    layers: Layers, curves: Mapping[str, LayerCurves], search: SizeConfig, limit: int, skip: Sequence[str]
-) -> dict[str, Chosen]:
-    """Return the single method of least predicted effect within the bytes, by its name; nothing where none fits.
-
-    All experts in so many bits, or so many experts in every layer.
-    """
-    groups, fixed = layers.selected(skip).tied, fixed_bytes(layers, skip)
-    singles: dict[str, dict[str, Choice]] = {}
-    for choices in zip(*(candidates(shared, search) for shared in groups), strict=False):
-        if (name := _single_method(choices, groups)) is not None:
-            singles[name] = {shared[0].name: choice for shared, choice in zip(groups, choices, strict=True)}
-    found = {name: _told(groups, curves, choices, fixed) for name, choices in singles.items()}
-    fits = [name for name, chosen in found.items() if chosen.bytes <= limit]
-    best = min(fits, key=lambda name: sum(found[name].predicted.values()), default=None)
-    return {} if best is None else {best: found[best]}
-
-
-def _single_method(choices: Sequence[Choice], groups: Sequence[Sequence[MoELayer]]) -> str | None:
-    """Return the name of the single method that makes these choices for the layers; None where none does."""
-    first = choices[0]
-    if any(
-        replace(choice, w_in=None, w_out=None, experts=1) != replace(first, w_in=None, w_out=None, experts=1)
-        for choice in choices
-    ):
-        return None
-    bits = {grid and grid.bits for choice in choices for grid in (choice.w_in, choice.w_out)}
-    whole = all(choice.experts == shared[0].num_experts for choice, shared in zip(choices, groups, strict=True))
-    if whole and len(bits) == 1 and None not in bits:
-        return f"all experts at {bits.pop()} bits"
-    if not whole and bits == {None} and len({choice.experts for choice in choices}) == 1:
-        return f"{first.experts} experts in every layer"
-    return None
-
-
-def _told(
-    groups: Sequence[Sequence[MoELayer]], curves: Mapping[str, LayerCurves], choices: dict[str, Choice], fixed: int
-) -> Chosen:
-    sizes = [choice_bytes(shared[0], choices[shared[0].name]) for shared in groups]
-    predicted = {name: curves[name].effect(choice) for name, choice in choices.items()}
-    return Chosen(choices, fixed + sum(sizes), predicted)
 
 
 def _reason(limit: int, planned: int) -> str:

@@ -18,20 +18,18 @@ from hf_mcsmoe.methods.config import DEFAULT_SALIENCY, MergeConfig
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge
 from hf_mcsmoe.quantization.layer import quantize_layer
-from hf_mcsmoe.repair.fit import LayerFit, layer_error, original_sum, write_output_weight
+from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_sum, write_output_weight
 from hf_mcsmoe.repair.joint import refit_jointly
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.search.choices import grids
 from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.search.probe import Probe, Student
-from hf_mcsmoe.search.student import student_experts
+from hf_mcsmoe.search.probe import Probe
+from hf_mcsmoe.search.student import seen_by, student_experts
 
 # Shares of a layer's experts at which a reduction is fitted.
 SHARES = (0.75, 0.5, 0.25, 0.125)
 # Exponents between which the effect grows with the error, where it was measured twice.
 POWERS = (0.4, 1.3)
-# Tokens of the rows that an effect is measured on.
-PROBE_TOKENS = 2048
 Progress = Callable[[str, int, int], None]
 
 
@@ -61,9 +59,9 @@ def measure_curves(
         repair: how output matrices are fitted; None for the default.
         progress: called as `progress(layer name, layers done, layers)`.
     """
-    chosen, repair = layers.selected(merge.skip), repair or RepairConfig()
-    plans = {reduce: _plans(layers, statistics, merge, reduce, search) for reduce in search.reductions}
-    probe, curves = Probe(layers.model, few_rows(batches)), {}
+    chosen, repair = layers.selected(merge.skip), repair or RepairConfig(method="joint")
+    plans = _plans_of_all(layers, statistics, merge, search)
+    probe, curves = Probe(layers.model, batches), {}
     with torch.no_grad(), evaluation_mode(layers.model):
         for done, (shared, inputs) in enumerate(stream_inputs(chosen.tied, batches, memory_limit=repair.memory_limit)):
             first = shared[0]
@@ -75,22 +73,25 @@ def measure_curves(
     return curves
 
 
-def few_rows(batches: Sequence[Batch]) -> list[Batch]:
-    """Return the first batches, until they have enough tokens for an effect to be measured on."""
-    chosen, tokens = list[Batch](), 0
-    for batch in batches:
-        if tokens >= PROBE_TOKENS:
-            break
-        chosen.append(batch)
-        tokens += max((v.shape[:2].numel() for v in batch.values() if isinstance(v, torch.Tensor)), default=0)
-    return chosen
-
-
 def ladder(layer: MoELayer, search: SizeConfig) -> list[int]:
     """Return the numbers of experts at which a reduction of a layer is fitted, from the most on."""
     least = max(search.min_experts, layer.top_k or 1)
     counts = {max(round(share * layer.num_experts), least) for share in SHARES}
     return sorted((count for count in counts if count < layer.num_experts), reverse=True)
+
+
+def _plans_of_all(
+    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, search: SizeConfig
+) -> dict[str, list[MergePlan]]:
+    """Return the plans of each reduction; with "auto" none of one that the model's routers do not allow."""
+    plans = {}
+    for reduce in search.reductions:
+        try:
+            plans[reduce] = _plans(layers, statistics, merge, reduce, search)
+        except ValueError:
+            if reduce == "merge" or search.reduce == reduce:
+                raise
+    return plans
 
 
 def _plans(
@@ -110,8 +111,13 @@ def plan_with(
 ) -> MergePlan:
     """Return the plan that leaves each set of experts so many of them."""
 
+    sizes = [shared[0].num_experts for shared in layers.selected(merge.skip).tied]
+
     def budget(saliency: list[torch.Tensor], experts: float, min_experts: int) -> list[int]:
-        return counts
+        # Of a router with groups each unit is an expert of every group.
+        return [
+            max(1, count * len(units) // size) for count, size, units in zip(counts, sizes, saliency, strict=True)
+        ]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few tokens, which the plan that is taken tells
@@ -137,7 +143,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.target: torch.Tensor | None = None
-        self.normed = torch.empty(0)
+        self.normed, self.ridge = torch.empty(0), 0.0
         self.judge = self.inputs.held_out.nonzero()[:, 0]
 
     def curves(self, search: SizeConfig, plans: dict[str, list[MergePlan]]) -> LayerCurves:
@@ -157,9 +163,10 @@ class Bench:
 
     def _fit(self, item: LayerPlan, plan: MergePlan) -> LayerFit:
         """Return the layer with the experts of a plan."""
-        experts = student_experts(self.layers[0], item, plan, self.sums)
-        name, seen = self.layers[0].name, self.inputs.mapped(item.expert_map)
-        fit = LayerFit(name, experts, self.originals, seen, self.inputs, item.expert_map, self.target)
+        layer = self.layers[0]
+        seen, experts = seen_by(layer, item, self.inputs), student_experts(layer, item, plan, self.sums)
+        expert_map = None if item.kept else item.expert_map
+        fit = LayerFit(layer.name, experts, self.originals, seen, self.inputs, expert_map, self.target)
         if self.target is None:
             self.target = fit.target()
             self.normed = original_sum(fit, normed=True) if self.originals.norm else self.target
@@ -169,8 +176,15 @@ class Bench:
         return layer_error(fit, fit.experts, self.normed, self.judge) / max(len(self.judge), 1)
 
     def _observed(self, fit: LayerFit, *, probed: bool) -> Observed:
-        probe = self.probe.measure(self.layers, Student(fit)) if probed and self.probe.tells else None
-        return Observed(self._error(fit), probe)
+        """Return the held-out error and, where it is probed, the error and the effect at the rows of the probe."""
+        error = self._error(fit)
+        if not probed or not self.probe.tells:
+            return Observed(error)
+        layer = self.layers[0]
+        token = torch.arange(min(len(self.inputs), self.probe.positions * (layer.top_k or 1)))
+        difference = merged_output(fit, fit.experts, token).cpu() - self.normed[token]
+        missed, effect = self.probe.measure(layer, difference)
+        return Observed(error, (missed, effect * len(self.layers)))
 
     def _rounded(
         self, fit: LayerFit, kept: dict[str, torch.Tensor], choices: list[Grid], is_input: bool
@@ -194,7 +208,10 @@ class Bench:
         if fit.experts.has_post_expert_norm:
             REPAIR["refit"](fit, self.repair)
             return
-        found = refit_jointly(fit, self.repair.ridges, memory_limit=self.repair.memory_limit, final=False)
+        # From the second on near to the ridge that the one before has chosen.
+        near = [ridge for ridge in self.repair.ridges if not self.ridge or 0.09 < ridge / self.ridge < 11]
+        found = refit_jointly(fit, near, memory_limit=self.repair.memory_limit, final=False)
+        self.ridge = found.ridge or self.ridge
         for expert, weight in enumerate(found.weights):
             write_output_weight(fit.experts, expert, weight)
 
@@ -205,7 +222,12 @@ class Bench:
             item = plan.layers[self.layers[0].name]
             if item.is_whole:
                 continue
-            fit = self._fit(item, plan)
+            try:
+                fit = self._fit(item, plan)
+            except ValueError:  # a router whose picks cannot be told once it is cut
+                if item.kept is None:
+                    raise
+                return
             self._refit(fit)
             yield count, self._observed(fit, probed=number in (0, len(items) - 1, len(items) // 2))
 

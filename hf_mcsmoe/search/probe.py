@@ -1,89 +1,95 @@
-"""The effect on a model of other experts in one layer, measured on a few rows without changing the model."""
+"""The effect on a model of another output of one layer, measured on a few rows without changing the model."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.calibration.inputs import LayerInputs
 from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch, hooks, mask_of, token_masks
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.methods.view import Routed
-from hf_mcsmoe.repair.fit import LayerFit, merged_output, original_sum
 
 # Bytes for the original's distributions on the rows.
 MEMORY_LIMIT = 500_000_000
-
-
-@dataclass
-class Student:
-    """Experts in the place of those of a layer: the container, the plan's map, and what the original ones give."""
-
-    fit: LayerFit
-
-    def difference(self, routed: Routed) -> torch.Tensor:
-        """Return what the layer's output becomes more, float32 [n, D], a row per input of an expert."""
-        rows = routed.per_input()
-        weights = rows.weights.masked_fill(~rows.reached, 0)
-        nobody = torch.zeros(len(rows.hidden), dtype=torch.bool)
-        given = LayerInputs(rows.hidden.cpu(), rows.index.cpu(), weights.cpu(), nobody)
-        here = LayerFit(self.fit.name, self.fit.experts, self.fit.originals, self.seen(given), given, None)
-        everything = torch.arange(len(given))
-        return merged_output(here, here.experts, everything).cpu() - original_sum(here, normed=True)
-
-    def seen(self, inputs: LayerInputs) -> LayerInputs:
-        """Return what the student's experts see where the original ones see `inputs`."""
-        return inputs.mapped(self.fit.expert_map or ())
+# Tokens of the rows, a batch more or less.
+TOKENS = 2048
 
 
 class Probe:
-    """A few rows, and what the original model says of them."""
+    """The first rows of some batches, and what the original model says of them."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Run the original on the rows."""
-        self.model, self.judge = model, Judge(list(batches), memory_limit=MEMORY_LIMIT)
+        self.model, self.batches = model, _few(list(apart(model, batches)))
+        self.judge = Judge(self.batches, memory_limit=MEMORY_LIMIT)
         self.judge.remember(model)
-        self.masks = [token_masks(model, batch) for batch in batches]
 
     @property
     def tells(self) -> bool:
         """Whether the model gives distributions that can be compared."""
         return bool(self.judge.kept)
 
-    def measure(self, layers: Sequence[MoELayer], student: Student) -> tuple[float, float]:
-        """Return the squared error of the layers' output per token with other experts, and the divergence in nats.
+    def measure(self, layer: MoELayer, difference: torch.Tensor) -> tuple[float, float]:
+        """Return the squared norm per row of what a layer gives more, and the divergence that follows, in nats.
 
         Args:
-            layers: those that share the experts.
+            difference: [n, D] of the layer's output at the tokens that count, in the order of the batches; those of
+                further batches are not read. Of a layer whose inputs are scaled a row per pick.
         """
-        errors: list[torch.Tensor] = []
+        used: list[int] = []
+        masks = [token_masks(self.model, batch) for batch in self.batches]
         with torch.no_grad(), hooks() as handles:
-            for layer in layers:
-                handles.extend(self._changed(layer, student, errors))
+            handles.extend(_changed(layer, difference, masks, used))
             self.judge.measure("changed", self.model)
-        divergence = self.judge.quality.pop("changed").kl
-        return float(torch.cat(errors).mean()), max(divergence or 0.0, 0.0)
+        error = difference[: sum(used)].square().sum(1).mean()
+        return float(error), max(self.judge.quality.pop("changed").kl or 0.0, 0.0)
 
-    def _changed(self, layer: MoELayer, student: Student, errors: list[torch.Tensor]) -> Iterator[Any]:
-        """Yield the hooks that let a layer give what the student's experts would."""
-        masks, waiting = iter(self.masks), list[torch.Tensor]()
+    @property
+    def positions(self) -> int:
+        """Positions of the rows, those that do not count included."""
+        return sum(map(_positions, self.batches))
 
-        def take(routed: Routed) -> None:
-            missed = student.difference(routed)
-            per_token = len(missed) // len(routed.logits)
-            counted = mask_of(layer, next(masks), len(routed.logits))
-            squared = missed.square().sum(1)
-            errors.append(squared if counted is None else squared[counted.cpu().repeat_interleave(per_token)])
-            waiting.append(missed.unflatten(0, (-1, per_token)).sum(1))
 
-        def add(module: nn.Module, arguments: tuple, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            changed = first + waiting.pop().to(first).view_as(first)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+def _few(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first batches, until they have enough tokens for an effect to be measured on."""
+    chosen, tokens = list[Batch](), 0
+    for batch in batches:
+        if tokens >= TOKENS:
+            break
+        chosen.append(batch)
+        tokens += _positions(batch)
+    return chosen
 
-        yield from layer.routed(take)
-        yield layer.model.get_submodule(layer.output_name).register_forward_hook(add)
+
+def _positions(batch: Batch) -> int:
+    return max((value.shape[:2].numel() for value in batch.values() if isinstance(value, torch.Tensor)), default=0)
+
+
+def _changed(
+    layer: MoELayer, difference: torch.Tensor, masks: Sequence[dict[str, torch.Tensor]], used: list[int]
+) -> Iterator[Any]:
+    """Yield the hooks that add a difference to a layer's output, forward by forward; note how many rows are `used`."""
+    coming, waiting = iter(masks), list[torch.Tensor]()
+
+    def take(routed: Routed) -> None:
+        tokens = len(routed.logits)
+        counted = mask_of(layer, next(coming), tokens)
+        counted = torch.ones(tokens, dtype=torch.bool) if counted is None else counted.cpu()
+        picks = 1 if routed.scale is None else routed.index.shape[1]
+        number = int(counted.sum()) * picks
+        added = torch.zeros(tokens, difference.shape[1])
+        added[counted] = difference[sum(used) :][:number].unflatten(0, (-1, picks)).sum(1)
+        used.append(number)
+        waiting.append(added)
+
+    def add(module: nn.Module, arguments: tuple, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        changed = first + waiting.pop().to(first).view_as(first)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    yield from layer.routed(take)
+    yield layer.model.get_submodule(layer.output_name).register_forward_hook(add)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_mcsmoe.calibration.inputs import LayerInputs
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import detach, unhooked_copies
 from hf_mcsmoe.merge import fill_experts, materialise
@@ -17,7 +18,7 @@ def student_experts(layer: MoELayer, item: LayerPlan, plan: MergePlan, sums: Sum
     """Return the container of G experts that `item` of a plan makes of a layer; the model is left as it was."""
     with layer.view(sums, plan.config["seed"]) as view:
         device = view.experts.expert(0)["down"].device
-        experts = empty_experts(layer, item.expert_map)
+        experts = empty_experts(layer, [max(group, 0) for group in item.expert_map])  # of a pruned layer -1 is none
         materialise(experts, device)
         fill_experts(experts, view, item, plan)
     return experts.requires_grad_(False)
@@ -37,3 +38,8 @@ def empty_experts(layer: MoELayer, expert_map: list[int]) -> Any:
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def seen_by(layer: MoELayer, item: LayerPlan, inputs: LayerInputs) -> LayerInputs:
+    """Return what the experts that a plan leaves see of the tokens that the layer's own experts see."""
+    return inputs.mapped(item.expert_map)
