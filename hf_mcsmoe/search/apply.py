@@ -53,6 +53,7 @@ def store_choices(
 
     Args:
         student: what `merge_layers` made of `teacher` by the plan of the choices.
+        repair: its ridges and limits; the method is the joint refit.
         progress: called as `progress(layer name, layers done, layers)`.
     """
     model = student.model
@@ -73,7 +74,8 @@ def store_choices(
             with original.open() as weights:
                 seen = student_inputs(pairs, inputs, batches)
                 fit = LayerFit(layer.name, layer.container, weights, seen, inputs, map_of_fit(layer))
-                codes = quantize_layer(fit, choice.w_in, choice.w_out, repair)
+                method = "refit" if fit.experts.has_post_expert_norm else "joint"  # as the curves were measured
+                codes = quantize_layer(fit, choice.w_in, choice.w_out, replace(repair, method=method))
             for weight, values in codes.items():
                 store_codes(layer.container, weight, values)
             if progress:

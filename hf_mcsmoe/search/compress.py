@@ -89,12 +89,13 @@ def compress_to_size(
     was fitted to; up to two results are held in memory beside the original.
 
     Args:
+        repair: its ridges and limits; each layer is refitted jointly, whatever its method.
         progress: see `compress`.
 
     Raises:
         ValueError: see `check_size`; no batches.
     """
-    limit, repair = check_size(layers, merge, search), repair or RepairConfig(method="joint")
+    limit, repair = check_size(layers, merge, search), repair or RepairConfig()
     if not batches:
         raise ValueError("The calibration set is empty: pass at least one batch; a size is chosen by what it costs.")
     if statistics is None:

@@ -34,8 +34,6 @@ class SizeConfig(Options):
         for bits in self.bits:
             if bits not in BITS:
                 raise ValueError(f"bits={bits!r} must be of {', '.join(map(str, BITS))}.")
-        if self.reduce == "prune":
-            raise ValueError("reduce='prune' is not among what is chosen for a size: give merge, or auto.")
         if self.reduce not in (AUTO, *REDUCTIONS):
             raise ValueError(f"reduce={self.reduce!r} must be one of {', '.join(map(repr, (AUTO, *REDUCTIONS)))}.")
         for name, value in (("min_experts", self.min_experts), ("group_size", self.group_size)):
@@ -50,4 +48,4 @@ class SizeConfig(Options):
     @property
     def reductions(self) -> tuple[str, ...]:
         """The ways in which a layer may come to fewer experts."""
-        return ("merge",)
+        return REDUCTIONS if self.reduce == AUTO else (self.reduce,)

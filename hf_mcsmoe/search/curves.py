@@ -59,7 +59,7 @@ def measure_curves(
         repair: how output matrices are fitted; None for the default.
         progress: called as `progress(layer name, layers done, layers)`.
     """
-    chosen, repair = layers.selected(merge.skip), repair or RepairConfig(method="joint")
+    chosen, repair = layers.selected(merge.skip), repair or RepairConfig()
     plans = _plans_of_all(layers, statistics, merge, search)
     probe, curves = Probe(layers.model, batches), {}
     with torch.no_grad(), evaluation_mode(layers.model):
@@ -115,9 +115,7 @@ def plan_with(
 
     def budget(saliency: list[torch.Tensor], experts: float, min_experts: int) -> list[int]:
         # Of a router with groups each unit is an expert of every group.
-        return [
-            max(1, count * len(units) // size) for count, size, units in zip(counts, sizes, saliency, strict=True)
-        ]
+        return [max(1, count * len(units) // size) for count, size, units in zip(counts, sizes, saliency, strict=True)]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few tokens, which the plan that is taken tells

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from hf_mcsmoe.calibration.inputs import LayerInputs
+from hf_mcsmoe.calibration.pruned import pruned_inputs
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import detach, unhooked_copies
 from hf_mcsmoe.merge import fill_experts, materialise
@@ -41,5 +42,9 @@ def _empty(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def seen_by(layer: MoELayer, item: LayerPlan, inputs: LayerInputs) -> LayerInputs:
-    """Return what the experts that a plan leaves see of the tokens that the layer's own experts see."""
-    return inputs.mapped(item.expert_map)
+    """Return what the experts that a plan leaves see of the tokens that the layer's own experts see.
+
+    Raises:
+        ValueError: they are pruned, and the router's picks do not follow from the inputs; see `pruned_inputs`.
+    """
+    return inputs.mapped(item.expert_map) if item.kept is None else pruned_inputs(layer, item.kept, inputs)
