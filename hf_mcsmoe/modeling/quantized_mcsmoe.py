@@ -27,8 +27,8 @@ from .configuration_mcsmoe import check_quantized
 
 # Codes that are split off one unit of memory: a byte, of 3 bits three.
 PLACES = {8: 1, 4: 2, 3: 8, 2: 4}
-# Weights that a processor dequantizes at a time, for each thread: 1 MB.
-BLOCK = 2**18
+# Weights that a processor dequantizes at a time, for each thread: 2 MB, which fit its cache.
+BLOCK = 2**19
 
 
 def num_words(count: int, bits: int) -> int:
@@ -45,19 +45,26 @@ def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 def pieces(words: torch.Tensor, bits: int, count: int) -> list[torch.Tensor]:
     """Return the codes v + 2^(b-1) of `words` int32 [..., words] by their places in what is split without a copy.
 
-    Those are bytes, and with 3 bits three of them: of 8 / b codes, or of 8, each one's are a tensor uint8 [..., n].
+    Those are bytes of 8 / b codes, and with 3 bits three bytes of 8; each place is a tensor uint8 [..., n].
     """
+    return _split_octets(_octets(words, bits, count), bits)
+
+
+def _octets(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the bytes that `count` codes lie in, as whole units."""
+    size = 3 * math.ceil(count / 8) if bits == 3 else math.ceil(count * bits / 8)
     octets = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
+    return nn.functional.pad(octets, (0, size - octets.shape[-1])) if size > octets.shape[-1] else octets[..., :size]
+
+
+def _split_octets(octets: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    if bits == 8:
+        return [octets]
     if bits == 3:
-        size = 3 * math.ceil(count / 8)
-        octets = nn.functional.pad(octets, (0, max(0, size - octets.shape[-1])))[..., :size]
         first, second, third = octets.unflatten(-1, (-1, 3)).movedim(-1, 0).contiguous()
         halves = first >> 6 | (second & 1) << 2, second >> 7 | (third & 3) << 1
         low, high = [first & 7, first >> 3 & 7, halves[0]], [halves[1], third >> 2 & 7, third >> 5]
         return [*low, second >> 1 & 7, second >> 4 & 7, *high]
-    octets = octets[..., : math.ceil(count * bits / 8)]
-    if bits == 8:
-        return [octets]
     last = 8 - bits
     return [
         octets & 2**bits - 1,
@@ -134,7 +141,7 @@ def _in_blocks(matrix: QuantizedMatrix, states: torch.Tensor) -> torch.Tensor:
 
     These stay in the cache of a processor, which takes a third of the time of the whole. A code counts as it is, from
     0 on; what that is too much follows from the sums of each group's inputs. So the product differs by rounding, about
-    1e-6 of its size, from that with the matrix dequantized.
+    1e-6 of its size in float32, from that with the matrix dequantized.
     """
     places, inputs = PLACES[matrix.bits], states.unflatten(-1, (matrix.scale.shape[-1], -1))
     ordered = states.unflatten(-1, (-1, places)).permute(2, 1, 0).flatten(0, 1)
@@ -159,19 +166,23 @@ def _blocks(matrix: QuantizedMatrix) -> Iterator[tuple[slice, torch.Tensor]]:
     Each is gone when the next is asked for.
     """
     out, groups = matrix.scale.shape
-    places, scale = PLACES[matrix.bits], matrix.scale.float()
-    size = max(1, BLOCK * torch.get_num_threads() // matrix.width)
-    block = scale.new_empty(min(size, out), places, matrix.width // places)
+    places, run = PLACES[matrix.bits], matrix.width // PLACES[matrix.bits]
+    size = min(out, max(1, BLOCK * torch.get_num_threads() // matrix.width))
+    # Runs of weights with one scale that are too short for a broadcast are scaled weight by weight.
+    scale = matrix.scale.float()[:, None, :, None]
+    short = places == 8
+    octets = _octets(matrix.packed, matrix.bits, matrix.width)
+    block = scale.new_empty(size, places, run)
+    by_group, flat, by_place = block.unflatten(-1, (groups, -1)), block.flatten(1), block.unbind(1)
     for start in range(0, out, size):
-        rows = slice(start, min(start + size, out))
-        own, some = block[: rows.stop - start], scale[rows]
-        for place, codes in enumerate(pieces(matrix.packed[rows], matrix.bits, matrix.width)):
-            own[:, place].copy_(codes)
-        if places < 8:
-            own.unflatten(-1, (groups, -1)).mul_(some[:, None, :, None])
-        else:  # runs too short for a broadcast
-            own.mul_(some.repeat_interleave(own.shape[-1] // groups, -1)[:, None])
-        yield rows, own.flatten(1)
+        rows, count = slice(start, start + size), min(size, out - start)
+        for own, codes in zip(by_place, _split_octets(octets[rows], matrix.bits), strict=True):
+            own[:count].copy_(codes)
+        if short:
+            block[:count].mul_(scale[rows].expand(-1, 1, -1, run // groups).flatten(2))
+        else:
+            by_group[:count].mul_(scale[rows])
+        yield slice(start, start + count), flat[:count]
 
 
 def _offsets(matrix: QuantizedMatrix) -> torch.Tensor:
