@@ -25,22 +25,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, compress
-from hf_mcsmoe.calibration.inputs import capture_inputs
 from hf_mcsmoe.data.calibration import sample_features
 from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.data.spans import SpanNoise
 from hf_mcsmoe.evaluation.costs import bytes_on_disk
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
-from hf_mcsmoe.methods.choice import Grid
-from hf_mcsmoe.quantization.codes import Codes, group_size_for
-from hf_mcsmoe.quantization.layer import quantize_layer
-from hf_mcsmoe.repair.fit import LayerFit
+from hf_mcsmoe.quantization.codes import group_size_for
+from hf_mcsmoe.quantization.config import GROUP_SIZE, QuantizationConfig
+from hf_mcsmoe.quantization.quantize import quantize_experts
 from hf_mcsmoe.repair.methods import RepairConfig
 
 logging.disable_progress_bar()
 BATCH_SIZE = 16
-GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -108,10 +105,9 @@ def stored_bytes(model: PreTrainedModel) -> float:
     return sum(tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size()) for tensor in tensors)
 
 
-def code_bytes(codes: Codes) -> float:
-    """Return the bytes of one matrix: codes, and for each group a scale and perhaps a zero point."""
-    zeros = 0 if codes.zero is None else codes.zero.numel()
-    return (codes.values.numel() + zeros) * codes.grid.bits / 8 + codes.scale.numel() * codes.scale.element_size()
+def whole(case: Case) -> PreTrainedModel:
+    """Return a compressed model that has all experts, as they were."""
+    return compress(case.model, case.calibration, MergeConfig(experts=1.0))
 
 
 def merged(case: Case, experts: float, repair: RepairConfig | None = None) -> Made:
@@ -129,25 +125,16 @@ def of_low_rank(case: Case, rank: int) -> Made:
 
 def quantized(case: Case, bits: int, method: str) -> Made:
     """Keep all experts, in a few bits."""
-    student = compress(case.model, case.calibration, MergeConfig(experts=1.0))
-    layers, size = Layers.of(student), 0.0
-    captured = capture_inputs(list(Layers.of(case.model)), case.calibration)
-    for layer, original in zip(layers, Layers.of(case.model), strict=True):
-        inputs = captured.pop(original.name)
-        widths = layer.hidden_size, layer.intermediate_size
-        grids = [Grid(int(bits), group_size_for(width, GROUP_SIZE), symmetric=True) for width in widths]
-        with original.open() as weights:
-            fit = LayerFit(layer.name, layer.container, weights, inputs, inputs, [*range(original.num_experts)])
-            codes = quantize_layer(fit, *grids, method=method)
-        size += sum(code_bytes(matrix) for matrices in codes.values() for matrix in matrices)
-    return Made(student, size)
+    student, config = whole(case), QuantizationConfig(bits=int(bits), method=method)
+    quantize_experts(student, case.model, case.calibration, config)
+    return Made(student, stored_bytes(student))
 
 
 def torchao_rounded(case: Case, bits: int) -> Made:
     """Round every matrix of an expert as torchao does it for a linear layer, in groups of as many weights."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_  # an optional package
 
-    student, size = compress(case.model, case.calibration, MergeConfig(experts=1.0)), 0.0
+    student, size = whole(case), 0.0
     for layer in Layers.of(student):
         for matrix in (matrix for _, stack in layer.parameters for matrix in stack.detach()):
             group = group_size_for(matrix.shape[-1], GROUP_SIZE)
