@@ -14,7 +14,8 @@ from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.plan import MergePlan
-from hf_mcsmoe.quantization.layer import quantize_layer
+from hf_mcsmoe.quantization.balance import balanced_grids
+from hf_mcsmoe.quantization.layer import Grids, quantize_layer
 from hf_mcsmoe.quantization.packing import store_codes
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import RepairConfig
@@ -48,12 +49,16 @@ def store_choices(
     choices: Mapping[str, Choice],
     repair: RepairConfig,
     progress: Progress | None = None,
-) -> Layers:
-    """Fit, round and store the layers of a merged model, in place, as chosen; return them as they are then.
+    bits: Sequence[int] = (),
+) -> dict[str, float]:
+    """Fit, round and store the layers of a merged model, in place, as chosen.
+
+    Returns by the layers' names what is left of the errors of rounding where experts share out the bits of a layer.
 
     Args:
         student: what `merge_layers` made of `teacher` by the plan of the choices.
         repair: its ridges and limits; the method is the joint refit.
+        bits: that experts of a layer may have beside those chosen for it, in no more bytes; none leaves them equal.
         progress: called as `progress(layer name, layers done, layers)`.
     """
     model = student.model
@@ -63,7 +68,8 @@ def store_choices(
             convert_whole(model, layer)
     student = Layers.of(student.source)
     if not any(layer.merged for layer in student):
-        return student
+        return {}
+    gains: dict[str, float] = {}
     groups = matching_layers(student, teacher)
     originals = [[original for _, original in pairs] for pairs in groups]
     streamed = stream_inputs(originals, batches, memory_limit=repair.memory_limit)
@@ -75,10 +81,15 @@ def store_choices(
                 seen = student_inputs(pairs, inputs, batches)
                 fit = LayerFit(layer.name, layer.container, weights, seen, inputs, map_of_fit(layer))
                 method = "refit" if fit.experts.has_post_expert_norm else "joint"  # as the curves were measured
-                codes = quantize_layer(fit, choice.w_in, choice.w_out, replace(repair, method=method))
+                w_in: Grids | None = choice.w_in
+                w_out: Grids | None = choice.w_out
+                if bits and choice.w_in and choice.w_out:
+                    balanced = balanced_grids(fit, choice.w_in, choice.w_out, bits)
+                    w_in, w_out, gains[original.name] = balanced.w_in, balanced.w_out, balanced.gain
+                codes = quantize_layer(fit, w_in, w_out, replace(repair, method=method))
             for weight, values in codes.items():
                 store_codes(layer.container, weight, values)
             if progress:
                 progress(layer.name, done, len(groups))
     write_description(model)
-    return Layers.of(student.source)
+    return gains

@@ -113,8 +113,9 @@ def compress_to_size(
     for name, chosen in plans.items():
         plan = plan_choices(layers, statistics, merge, chosen.choices)
         model = merge_layers(layers, plan, statistics=statistics)
-        told = _by_number("fit", progress)
-        store_choices(Layers.of(model), layers, batches, chosen.choices, repair, told)
+        told, bits = _by_number("fit", progress), search.bits if name == MIXTURE else ()
+        gains = store_choices(Layers.of(model), layers, batches, chosen.choices, repair, told, bits)
+        chosen = replace(chosen, predicted=_after_balance(chosen, curves, gains))
         judge.measure(name, model)
         results[name] = Sized(model, plan, chosen, judge.quality.pop(name, None))
     checked = {name: result.effect for name, result in results.items() if result.quality is not None}
@@ -141,6 +142,16 @@ def compress_to_size(
 def needs_of(merge: MergeConfig, search: SizeConfig) -> tuple[str, ...]:
     """Return the statistics that the reductions which may be chosen read."""
     return tuple(dict.fromkeys(name for reduce in search.reductions for name in reduced_by(merge, reduce).needs))
+
+
+def _after_balance(chosen: Chosen, curves: Mapping[str, LayerCurves], gains: Mapping[str, float]) -> dict[str, float]:
+    """Return the predicted effect of each layer whose experts share out their bits: of rounding's, so much is left."""
+    effects = dict(chosen.predicted)
+    for name, gain in gains.items():
+        choice = chosen.choices[name]
+        reduction = curves[name].reduction_effect(choice.reduce, choice.experts)
+        effects[name] = reduction + gain * (effects[name] - reduction)
+    return effects
 
 
 def _reason(limit: int, planned: int) -> str:
