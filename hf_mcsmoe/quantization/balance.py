@@ -15,7 +15,7 @@ from hf_mcsmoe.repair.fit import CHUNK, LayerFit
 
 # How values are rounded to see what bits cost: of a better way all of them have less, and about as much less.
 METHOD = "nearest"
-# Experts that hardly any token reaches may be needed elsewhere: errors count as if so much of the average came to each.
+# Experts that hardly any token reaches may be needed elsewhere: so much of the average error is added to each one's.
 FLOOR = 0.05
 # Halvings of the price of a byte, which is looked for between the dearest and nothing.
 HALVINGS = 60
