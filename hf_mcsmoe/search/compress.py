@@ -7,6 +7,7 @@ from itertools import chain
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
