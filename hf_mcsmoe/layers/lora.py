@@ -10,6 +10,7 @@ from transformers.core_model_loading import WeightRenaming
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
+from hf_mcsmoe.modeling.quantized_mcsmoe import frozen_parameters, quantized_of
 
 # Names of the experts' linear layers before they were stacked. For the library's own models PEFT takes a target that
 # is called so for the experts, and then leaves the linear layer of that name (of a shared expert) without an adapter.
@@ -25,9 +26,9 @@ def lora_targets(model: PreTrainedModel) -> dict[str, list[str]]:
 
     That is every linear layer but the routers, which keep to the choice among the original's experts, and the output
     embeddings; and every matrix of the text part's experts, be it stacked, in a module of its own, or stored as low
-    rank + sparse (then the adapters lie beside U, V and S). Biases and norms get none, nor do the output projections
-    of Mamba, whose kernels read the weight past any adapter. PEFT itself, with `target_modules="all-linear"`, adapts
-    no stacked expert.
+    rank + sparse (then the adapters lie beside U, V and S). Experts in few bits stay frozen, without adapters. Biases
+    and norms get none, nor do the output projections of Mamba, whose kernels read the weight past any adapter. PEFT
+    itself, with `target_modules="all-linear"`, adapts no stacked expert.
 
     Returns:
         `target_modules`, paths of linear layers, and `target_parameters`, paths of matrices that lie in none. The
@@ -81,8 +82,11 @@ def _linear(layers: Layers) -> tuple[list[str], list[str]]:
 
 def _matrices(layer: MoELayer) -> Iterator[str]:
     """Yield the paths of the experts' matrices that lie in no linear layer."""
+    frozen = {id(parameter) for parameter in frozen_parameters(layer.container)}
     for name, parameter in layer.parameters:
         owner = layer.container.get_submodule(name.rpartition(".")[0])
+        if id(parameter) in frozen:
+            continue
         if parameter.ndim > 1 and parameter.numel() and not name.endswith("bias") and not isinstance(owner, nn.Linear):
             yield f"{layer.name}.{name}"
 
@@ -112,7 +116,7 @@ def _check_adaptable(layers: Layers) -> None:
             "alone: train the model without adapters, or name target_modules outside of the shared layers."
         )
     single = [layer for layer in layers if layer.num_experts == 1 and getattr(layer.container, "is_transposed", False)]
-    if single and not getattr(single[0].container, "low_rank", {}):
+    if single and not getattr(single[0].container, "low_rank", {}) and not quantized_of(single[0].container):
         raise ValueError(
             f"PEFT takes the matrix of the only expert of {single[0].name!r}, which is stored transposed, for one "
             "that is not: keep at least 2 experts in each layer."

@@ -18,10 +18,11 @@ from merged import (
     check_without_package,
     save,
 )
+from peft import LoraConfig, get_peft_model
 from quantized import decomposed, quantize_model, quantized_example
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import LoSparseConfig, decompose_experts, moe_layers
+from hf_mcsmoe import LoSparseConfig, decompose_experts, lora_targets, moe_layers
 from hf_mcsmoe.evaluation.costs import account, bytes_on_disk, saved_costs
 
 LOADING = {
@@ -153,3 +154,20 @@ def test_a_quantized_model_is_neither_decomposed_nor_trained_where_it_is_frozen(
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen
     assert all(name.endswith(("_packed", "_scale", "_zero")) for name in frozen)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_train_over_quantized_experts() -> None:
+    model = copy.deepcopy(quantized_example("mixtral").merged)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    targets = lora_targets(model)
+    assert not any(".experts." in name for names in targets.values() for name in names)
+    adapted = get_peft_model(model, LoraConfig(**targets, r=2))
+    adapted(**quantized_example("mixtral").batch).logits.logsumexp(-1).mean().backward()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name for name in trained)
+    first = [parameter.grad for name, parameter in trained.items() if ".layers.0." in name and "lora_B" in name]
+    assert first
+    assert all(gradient.any() for gradient in first)  # those below all experts are reached through them
+    for name, parameter in adapted.get_base_model().named_parameters():
+        assert ".lora_" in name or torch.equal(parameter, before[name.replace(".base_layer", "")])
