@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, compress
+from hf_mcsmoe.card import record_of
 from hf_mcsmoe.data.calibration import sample_features
 from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.data.spans import SpanNoise
@@ -152,7 +153,8 @@ def chosen(case: Case, share: float) -> Made:
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     size = bytes_on_disk(case.model.name_or_path) - held + int(share * stored_bytes(case.model))
     student = compress(case.model, case.calibration, size=f"{size}B")
-    return Made(student, stored_bytes(student), None)
+    taken = record_of(student).size
+    return Made(student, stored_bytes(student), taken and taken.predicted_kl)
 
 
 def rungs(subject: Subject) -> Iterator[tuple[str, float, Callable[[Case, float], Made]]]:
