@@ -15,6 +15,9 @@ from hf_mcsmoe.quantization.nearest import ROUNDING
 from hf_mcsmoe.repair.fit import CHUNK, LayerFit
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 
+# Share of an expert's second moment that is the mean of all experts'. Tried: 0.05 errs 2 to 4 % less than none, more
+# so on text of other domains.
+SHARED = 0.05
 # One for all experts of a layer, or one for each.
 Grids = Grid | Sequence[Grid]
 # What an expert's matrix multiplies, some tokens at a time: [n, in].
@@ -179,12 +182,18 @@ class Rounding:
         return max((size for size in sizes if 32 * width * size <= self.memory_limit), default=group_size)
 
     def _moments(self, width: int, grid: Grid, experts: list[int], states: States) -> torch.Tensor:
-        """Return second moments of experts' inputs, blocks of them along the diagonal, float32 [n, blocks, B, B]."""
+        """Return second moments of experts' inputs, blocks of them along the diagonal, float32 [n, blocks, B, B].
+
+        A share of each is the mean over the tokens of all: what an expert sees on other text, or if no token came.
+        """
         check_group_size(width, grid.group_size)
-        size = self.block(width, grid.group_size)
-        moments = torch.zeros(len(experts), width // size, size, size, device=next(self.experts.parameters()).device)
-        for moment, expert in zip(moments, experts, strict=True):
+        size, device = self.block(width, grid.group_size), next(self.experts.parameters()).device
+        moments = torch.zeros(len(experts), width // size, size, size, device=device)
+        counts = torch.zeros(len(experts), 1, 1, 1, device=device)
+        for number, expert in enumerate(experts):
             for part in states(expert):
                 columns = part.unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, n, B]
-                moment.baddbmm_(columns.mT, columns)
-        return moments
+                moments[number].baddbmm_(columns.mT, columns)
+                counts[number] += len(part)
+        mean = moments.sum(0) / counts.sum().clamp(min=1)
+        return moments.mul_(1 - SHARED).add_(SHARED * counts.clamp(min=1) * mean)
