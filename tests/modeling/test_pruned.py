@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from families import EXPERT_FIELDS, NUM_EXPERTS, build, families, inputs
 from helpers import batches, logits
-from merged import REFUSED, Example, check_without_package, save
+from merged import REFUSED, Example, check_without_package, example, save
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -29,6 +30,7 @@ from hf_mcsmoe.calibration.pruned import pruned_inputs
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.merge import merge_to_folder
 from hf_mcsmoe.modeling.configuration_mcsmoe import check_layer
+from hf_mcsmoe.modeling.plain import plain_model
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_routers
 from hf_mcsmoe.plan import LayerPlan
 
@@ -253,3 +255,27 @@ def test_a_joint_refit_brings_a_pruned_layer_nearer_to_the_original() -> None:
     assert first.is_better
     with pytest.raises(ValueError, match="choose the repair 'joint'"):
         repair_experts(student, case.base, data, RepairConfig(method="mean_shift"))
+
+
+@pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in OTHER_LAYOUT]))
+def test_a_model_of_one_count_is_one_of_its_family_and_loads_without_any_code(name: str, tmp_path: Path) -> None:
+    case = _pruned(name, "uniform")
+    plain = plain_model(case.merged)
+    assert type(plain) is type(case.base)
+    plain.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert not {"auto_map", "mcsmoe"} & json.loads((tmp_path / "config.json").read_text()).keys()
+    again, info = type(case.base).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(logits(again, case.batch), logits(case.merged, case.batch), atol=1e-4, rtol=1e-4)
+
+
+def test_what_no_model_of_the_family_can_say_is_not_made_plain() -> None:
+    for name, budget, message in (
+        ("mixtral", _unlike, "unlike numbers of experts"),
+        ("switch_transformers", "uniform", "keeps .* otherwise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plain_model(_pruned(name, budget).merged)
+    with pytest.raises(ValueError, match="were merged, left whole"):
+        plain_model(example("mixtral").merged)

@@ -1,0 +1,71 @@
+"""A pruned model of one count of experts as what it is: a model of its family. Does not travel."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# What families call the number of their experts.
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ADVICE = "save it with save_pretrained, which any Transformers loads with trust_remote_code=True."
+
+
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a pruned model as one of the family's own class with fewer experts, which shares its weights.
+
+    Its folder, by `save_pretrained`, holds nothing of this package and loads without any code beside it.
+
+    Args:
+        model: of which all layers of experts were pruned to the same number.
+
+    Raises:
+        ValueError: a layer was merged, left whole, or is stored in another way, the numbers differ, or the family's
+            configuration cannot say that there are fewer experts.
+    """
+    before, after = _counts(model)
+    base: Any = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
+    config = _fewer(base.config_class, model.config, before, after)
+    plain: PreTrainedModel = base._from_config(config, dtype=model.dtype)
+    ours, theirs = ({key: value.shape for key, value in item.state_dict().items()} for item in (model, plain))
+    if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+        raise ValueError(
+            f"{base.__name__} with {after} experts keeps {other[0]} otherwise than the pruned model does: {ADVICE}"
+        )
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.train(model.training)
+
+
+def _counts(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the number of experts before and after in all layers."""
+    mcsmoe: dict[str, Any] = getattr(model.config, "mcsmoe", None) or {"layers": {}}
+    layers = mcsmoe["layers"]
+    if not layers or mcsmoe.get("whole") or any(entry.keys() != {"num_experts", "kept"} for entry in layers.values()):
+        raise ValueError(
+            f"{type(model).__name__} has layers that were merged, left whole, or are stored as low rank + sparse or "
+            f"in few bits, of which no model of the family's own class knows: {ADVICE}"
+        )
+    counts = {(entry["num_experts"], len(entry["kept"])) for entry in layers.values()}
+    if len(counts) > 1:
+        raise ValueError(
+            f"The layers keep unlike numbers of experts ({sorted(after for _, after in counts)}); prune with "
+            f"budget='uniform' for a model of the family's own class, or {ADVICE}"
+        )
+    return counts.pop()
+
+
+def _fewer(kind: type[PreTrainedConfig], config: PreTrainedConfig, before: int, after: int) -> PreTrainedConfig:
+    """Return the family's own configuration, in whose text part the experts are `after` in place of `before`."""
+    ours = ("auto_map", "mcsmoe", "base_model_type", "model_type", "architectures")
+    plain = kind.from_dict({key: value for key, value in config.to_dict().items() if key not in ours})
+    for part in _parts(plain.get_text_config()):
+        for name in EXPERT_FIELDS:
+            if vars(part).get(name) == before:
+                setattr(part, name, after)
+    return plain
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    yield from (part for part in vars(config).values() if isinstance(part, PreTrainedConfig))
