@@ -2,8 +2,9 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hf_mcsmoe.methods.config import option
 from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
+from hf_mcsmoe.repair.elsewhere import with_elsewhere
 from hf_mcsmoe.repair.fit import (
     LayerFit,
     expert_rows,
@@ -46,6 +48,13 @@ class RepairConfig(Options):
     ridges: tuple[float, ...] = option(
         (10.0, 1.0, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4), "ridges to choose from, in multiples of the mean diagonal"
     )
+    elsewhere: float = option(
+        0.3, "weight of tokens routed elsewhere, which keep experts right for other text; in multiples of their own"
+    )
+    caution: float = option(
+        2.0,
+        "the smallest ridge, in multiples of unknowns over tokens (an expert's width over the tokens that it sees)",
+    )
     steps: int = option(300, "Adam steps a layer (local)")
     learning_rate: float = option(3e-3, "learning rate at the start (local); it falls to zero as a cosine")
     batch_tokens: int = option(1024, "tokens a step (local)")
@@ -62,6 +71,9 @@ class RepairConfig(Options):
                 raise ValueError(f"{name}={value!r} must be a positive whole number.")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number.")
+        for name in ("elsewhere", "caution"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name}={vars(self)[name]!r} must not be negative; 0 does without.")
         if not self.ridges or not all(ridge > 0 for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be positive numbers, at least one.")
         if self.sequential and self.method in ("refit", "mean_shift"):
@@ -69,6 +81,11 @@ class RepairConfig(Options):
                 f"The repair {self.method!r} is made expert by expert, and has no use for sequential=True: choose "
                 "joint or local."
             )
+
+    def ladder(self, unknowns: int, tokens: int) -> list[float]:
+        """Return the ridges to choose from, none of them smaller than so few tokens for so many unknowns allow."""
+        least = self.caution * unknowns / max(tokens, 1)
+        return sorted({max(ridge, least) for ridge in self.ridges})
 
 
 @dataclass(frozen=True)
@@ -123,20 +140,26 @@ def _lossy(layer: LayerFit) -> list[int]:
     return [expert for expert in sorted(members) if members[expert] > 1]
 
 
-def _per_expert(layer: LayerFit, solve: Callable[[RowSource, torch.Tensor], ExpertFit]) -> list[ExpertFit]:
+def _per_expert(
+    layer: LayerFit, config: RepairConfig, solve: Callable[[RowSource, torch.Tensor, Sequence[float]], ExpertFit]
+) -> list[ExpertFit]:
     """Fit each stored expert to the gated sum of its members' outputs, and store the result."""
     if layer.expert_map is None:
         raise ValueError(
             f"{layer.name} is pruned, and what its experts lack was done by others: choose the repair 'joint' or "
             "'local'."
         )
-    solutions = []
+    solutions, tokens, expert_map = [], len(layer.inputs), layer.expert_map
+    layer = with_elsewhere(layer, config.elsewhere, config.seed)
     for expert in range(layer.experts.num_experts):
-        members = [m for m, target in enumerate(layer.expert_map) if target == expert]
-        targets = original_sum(layer, members, layer.tokens_of(expert)[0])
-        solution = solve(expert_rows(layer, expert, targets), output_weight(layer.experts, expert))
+        members = [m for m, target in enumerate(expert_map) if target == expert]
+        seen, start = layer.tokens_of(expert)[0], output_weight(layer.experts, expert)
+        fitted = int((~layer.inputs.held_out[seen[seen < tokens]]).sum())
+        targets = original_sum(layer, members, seen)
+        ladder = config.ladder(start.shape[1], fitted)
+        solution = solve(expert_rows(layer, expert, targets), start, ladder)
         write_output_weight(layer.experts, expert, solution.weight)
-        solutions.append(solution)
+        solutions.append(replace(solution, tokens=fitted))
     return solutions
 
 
@@ -154,11 +177,7 @@ def refit_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     """
     if layer.expert_map is None:
         return refit_layer_jointly(layer, config)
-    return repaired(layer, _per_expert(layer, lambda rows, start: _refit(rows, start, config)))
-
-
-def _refit(rows: RowSource, start: torch.Tensor, config: RepairConfig) -> ExpertFit:
-    return refit(rows, start, config.ridges, memory_limit=config.memory_limit)
+    return repaired(layer, _per_expert(layer, config, partial(refit, memory_limit=config.memory_limit)))
 
 
 @REPAIR.register("joint")
@@ -178,12 +197,14 @@ def _joint(layer: LayerFit, config: RepairConfig, *, final: bool) -> LayerRepair
             f"{layer.name} has a norm behind each expert, so that their outputs do not add up: choose the repair "
             "'refit', which fits its experts one by one, or 'local'."
         )
-    fit = refit_jointly(layer, config.ridges, memory_limit=config.memory_limit, final=final)
+    seen = [int((~layer.inputs.held_out[layer.tokens_of(e)[0]]).sum()) for e in range(layer.experts.num_experts)]
+    unknowns = sum(output_weight(layer.experts, expert).shape[1] for expert in range(len(seen)))
+    longer = with_elsewhere(layer, config.elsewhere, config.seed)
+    ladder = config.ladder(unknowns, sum(seen))
+    fit = refit_jointly(longer, ladder, memory_limit=config.memory_limit, final=final)
     experts = []
-    for expert, weight in enumerate(fit.weights):
+    for expert, (weight, fitted) in enumerate(zip(fit.weights, seen, strict=True)):
         write_output_weight(layer.experts, expert, weight)
-        token, _ = layer.tokens_of(expert)
-        fitted = int((~layer.inputs.held_out[token]).sum())
         experts.append(ExpertFit(weight, fit.ridge if fitted else None, fitted, 0.0, 0.0, 0.0))
     return repaired(layer, experts, (relative(fit.before, fit.energy), relative(fit.after, fit.energy)))
 
@@ -191,8 +212,12 @@ def _joint(layer: LayerFit, config: RepairConfig, *, final: bool) -> LayerRepair
 @REPAIR.register("mean_shift")
 def shift_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     """Make each expert's mean output that of its members: by its bias, or by a change of rank one."""
-    has_bias = layer.experts.has_bias
-    return repaired(layer, _per_expert(layer, lambda rows, start: mean_shift(rows, start, has_bias=has_bias)))
+
+    def shift(rows: RowSource, start: torch.Tensor, ridges: Sequence[float]) -> ExpertFit:
+        return mean_shift(rows, start, has_bias=layer.experts.has_bias)
+
+    # The mean is that of an expert's own tokens.
+    return repaired(layer, _per_expert(layer, replace(config, elsewhere=0.0), shift))
 
 
 @REPAIR.register("local")
@@ -205,10 +230,11 @@ def distil_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     judge = layer.inputs.held_out.nonzero()[:, 0]
     before = layer_error(layer, layer.experts, target, judge)
     error, state = before, _values(layer.experts)
+    longer = with_elsewhere(layer, config.elsewhere, config.seed)
     # From a fit that left the held-out tokens aside, or none of the steps would look better than the start.
     solutions = [] if layer.experts.has_post_expert_norm else _joint(layer, config, final=False).experts
     work = copy.deepcopy(layer.experts).float().requires_grad_(True)
-    for reached in _trained(layer, work, target, judge, config):
+    for reached in _trained(longer, work, target if longer is layer else longer.target(), judge, config):
         if reached < error:
             error, state = reached, _values(work)
     for name, parameter in layer.experts.named_parameters():

@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, MoELayer, collect_statistics, merge_experts, moe_layers, plan_merge
 from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inputs
+from hf_mcsmoe.repair.elsewhere import with_elsewhere
 from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_sum
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, matching_layers, repair_experts
 
-EXACT = RepairConfig(ridges=(1e-9,))
+# Neither drawn to tokens routed elsewhere nor kept from small ridges.
+PLAIN: dict[str, Any] = {"elsewhere": 0.0, "caution": 0.0}
+EXACT = RepairConfig(ridges=(1e-9,), **PLAIN)
 
 
 def _merged(name: str, model: PreTrainedModel, data: list[Batch], **options: Any) -> PreTrainedModel:
@@ -204,7 +207,7 @@ def test_a_joint_refit_is_the_least_squares_solution_over_all_experts(name: str,
     student = _merged(name, model, data, experts=4)
     layer, original = matching_layers(student, model)[0][0]
     start, seen = _out(name, layer), capture_inputs([original], data)[original.name]
-    config = RepairConfig(method="joint", ridges=(0.3,), memory_limit=memory_limit)
+    config = RepairConfig(method="joint", ridges=(0.3,), memory_limit=memory_limit, **PLAIN)
     report = repair_experts(student, model, data, config).layers[layer.name]
     units = _stacked(name, layer, seen.mapped(layer.expert_map)).flatten(1)
     fit = LayerFit(layer.name, layer.container, original.read(), seen.mapped(layer.expert_map), seen, layer.expert_map)
@@ -240,20 +243,65 @@ def test_what_is_left_of_a_pruned_layer_is_fitted_to_the_whole_of_its_output(met
     own = replace(seen, index=picks, weights=seen.weights.masked_fill(picks == len(kept), 0))
     fit = LayerFit(layer.name, layer.container, original.read(), own, seen, None)
     before = layer_error(fit, layer.container, fit.target(), torch.arange(len(seen)))
-    report = REPAIR[method](fit, RepairConfig(method=method, steps=20))
+    report = REPAIR[method](fit, RepairConfig(method=method, steps=20, **PLAIN))
     assert report.lossy == [0, 1, 2]
     assert report.after < report.before
     assert layer_error(fit, layer.container, fit.target(), torch.arange(len(seen))) < 0.98 * before
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pruned", [False, True])
+def test_rows_of_tokens_routed_elsewhere_ask_each_expert_for_what_its_members_say(pruned: bool) -> None:
+    name = "qwen3_moe"
+    model = build(name)
+    data = batches(name, model, number=3)
+    student = _merged(name, model, data)
+    layer, original = matching_layers(student, model)[0][0]
+    seen = capture_inputs([original], data)[original.name]
+    stored, given = seen.mapped(layer.expert_map), None if pruned else layer.expert_map
+    fit = LayerFit(layer.name, layer.container, original.read(), stored, seen, given)
+    longer, weights = with_elsewhere(fit, 0.5), seen.weights.double()
+    mass = [float(weights[seen.index == member].sum()) for member in range(original.num_experts)]
+    assert torch.equal(longer.target()[: len(seen)], fit.target())
+    for expert in range(layer.num_experts):
+        own, gates = fit.tokens_of(expert)
+        token, added = longer.tokens_of(expert)
+        token, added = token[len(own) :], added[len(own) :]
+        assert not longer.inputs.held_out[token].any()
+        assert float(added.square().sum()) == pytest.approx(0.5 * float(gates.square().sum()), rel=1e-5)
+        members = [member for member, place in enumerate(layer.expert_map) if place == expert]
+        for row in token[:5].tolist():
+            x = longer.inputs.hidden[row]
+            place = int((seen.hidden == x).all(1).nonzero()[0])
+            assert not seen.held_out[place]
+            assert not set(members) & set(seen.index[place].tolist())
+            if pruned:
+                wanted = LAYOUTS[name].after(layer.container, expert)["down"] @ _units("mixtral", layer, expert, x)
+            else:
+                parts = [mass[m] / sum(mass[k] for k in members) * _said(original, m, x) for m in members]
+                wanted = torch.stack(parts).sum(0)
+            torch.testing.assert_close(longer.target()[row], wanted * added[0], rtol=1e-4, atol=1e-5)
+
+
+def _said(original: MoELayer, member: int, x: torch.Tensor) -> torch.Tensor:
+    expert = LAYOUTS["qwen3_moe"].before(original.container, member)
+    return expert["down"] @ (torch.nn.functional.silu(expert["gate"] @ x) * (expert["up"] @ x))
+
+
+def test_no_ridge_is_smaller_than_so_few_tokens_allow() -> None:
+    config = RepairConfig(ridges=(0.01, 0.1, 1.0), caution=2.0)
+    assert config.ladder(unknowns=50, tokens=1000) == [0.1, 1.0]
+    assert config.ladder(unknowns=50, tokens=10**6) == [0.01, 0.1, 1.0]
+    assert config.ladder(unknowns=50, tokens=0) == [100.0]
+
+
 def test_wide_experts_get_the_same_weights_without_a_matrix_of_the_width_squared() -> None:
     model = build("gpt_oss")
     data = batches("gpt_oss", model, number=3)
     students = [_merged("gpt_oss", model, data) for _ in range(2)]
-    config = RepairConfig(ridges=(0.1, 1.0))
+    config = RepairConfig(ridges=(0.1, 1.0), **PLAIN)
     repair_experts(students[0], model, data, config)
-    repair_experts(students[1], model, data, RepairConfig(ridges=(0.1, 1.0), memory_limit=5000))
+    repair_experts(students[1], model, data, RepairConfig(ridges=(0.1, 1.0), memory_limit=5000, **PLAIN))
     for one, other in zip(*(moe_layers(student) for student in students), strict=True):
         assert relative_error(other.container.down_proj, one.container.down_proj) < 1e-5
         assert relative_error(other.container.down_proj_bias, one.container.down_proj_bias) < 1e-5
@@ -387,6 +435,8 @@ def test_what_cannot_be_repaired_is_refused_before_a_forward() -> None:
         RepairConfig(steps=0)
     with pytest.raises(ValueError, match=r"ridges=\(0\.0,\) must be positive"):
         RepairConfig(ridges=(0.0,))
+    with pytest.raises(ValueError, match=r"elsewhere=-1\.0 must not be negative"):
+        RepairConfig(elsewhere=-1.0)
     with pytest.raises(ValueError, match="expert by expert"):
         RepairConfig(method="refit", sequential=True)
     assert repair_experts(student, model, data, RepairConfig(method="none")).layers == {}
