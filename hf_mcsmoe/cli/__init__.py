@@ -1,4 +1,4 @@
-"""The command line: `hf-mcsmoe inspect`, `compress`, `distill`, `evaluate`, `report` and `demo`."""
+"""The command line: `hf-mcsmoe inspect`, `plan`, `compress`, `distill`, `evaluate`, `report` and `demo`."""
 
 import sys
 import warnings
@@ -19,6 +19,7 @@ from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.examples import epilog
 from hf_mcsmoe.cli.inspect import inspect_command
 from hf_mcsmoe.cli.options import CLAIMS
+from hf_mcsmoe.cli.plan import plan_command
 from hf_mcsmoe.cli.recipe import RENAMED, with_recipe
 from hf_mcsmoe.cli.report import report_command
 from hf_mcsmoe.cli.streams import Tolerant, cleaning_up_when_terminated, tolerant_streams
@@ -48,6 +49,7 @@ def _options_of_all(
 
 COMMANDS: dict[str, Callable] = {
     "inspect": inspect_command,
+    "plan": plan_command,
     "compress": compress_command,
     "distill": distill_command,
     "evaluate": evaluate_command,

@@ -8,6 +8,7 @@ FILES = "hf-mcsmoe demo --files demo"
 # Each a line that fits a terminal of 80 columns: one that is broken in two cannot be pasted.
 EXAMPLES = {
     "inspect": "hf-mcsmoe inspect demo/model --experts 0.5",
+    "plan": "hf-mcsmoe plan demo/model",
     "compress": "hf-mcsmoe compress demo/model --config demo/compress.yaml --output demo/small",
     "distill": "hf-mcsmoe distill demo/small --config demo/distill.yaml --output demo/tuned",
     "evaluate": "hf-mcsmoe evaluate demo/model demo/small --config demo/evaluate.yaml",

@@ -21,6 +21,7 @@ from hf_mcsmoe.record import Costs, Quality, Stored
 
 PANELS = {
     "inspect": {"Merge", "Loading"},
+    "plan": {"Data", "Size", "Loading"},
     "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output"},
     "distill": {"Data", "Training", "Storage", "Loading", "Output"},
     "evaluate": {"Data", "Loading", "Output"},

@@ -1,0 +1,37 @@
+"""`hf-mcsmoe plan`: sizes without data, and with what choices cost from a file, before anything is written."""
+
+from pathlib import Path
+
+from families import build
+from helpers import Run, batches
+
+from hf_mcsmoe import collect_statistics
+from hf_mcsmoe.calibration.curves import LayerCurves, Part
+from hf_mcsmoe.methods.choice import Grid
+
+
+def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Run) -> None:
+    model, folder, scores = build("qwen3_moe"), tmp_path / "model", tmp_path / "scores.safetensors"
+    model.save_pretrained(folder)
+    code, out, _ = run("plan", str(folder))
+    assert code == 0
+    assert "all experts at 4 bits" in out
+    assert "50% of the experts, pruned" in out
+    statistics = collect_statistics(model, batches("qwen3_moe", model))
+    statistics.save(scores)
+    code, _, error = run("plan", str(folder), "--scores", str(scores))
+    assert code == 1
+    assert "not what choices cost" in error
+    for name, sums in statistics.layers.items():
+        experts = len(sums.counts)
+        parts = {Grid(bits, size): Part(4.0**-bits, 4.0**-bits) for bits in (8, 4, 3, 2) for size in range(1, 129)}
+        reduced = {count: Part(1 / count, 1 / count) for count in range(1, experts)}
+        statistics.curves[name] = LayerCurves(experts, {"merge": reduced}, parts, parts)
+    statistics.save(scores)
+    code, out, error = run("plan", str(folder), "--scores", str(scores))
+    assert code == 0, error
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith("chosen")]
+    effects = [float(row[-1]) for row in rows]
+    assert len(rows) > 1
+    assert effects == sorted(effects)
+    assert not list(tmp_path.glob("*.mcsmoe-work"))
