@@ -71,7 +71,7 @@ def compress_command(
         str | None,
         typer.Option(
             help="fit merged layers to the original ones: " + ", ".join(REPAIR),
-            show_default="refit; none where no layer is merged",
+            show_default="refit; with --size joint; none where no layer changes",
             rich_help_panel="Repair",
         ),
     ] = None,
@@ -139,7 +139,9 @@ def _chosen(repair: str | None, layers: Layers, config: MergeConfig, stages: Map
     """Return the repair that is asked for, or else the default where there is something to repair."""
     if repair is not None:
         return chosen_repair(RepairConfig(method=repair))
-    if not (stages["size"] or stages["quantization"]) and merges_nothing(layers, config):
+    if stages["size"]:
+        return RepairConfig(method="joint")
+    if not stages["quantization"] and merges_nothing(layers, config):
         notes.print("every layer keeps all its experts, so there is nothing to repair")
         return None
     return RepairConfig()

@@ -38,6 +38,7 @@ from hf_mcsmoe.distillation import (
 from hf_mcsmoe.distillation.checkpoints import check_run
 from hf_mcsmoe.distillation.fingerprints import sample_fingerprint
 from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
+from hf_mcsmoe.distillation.trainable import check_trainable
 from hf_mcsmoe.evaluation.costs import REPETITIONS, account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
@@ -223,6 +224,7 @@ def _check(
     check_device_map(distillation.teacher_device_map, "--teacher-device-map")
     ours, theirs = empty_model(student), empty_model(teacher)
     check_pair(student, ours, theirs)
+    check_trainable(ours, distillation.train_parts)
     itemsize(distillation.teacher_dtype, theirs, "--teacher-dtype")
     low_rank = pruning.check(student, ours)
     # The result, and three checkpoints with the two moments of the optimiser: a new one is written before one goes.

@@ -10,6 +10,17 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.lora import lora_targets, named_targets
+from hf_mcsmoe.modeling.quantized_mcsmoe import quantized_modules
+
+
+def check_trainable(model: PreTrainedModel, parts: str) -> None:
+    """Raise ValueError where weights that are stored in few bits would have to be trained."""
+    if parts in ("all", "experts") and any(True for _ in quantized_modules(model)):
+        raise ValueError(
+            f"train_parts={parts!r} would train experts that are stored in few bits, which only whole values can be: "
+            "distil the model before it is quantized, and quantize last, or train adapters beside them with "
+            "train_parts='lora' ('routers' goes as well)."
+        )
 
 
 def choose_parameters(model: PreTrainedModel, parts: str, freeze_routers: bool) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from hf_mcsmoe.distillation.teacher_outputs import (
     TeacherOutputs,
     store_teacher_outputs,
 )
-from hf_mcsmoe.distillation.trainable import add_lora, choose_parameters
+from hf_mcsmoe.distillation.trainable import add_lora, check_trainable, choose_parameters
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.packing import unpacked
@@ -79,6 +79,7 @@ class DistillationTrainer(CompressedModelTrainer):
                 an empty training set, stored outputs of another data set, vocabulary or temperature.
         """
         options: Any = kwargs.get("args") or (args[0] if args else None)
+        check_trainable(model, options.train_parts)
         outputs = _checked_outputs(options, model, teacher)
         self._loss = DistillationLoss(options, model, None)
         if outputs is None:

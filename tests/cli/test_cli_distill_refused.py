@@ -12,12 +12,14 @@ from helpers import Run
 from merged import example
 from merged import tokenizer as word_tokenizer
 
-from hf_mcsmoe import LoSparseConfig, compact, decompose_experts
+from hf_mcsmoe import LoSparseConfig, QuantizationConfig, compact, decompose_experts, quantize_experts
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("distill"))
+    path = write_models(tmp_path_factory.mktemp("distill"))
+    _quantized(path)
+    return path
 
 
 def _decomposed(folder: Path) -> Path:
@@ -82,6 +84,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
 }
 STUDENTS = {
     "dense": ("{mixtral}", [], "is not compressed"),
+    "in few bits": ("{quantized}", [], "train adapters beside them with train_parts='lora'"),
+    "experts in few bits": ("{quantized}", ["--train-parts", "experts"], "quantize last"),
     "missing": ("./missing", [], "is no folder with a model"),
     "compact": ("{compact}", ["--rank", "2"], "is decomposed already"),
     "compact, pruned": ("{compact}", ["--importance", "magnitude"], "--importance magnitude would do nothing to"),
@@ -90,7 +94,7 @@ STUDENTS = {
 
 def check_refused(case: list[Any], message: str, folder: Path, tmp_path: Path, run: Run) -> None:
     places = {"mixtral": folder / "mixtral", "switch": folder / "switch_transformers", "text": folder / "text.txt"}
-    made = {"compact": _decomposed, "larger": _larger, "reordered": _reordered}
+    made = {"compact": _decomposed, "quantized": _quantized, "larger": _larger, "reordered": _reordered}
     used = {name: make(folder) for name, make in made.items() if any(f"{{{name}}}" in str(item) for item in case)}
     code, _, err = run(*(str(item).format(**places, **used) for item in case))
     assert code == 1
@@ -98,6 +102,14 @@ def check_refused(case: list[Any], message: str, folder: Path, tmp_path: Path, r
     assert err.startswith("Error: ")
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def _quantized(folder: Path) -> Path:
+    if not (folder / "quantized").exists():
+        model = quantize_experts(copy.deepcopy(example("mixtral").merged), config=QuantizationConfig(bits=8))
+        model.save_pretrained(folder / "quantized")
+        word_tokenizer().save_pretrained(folder / "quantized")
+    return folder / "quantized"
 
 
 @pytest.fixture(autouse=True)
