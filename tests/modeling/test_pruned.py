@@ -38,6 +38,8 @@ FAST = ["mixtral", "deepseek_v3", "gpt_oss", "gemma4", "jetmoe", "switch_transfo
 HASHED = "deepseek_v4"
 # Their experts are stored in another layout once they are changed.
 OTHER_LAYOUT = {"dbrx", "jetmoe", "llama4", "llama4_text", "switch_transformers"}
+# Its one number of experts is that of its vision part as well, which keeps all.
+SHARED_COUNT = "ernie4_5_vl_moe"
 # Their routers read, or scale, something else than the experts' inputs.
 OTHER_INPUTS = ["gemma4", "llama4_text"]
 SUPPORTED = [family.name for family in families() if family.name not in {*REFUSED, HASHED}]
@@ -71,7 +73,7 @@ def _smaller(case: Example) -> nn.Module:
     """Return a stock model with fewer experts, whose tensors are those of the original at the kept ones."""
     config = copy.deepcopy(case.base.config)
     (count,) = {layer.num_experts for layer in moe_layers(case.merged)}
-    for part in _configs(config):
+    for part in _configs(config.get_text_config()):
         for field in EXPERT_FIELDS:
             if vars(part).get(field) == NUM_EXPERTS:
                 setattr(part, field, count)
@@ -89,7 +91,7 @@ def _smaller(case: Example) -> nn.Module:
     return small
 
 
-@pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in OTHER_LAYOUT]))
+@pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in {*OTHER_LAYOUT, SHARED_COUNT}]))
 def test_a_pruned_model_is_the_familys_own_with_fewer_experts(name: str) -> None:
     case = _pruned(name, "uniform")
     torch.testing.assert_close(
@@ -114,8 +116,9 @@ def test_routers_that_never_wanted_the_other_experts_change_nothing(name: str) -
 def _without(output: Any, gone: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return output.masked_fill(gone, float("-inf"))
-    scores, values = output  # Llama 4
-    return scores.masked_fill(gone, 0), values.masked_fill(gone, float("-inf"))
+    values = output[1].masked_fill(gone, float("-inf"))  # Llama 4
+    first = values.max(1, keepdim=True)
+    return torch.full_like(values, float("-inf")).scatter(1, first.indices, first.values).sigmoid(), values
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +260,7 @@ def test_a_joint_refit_brings_a_pruned_layer_nearer_to_the_original() -> None:
         repair_experts(student, case.base, data, RepairConfig(method="mean_shift"))
 
 
-@pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in OTHER_LAYOUT]))
+@pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in {*OTHER_LAYOUT, SHARED_COUNT}]))
 def test_a_model_of_one_count_is_one_of_its_family_and_loads_without_any_code(name: str, tmp_path: Path) -> None:
     case = _pruned(name, "uniform")
     plain = plain_model(case.merged)
