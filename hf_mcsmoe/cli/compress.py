@@ -1,7 +1,7 @@
 """`hf-mcsmoe compress`."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +37,8 @@ from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
-from hf_mcsmoe.search.compress import check_size
+from hf_mcsmoe.search.compress import check_size, needs_of
+from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.tables import size_lines
 
 MERGE = [
@@ -106,12 +107,14 @@ def compress_command(
             unused = "" if batches else "; --data is not used" + ("" if check else ", and nothing is measured")
             notes.print(f"statistics read from {escape(str(scores))}{unused}")
         elif scores:
-            sums = collect_statistics(loaded, counted(batches, "statistics", progress), config.needs)
+            sums = collect_statistics(loaded, counted(batches, "statistics", progress), _needs(config, size))
             sums.save(scores)
         original = any(stages[name] for name in stages if name != "low_rank")  # it is compared with to the end
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         shown["check"] = check
         merged = compress(loaded, batches, config, **stages, consume=not original, statistics=sums, **shown)
+    if size and scores and sums is not None:
+        sums.save(scores)  # with what choices cost, which was measured meanwhile
     fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
     checked = sum(len(batch["input_ids"]) for batch in check)
     told = Calibrated(
@@ -179,14 +182,19 @@ def _check(
 ) -> tuple[int, RoutingStatistics | None]:
     """Check all that can be checked before weights are loaded; returns the bytes to write and what a file holds."""
     check_options(layers, config, **stages)
-    held = _read(scores, layers, config) if scores else None
+    held = _read(scores, layers, _needs(config, stages["size"])) if scores else None
     if stages["size"]:
         return check_size(layers, config, stages["size"]), held
     parameters = layers.model.num_parameters() - saved_parameters(layers, config)
     return parameters * itemsize(dtype, layers.model), held
 
 
-def _read(file: Path, layers: Layers, config: MergeConfig) -> RoutingStatistics | None:
+def _needs(config: MergeConfig, size: SizeConfig | None) -> tuple[str, ...]:
+    """Return the statistics that the merge, or what may be chosen for a size, reads."""
+    return needs_of(config, size) if size else config.needs
+
+
+def _read(file: Path, layers: Layers, needs: Sequence[str]) -> RoutingStatistics | None:
     """Return the statistics that a file holds; None where there is none yet.
 
     Raises:
@@ -202,6 +210,6 @@ def _read(file: Path, layers: Layers, config: MergeConfig) -> RoutingStatistics 
             f"and this one has {', '.join(layers.names)}."
         )
     for sums in statistics.layers.values():
-        sums.check(config.needs)
+        sums.check(needs)
     statistics.check({layer.name: layer.sizes for layer in layers})
     return statistics
