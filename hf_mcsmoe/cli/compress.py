@@ -37,8 +37,9 @@ from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
-from hf_mcsmoe.search.compress import check_size, needs_of
+from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.tables import size_lines
 
 MERGE = [

@@ -17,9 +17,9 @@ from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig, option_help
 from hf_mcsmoe.plan import check_request
 from hf_mcsmoe.progress import Progress, counted, one_step
-from hf_mcsmoe.search.compress import needs_of, source_bytes
+from hf_mcsmoe.search.compress import source_bytes
 from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.search.curves import measure_curves
+from hf_mcsmoe.search.curves import measure_curves, needs_of
 from hf_mcsmoe.search.ladder import Rung, method_sizes, size_ladder
 from hf_mcsmoe.search.size import bytes_text
 

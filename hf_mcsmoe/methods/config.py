@@ -18,8 +18,14 @@ from hf_mcsmoe.methods.statistics import with_tokens
 from hf_mcsmoe.methods.weighting import WEIGHTING
 
 REFERENCES = ("dominant", "first")
+
+
+class Default(str):
+    """The name of a method that stands where nobody chose one."""
+
+
 # What is lost with an expert is another question than which of a group the others should be like.
-DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution"}
+DEFAULT_SALIENCY = {"merge": Default("frequency"), "prune": Default("contribution")}
 REGISTRIES = {
     "budget": BUDGET,
     "saliency": SALIENCY,
@@ -81,7 +87,7 @@ class MergeConfig(Options):
             object.__setattr__(self, "skip", (self.skip,))
         if self.reduce not in REDUCTIONS:
             raise ValueError(unknown("reduce", self.reduce, list(REDUCTIONS)))
-        if self.saliency is None:
+        if self.saliency is None or isinstance(self.saliency, Default):  # or `replace` would keep that of another
             object.__setattr__(self, "saliency", DEFAULT_SALIENCY[self.reduce])
         for name, registry in REGISTRIES.items():
             registry.check(getattr(self, name))

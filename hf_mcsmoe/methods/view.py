@@ -10,7 +10,7 @@ from hf_mcsmoe.methods.experts import Experts
 
 ADVICE = (
     "collect it with collect_statistics(model, batches, needs=[{name!r}, ...]) or needs=MergeConfig(...).needs; on "
-    "the command line run `hf-mcsmoe compress` without the old --statistics file; a function of your own names what "
+    "the command line run `hf-mcsmoe compress` without the old --scores file; a function of your own names what "
     "it reads in its attribute `needs`, as `function.needs = [{name!r}]`"
 )
 

@@ -25,7 +25,7 @@ from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.apply import plan_choices, store_choices
 from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choice_bytes, choose, fixed_bytes
 from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.search.curves import measure_curves, reduced_by
+from hf_mcsmoe.search.curves import check_sums, measure_curves, needs_of
 from hf_mcsmoe.search.size import bytes_of, bytes_text
 
 MIXTURE = "mixture"
@@ -101,6 +101,7 @@ def compress_to_size(
         raise ValueError("The calibration set is empty: pass at least one batch; a size is chosen by what it costs.")
     if statistics is None:
         statistics = collect_statistics(layers, counted(batches, "statistics", progress), needs_of(merge, search))
+    check_sums(statistics, merge, search)
     sample, kinds = batches[len(batches) // 2], check or {}
     before = replace(account(layers, sample, repetitions=repetitions), bytes_on_disk=source_bytes(layers))
     judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", progress, 3))
@@ -138,11 +139,6 @@ def compress_to_size(
     )
     attach_record(best.model, record.with_quality(judge.quality))
     return best.model
-
-
-def needs_of(merge: MergeConfig, search: SizeConfig) -> tuple[str, ...]:
-    """Return the statistics that the reductions which may be chosen read."""
-    return tuple(dict.fromkeys(name for reduce in search.reductions for name in reduced_by(merge, reduce).needs))
 
 
 def _after_balance(chosen: Chosen, curves: Mapping[str, LayerCurves], gains: Mapping[str, float]) -> dict[str, float]:

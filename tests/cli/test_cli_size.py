@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 from families import build
-from helpers import Run
+from helpers import Run, batches
 from transformers import PreTrainedTokenizerFast
+
+from hf_mcsmoe import collect_statistics
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 
 ROWS = [f"what is {number} {other} {(number * other) % 10}" for number in range(6) for other in range(8)]
 
@@ -72,6 +75,32 @@ def test_what_is_no_size_is_refused_before_weights_are_loaded(
     assert err.count("Error:") == 1
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_without_a_sum_that_pruning_needs_are_refused(source: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "scores.safetensors"
+    collect_statistics(build("mixtral"), batches("mixtral", build("mixtral"))).save(file)
+    given = ["--data", source.parent / "text.txt", "--output", tmp_path / "out", "--scores", file]
+    code, _, err = run("compress", source, *given)
+    assert code == 1
+    assert "'contribution' was not collected" in err
+    assert "without the old --scores file" in err
+
+
+@pytest.mark.slow
+def test_what_was_measured_for_one_size_is_read_for_another(
+    source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "scores.safetensors"
+    given = ["--data", source.parent / "text.txt", "--scores", file, "--group-size", "8", "--output"]
+    code, _, err = run("compress", source, *given, tmp_path / "one", "--size", "0.6")
+    assert code == 0, err
+    curves = RoutingStatistics.load(file).curves
+    assert curves
+    monkeypatch.setattr("hf_mcsmoe.search.compress.measure_curves", lambda *a, **k: pytest.fail("measured anew"))
+    code, _, err = run("compress", source, *given, tmp_path / "other", "--size", "0.5")
+    assert code == 0, err
+    assert RoutingStatistics.load(file).curves == curves
 
 
 RECIPES = {

@@ -1,6 +1,7 @@
 """The search for a size on small made models: bytes kept, choices told, the way from compress to a folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.choice import Grid
 from hf_mcsmoe.search.choices import candidates, choose, fixed_bytes, smallest_bytes, whole_bytes
 from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.curves import reduced_by
 
 
 def made_curves(layers: Layers, config: SizeConfig) -> dict[str, LayerCurves]:
@@ -57,6 +59,22 @@ def test_options_hold_for_what_is_chosen(model: PreTrainedModel) -> None:
         assert choice.experts >= 3
     with pytest.raises(ValueError, match=r"the smallest that can be reached is \d"):
         choose(layers, made_curves(layers, config), config, smallest_bytes(layers, config) - 1)
+
+
+@pytest.mark.parametrize("chosen", [None, "frequency", "gate"])
+def test_merging_goes_around_experts_that_contribute_unless_another_saliency_is_chosen(chosen: str | None) -> None:
+    merge = replace(MergeConfig(saliency=chosen), seed=3)
+    for reduce in ("merge", "prune"):
+        assert reduced_by(merge, reduce).saliency == (chosen or "contribution")
+    assert replace(merge, reduce="prune").saliency == (chosen or "contribution")
+    assert merge.saliency == (chosen or "frequency")
+
+
+def test_a_sum_that_a_reduction_needs_is_asked_for(model: PreTrainedModel) -> None:
+    data = batches("qwen3_moe", model)
+    statistics = collect_statistics(model, data)
+    with pytest.raises(ValueError, match="'contribution' was not collected"):
+        compress(model, data, size=SizeConfig(0.6, group_size=8), statistics=statistics)
 
 
 @pytest.mark.slow
