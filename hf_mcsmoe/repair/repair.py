@@ -154,7 +154,8 @@ def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
             f"The merged model has experts {layer.name!r}, the original has {', '.join(originals)}: it was made of "
             "another model."
         )
-    ours = (layer.num_original, layer.hidden_size, layer.intermediate_size)
+    number = layer.num_original if layer.expert_map is None else len(layer.expert_map)
+    ours = (number, layer.hidden_size, layer.intermediate_size)
     theirs = (original.num_experts, original.hidden_size, original.intermediate_size)
     if ours != theirs:
         raise ValueError(

@@ -75,9 +75,7 @@ def test_co_activation_counts_tokens_that_pick_both(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_of_experts_equal_a_loop_over_their_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampled = _collect(name, ["contribution"])[1]
-    monkeypatch.setattr("hf_mcsmoe.methods.contribution.EVERY", 1)
+def test_outputs_of_experts_equal_a_loop_over_their_tokens(name: str) -> None:
     model, sums, tokens = _collect(name, ["output_sum", "contribution", "counts"])
     saliency = {method: _method(model, "saliency", method, sums) for method in ("contribution", "reap")}
     similar = _method(model, "similarity", "mean_output", sums)
@@ -94,7 +92,6 @@ def test_outputs_of_experts_equal_a_loop_over_their_tokens(name: str, monkeypatc
             torch.testing.assert_close(sums[layer.name]["output_sum"][index], total, rtol=1e-4, atol=1e-4)
             assert saliency["contribution"][layer.name][index].item() == pytest.approx(gated, rel=1e-4)
             assert saliency["reap"][layer.name][index].item() == pytest.approx(gated / max(number, 1), rel=1e-4)
-            assert sampled[layer.name]["contribution"][index].item() == pytest.approx(gated, rel=0.35)
             means.append(total / max(number, 1))
         for i in range(8):
             for j in range(8):

@@ -249,7 +249,6 @@ def test_what_is_left_of_a_pruned_layer_is_fitted_to_the_whole_of_its_output(met
     assert layer_error(fit, layer.container, fit.target(), torch.arange(len(seen))) < 0.98 * before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pruned", [False, True])
 def test_rows_of_tokens_routed_elsewhere_ask_each_expert_for_what_its_members_say(pruned: bool) -> None:
     name = "qwen3_moe"
@@ -295,6 +294,7 @@ def test_no_ridge_is_smaller_than_so_few_tokens_allow() -> None:
     assert config.ladder(unknowns=50, tokens=0) == [100.0]
 
 
+@pytest.mark.slow
 def test_wide_experts_get_the_same_weights_without_a_matrix_of_the_width_squared() -> None:
     model = build("gpt_oss")
     data = batches("gpt_oss", model, number=3)
