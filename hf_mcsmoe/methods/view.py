@@ -61,15 +61,9 @@ class Routed:
         chosen = {name: value[counted.to(value.device)] for name, value in tensors.items() if value is not None}
         return replace(self, **chosen)
 
-    def outputs_of(self, expert: int, *, every: int = 1, least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the outputs [n, D] of an expert for the tokens that reach it, and their weights [n].
-
-        Args:
-            every: of these tokens every second, third ... is taken, where that leaves at least so many as `least`.
-        """
+    def outputs_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the outputs [n, D] of an expert for the tokens that reach it, and their weights [n]."""
         token, pick = torch.where(self.reached & (self.index == expert))
-        step = max(1, min(every, len(token) // least)) if least else every
-        token, pick = token[::step], pick[::step]
         states = self.hidden[token]
         if self.scale is not None:
             states = states * self.scale[token, pick, None]
