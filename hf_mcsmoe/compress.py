@@ -66,7 +66,8 @@ def compress(
         batches: dictionaries for `model(**batch)`; may be empty where `statistics` are given and nothing else needs
             them.
         repair: how merged layers are fitted to the original ones; None leaves them as merged (on the command line
-            the default is `RepairConfig()`, for there the original is at hand until the end).
+            the default is `RepairConfig()`, for there the original is at hand until the end). For a `size` None is
+            the joint refit, and "refit" and "none" are all else that can be.
         low_rank: how merged experts are stored as low rank + sparse; None leaves them dense.
         quantization: in how many bits experts are stored; with a `repair`, output matrices are fitted once more to
             what W_in has become. None leaves their values as they are.
@@ -99,8 +100,8 @@ def compress(
         quantization=(quantization, (QuantizationConfig, NoneType)),
         statistics=(statistics, (RoutingStatistics, NoneType)),
     )
-    config, repair = config or MergeConfig(), chosen_repair(repair)
-    search = SizeConfig.of(size)
+    config, search = config or MergeConfig(), SizeConfig.of(size)
+    repair = repair if search else chosen_repair(repair)
     layers = Layers.of(model).uncompressed()
     stages: dict[str, Any] = {"repair": repair, "low_rank": low_rank, "quantization": quantization}
     check_options(layers, config, **stages, consume=consume, size=search)
@@ -191,6 +192,7 @@ def check_options(
     """
     check_loaded(layers)
     if size:
+        size.check_repair(repair)
         _check_for_size(layers, config, size, {"low_rank": low_rank, "quantization": quantization, "consume": consume})
         return
     chosen = check_request(layers, config)

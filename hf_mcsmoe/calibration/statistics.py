@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,13 +27,14 @@ DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 class RoutingStatistics:
     """Sums by the statistic's name, per layer, and the fingerprint of the model that they were taken from.
 
-    `curves` tell what choices for a layer cost, of layers that share experts under the first's name; mostly there are
-    none.
+    `curves` tell what choices for a layer cost, of layers that share experts under the first's name, and `conditions`
+    with which options that was measured; mostly there are none.
     """
 
     fingerprint: str
     layers: dict[str, Sums] = field(default_factory=dict)
     curves: dict[str, LayerCurves] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, layer_name: str) -> Sums:
         if layer_name not in self.layers:
@@ -71,6 +73,7 @@ class RoutingStatistics:
         }
         if self.curves:
             metadata["curves"] = json.dumps({name: curves.to_dict() for name, curves in self.curves.items()})
+            metadata["conditions"] = json.dumps(self.conditions)
         with replaced(path) as new:
             save_file({key: value.contiguous() for key, value in tensors.items()}, new, metadata)
 
@@ -89,7 +92,8 @@ class RoutingStatistics:
                 layers[layer][name] = value
             told = json.loads(metadata.get("curves", "{}"))
             curves = {name: LayerCurves.from_dict(values) for name, values in told.items()}
-            statistics = cls(metadata["fingerprint"], layers, curves)
+            measured_with = dict(json.loads(metadata.get("conditions", "{}")))
+            statistics = cls(metadata["fingerprint"], layers, curves, measured_with)
             statistics.check()
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and collect the statistics anew.") from None

@@ -38,7 +38,8 @@ from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.search.compress import check_size
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.conditions import check_curves
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.tables import size_lines
 
@@ -142,9 +143,10 @@ def compress_command(
 def _chosen(repair: str | None, layers: Layers, config: MergeConfig, stages: Mapping[str, Any]) -> RepairConfig | None:
     """Return the repair that is asked for, or else the default where there is something to repair."""
     if repair is not None:
-        return chosen_repair(RepairConfig(method=repair))
+        asked = RepairConfig(method=repair)
+        return asked if stages["size"] else chosen_repair(asked)
     if stages["size"]:
-        return RepairConfig(method="joint")
+        return JOINT
     if not stages["quantization"] and merges_nothing(layers, config):
         notes.print("every layer keeps all its experts, so there is nothing to repair")
         return None
@@ -185,6 +187,8 @@ def _check(
     check_options(layers, config, **stages)
     held = _read(scores, layers, _needs(config, stages["size"])) if scores else None
     if stages["size"]:
+        if held:
+            check_curves(layers, held, config, stages["size"], stages["repair"])
         return check_size(layers, config, stages["size"]), held
     parameters = layers.model.num_parameters() - saved_parameters(layers, config)
     return parameters * itemsize(dtype, layers.model), held

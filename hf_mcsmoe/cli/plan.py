@@ -18,7 +18,8 @@ from hf_mcsmoe.methods.config import MergeConfig, option_help
 from hf_mcsmoe.plan import check_request
 from hf_mcsmoe.progress import Progress, counted, one_step
 from hf_mcsmoe.search.compress import source_bytes
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.conditions import check_curves, conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves, needs_of
 from hf_mcsmoe.search.ladder import Rung, method_sizes, size_ladder
 from hf_mcsmoe.search.size import bytes_text
@@ -60,6 +61,8 @@ def plan_command(
     layers = Layers.of(empty_model(model, dequantize=loading.dequantize)).uncompressed()
     check_request(layers, replace(config, experts=1.0))
     statistics = _read(scores, layers) if scores else None
+    if statistics:
+        check_curves(layers, statistics, config, search, JOINT)
     if statistics is None and calibration.data:
         with stage_bars() as progress:
             layers, statistics = _measured(model, calibration, loading, config, search, progress)
@@ -111,6 +114,7 @@ def _measured(
         progress("curves", done, total)
 
     statistics.curves = measure_curves(layers, statistics, rows, config, search, progress=tell)
+    statistics.conditions = conditions(config, search, JOINT)
     return layers, statistics
 
 

@@ -21,6 +21,7 @@ from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import map_of_fit, matching_layers, student_inputs
 from hf_mcsmoe.search.curves import plan_with
+from hf_mcsmoe.search.student import refit_method
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,7 +58,7 @@ def store_choices(
 
     Args:
         student: what `merge_layers` made of `teacher` by the plan of the choices.
-        repair: its ridges and limits; the method is the joint refit.
+        repair: how output matrices are fitted, as the curves were measured.
         bits: that experts of a layer may have beside those chosen for it, in no more bytes; none leaves them equal.
         progress: called as `progress(layer name, layers done, layers)`.
     """
@@ -80,13 +81,12 @@ def store_choices(
             with original.open() as weights:
                 seen = student_inputs(pairs, inputs, batches)
                 fit = LayerFit(layer.name, layer.container, weights, seen, inputs, map_of_fit(layer))
-                method = "refit" if fit.experts.has_post_expert_norm else "joint"  # as the curves were measured
                 w_in: Grids | None = choice.w_in
                 w_out: Grids | None = choice.w_out
                 if bits and choice.w_in and choice.w_out:
                     balanced = balanced_grids(fit, choice.w_in, choice.w_out, bits)
                     w_in, w_out, gains[original.name] = balanced.w_in, balanced.w_out, balanced.gain
-                codes = quantize_layer(fit, w_in, w_out, replace(repair, method=method))
+                codes = quantize_layer(fit, w_in, w_out, replace(repair, method=refit_method(fit, repair)))
             for weight, values in codes.items():
                 store_codes(layer.container, weight, values)
             if progress:

@@ -24,7 +24,8 @@ from hf_mcsmoe.record import Calibration, Quality, SizeChoice
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.apply import plan_choices, store_choices
 from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choice_bytes, choose, fixed_bytes
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.conditions import check_curves, conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import check_sums, measure_curves, needs_of
 from hf_mcsmoe.search.size import bytes_of, bytes_text
 
@@ -90,24 +91,26 @@ def compress_to_size(
     was fitted to; up to two results are held in memory beside the original.
 
     Args:
-        repair: its ridges and limits; each layer is refitted jointly, whatever its method.
+        repair: how output matrices are fitted, jointly unless it says refit or none.
         progress: see `compress`.
 
     Raises:
-        ValueError: see `check_size`; no batches.
+        ValueError: see `check_size`, `check_sums` and `check_curves`; no batches.
     """
-    limit, repair = check_size(layers, merge, search), repair or RepairConfig()
+    limit, repair = check_size(layers, merge, search), repair or JOINT
     if not batches:
         raise ValueError("The calibration set is empty: pass at least one batch; a size is chosen by what it costs.")
     if statistics is None:
         statistics = collect_statistics(layers, counted(batches, "statistics", progress), needs_of(merge, search))
     check_sums(statistics, merge, search)
+    check_curves(layers, statistics, merge, search, repair)
     sample, kinds = batches[len(batches) // 2], check or {}
     before = replace(account(layers, sample, repetitions=repetitions), bytes_on_disk=source_bytes(layers))
     judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", progress, 3))
     if not statistics.curves:  # which whoever gave the statistics may keep with them
         told = _by_number("curves", progress)
         statistics.curves = measure_curves(layers, statistics, batches, merge, search, repair=repair, progress=told)
+        statistics.conditions = conditions(merge, search, repair)
     curves = statistics.curves
     plans = {MIXTURE: choose(layers, curves, search, limit, merge.skip)}
     plans |= best_single(layers, curves, search, limit, merge.skip)

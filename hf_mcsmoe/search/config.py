@@ -6,9 +6,13 @@ from hf_mcsmoe.methods.checks import check_fields
 from hf_mcsmoe.methods.choice import BITS, REDUCTIONS
 from hf_mcsmoe.methods.config import option
 from hf_mcsmoe.methods.options import Options
+from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.size import parse_size
 
 AUTO = "auto"
+# How output matrices are fitted, unless something else is asked for, and what else can be.
+JOINT = RepairConfig(method="joint")
+CLOSED_FORMS = ("joint", "refit", "none")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,20 @@ class SizeConfig(Options):
     def of(cls, size: "SizeConfig | str | float | None") -> "SizeConfig | None":
         """Return the options for a size alone, or those that are given."""
         return size if size is None or isinstance(size, SizeConfig) else cls(size)
+
+    def check_repair(self, repair: RepairConfig | None) -> None:
+        """Raise ValueError where each of many choices cannot be repaired so."""
+        if repair and repair.method not in CLOSED_FORMS:
+            raise ValueError(
+                f"size={self.size!r} tries many choices, each with its repair, and {repair.method!r} is none that is "
+                f"solved at once: choose the repair {', '.join(CLOSED_FORMS[:-1])} or {CLOSED_FORMS[-1]}, or say how "
+                "many experts to keep in place of a size."
+            )
+        if repair and repair.sequential:
+            raise ValueError(
+                f"size={self.size!r} chooses layers by themselves, and has no use for a repair with sequential=True: "
+                "leave it out."
+            )
 
     @property
     def reductions(self) -> tuple[str, ...]:

@@ -22,9 +22,9 @@ from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_
 from hf_mcsmoe.repair.joint import refit_jointly
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.search.choices import grids
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.probe import Probe
-from hf_mcsmoe.search.student import seen_by, student_experts
+from hf_mcsmoe.search.student import refit_method, seen_by, student_experts
 
 # Shares of a layer's experts at which a reduction is fitted.
 SHARES = (0.75, 0.5, 0.25, 0.125)
@@ -66,7 +66,7 @@ def measure_curves(
         ValueError: a sum that a reduction needs was not collected.
     """
     check_sums(statistics, merge, search)
-    chosen, repair = layers.selected(merge.skip), repair or RepairConfig()
+    chosen, repair = layers.selected(merge.skip), repair or JOINT
     plans = _plans_of_all(layers, statistics, merge, search)
     probe, curves = Probe(layers.model, batches), {}
     with torch.no_grad(), evaluation_mode(layers.model):
@@ -221,8 +221,8 @@ class Bench:
 
     def _refit(self, fit: LayerFit) -> None:
         """Refit the output matrices; held-out tokens choose, and are not fitted to."""
-        if fit.experts.has_post_expert_norm:
-            REPAIR["refit"](fit, self.repair)
+        if (method := refit_method(fit, self.repair)) != "joint":
+            REPAIR[method](fit, self.repair)
             return
         # From the second on near to the ridge that the one before has chosen.
         near = [ridge for ridge in self.repair.ridges if not self.ridge or 0.09 < ridge / self.ridge < 11]

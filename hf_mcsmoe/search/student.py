@@ -13,6 +13,8 @@ from hf_mcsmoe.merge import fill_experts, materialise
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.experts_mcsmoe import install_experts
 from hf_mcsmoe.plan import LayerPlan, MergePlan
+from hf_mcsmoe.repair.fit import LayerFit
+from hf_mcsmoe.repair.methods import RepairConfig
 
 
 def student_experts(layer: MoELayer, item: LayerPlan, plan: MergePlan, sums: Sums) -> Any:
@@ -39,6 +41,19 @@ def empty_experts(layer: MoELayer, expert_map: list[int]) -> Any:
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def refit_method(fit: LayerFit, repair: RepairConfig) -> str:
+    """Return the method that refits a layer's output matrices: the one asked for, where it can be done to them.
+
+    Behind a norm outputs do not add up to be fitted together, and experts of a pruned layer have lost nothing that
+    they could be fitted to one by one.
+    """
+    if repair.method == "none":
+        return "none"
+    if fit.experts.has_post_expert_norm:
+        return "none" if fit.expert_map is None else "refit"
+    return "joint" if fit.expert_map is None else str(repair.method)
 
 
 def seen_by(layer: MoELayer, item: LayerPlan, inputs: LayerInputs) -> LayerInputs:

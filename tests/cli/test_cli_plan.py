@@ -5,9 +5,11 @@ from pathlib import Path
 from families import build
 from helpers import Run, batches
 
-from hf_mcsmoe import collect_statistics
+from hf_mcsmoe import MergeConfig, collect_statistics
 from hf_mcsmoe.calibration.curves import LayerCurves, Part
 from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.search.conditions import conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 
 
 def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Run) -> None:
@@ -27,6 +29,11 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
         parts = {Grid(bits, size): Part(4.0**-bits, 4.0**-bits) for bits in (8, 4, 3, 2) for size in range(1, 129)}
         reduced = {count: Part(1 / count, 1 / count) for count in range(1, experts)}
         statistics.curves[name] = LayerCurves(experts, {"merge": reduced}, parts, parts)
+    statistics.save(scores)
+    code, _, error = run("plan", str(folder), "--scores", str(scores))
+    assert code == 1
+    assert "What choices cost was measured with bits None" in error, "nobody knows how it was"
+    statistics.conditions = conditions(MergeConfig(), SizeConfig(), JOINT)
     statistics.save(scores)
     code, out, error = run("plan", str(folder), "--scores", str(scores))
     assert code == 0, error

@@ -57,6 +57,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "too many experts": (["--min-experts", "9"], "min_experts=9"),
     "pattern": (["--skip", "encoder.*"], "matches no layer"),
     "all skipped": (["--skip", "*"], "leaves no layer"),
+    "trained repair": (["--repair", "local"], "'local' is none that is solved at once"),
     "unreadable scores": (["--scores", "{text}"], "is damaged or no safetensors file"),
 }
 
@@ -98,6 +99,9 @@ def test_what_was_measured_for_one_size_is_read_for_another(
     curves = RoutingStatistics.load(file).curves
     assert curves
     monkeypatch.setattr("hf_mcsmoe.search.compress.measure_curves", lambda *a, **k: pytest.fail("measured anew"))
+    code, _, err = run("compress", source, *given, tmp_path / "other", "--size", "0.5", "--repair", "none")
+    assert code == 1
+    assert "repair's method 'joint', not 'none': ask for the same again, or have it measured anew" in err
     code, _, err = run("compress", source, *given, tmp_path / "other", "--size", "0.5")
     assert code == 0, err
     assert RoutingStatistics.load(file).curves == curves

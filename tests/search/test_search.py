@@ -1,8 +1,10 @@
 """The search for a size on small made models: bytes kept, choices told, the way from compress to a folder."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,12 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.methods.view import Sums
+from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.choices import candidates, choose, fixed_bytes, smallest_bytes, whole_bytes
-from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.search.curves import reduced_by
+from hf_mcsmoe.search.conditions import check_curves, conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
+from hf_mcsmoe.search.curves import needs_of, reduced_by
 
 
 def made_curves(layers: Layers, config: SizeConfig) -> dict[str, LayerCurves]:
@@ -75,6 +80,73 @@ def test_a_sum_that_a_reduction_needs_is_asked_for(model: PreTrainedModel) -> No
     statistics = collect_statistics(model, data)
     with pytest.raises(ValueError, match="'contribution' was not collected"):
         compress(model, data, size=SizeConfig(0.6, group_size=8), statistics=statistics)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str | None]] = {
+    "the same": ({}, {}, {}, None),
+    "fewer bits to choose from": ({}, {"bits": (4, 2)}, {}, None),
+    "one reduction": ({}, {"reduce": "prune"}, {}, None),
+    "more experts at least": ({}, {"min_experts": 3}, {}, None),
+    "a layer less": ({"skip": "model.layers.0.*"}, {}, {}, None),
+    "another budget and seed": ({"budget": "uniform", "seed": 5}, {}, {}, None),
+    "saliency": ({"saliency": "gate"}, {}, {}, "saliency to merge 'contribution', not 'gate'"),
+    "alignment": ({"alignment": "none"}, {}, {}, "alignment to merge"),
+    "groups": ({}, {"group_size": 4}, {}, "group_size 8, not 4"),
+    "fewer experts at least": ({}, {"min_experts": 1}, {}, "min_experts 2, not 1"),
+    "bits": ({}, {"bits": (8, 4, 3)}, {}, "bits"),
+    "repair": ({}, {}, {"method": "none"}, "repair's method 'joint', not 'none'"),
+    "ridges": ({}, {}, {"ridges": (1.0,)}, "repair's ridges"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_curves_hold_for_the_options_that_they_were_measured_with(
+    case: str, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    merge, size, repair, words = OTHERS[case]
+    layers, measured = Layers.of(model), {"group_size": 8, "bits": (8, 4, 2), "min_experts": 2}
+    search = SizeConfig(0.5, **measured)
+    statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
+    statistics.curves = made_curves(layers, search)
+    statistics.conditions = conditions(MergeConfig(), search, JOINT)
+    statistics.save(tmp_path / "scores.safetensors")
+    held = RoutingStatistics.load(tmp_path / "scores.safetensors")
+    asked = MergeConfig(**merge), SizeConfig(0.3, **{**measured, **size}), replace(JOINT, **repair)
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        check_curves(layers, held, *asked)
+    held.curves.popitem()
+    with pytest.raises(ValueError, match="not measured of the layer"):
+        check_curves(layers, held, *asked)
+
+
+@pytest.mark.parametrize(
+    ("repair", "words"),
+    [
+        ({"method": "local"}, "'local' is none that is solved at once: choose the repair joint, refit or none"),
+        ({"method": "mean_shift"}, "'mean_shift' is none that is solved at once"),
+        ({"method": "joint", "sequential": True}, "has no use for a repair with sequential=True"),
+    ],
+)
+def test_repairs_that_no_choice_is_measured_with_are_refused(model: PreTrainedModel, repair: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        compress(model, iter(()), size=0.5, repair=RepairConfig(**repair))
+
+
+@pytest.mark.slow
+def test_each_choice_is_repaired_as_asked(model: PreTrainedModel) -> None:
+    data, size = batches("qwen3_moe", model), SizeConfig(0.5, group_size=8, reduce="merge", bits=(8,))
+    needs = needs_of(MergeConfig(), size)
+    errors, outputs = {}, {}
+    for method in ("none", "refit", "joint"):
+        statistics = collect_statistics(model, data, needs)
+        result = compress(model, data, size=size, statistics=statistics, repair=RepairConfig(method=method))
+        outputs[method] = logits(result, data[0])
+        errors[method] = [curves.reduced["merge"] for curves in statistics.curves.values()]
+        assert statistics.conditions["repair's method"] == method
+    worst = {name: sum(part.error for parts in found for part in parts.values()) for name, found in errors.items()}
+    assert worst["joint"] < worst["none"]
+    assert worst["refit"] != worst["none"]
+    assert not torch.equal(outputs["none"], outputs["joint"])
 
 
 @pytest.mark.slow

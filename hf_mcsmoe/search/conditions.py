@@ -1,0 +1,54 @@
+"""What curves were measured with, and whether that is what is asked for now."""
+
+from typing import Any
+
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.curves import reduced_by
+
+# Options that make another group, or another expert of it; to prune there are no groups.
+STAGES = {"merge": (*(stage for stage in REGISTRIES if stage != "budget"), "reference"), "prune": ("saliency",)}
+REPAIR = ("method", "ridges", "elsewhere", "caution")
+WAY_OUT = (
+    "ask for the same again, or have it measured anew: on the command line name another --scores file, in Python "
+    "empty `curves` of the statistics."
+)
+
+
+def conditions(merge: MergeConfig, search: SizeConfig, repair: RepairConfig) -> dict[str, Any]:
+    """Return what curves depend on besides the model and the data, as JSON values by words for it."""
+    told: dict[str, Any] = {"bits": sorted(search.bits), "group_size": search.group_size}
+    told |= {"min_experts": search.min_experts, "reduce": list(search.reductions)}
+    for reduce in search.reductions:
+        own = reduced_by(merge, reduce).to_dict()
+        told |= {f"{stage} to {reduce}": str(own[stage]) for stage in STAGES[reduce]}
+    return told | {f"repair's {name}": repair.to_dict()[name] for name in REPAIR}
+
+
+def check_curves(
+    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, search: SizeConfig, repair: RepairConfig
+) -> None:
+    """Check that curves, where there are any, tell of what may be chosen.
+
+    Raises:
+        ValueError: they lack a layer, or were measured with other options.
+    """
+    if not statistics.curves:
+        return
+    for first, *_ in layers.selected(merge.skip).tied:
+        if first.name not in statistics.curves:
+            raise ValueError(f"What choices cost was not measured of the layer {first.name}: {WAY_OUT}")
+    for name, asked in conditions(merge, search, repair).items():
+        held = statistics.conditions.get(name)
+        if not _covers(name, held, asked):
+            raise ValueError(f"What choices cost was measured with {name} {held!r}, not {asked!r}: {WAY_OUT}")
+
+
+def _covers(name: str, held: Any, asked: Any) -> bool:
+    """Tell whether what was measured holds what is asked for."""
+    if name in ("bits", "reduce"):
+        return isinstance(held, list) and set(asked) <= set(held)
+    return isinstance(held, int) and held <= asked if name == "min_experts" else held == asked
