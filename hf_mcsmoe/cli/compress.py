@@ -20,6 +20,7 @@ from hf_mcsmoe.cli.options import (
     Output,
     Storage,
     check_device_map,
+    check_dtype,
     check_file,
     itemsize,
     options_of,
@@ -87,7 +88,8 @@ def compress_command(
     """Make a model fit a size, guided by its routers on calibration text: fewer experts, in fewer bits."""
     config, size = replace(dial.apply(merge), seed=calibration.seed), dial.size_config(merge, storage)
     check_device_map(loading.device_map)
-    empty = empty_model(model, dequantize=loading.dequantize)
+    check_dtype(loading.dtype)
+    empty = empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
     stages: dict[str, Any] = {"low_rank": storage.low_rank(), "quantization": dial.quantization(), "size": size}
     stages["repair"] = _chosen(repair, layers, config, stages)

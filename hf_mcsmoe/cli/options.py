@@ -241,8 +241,11 @@ def itemsize(dtype: str, model: PreTrainedModel, option: str = "--dtype") -> int
     Raises:
         ValueError: torch has no such floating-point dtype.
     """
-    if dtype == "auto":
-        return model.dtype.itemsize
-    if dtype not in DTYPES:
+    check_dtype(dtype, option)
+    return model.dtype.itemsize if dtype == "auto" else DTYPES[dtype].itemsize
+
+
+def check_dtype(dtype: str, option: str = "--dtype") -> None:
+    """Raise ValueError where torch has no such floating-point dtype."""
+    if dtype not in ("auto", *DTYPES):
         raise ValueError(f"{option} {dtype!r} is no floating-point dtype of torch (auto, {', '.join(DTYPES)}).")
-    return DTYPES[dtype].itemsize

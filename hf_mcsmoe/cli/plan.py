@@ -10,7 +10,7 @@ from rich.markup import escape
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import Sheet, console, notes, stage_bars
-from hf_mcsmoe.cli.options import Loading, Model, check_file, described, options_of
+from hf_mcsmoe.cli.options import Loading, Model, check_dtype, check_file, described, options_of
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
@@ -58,7 +58,8 @@ def plan_command(
 ) -> None:
     """Show what a model would be at several sizes, and what each would cost, before anything is written."""
     search, config = SizeConfig(reduce=reduce), MergeConfig(skip=tuple(skip or ()), seed=calibration.seed)
-    layers = Layers.of(empty_model(model, dequantize=loading.dequantize)).uncompressed()
+    check_dtype(loading.dtype)
+    layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
     check_request(layers, replace(config, experts=1.0))
     statistics = _read(scores, layers) if scores else None
     if statistics:

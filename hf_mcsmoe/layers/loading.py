@@ -82,10 +82,11 @@ def _told_as_damage(name_or_path: str) -> Iterator[None]:
         ) from None
 
 
-def empty_model(name_or_path: str, *, dequantize: bool = False) -> PreTrainedModel:
+def empty_model(name_or_path: str, *, dtype: str = "auto", dequantize: bool = False) -> PreTrainedModel:
     """Return a model without weights, on the meta device: its structure costs neither memory nor a download.
 
     Args:
+        dtype: see `load_model`; "auto" for the configuration's own.
         dequantize: see `load_model`.
 
     Raises:
@@ -95,8 +96,9 @@ def empty_model(name_or_path: str, *, dequantize: bool = False) -> PreTrainedMod
     if dequantize:
         dequantized(config, name_or_path)
     kind = model_class(config)
+    known = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     with _told_as_damage(name_or_path), torch.device("meta"):
-        return kind._from_config(config)
+        return kind._from_config(config, **known)
 
 
 def load_model(

@@ -1,7 +1,9 @@
 """`hf-mcsmoe plan`: sizes without data, and with what choices cost from a file, before anything is written."""
 
+import re
 from pathlib import Path
 
+import pytest
 from families import build
 from helpers import Run, batches
 
@@ -12,6 +14,12 @@ from hf_mcsmoe.search.conditions import conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 
 
+def _share(text: str, method: str) -> float:
+    """Return the share of the source that a line of the table tells."""
+    line = next(line for line in text.splitlines() if method in line)
+    return float(re.search(r"\b[01]\.\d{3}\b", line)[0])
+
+
 def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Run) -> None:
     model, folder, scores = build("qwen3_moe"), tmp_path / "model", tmp_path / "scores.safetensors"
     model.save_pretrained(folder)
@@ -19,6 +27,10 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
     assert code == 0
     assert "all experts at 4 bits" in out
     assert "50% of the experts, pruned" in out
+    code, half, _ = run("plan", str(folder), "--dtype", "bfloat16")
+    assert code == 0
+    sizes = [_share(text, "50% of the experts, pruned") for text in (out, half)]
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1), "the file is float32"
     statistics = collect_statistics(model, batches("qwen3_moe", model))
     statistics.save(scores)
     code, _, error = run("plan", str(folder), "--scores", str(scores))

@@ -57,6 +57,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "too many experts": (["--min-experts", "9"], "min_experts=9"),
     "pattern": (["--skip", "encoder.*"], "matches no layer"),
     "all skipped": (["--skip", "*"], "leaves no layer"),
+    "as it is in a smaller dtype": (["--size", "0.9", "--dtype", "bfloat16"], "nothing is to be done but to save it"),
+    "no dtype": (["--dtype", "int4"], "--dtype 'int4' is no floating-point dtype"),
     "trained repair": (["--repair", "local"], "'local' is none that is solved at once"),
     "unreadable scores": (["--scores", "{text}"], "is damaged or no safetensors file"),
 }
