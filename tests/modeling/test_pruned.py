@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import EXPERT_FIELDS, NUM_EXPERTS, build, families, inputs
-from helpers import batches, logits
+from helpers import batches, logits, relative_error
 from merged import REFUSED, Example, check_without_package, example, save
 from torch import nn
 from transformers import PreTrainedConfig
@@ -258,15 +258,24 @@ def test_picks_that_do_not_follow_from_the_inputs_are_refused_and_repaired_all_t
     assert len(report.layers) == len(moe_layers(student))
 
 
-def test_a_joint_refit_brings_a_pruned_layer_nearer_to_the_original() -> None:
+@pytest.mark.parametrize("method", ["joint", "refit", "local"])
+def test_a_repair_brings_a_pruned_layer_nearer_to_the_original(method: str) -> None:
     case = _pruned("mixtral")
-    student = copy.deepcopy(case.merged)
-    data = batches("mixtral", case.base, number=6)
-    report = repair_experts(student, case.base, data, RepairConfig(method="joint"))
-    first = next(iter(report.layers.values()))
-    assert first.is_better
+    student, data = copy.deepcopy(case.merged), batches("mixtral", case.base, number=6)
+    report = repair_experts(student, case.base, data, RepairConfig(method=method, steps=20))
+    assert len(report.layers) == len(moe_layers(student))
+    assert all(layer.is_better for layer in report.layers.values())
+    target = torch.cat([logits(case.base, batch) for batch in data])
+    errors = [
+        relative_error(torch.cat([logits(model, batch) for batch in data]), target) for model in (student, case.merged)
+    ]
+    assert errors[0] < 0.97 * errors[1]
+
+
+def test_a_repair_that_asks_what_members_did_is_refused_for_a_pruned_layer() -> None:
+    case = _pruned("mixtral")
     with pytest.raises(ValueError, match="choose the repair 'joint'"):
-        repair_experts(student, case.base, data, RepairConfig(method="mean_shift"))
+        repair_experts(copy.deepcopy(case.merged), case.base, [case.batch], RepairConfig(method="mean_shift"))
 
 
 @pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in {*OTHER_LAYOUT, SHARED_COUNT}]))
