@@ -235,7 +235,7 @@ def plan_merge(
             that matches no layer, or more experts asked for than a layer has.
     """
     check_given(statistics=(statistics, RoutingStatistics), config=(config, (MergeConfig, NoneType)))
-    config = config or MergeConfig()
+    config = (config or MergeConfig()).resolved()
     layers = check_request(Layers.of(model).uncompressed(), config)
     if statistics.fingerprint != layers.fingerprint:
         raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")

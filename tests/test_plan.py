@@ -201,7 +201,7 @@ def test_a_plan_says_where_it_comes_from() -> None:
     assert found["fingerprint"] == plan.fingerprint == _statistics().fingerprint
     assert set(found["tokens"].values()) == {int(sum(b["attention_mask"].sum() for b in batches("mixtral", model)))}
     assert found["versions"] == {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")}
-    assert plan.config == {**MergeConfig().to_dict(), "experts": 0.25, "skip": ["*.0.*"]}
+    assert plan.config == {**MergeConfig().resolved().to_dict(), "experts": 0.25, "skip": ["*.0.*"]}
 
 
 def test_a_local_path_does_not_get_into_a_plan(tmp_path: Path) -> None:

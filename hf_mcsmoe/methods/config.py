@@ -1,8 +1,8 @@
 """Options of a merge. Each is described once, here; the command line reads the descriptions."""
 
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Self
 
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.budget import BUDGET
@@ -19,13 +19,8 @@ from hf_mcsmoe.methods.weighting import WEIGHTING
 
 REFERENCES = ("dominant", "first")
 
-
-class Default(str):
-    """The name of a method that stands where nobody chose one."""
-
-
 # What is lost with an expert is another question than which of a group the others should be like.
-DEFAULT_SALIENCY = {"merge": Default("frequency"), "prune": Default("contribution")}
+DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution"}
 REGISTRIES = {
     "budget": BUDGET,
     "saliency": SALIENCY,
@@ -87,10 +82,9 @@ class MergeConfig(Options):
             object.__setattr__(self, "skip", (self.skip,))
         if self.reduce not in REDUCTIONS:
             raise ValueError(unknown("reduce", self.reduce, list(REDUCTIONS)))
-        if self.saliency is None or isinstance(self.saliency, Default):  # or `replace` would keep that of another
-            object.__setattr__(self, "saliency", DEFAULT_SALIENCY[self.reduce])
         for name, registry in REGISTRIES.items():
-            registry.check(getattr(self, name))
+            if name != "saliency" or self.saliency is not None:
+                registry.check(getattr(self, name))
         check_fields(self)
         if self.reference not in REFERENCES:
             raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
@@ -104,11 +98,16 @@ class MergeConfig(Options):
                 f"min_experts={self.min_experts!r} must be at least 1 and whole: a layer needs an expert."
             )
 
+    def resolved(self) -> Self:
+        """Return the same with a saliency: where none was chosen, the one that goes with the reduction."""
+        return self if self.saliency is not None else replace(self, saliency=DEFAULT_SALIENCY[self.reduce])
+
     @property
     def needs(self) -> tuple[str, ...]:
         """The statistics that the methods read, to be passed to `collect_statistics`."""
         stages = ("budget", "saliency") if self.reduce == "prune" else tuple(REGISTRIES)
-        needs = [name for stage in stages for name in REGISTRIES[stage].needs(getattr(self, stage))]
+        methods = self.resolved()
+        needs = [name for stage in stages for name in REGISTRIES[stage].needs(getattr(methods, stage))]
         return tuple(with_tokens(needs))
 
 

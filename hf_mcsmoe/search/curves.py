@@ -14,7 +14,7 @@ from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.choice import Grid
-from hf_mcsmoe.methods.config import Default, MergeConfig
+from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge
 from hf_mcsmoe.quantization.layer import quantize_layer
@@ -131,7 +131,7 @@ def plan_with(
 
 def reduced_by(merge: MergeConfig, reduce: str) -> MergeConfig:
     """Return a configuration for one of the reductions, with `SALIENCY` where none was chosen."""
-    saliency = SALIENCY if isinstance(merge.saliency, Default) else merge.saliency
+    saliency = SALIENCY if merge.saliency is None else merge.saliency
     return replace(merge, reduce=reduce, saliency=saliency, min_experts=1)
 
 

@@ -1,6 +1,7 @@
 """Classes of options: equal to themselves after a round trip, and anything else refused in one sentence."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 from hf_mcsmoe import DistillationArguments, LoSparseConfig, MergeConfig, RepairConfig
 from hf_mcsmoe.distillation import DistillationOptions
 from hf_mcsmoe.methods.options import Options
+from hf_mcsmoe.methods.saliency import SALIENCY
 
 CONFIGS = [
     MergeConfig(),
+    MergeConfig(reduce="prune", saliency="gate"),
     MergeConfig(experts=3, skip=("*.0.*", "*.1.*"), min_experts=2, similarity="random", seed=7),
     RepairConfig(),
     RepairConfig(method="local", ridges=(0.1, 1e-7), learning_rate=1 / 3, sequential=True),
@@ -31,6 +34,17 @@ def test_options_equal_themselves_after_a_round_trip(config: Options, tmp_path: 
     config.save_pretrained(tmp_path / "new")
     assert [file.name for file in (tmp_path / "new").iterdir()] == [kind.file_name]
     assert kind.from_pretrained(tmp_path / "new") == config
+
+
+@pytest.mark.parametrize("chosen", [None, "frequency", "gate"])
+def test_a_saliency_that_nobody_chose_goes_with_the_reduction(chosen: str | None) -> None:
+    given = MergeConfig(saliency=chosen)
+    for config in (given, MergeConfig.from_dict(given.to_dict()), replace(replace(given, reduce="prune"), seed=1)):
+        assert config.saliency == chosen
+        for reduce, default in (("merge", "frequency"), ("prune", "contribution")):
+            used = replace(config, reduce=reduce)
+            assert used.resolved().saliency == (chosen or default)
+            assert set(SALIENCY.needs(chosen or default)) <= set(used.needs)
 
 
 def test_several_kinds_share_a_folder(tmp_path: Path) -> None:

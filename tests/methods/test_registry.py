@@ -88,7 +88,7 @@ def test_a_plan_names_a_method_given_either_way(method: Any, name: str) -> None:
 
 
 def test_the_card_credits_the_paper_for_its_own_methods_only() -> None:
-    ours, theirs = MergeConfig(), MergeConfig(saliency=frequency)
+    ours, theirs = MergeConfig().resolved(), MergeConfig(saliency=frequency)
     rows = [next(row for row in method_steps(config.to_dict()) if row[0] == "saliency") for config in (ours, theirs)]
     assert "2310.01334" in rows[0][2]
     assert rows[1] == ("saliency", f"{__name__}.frequency", "")

@@ -71,8 +71,7 @@ def test_merging_goes_around_experts_that_contribute_unless_another_saliency_is_
     merge = replace(MergeConfig(saliency=chosen), seed=3)
     for reduce in ("merge", "prune"):
         assert reduced_by(merge, reduce).saliency == (chosen or "contribution")
-    assert replace(merge, reduce="prune").saliency == (chosen or "contribution")
-    assert merge.saliency == (chosen or "frequency")
+    assert merge.saliency == chosen
 
 
 def test_a_sum_that_a_reduction_needs_is_asked_for(model: PreTrainedModel) -> None:
