@@ -170,6 +170,8 @@ def _show(record: Record, output: Path) -> None:
     elif data.rows:
         console.print(f"{_unmeasured(data)}: neither loss nor KL to the original is known")
     console.print(cost_table(costs))
+    for few in filter(None, (step.figures.get("few_rows") for step in record.steps)):
+        notes.print(few, highlight=False, soft_wrap=True)
     if record.size:
         console.print()
         for line in size_lines(record.size, record.quality[record.judged].kl if record.judged else None):

@@ -93,7 +93,8 @@ class LayerRepair:
     """One layer: tokens fitted to and held out, held-out relative errors of its outputs, seconds, and its experts.
 
     Where experts are fitted one by one, the errors are those of all of them together. `lossy` are the experts that had
-    lost something: several in one, or stored as low rank + sparse.
+    lost something: several in one, or stored as low rank + sparse. `unknowns` are an expert's in each row of its
+    output matrix: its width, with a bias one more.
     """
 
     tokens: int
@@ -103,6 +104,7 @@ class LayerRepair:
     experts: list[ExpertFit]
     lossy: list[int]
     seconds: float = 0.0
+    unknowns: int = 0
 
     @property
     def unchanged(self) -> list[int]:
@@ -126,10 +128,10 @@ def repaired(
     if errors is None:
         energy = sum(fit.energy for fit in fits)
         errors = relative(sum(fit.before for fit in fits), energy), relative(sum(fit.after for fit in fits), energy)
-    held_out = int(layer.inputs.held_out.sum())
-    return LayerRepair(
-        len(layer.inputs) - held_out, held_out, *errors, [fit.without_weight() for fit in fits], _lossy(layer)
-    )
+    held_out, tokens = int(layer.inputs.held_out.sum()), len(layer.inputs)
+    unknowns = output_weight(layer.experts, 0).shape[1]
+    experts = [fit.without_weight() for fit in fits]
+    return LayerRepair(tokens - held_out, held_out, *errors, experts, _lossy(layer), unknowns=unknowns)
 
 
 def _lossy(layer: LayerFit) -> list[int]:

@@ -1,6 +1,8 @@
 """Repair of a merged model against its original, layer by layer, without end-to-end training."""
 
 import contextlib
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, stream_inputs
+from hf_mcsmoe.calibration.inputs import LayerInputs, capture_inputs, num_sequences, stream_inputs
 from hf_mcsmoe.calibration.pruned import pruned_inputs
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
@@ -24,14 +26,21 @@ from hf_mcsmoe.repair.methods import REPAIR, LayerRepair, RepairConfig
 Progress = Callable[[str, int, int], None]
 Pair = tuple[MoELayer, MoELayer]
 
+# What a fit asks for of each unknown: so many tokens of the median expert.
+TOKENS_PER_UNKNOWN = 2
+
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What a repair did: its options, what became of each layer (of those that share experts the first), seconds."""
+    """What a repair did: its options, what became of each layer (of those that share experts the first), seconds.
+
+    `rows` are the sequences of the calibration data.
+    """
 
     config: dict[str, Any]
     layers: dict[str, LayerRepair]
     seconds: float
+    rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -39,7 +48,7 @@ class RepairReport:
             name: {**asdict(layer), "experts": [expert.to_dict() for expert in layer.experts]}
             for name, layer in self.layers.items()
         }
-        return {"config": self.config, "layers": layers, "seconds": self.seconds}
+        return {"config": self.config, "layers": layers, "seconds": self.seconds, "rows": self.rows}
 
     def step(self) -> Step:
         """Return what the record of the model tells, with each layer's held-out errors before and after."""
@@ -47,10 +56,11 @@ class RepairReport:
             "Each changed layer was fitted to the original one on the calibration data, layer by layer (method "
             f"`{self.config['method']}`)."
         )
-        shortfall = self.shortfall()
+        few = self.few_rows()
+        more = [sentence for sentence in (self.shortfall(), few) if sentence]
         errors = {name: {"before": layer.before, "after": layer.after} for name, layer in self.layers.items()}
-        lines = [told, *(["", shortfall] if shortfall else [])]
-        return Step("Repair", self.config, lines, {"relative_error": errors})
+        lines = [told, *(line for sentence in more for line in ("", sentence))]
+        return Step("Repair", self.config, lines, {"relative_error": errors, **({"few_rows": few} if few else {})})
 
     def unfitted(self, name: str) -> list[int]:
         """Return the experts of a layer that had lost something and stayed as they were.
@@ -77,6 +87,35 @@ class RepairReport:
             "was to fit as they were, because too few tokens reached them or no fit did better on tokens held out: "
             f"{', '.join(places)}."
         )
+
+    def few_rows(self) -> str | None:
+        """Return the sentence that tells how many rows would do, of the layer that needs the most; None where all do.
+
+        A layer's rows do where its median expert is fitted to twice as many tokens as it has unknowns.
+        """
+        needs = {name: self._rows_needed(layer) for name, layer in self.layers.items() if layer.experts}
+        name = max(needs, key=lambda name: needs[name], default="")
+        if self.config["method"] == "mean_shift" or not needs or needs[name] <= self.rows:
+            return None
+        layer = self.layers[name]
+        return (
+            f"{self.rows:,} calibration rows leave the experts of {name} some {_median_tokens(layer):,} tokens each, "
+            f"for {layer.unknowns:,} hidden units: about {_rounded_up(needs[name]):,} rows would do."
+        )
+
+    def _rows_needed(self, layer: LayerRepair) -> int:
+        wanted = TOKENS_PER_UNKNOWN * layer.unknowns
+        return math.ceil(self.rows * wanted / max(_median_tokens(layer), 1))
+
+
+def _median_tokens(layer: LayerRepair) -> int:
+    return int(statistics.median(expert.tokens for expert in layer.experts))
+
+
+def _rounded_up(number: int) -> int:
+    """Return a number of which only the first two digits are told, rounded up."""
+    unit = 10 ** max(len(str(number)) - 2, 0)
+    return math.ceil(number / unit) * unit
 
 
 def repair_experts(
@@ -122,7 +161,8 @@ def repair_experts(
             done += len(pairs)
             if progress:
                 progress(name, done, total)
-    return RepairReport(report.config, report.layers, time.perf_counter() - begin)
+    rows = sum(map(num_sequences, batches))
+    return RepairReport(report.config, report.layers, time.perf_counter() - begin, rows)
 
 
 def matching_layers(student: PreTrainedModel | Layers, teacher: PreTrainedModel | Layers) -> list[list[Pair]]:

@@ -326,6 +326,32 @@ def test_experts_that_saw_no_token_keep_their_weights_and_the_report_says_so() -
     assert RepairReport(**json.loads(json.dumps(report.to_dict()))).seconds == report.seconds
 
 
+@pytest.mark.parametrize("method", ["refit", "joint"])
+def test_few_rows_are_told_with_the_number_that_would_do(method: str) -> None:
+    model = build("mixtral")
+    data = batches("mixtral", model, number=1)
+    rows, needed = sum(len(batch["input_ids"]) for batch in data), {}
+    student = _merged("mixtral", model, data)
+    for ((layer, original),) in matching_layers(student, model):
+        seen, medians = capture_inputs([original], data)[original.name], []
+        for expert in range(layer.num_experts):
+            reached = [layer.expert_map[pick] == expert for pick in seen.index.flatten().tolist()]
+            medians.append(int((torch.tensor(reached).view_as(seen.index).any(1) & ~seen.held_out).sum()))
+        median = sum(sorted(medians)[1:3]) // 2  # of four
+        needed[layer.name] = rows * 2 * layer.intermediate_size / median, median
+    name, (number, median) = max(needed.items(), key=lambda item: item[1])
+    report = repair_experts(student, model, data, RepairConfig(method=method))
+    enough = replace(report, rows=rows, layers={name: replace(report.layers[name], unknowns=median // 2)})
+    assert enough.few_rows() is None
+    shifted = replace(report, config={**report.config, "method": "mean_shift"})
+    assert shifted.few_rows() is None, "one shift takes no more than a mean"
+    told = report.few_rows() or ""
+    assert told.startswith(f"{rows} calibration rows leave the experts of {name} some {median} tokens each")
+    assert "for 24 hidden units" in told
+    assert number <= int(told.split(": about ")[1].split(" rows")[0].replace(",", "")) <= 1.1 * number + 1
+    assert told in report.step().lines
+
+
 def test_layers_that_share_their_experts_are_repaired_once_on_the_tokens_of_both() -> None:
     model = build("mixtral")
     layers = moe_layers(model)
