@@ -130,12 +130,13 @@ def test_experts_that_a_repair_could_not_fit_are_told_of(low_rank: LoSparseConfi
     base, data = example("mixtral").base, batches("mixtral", example("mixtral").base)
     plain = compress(base, data, MergeConfig(experts=0.5))
     repaired = copy.deepcopy(plain)
-    repair_experts(repaired, base, data)
+    config = RepairConfig(elsewhere=0.0, caution=0.0)  # fitted to so few tokens alone, some get no better
+    repair_experts(repaired, base, data, config)
     changed, total = _changed(repaired, plain)
     assert 0 < changed < total
     message = rf"The repair left {total - changed} of the {total} experts"
     with pytest.warns(UserWarning, match=message):
-        model = compress(base, data, MergeConfig(experts=0.5), repair=RepairConfig(), low_rank=low_rank)
+        model = compress(base, data, MergeConfig(experts=0.5), repair=config, low_rank=low_rank)
     card = model.mcsmoe_record.card
     assert message in card.partition("## Repair\n")[2].partition("\n## ")[0]
 
