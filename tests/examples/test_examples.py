@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import build
 from safetensors.torch import load_file
 from scripts import EXAMPLES, data, run, training
+from transformers import PreTrainedTokenizerFast
 
 BENCHMARKS = {"distillation_step.py": ["--d-model", "64", "--experts", "4", "--batch-size", "2", "--length", "8"]}
+# Experts in few bits against the same in float32: a table of its own.
+RATES = {"quantized_forward.py"}
 SCRIPTS = ["finetune_seq2seq.py", "evaluate_seq2seq.py"]
 
 
@@ -77,11 +81,26 @@ def test_a_benchmark_prints_its_table(script: str) -> None:
 
 
 @pytest.mark.slow
+def test_predicted_effects_stand_beside_measured_ones(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("what is seven times six\n" * 60)
+    options = ["--sizes", "0.7", "0.5", "--rows", "12", "--judge-rows", "6", "--max-length", "12", "--reduce", "merge"]
+    result = run("benchmarks/predicted_effect.py", tmp_path / "model", "--text", tmp_path / "text.txt", *options)
+    assert result.returncode == 0, result.stderr
+    head, _, *rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()]
+    assert head == ["model", "bytes", "taken", "predicted KL", "KL, in", "predicted / in"]
+    assert [row[0] for row in rows] == ["0.7", "0.5"]
+    assert all(float(row[5]) == pytest.approx(float(row[3]) / float(row[4]), rel=0.02, abs=0.01) for row in rows)
+
+
+@pytest.mark.slow
 def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> None:
     listed = (EXAMPLES / "benchmarks" / "run_all.py").read_text()
-    # Comparisons of quality have a model and a text to be told, and the structure is no measure of speed.
+    # Measures of quality have a model and a text to be told, and the structure is no measure of speed.
+    quality = {"quality_ladder.py", "predicted_effect.py"}
     scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py") if not path.stem.startswith("compare_")}
     others = {name for name in scripts if f'"{name}"' not in listed}
-    assert others - {"structure.py"} == {"common.py", "run_all.py", "merge_2b.py"}
+    assert others - quality - {"structure.py"} - RATES == {"common.py", "run_all.py", "merge_2b.py"}
     command = [sys.executable, EXAMPLES / "benchmarks" / "merge_2b.py", "--help"]
     assert "--keep" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
