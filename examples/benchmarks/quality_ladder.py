@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, compress
+from hf_mcsmoe import LoSparseConfig, MergeConfig, RoutingStatistics, collect_statistics, compress
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.data.calibration import sample_features
 from hf_mcsmoe.data.features import feature_batches
@@ -36,6 +36,8 @@ from hf_mcsmoe.quantization.codes import group_size_for
 from hf_mcsmoe.quantization.config import GROUP_SIZE, QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantize_experts
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.compress import needs_of
+from hf_mcsmoe.search.config import SizeConfig
 
 logging.disable_progress_bar()
 BATCH_SIZE = 16
@@ -69,6 +71,11 @@ class Case:
     calibration: Batches
     judges: dict[str, Batches]
     references: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
+
+    @cached_property
+    def scores(self) -> RoutingStatistics:
+        """Statistics of all but the last batch, which is held out; the first size adds curves, others read them."""
+        return collect_statistics(self.model, self.calibration[:-1], needs_of(MergeConfig(), SizeConfig()))
 
     def judged(self, student: PreTrainedModel) -> dict[str, list[float]]:
         """Return loss and divergence of a student, by "in" and "out"."""
@@ -152,7 +159,8 @@ def chosen(case: Case, share: float) -> Made:
     tensors = [tensor for layer, *_ in Layers.of(case.model).tied for _, tensor in layer.parameters]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     size = bytes_on_disk(case.model.name_or_path) - held + int(share * stored_bytes(case.model))
-    student = compress(case.model, case.calibration, size=f"{size}B")
+    *fitted, held_out = case.calibration
+    student = compress(case.model, fitted, size=f"{size}B", statistics=case.scores, held_out=[held_out])
     taken = record_of(student).size
     return Made(student, stored_bytes(student), taken and taken.predicted_kl)
 
@@ -240,7 +248,7 @@ def climb(arguments: argparse.Namespace) -> list[Cell]:
             waiting = {(subject.folder, seed, *rung[:2]) for seed in range(arguments.seeds) for rung in rungs(subject)}
             for seed, case in cases(subject, arguments) if waiting - done else ():
                 for method, level, make in rungs(subject):
-                    if (subject.folder, seed, method, level) not in done:
+                    if arguments.only in method and (subject.folder, seed, method, level) not in done:
                         cells.append(Cell(subject.folder, seed, method, level, **measured(case, make, level)))
                         print(json.dumps(asdict(cells[-1])), file=output, flush=True)
     return cells
@@ -274,6 +282,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, help="folder that holds the models")
     parser.add_argument("--output", type=Path, required=True, help="file of finished cells, a JSON object a line")
     parser.add_argument("--seeds", type=int, default=3, help="draws of calibration rows (default %(default)s)")
+    parser.add_argument("--only", default="", help="part of the names of the methods to measure (default all)")
     parser.add_argument("--rows", type=int, default=180, help="calibration rows (default %(default)s)")
     parser.add_argument("--judge-rows", type=int, default=96, help="rows that judge (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default %(default)s)")
