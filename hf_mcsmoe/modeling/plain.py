@@ -33,7 +33,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
         )
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if plain.can_generate():
+        plain.generation_config = model.generation_config
     return plain.train(model.training)
 
 

@@ -1,20 +1,19 @@
-"""Pruned layers of every family: a stock model with fewer experts is the oracle, and folders load anywhere."""
+"""Pruned layers of every family: a stock model with fewer experts is the oracle."""
 
 import copy
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import EXPERT_FIELDS, NUM_EXPERTS, build, families, inputs
+from families import EXPERT_FIELDS, NUM_EXPERTS, build, families
 from helpers import batches, logits, relative_error
-from merged import REFUSED, Example, check_without_package, example, save
+from merged import REFUSED, Example, example
+from pruned import pruned, unlike
 from torch import nn
 from transformers import PreTrainedConfig
-from without_package import recorded
 
 from hf_mcsmoe import (
     MergeConfig,
@@ -41,6 +40,8 @@ HASHED = "deepseek_v4"
 OTHER_LAYOUT = {"dbrx", "jetmoe", "llama4", "llama4_text", "switch_transformers"}
 # Its one number of experts is that of its vision part as well, which keeps all.
 SHARED_COUNT = "ernie4_5_vl_moe"
+# Of which no configuration of the family's own class says what a pruned model stores.
+NOT_PLAIN = {*OTHER_LAYOUT, SHARED_COUNT, "longcat_flash"}
 # Their routers read, or scale, something else than the experts' inputs.
 OTHER_INPUTS = ["gemma4", "llama4_text"]
 SUPPORTED = [family.name for family in families() if family.name not in {*REFUSED, HASHED}]
@@ -48,19 +49,6 @@ SUPPORTED = [family.name for family in families() if family.name not in {*REFUSE
 
 def _by_speed(names: list[str]) -> list[Any]:
     return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def _unlike(saliency: list[torch.Tensor], experts: float, min_experts: int) -> list[int]:
-    """Keep as many experts, or of each group, as a router needs, and one more in every other layer."""
-    return [max(min_experts, len(scores) // 2) + number % 2 for number, scores in enumerate(saliency)]
-
-
-@functools.cache
-def _pruned(name: str, budget: Callable | str = _unlike) -> Example:
-    base = build(name)
-    config = MergeConfig(experts=0.75, reduce="prune", budget=budget)
-    plan = plan_merge(base, collect_statistics(base, batches(name, base), config.needs), config)
-    return Example(name, base, inputs(name, base), plan, merge_experts(base, plan))
 
 
 def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -94,7 +82,7 @@ def _smaller(case: Example) -> nn.Module:
 
 @pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in {*OTHER_LAYOUT, SHARED_COUNT}]))
 def test_a_pruned_model_is_the_familys_own_with_fewer_experts(name: str) -> None:
-    case = _pruned(name, "uniform")
+    case = pruned(name, "uniform")
     torch.testing.assert_close(
         logits(case.merged, case.batch), logits(_smaller(case), case.batch), atol=1e-4, rtol=1e-4
     )
@@ -104,7 +92,7 @@ def test_a_pruned_model_is_the_familys_own_with_fewer_experts(name: str) -> None
 @pytest.mark.parametrize("name", _by_speed(sorted(OTHER_LAYOUT)))
 def test_routers_that_never_wanted_the_other_experts_change_nothing(name: str) -> None:
     """The rows of the others are made such that none of them is ever picked, nor has a share in a softmax."""
-    case = _pruned(name)
+    case = pruned(name)
     model = copy.deepcopy(case.base)
     for layer in moe_layers(model):
         router, kept = layer.router, set(case.plan.layers[layer.name].kept or ())
@@ -122,32 +110,9 @@ def _without(output: Any, gone: torch.Tensor) -> Any:
     return torch.full_like(values, float("-inf")).scatter(1, first.indices, first.values).sigmoid(), values
 
 
-def _saved(case: Example, folder: Path) -> Path:
-    """Save a pruned model; what it records of its routers has as many columns as these have rows."""
-    path = save(case, folder)
-    expected = torch.load(path.with_suffix(".pt")) | {"recorded": recorded(case.merged, case.batch)}
-    torch.save(expected, path.with_suffix(".pt"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, str]]:
-    """Save pruned models and load them all in one process without the package."""
-    asked = {item.callspec.params["name"] for item in request.session.items if "reports" in item.fixturenames}
-    folder = tmp_path_factory.mktemp("pruned")
-    checks = {_saved(_pruned(name), folder): ["loads", "saves_again", "copies_deeply", "pickles"] for name in asked}
-    return check_without_package(checks, cwd=tmp_path_factory.mktemp("elsewhere"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_without_the_package_it_loads_and_saves_again(name: str, reports: dict[str, dict[str, str]]) -> None:
-    assert not any(reports[name].values()), reports[name]
-
-
 @pytest.mark.parametrize("name", ["mixtral", "jetmoe"])
 def test_the_configuration_says_which_experts_are_kept_and_routers_have_no_others(name: str, tmp_path: Path) -> None:
-    case = _pruned(name)
+    case = pruned(name)
     case.merged.save_pretrained(tmp_path)
     again = type(case.merged).from_pretrained(tmp_path)
     for model in (case.merged, again):
@@ -159,7 +124,7 @@ def test_the_configuration_says_which_experts_are_kept_and_routers_have_no_other
 
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("lfm2_moe", marks=pytest.mark.slow)])
 def test_folder_to_folder_gives_the_same(name: str, tmp_path: Path) -> None:
-    case = _pruned(name)
+    case = pruned(name)
     case.base.save_pretrained(tmp_path / "base")
     merge_to_folder(Folder(tmp_path / "base"), case.plan, tmp_path / "pruned")
     again = type(case.merged).from_pretrained(tmp_path / "pruned")
@@ -168,7 +133,7 @@ def test_folder_to_folder_gives_the_same(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("switch_transformers", marks=pytest.mark.slow)])
 def test_layers_of_unlike_counts_have_a_loss_of_load_balancing(name: str) -> None:
-    case = _pruned(name)
+    case = pruned(name)
     batch = case.batch | {"labels": case.batch["input_ids"]}
     output = case.merged(**batch, output_router_logits=True)
     assert len({layer.num_experts for layer in moe_layers(case.merged)}) == 2
@@ -176,7 +141,7 @@ def test_layers_of_unlike_counts_have_a_loss_of_load_balancing(name: str) -> Non
 
 
 def test_merged_and_pruned_layers_stand_in_one_model() -> None:
-    case = _pruned("mixtral")
+    case = pruned("mixtral")
     merge = plan_merge(case.base, collect_statistics(case.base, batches("mixtral", case.base)), MergeConfig(experts=3))
     first = next(iter(merge.layers))
     plan = copy.deepcopy(merge)
@@ -188,7 +153,7 @@ def test_merged_and_pruned_layers_stand_in_one_model() -> None:
 
 
 def test_groups_of_a_router_keep_as_many_experts() -> None:
-    kept = [item.kept or [] for item in _pruned("deepseek_v3").plan.layers.values()]
+    kept = [item.kept or [] for item in pruned("deepseek_v3").plan.layers.values()]
     assert all(sum(expert < 4 for expert in experts) * 2 == len(experts) for experts in kept)
 
 
@@ -230,7 +195,7 @@ def test_a_plan_of_no_such_experts_is_refused(kept: Any) -> None:
 
 def _captured(name: str) -> tuple[Example, LayerInputs, LayerInputs]:
     """Return what the experts of the first layer see in the original and in the pruned model, whose tokens agree."""
-    case = _pruned(name)
+    case = pruned(name)
     layers = [moe_layers(model)[0] for model in (case.base, case.merged)]
     return case, *(capture_inputs([layer], batches(name, layer.model))[layer.name] for layer in layers)
 
@@ -260,7 +225,7 @@ def test_picks_that_do_not_follow_from_the_inputs_are_refused_and_repaired_all_t
 
 @pytest.mark.parametrize("method", ["joint", "refit", "local"])
 def test_a_repair_brings_a_pruned_layer_nearer_to_the_original(method: str) -> None:
-    case = _pruned("mixtral")
+    case = pruned("mixtral")
     student, data = copy.deepcopy(case.merged), batches("mixtral", case.base, number=6)
     report = repair_experts(student, case.base, data, RepairConfig(method=method, steps=20))
     assert len(report.layers) == len(moe_layers(student))
@@ -273,14 +238,14 @@ def test_a_repair_brings_a_pruned_layer_nearer_to_the_original(method: str) -> N
 
 
 def test_a_repair_that_asks_what_members_did_is_refused_for_a_pruned_layer() -> None:
-    case = _pruned("mixtral")
+    case = pruned("mixtral")
     with pytest.raises(ValueError, match="choose the repair 'joint'"):
         repair_experts(copy.deepcopy(case.merged), case.base, [case.batch], RepairConfig(method="mean_shift"))
 
 
-@pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in {*OTHER_LAYOUT, SHARED_COUNT}]))
+@pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in NOT_PLAIN]))
 def test_a_model_of_one_count_is_one_of_its_family_and_loads_without_any_code(name: str, tmp_path: Path) -> None:
-    case = _pruned(name, "uniform")
+    case = pruned(name, "uniform")
     plain = plain_model(case.merged)
     assert type(plain) is type(case.base)
     plain.save_pretrained(tmp_path)
@@ -293,10 +258,11 @@ def test_a_model_of_one_count_is_one_of_its_family_and_loads_without_any_code(na
 
 def test_what_no_model_of_the_family_can_say_is_not_made_plain() -> None:
     for name, budget, message in (
-        ("mixtral", _unlike, "unlike numbers of experts"),
+        ("mixtral", unlike, "unlike numbers of experts"),
         ("switch_transformers", "uniform", "keeps .* otherwise"),
+        ("longcat_flash", "uniform", "keeps .* otherwise"),
     ):
         with pytest.raises(ValueError, match=message):
-            plain_model(_pruned(name, budget).merged)
+            plain_model(pruned(name, budget).merged)
     with pytest.raises(ValueError, match="were merged, left whole"):
         plain_model(example("mixtral").merged)
