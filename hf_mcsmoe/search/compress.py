@@ -27,7 +27,8 @@ from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choic
 from hf_mcsmoe.search.conditions import check_curves, conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import check_sums, measure_curves, needs_of
-from hf_mcsmoe.search.size import bytes_of, bytes_text
+from hf_mcsmoe.search.reason import reason
+from hf_mcsmoe.search.size import bytes_of
 
 MIXTURE = "mixture"
 
@@ -127,7 +128,7 @@ def compress_to_size(
     taken = min(results, key=lambda name: results[name].effect)
     best = results[taken]
     size = SizeChoice(source_bytes(layers), limit, best.chosen.bytes, best.chosen.predicted, taken, checked)
-    size = replace(size, reason=_reason(limit, best.chosen.bytes))
+    size = replace(size, reason=reason(curves, best.chosen.choices, limit, best.chosen.bytes))
     if best.quality is not None:
         judge.quality["compressed"] = best.quality
     after = replace(
@@ -152,12 +153,6 @@ def _after_balance(chosen: Chosen, curves: Mapping[str, LayerCurves], gains: Map
         reduction = curves[name].reduction_effect(choice.reduce, choice.experts)
         effects[name] = reduction + gain * (effects[name] - reduction)
     return effects
-
-
-def _reason(limit: int, planned: int) -> str:
-    if planned >= 0.98 * limit:
-        return ""
-    return f"No candidate comes nearer to {bytes_text(limit)} than {bytes_text(planned)}."
 
 
 def _by_number(stage: str, progress: Progress) -> Callable[[str, int, int], None]:
