@@ -18,7 +18,9 @@ from hf_mcsmoe.layers.batches import forward
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.config import SizeConfig
 
 ASSETS = Path(__file__).parent / "demo_assets"
 BATCH_SIZE = 120
@@ -33,6 +35,13 @@ METHODS: dict[str, dict[str, Any]] = {
 REFINEMENTS: dict[str, dict[str, Any]] = {
     "M-SMoE, refit": {"repair": RepairConfig()},
     "MC-SMoE, refit": {"repair": RepairConfig(), "low_rank": LoSparseConfig(rank=16, keep=0.1)},
+}
+JOINT = RepairConfig(method="joint")
+ONE, BITS, MIXTURE = "one expert a layer", "2 bits", "size of 2 bits"
+# Small ones: by merging alone, by bits alone, and what a search finds for the bytes of the latter.
+SMALL: dict[str, tuple[MergeConfig, dict[str, Any]]] = {
+    ONE: (MergeConfig(experts=1), {"repair": JOINT}),
+    BITS: (MergeConfig(experts=1.0), {"repair": JOINT, "quantization": QuantizationConfig(bits=2)}),
 }
 
 
@@ -91,16 +100,19 @@ class Result:
 
 
 def run(experts: int | float = 0.5, output: Path | None = None) -> list[Result]:
-    """Return the original's row and one for each of `METHODS`; the M-SMoE model is saved to `output`."""
+    """Return the original's row, one for each way, and one for a search; the M-SMoE model is saved to `output`."""
     model, tokenizer = load_model(str(ASSETS / "model"), dtype="float32"), load_tokenizer(str(ASSETS / "model"))
     calibration = demo_batches(tokenizer, "calibration")
     statistics = collect_statistics(model, calibration)
     rows: dict[str, tuple[MergeConfig, dict[str, Any]]]
     rows = {name: (MergeConfig(experts=experts, **changes), {}) for name, changes in METHODS.items()}
     rows |= {name: (MergeConfig(experts=experts), steps) for name, steps in REFINEMENTS.items()}
+    rows |= SMALL
     models = {"original": model}
     for name, (config, steps) in rows.items():
         models[name] = compress(model, calibration, config, statistics=statistics, **steps)
+    size = SizeConfig(f"{held_bytes(models[BITS])}B", bits=(4, 3, 2), reduce="merge")
+    models[MIXTURE] = compress(model, calibration, repair=JOINT, size=size)
     if output is not None:
         models["M-SMoE"].save_pretrained(output)
     examples = demo_examples("evaluation")
@@ -108,9 +120,14 @@ def run(experts: int | float = 0.5, output: Path | None = None) -> list[Result]:
     results = []
     for name, merged in models.items():
         metrics = evaluate(merged, tokenizer, examples)
-        size = sum(parameter.numel() * parameter.element_size() for parameter in merged.parameters())
-        results.append(Result(name, metrics["loss"], metrics["accuracy"], merged.num_parameters(), size, speeds[name]))
+        held = (merged.num_parameters(), held_bytes(merged), speeds[name])
+        results.append(Result(name, metrics["loss"], metrics["accuracy"], *held))
     return results
+
+
+def held_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of what a model would be saved with, tensors that several names share once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
 @torch.no_grad()
@@ -128,7 +145,7 @@ def tokens_per_second(models: dict[str, PreTrainedModel], batch: dict[str, torch
 
 def compare(experts: int | float = 0.5, output: Path | None = None) -> Table:
     """Run the demo and return its table."""
-    rows, ways = run(experts, output), len(METHODS) + len(REFINEMENTS)
+    rows, ways = run(experts, output), len(METHODS) + len(REFINEMENTS) + len(SMALL) + 1
     caption = (
         f"A trained Switch Transformer, made smaller in {ways} ways. loss: nats per letter of held-out examples; "
         "accuracy: share of them that generation gets wholly right; tokens/s: fastest of nine forwards here."

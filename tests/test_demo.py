@@ -39,6 +39,12 @@ def test_the_refit_recovers_most_of_what_the_merge_cost(results: dict[str, demo.
     assert small.accuracy > results["plain averaging"].accuracy
 
 
+def test_a_size_does_better_than_merging_or_bits_alone(results: dict[str, demo.Result]) -> None:
+    merged, rounded, mixture = (results[name] for name in (demo.ONE, demo.BITS, demo.MIXTURE))
+    assert mixture.bytes <= rounded.bytes < merged.bytes
+    assert mixture.loss < rounded.loss < 0.5 * merged.loss
+
+
 def test_the_readme_shows_these_figures(results: dict[str, demo.Result]) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     for row in results.values():

@@ -30,7 +30,7 @@ def demo_command(
         ),
     ] = None,
 ) -> None:
-    """Merge the small trained Switch Transformer that comes with the package, in six ways, and compare them."""
+    """Merge the small trained Switch Transformer that comes with the package, in nine ways, and compare them."""
     from hf_mcsmoe.demo import ASSETS, compare
 
     if files is not None and output is not None:
