@@ -63,16 +63,18 @@ def test_its_commands_run_as_typed(folder: Path, run: Run, monkeypatch: pytest.M
     monkeypatch.chdir(folder)
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-mcsmoe")]
     assert [shlex.split(line, comments=True)[1] for line in lines] == [
-        *("inspect", "compress", "compress", "distill", "evaluate", "report")
+        *("inspect", "plan", "compress", "compress", "distill", "evaluate", "report")
     ]
     for number, line in enumerate(lines):
-        words = {"MODEL": "model", "DIR": f"out{min(number, 2)}", "DISTILLED": "distilled", "sst2": "text.jsonl"}
-        more = {"32": "16", "--task": "--data"}  # a rank that experts of this size have; text instead of a task's rows
+        words = {"MODEL": "model", "DIR": f"out{min(number, 3)}", "DISTILLED": "distilled", "sst2": "text.jsonl"}
+        # A rank and a size that experts like these have; text instead of a task's rows.
+        more = {"32": "16", "20GB": "0.6", "--task": "--data"}
         arguments = [(words | more).get(word, word) for word in shlex.split(line, comments=True)[1:]]
         arguments += {"distill": ["--max-steps", "2", "--max-length", "32"]}.get(arguments[0], [])
         code, out, error = run(*arguments)
         assert code == 0, (line, error)
-        assert ("report.html" if arguments[0] == "report" else "parameters") in out, line
+        told = {"report": "report.html", "plan": "predicted KL"}
+        assert told.get(arguments[0], "parameters") in out, line
 
 
 @pytest.mark.parametrize("given", ["argument", "environment"])
