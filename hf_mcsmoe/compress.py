@@ -199,7 +199,13 @@ def check_options(
     if low_rank:
         check_low_rank(chosen, low_rank)
     if quantization:
-        quantization.check_layers(chosen.selected(quantization.skip))
+        stored = chosen.selected(quantization.skip)
+        if shared := next((tied for tied in stored.tied if len(tied) > 1), None):
+            raise ValueError(
+                f"{', '.join(layer.name for layer in shared)} share their experts and cannot be stored in few bits: "
+                "name them in `skip`."
+            )
+        quantization.check_layers(stored)
     _check_repair(not merges_nothing(layers, config), repair, low_rank, quantization)
     if consume and repair:
         raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
@@ -218,6 +224,13 @@ def _check_for_size(layers: Layers, config: MergeConfig, size: SizeConfig, other
     """
     check_request(layers, replace(config, experts=1.0, min_experts=size.min_experts))
     check_size(layers, config, size)
+    usual = MergeConfig()
+    for name in ("experts", "budget", "reduce", "min_experts"):
+        if getattr(config, name) != getattr(usual, name):
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} does nothing beside size={size.size!r}, which chooses how many "
+                "experts stay: leave it out; SizeConfig has the options of a size."
+            )
     for name, value in others.items():
         if value:
             raise ValueError(

@@ -56,8 +56,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Return a function that runs a command line and returns its exit code, standard output and error."""
     from hf_mcsmoe import cli
+    from hf_mcsmoe.cli import display
 
-    monkeypatch.setenv("COLUMNS", "160")
+    for console in (display.console, display.notes):  # whatever the window that the tests are run in
+        monkeypatch.setattr(console, "_width", 160)
+        monkeypatch.setattr(console, "_height", 50)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["hf-mcsmoe", *map(str, arguments)])

@@ -199,7 +199,7 @@ def test_a_refit_and_low_rank_storage_without_training_stay_near_the_original() 
     before, dense = _divergence(student, model, evaluation), student.num_parameters()
     repair_experts(student, model, calibration)
     repaired = _divergence(student, model, evaluation)
-    assert repaired < 0.25 * before
+    assert repaired < 0.5 * before, "with ridges that are to hold on text of other kinds as well"
     stored = {}
     for name, data in (("svd", None), ("weighted_svd", calibration)):
         config = LoSparseConfig(rank=8, keep=0.1, factorisation=name)

@@ -87,6 +87,7 @@ def compress_command(
 ) -> None:
     """Make a model fit a size, guided by its routers on calibration text: fewer experts, in fewer bits."""
     config, size = replace(dial.apply(merge), seed=calibration.seed), dial.size_config(merge, storage)
+    config = config if size is None else replace(config, min_experts=1)  # the size's options have it
     check_device_map(loading.device_map)
     check_dtype(loading.dtype)
     empty = empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)

@@ -107,8 +107,8 @@ def _measured(
     samples = calibration.read(progress)
     with one_step("loading", progress):
         loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
-    batches, held_out = calibration.batches(samples, tokenizer, loaded, progress)
-    layers, rows = Layers.of(loaded), [*batches, *held_out]
+    rows, _ = calibration.batches(samples, tokenizer, loaded, progress)  # what is held out judges a later `compress`
+    layers = Layers.of(loaded)
     statistics = collect_statistics(layers, counted(rows, "statistics", progress), needs_of(config, search))
 
     def tell(name: str, done: int, total: int) -> None:

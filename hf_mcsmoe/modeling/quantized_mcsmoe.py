@@ -398,10 +398,12 @@ class Quantized(nn.Module):
         for name in self.quantized:
             scale = self._parameters[f"{name}_scale"]
             scale.data = scale.data.view(torch.int16)
-        super()._apply(*args, **kwargs)
-        for name, entry in self.quantized.items():
-            scale = self._parameters[f"{name}_scale"]
-            scale.data = scale.data.view(getattr(torch, entry["scale_dtype"]))
+        try:
+            super()._apply(*args, **kwargs)
+        finally:  # a device may have no memory for it
+            for name, entry in self.quantized.items():
+                scale = self._parameters[f"{name}_scale"]
+                scale.data = scale.data.view(getattr(torch, entry["scale_dtype"]))
         return self
 
 

@@ -10,6 +10,7 @@ from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.choice import Choice, Grid
+from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
 from hf_mcsmoe.quantization.codes import group_size_for
 from hf_mcsmoe.quantization.packing import expert_bytes
 from hf_mcsmoe.search.config import SizeConfig
@@ -18,8 +19,9 @@ from hf_mcsmoe.search.size import bytes_text
 
 # Steps that the experts of a layer are counted in.
 STEPS = 16
-# Bytes of the header of a file of weights, for each tensor that it holds.
-HEADER = 120
+# Bytes of the header of a file of weights, for each tensor that it holds, and the tensors that two matrices of a layer
+# may become more: words, scales and zero points each.
+HEADER, MORE = 160, 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ def choose(
     room = limit - fixed_bytes(layers, skip)
     counts = sorted({choice.experts for choice in options[0]}) if config.uniform_experts else [None]
     found = [solved for count in counts if (solved := _solved(groups, curves, options, room, count))]
+    if not found:
+        raise ValueError(
+            f"size={config.size!r} is {bytes_text(limit)} for this model, and no choice that could be measured is so "
+            "small (experts of some routers cannot be pruned, or layers have no count in common): ask for more, or "
+            "allow fewer bits, reduce='auto' or other counts in other layers."
+        )
     best = min(found, key=lambda chosen: sum(chosen.predicted.values()))
     return replace(best, bytes=best.bytes + fixed_bytes(layers, skip))
 
@@ -99,10 +107,11 @@ def single_methods(layers: Layers, config: SizeConfig, skip: Sequence[str] = ())
         own = replace(config, bits=(bits,))
         rounded = [next(x for x in candidates(shared, own) if x.w_in or len(shared) > 1) for shared in groups]
         found[f"all experts at {bits} bits"] = rounded
-    for reduce, share in itertools.product(config.reductions, (0.75, 0.5, 0.25)):
-        counts = [max(round(share * shared[0].num_experts), shared[0].top_k or 1) for shared in groups]
-        fewer = [Choice(count, reduce) for count in counts]
-        found[f"{share:.0%} of the experts, {reduce}d"] = fewer
+    exact = len(config.bits) == 1
+    for reduce, share in () if exact else itertools.product(config.reductions, (0.75, 0.5, 0.25)):
+        counts = [nearest_count(shared[0], share * shared[0].num_experts, reduce, config) for shared in groups]
+        if None not in counts and not (config.uniform_experts and len(set(counts)) > 1):
+            found[f"{share:.0%} of the experts, {reduce}d"] = [Choice(count, reduce) for count in counts if count]
     return {name: _in_all(groups, choices, fixed) for name, choices in found.items()}
 
 
@@ -141,10 +150,10 @@ def smallest_bytes(layers: Layers, config: SizeConfig, skip: Sequence[str] = ())
 
 
 def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
-    """Return what layers that share their experts may become, from shapes alone: as they are first."""
+    """Return what layers that share their experts may become, from shapes alone: all experts first."""
     first = shared[0]
     reductions = [(first.num_experts, "merge")]
-    reductions += [(count, reduce) for reduce in config.reductions for count in expert_counts(first, config)]
+    reductions += [(count, reduce) for reduce in config.reductions for count in expert_counts(first, reduce, config)]
     w_in, w_out = (list(_grids(width, shared, config)) for width in (first.hidden_size, first.intermediate_size))
     return [
         Choice(count, reduce, one, other)
@@ -153,10 +162,27 @@ def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
     ]
 
 
-def expert_counts(layer: MoELayer, config: SizeConfig) -> list[int]:
+def expert_counts(layer: MoELayer, reduce: str, config: SizeConfig) -> list[int]:
     """Return the numbers of fewer experts that a layer may have, from the most on."""
-    step, least = max(1, layer.num_experts // STEPS), max(config.min_experts, layer.top_k or 1, 1)
-    return [count for count in range(layer.num_experts - step, 0, -step) if count >= least]
+    step = max(1, layer.num_experts // STEPS)
+    near = [nearest_count(layer, count, reduce, config) for count in range(layer.num_experts - step, 0, -step)]
+    return sorted({count for count in near if count and count < layer.num_experts}, reverse=True)
+
+
+def nearest_count(layer: MoELayer, count: float, reduce: str, config: SizeConfig) -> int | None:
+    """Return the number of experts nearest to `count` that a reduction can leave; None where it can leave none.
+
+    A token's picks must find as many experts, and a router that picks by groups wants as many in each of them.
+    """
+    least, unit = max(config.min_experts, layer.top_k or 1, 1), 1
+    if reduce == "prune":
+        try:
+            fewest, unit = cut_limits(layer.model, layer.name)
+        except ValueError:
+            return None
+        least = max(least, fewest)
+    units = max(round(count / unit), -(-least // unit))
+    return min(units * unit, layer.num_experts)
 
 
 def grids(width: int, config: SizeConfig) -> list[Grid]:
@@ -166,8 +192,10 @@ def grids(width: int, config: SizeConfig) -> list[Grid]:
 
 
 def _grids(width: int, shared: Sequence[MoELayer], config: SizeConfig) -> Iterator[Grid | None]:
-    yield None
-    if len(shared) == 1:  # a weight that layers share is not stored in few bits
+    is_shared = len(shared) > 1  # a weight that layers share is not stored in few bits
+    if is_shared or len(config.bits) > 1:  # a single number of bits means exactly that
+        yield None
+    if not is_shared:
         yield from grids(width, config)
 
 
@@ -200,4 +228,5 @@ def fixed_bytes(layers: Layers, skip: Sequence[str] = ()) -> int:
     held = account(layers).bytes_resident
     buffers, saved = dict(layers.model.named_buffers()), layers.model.state_dict().keys()
     unsaved = sum(tensor.nbytes for name, tensor in buffers.items() if name not in saved)
-    return held - unsaved - whole_bytes(layers, skip) + HEADER * len(saved)
+    tensors = len(saved) + MORE * len(layers.selected(skip))
+    return held - unsaved - whole_bytes(layers, skip) + HEADER * tensors

@@ -21,7 +21,7 @@ from hf_mcsmoe.quantization.layer import quantize_layer
 from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_sum, write_output_weight
 from hf_mcsmoe.repair.joint import refit_jointly
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
-from hf_mcsmoe.search.choices import grids
+from hf_mcsmoe.search.choices import grids, nearest_count
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.probe import Probe
 from hf_mcsmoe.search.student import refit_method, seen_by, student_experts
@@ -63,12 +63,17 @@ def measure_curves(
         progress: called as `progress(layer name, layers done, layers)`.
 
     Raises:
-        ValueError: a sum that a reduction needs was not collected.
+        ValueError: a sum that a reduction needs was not collected; a model or batches by which no choice is measured.
     """
     check_sums(statistics, merge, search)
     chosen, repair = layers.selected(merge.skip), repair or JOINT
     plans = _plans_of_all(layers, statistics, merge, search)
     probe, curves = Probe(layers.model, batches), {}
+    if not probe.tells:
+        raise ValueError(
+            f"{type(layers.model).__name__} tells no distribution on these batches, by which a choice would be "
+            "measured: load it with its head, and give an encoder-decoder labels."
+        )
     with torch.no_grad(), evaluation_mode(layers.model):
         for done, (shared, inputs) in enumerate(stream_inputs(chosen.tied, batches, memory_limit=repair.memory_limit)):
             first = shared[0]
@@ -80,11 +85,10 @@ def measure_curves(
     return curves
 
 
-def ladder(layer: MoELayer, search: SizeConfig) -> list[int]:
+def ladder(layer: MoELayer, reduce: str, search: SizeConfig) -> list[int]:
     """Return the numbers of experts at which a reduction of a layer is fitted, from the most on."""
-    least = max(search.min_experts, layer.top_k or 1)
-    counts = {max(round(share * layer.num_experts), least) for share in SHARES}
-    return sorted((count for count in counts if count < layer.num_experts), reverse=True)
+    counts = {nearest_count(layer, share * layer.num_experts, reduce, search) for share in SHARES}
+    return sorted((count for count in counts if count and count < layer.num_experts), reverse=True)
 
 
 def _plans_of_all(
@@ -105,7 +109,8 @@ def _plans(
     layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, reduce: str, search: SizeConfig
 ) -> list[MergePlan]:
     """Return a plan for each step of the ladder; layers with a shorter ladder stay at its end."""
-    ladders = [ladder(shared[0], search) or [shared[0].num_experts] for shared in layers.selected(merge.skip).tied]
+    groups = layers.selected(merge.skip).tied
+    ladders = [ladder(shared[0], reduce, search) or [shared[0].num_experts] for shared in groups]
     plans = []
     for step in range(max(map(len, ladders))):
         counts = [rungs[min(step, len(rungs) - 1)] for rungs in ladders]
@@ -161,6 +166,11 @@ class Bench:
         self.target: torch.Tensor | None = None
         self.normed, self.ridge = torch.empty(0), 0.0
         self.judge = self.inputs.held_out.nonzero()[:, 0]
+        if not len(self.judge):
+            raise ValueError(
+                f"{len(self.inputs)} calibration tokens of {self.layers[0].name} are too few to hold some out, which "
+                "tell what a choice costs: calibrate on more text."
+            )
 
     def curves(self, search: SizeConfig, plans: dict[str, list[MergePlan]]) -> LayerCurves:
         """Return the curves of the layer."""
@@ -194,7 +204,7 @@ class Bench:
     def _observed(self, fit: LayerFit, *, probed: bool) -> Observed:
         """Return the held-out error and, where it is probed, the error and the effect at the rows of the probe."""
         error = self._error(fit)
-        if not probed or not self.probe.tells:
+        if not probed:
             return Observed(error)
         layer = self.layers[0]
         token = torch.arange(min(len(self.inputs), self.probe.positions * (layer.top_k or 1)))

@@ -118,7 +118,8 @@ def test_compress_shows_the_original_the_merged_and_the_compressed_model(
     assert told[1] == pytest.approx(on_disk[1], rel=0.02)
     merged = costs_on_card((tmp_path / "merged" / "README.md").read_text())
     for row in ("FLOPs per token", "of them in experts"):
-        assert card[row][:2] == merged[row][:2]
+        counts = [[int(cell.replace(",", "")) for cell in cells[:2]] for cells in (card[row], merged[row])]
+        assert counts[0] == pytest.approx(counts[1], rel=0.02), "but for picks that meet, before and after a repair"
         assert int(card[row][2].replace(",", "")) < int(card[row][1].replace(",", ""))
     assert all(int(cell.replace(",", "")) > 0 for cell in card["tokens/s"][:3])
 

@@ -9,8 +9,8 @@ from helpers import Run
 
 from hf_mcsmoe import cli, demo
 
-NAMES = ["original", *demo.METHODS, *demo.REFINEMENTS]
-NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+NAMES = ["original", *demo.METHODS, *demo.REFINEMENTS, *demo.SMALL, demo.MIXTURE]
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 @pytest.fixture
