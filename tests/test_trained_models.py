@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from hf_mcsmoe import (
     LoSparseConfig,
     MergeConfig,
+    RepairConfig,
     collect_statistics,
     compact,
     decompose_experts,
@@ -197,9 +198,11 @@ def test_a_refit_and_low_rank_storage_without_training_stay_near_the_original() 
     plan = plan_merge(model, collect_statistics(model, calibration), MergeConfig(experts=8, budget="uniform"))
     student = merge_experts(model, plan)
     before, dense = _divergence(student, model, evaluation), student.num_parameters()
-    repair_experts(student, model, calibration)
+    repair_experts(
+        student, model, calibration, RepairConfig(elsewhere=0.0, caution=0.0)
+    )  # for text of this kind alone
     repaired = _divergence(student, model, evaluation)
-    assert repaired < 0.5 * before, "with ridges that are to hold on text of other kinds as well"
+    assert repaired < 0.25 * before
     stored = {}
     for name, data in (("svd", None), ("weighted_svd", calibration)):
         config = LoSparseConfig(rank=8, keep=0.1, factorisation=name)
