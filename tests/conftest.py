@@ -58,6 +58,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     from hf_mcsmoe import cli
     from hf_mcsmoe.cli import display
 
+    monkeypatch.setenv("COLUMNS", "160")
     for console in (display.console, display.notes):  # whatever the window that the tests are run in
         monkeypatch.setattr(console, "_width", 160)
         monkeypatch.setattr(console, "_height", 50)

@@ -21,7 +21,7 @@ from hf_mcsmoe.search.size import bytes_text
 STEPS = 16
 # Bytes of the header of a file of weights, for each tensor that it holds, and the tensors that two matrices of a layer
 # may become more: words, scales and zero points each.
-HEADER, MORE = 160, 4
+HEADER, MORE = 120, 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def choose(
     check_reachable(layers, config, limit, skip)
     groups = layers.selected(skip).tied
     options = [_measured(shared, curves[shared[0].name], config) for shared in groups]
-    room = limit - fixed_bytes(layers, skip)
+    # Where there is room, for the header of what is stored in few bits.
+    spared = max(limit - HEADER * MORE * len(layers.selected(skip)), smallest_bytes(layers, config, skip))
+    room = spared - fixed_bytes(layers, skip)
     counts = sorted({choice.experts for choice in options[0]}) if config.uniform_experts else [None]
     found = [solved for count in counts if (solved := _solved(groups, curves, options, room, count))]
     if not found:
@@ -228,5 +230,4 @@ def fixed_bytes(layers: Layers, skip: Sequence[str] = ()) -> int:
     held = account(layers).bytes_resident
     buffers, saved = dict(layers.model.named_buffers()), layers.model.state_dict().keys()
     unsaved = sum(tensor.nbytes for name, tensor in buffers.items() if name not in saved)
-    tensors = len(saved) + MORE * len(layers.selected(skip))
-    return held - unsaved - whole_bytes(layers, skip) + HEADER * tensors
+    return held - unsaved - whole_bytes(layers, skip) + HEADER * len(saved)
