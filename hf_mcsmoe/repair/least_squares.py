@@ -133,19 +133,22 @@ def refit(
     return ExpertFit(weight, ridge, fit.count, before, after, judge.energy)
 
 
-def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool) -> ExpertFit:
+def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool, final: bool = True) -> ExpertFit:
     """Return the output matrix moved as little as it takes for the mean output to be the targets' mean.
 
-    With `has_bias` the last column alone moves, else it is a change of rank one along the mean hidden state.
+    With `has_bias` the last column alone moves, else it is a change of rank one along the mean hidden state. `final`
+    as in `refit`.
     """
     fit, judge = _Means.empty(start), _Means.empty(start)
     for hidden, target, held_out in rows():
         fit = fit + _Means.of(hidden[~held_out].to(start), target[~held_out].to(start), start)
         judge = judge + _Means.of(hidden[held_out].to(start), target[held_out].to(start), start)
-    before, after, energy = errors(rows, [start, fit.moved(start, has_bias)])
+    moved = fit.moved(start, has_bias)
+    before, after, energy = errors(rows, [start, moved])
     if not after < before:
         return ExpertFit(start, None, fit.count, before, before, energy)
-    return ExpertFit((fit + judge).moved(start, has_bias), 0.0, fit.count, before, after, energy)
+    weight = (fit + judge).moved(start, has_bias) if final else moved
+    return ExpertFit(weight, 0.0, fit.count, before, after, energy)
 
 
 @dataclass(frozen=True)

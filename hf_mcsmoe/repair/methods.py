@@ -1,4 +1,9 @@
-"""The ways to repair one merged layer against the original one, and their options."""
+"""The ways to repair one merged layer against the original one, and their options.
+
+A method changes the experts of a `LayerFit` in place and tells what became of them. The closed forms (all but "local")
+take `final`: False leaves the held-out tokens, which choose, out of what the weights are fitted to, so that the error
+on them is that of text which a fit has not seen.
+"""
 
 import copy
 from collections import Counter
@@ -166,30 +171,26 @@ def _per_expert(
 
 
 @REPAIR.register("none")
-def leave_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
+def leave_layer(layer: LayerFit, config: RepairConfig, *, final: bool = True) -> LayerRepair:
     """Leave the layer as it is."""
     return repaired(layer, [], (None, None))
 
 
 @REPAIR.register("refit")
-def refit_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
+def refit_layer(layer: LayerFit, config: RepairConfig, *, final: bool = True) -> LayerRepair:
     """Refit the output matrices in closed form, each expert by itself; those of a pruned layer jointly.
 
     A pruned layer's experts have lost nothing by themselves: it is the others that their sum lacks.
     """
     if layer.expert_map is None:
-        return refit_layer_jointly(layer, config)
-    return repaired(layer, _per_expert(layer, config, partial(refit, memory_limit=config.memory_limit)))
+        return refit_layer_jointly(layer, config, final=final)
+    solve = partial(refit, memory_limit=config.memory_limit, final=final)
+    return repaired(layer, _per_expert(layer, config, solve))
 
 
 @REPAIR.register("joint")
-def refit_layer_jointly(layer: LayerFit, config: RepairConfig) -> LayerRepair:
-    """Refit the output matrices of all experts together, in closed form, to the layer's whole output."""
-    return _joint(layer, config, final=True)
-
-
-def _joint(layer: LayerFit, config: RepairConfig, *, final: bool) -> LayerRepair:
-    """Refit and store the output matrices; unless `final`, the held-out tokens stay unseen.
+def refit_layer_jointly(layer: LayerFit, config: RepairConfig, *, final: bool = True) -> LayerRepair:
+    """Refit the output matrices of all experts together, in closed form, to the layer's whole output.
 
     Raises:
         ValueError: a norm follows each expert, so that their outputs do not add up.
@@ -212,11 +213,11 @@ def _joint(layer: LayerFit, config: RepairConfig, *, final: bool) -> LayerRepair
 
 
 @REPAIR.register("mean_shift")
-def shift_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
+def shift_layer(layer: LayerFit, config: RepairConfig, *, final: bool = True) -> LayerRepair:
     """Make each expert's mean output that of its members: by its bias, or by a change of rank one."""
 
     def shift(rows: RowSource, start: torch.Tensor, ridges: Sequence[float]) -> ExpertFit:
-        return mean_shift(rows, start, has_bias=layer.experts.has_bias)
+        return mean_shift(rows, start, has_bias=layer.experts.has_bias, final=final)
 
     # The mean is that of an expert's own tokens.
     return repaired(layer, _per_expert(layer, replace(config, elsewhere=0.0), shift))
@@ -234,7 +235,7 @@ def distil_layer(layer: LayerFit, config: RepairConfig) -> LayerRepair:
     error, state = before, _values(layer.experts)
     longer = with_elsewhere(layer, config.elsewhere, config.seed)
     # From a fit that left the held-out tokens aside, or none of the steps would look better than the start.
-    solutions = [] if layer.experts.has_post_expert_norm else _joint(layer, config, final=False).experts
+    solutions = [] if layer.experts.has_post_expert_norm else refit_layer_jointly(layer, config, final=False).experts
     work = copy.deepcopy(layer.experts).float().requires_grad_(True)
     for reached in _trained(longer, work, target if longer is layer else longer.target(), judge, config):
         if reached < error:

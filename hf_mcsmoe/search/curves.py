@@ -18,8 +18,7 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge
 from hf_mcsmoe.quantization.layer import quantize_layer
-from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_sum, write_output_weight
-from hf_mcsmoe.repair.joint import refit_jointly
+from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_sum
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.search.choices import grids, nearest_count
 from hf_mcsmoe.search.config import JOINT, SizeConfig
@@ -231,15 +230,13 @@ class Bench:
 
     def _refit(self, fit: LayerFit) -> None:
         """Refit the output matrices; held-out tokens choose, and are not fitted to."""
-        if (method := refit_method(fit, self.repair)) != "joint":
-            REPAIR[method](fit, self.repair)
-            return
+        method, repair = refit_method(fit, self.repair), self.repair
         # From the second on near to the ridge that the one before has chosen.
-        near = [ridge for ridge in self.repair.ridges if not self.ridge or 0.09 < ridge / self.ridge < 11]
-        found = refit_jointly(fit, near, memory_limit=self.repair.memory_limit, final=False)
-        self.ridge = found.ridge or self.ridge
-        for expert, weight in enumerate(found.weights):
-            write_output_weight(fit.experts, expert, weight)
+        near = [ridge for ridge in repair.ridges if not self.ridge or 0.09 < ridge / self.ridge < 11]
+        if method == "joint" and near:
+            repair = replace(repair, ridges=tuple(near))
+        ridges = [expert.ridge for expert in REPAIR[method](fit, repair, final=False).experts]
+        self.ridge = next((ridge for ridge in ridges if method == "joint" and ridge), self.ridge)
 
     def _reduced(self, plans: list[MergePlan]) -> Iterator[tuple[int, Observed]]:
         """Yield what fewer experts do, by their number."""

@@ -416,8 +416,9 @@ def test_a_bfloat16_model_stays_one(name: str) -> None:
         assert all(layer.after < layer.before for layer in report.layers.values())
 
 
-def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
-    """What other held-out tokens were, the training's start and so its result are the same."""
+@pytest.mark.parametrize("method", ["refit", "joint", "mean_shift", "local"])
+def test_what_judges_a_fit_that_is_not_final_is_not_fitted_to(method: str) -> None:
+    """What other held-out tokens were, the fit (of "local", the start of its training) is the same."""
     name = "switch_transformers"
     model = build(name)
     data = batches(name, model, number=4)
@@ -425,16 +426,22 @@ def test_training_starts_without_having_seen_the_tokens_that_judge_it() -> None:
     seen = capture_inputs([layer], data)[layer.name]
     other = LayerInputs(seen.hidden.clone(), seen.index, seen.weights, seen.held_out)
     other.hidden[seen.held_out] *= 1.05
-    results = []
-    for one in (seen, other):
+    config = RepairConfig(method=method, steps=1, learning_rate=1e-12, ridges=(0.1,))
+
+    def fitted(inputs: LayerInputs, **options: bool) -> torch.Tensor:
         student = copy.deepcopy(ours)
         ((merged, original), *_) = matching_layers(student, model)[0]
-        stored = one.mapped(merged.expert_map)
-        layer_fit = LayerFit(layer.name, merged.container, original.read(), stored, one, merged.expert_map)
-        REPAIR["local"](layer_fit, RepairConfig(method="local", steps=1, learning_rate=1e-12, ridges=(0.1,)))
-        results.append(merged.container.down_proj.clone())
-    assert not torch.equal(results[0], moe_layers(ours)[0].container.down_proj)
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-7)
+        stored = inputs.mapped(merged.expert_map)
+        layer_fit = LayerFit(layer.name, merged.container, original.read(), stored, inputs, merged.expert_map)
+        REPAIR[method](layer_fit, config, **options)
+        return merged.container.down_proj.clone()
+
+    apart: dict[str, bool] = {} if method == "local" else {"final": False}
+    first, second = fitted(seen, **apart), fitted(other, **apart)
+    assert not torch.equal(first, moe_layers(ours)[0].container.down_proj)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-7)
+    if apart:
+        assert (fitted(seen) - fitted(other)).abs().max() > 1e-6, "a final fit is one to all tokens"
 
 
 def test_what_cannot_be_repaired_is_refused_before_a_forward() -> None:
