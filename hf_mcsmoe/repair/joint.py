@@ -122,45 +122,91 @@ def refit_jointly(layer: LayerFit, ridges: Sequence[float], *, memory_limit: int
     """
     units = Units(layer, memory_limit)
     judge = layer.inputs.held_out.to(layer.device)
-    everything = torch.ones_like(judge)
     target = layer.target().to(layer.device)
-    missing = target - units.output(units.start.float(), everything)
+    missing = target - units.output(units.start.float(), torch.ones_like(judge))
     before, energy = (part[judge].double().square().sum().item() for part in (missing, target))
     kept = JointFit(list(units.start.split(units.widths, 1)), None, before, before, energy)
     if judge.all() or not judge.any():
         return kept
-    ladder = sorted(ridges, reverse=True)
-    judged = _errors(units, missing, ladder, ~judge, judge)
-    after = min(judged, default=math.inf)
-    if not after < before:
+    solve = _solved if _is_dense(units) else _solved_by_rows
+    found = solve(units, missing, sorted(ridges, reverse=True), judge, before, final)
+    if found is None:
         return kept
-    ridge = ladder[judged.index(after)]
-    weight = torch.cat(
-        [
-            next(_changes(units, missing[:, rows], [ridge], everything if final else ~judge))
-            for rows in _row_blocks(units)
-        ]
-    )
-    return JointFit(list((units.start + weight).split(units.widths, 1)), ridge, before, after, energy)
+    ridge, after, change = found
+    return JointFit(list((units.start + change).split(units.widths, 1)), ridge, before, after, energy)
 
 
-def _errors(
-    units: Units, missing: torch.Tensor, ladder: Sequence[float], used: torch.Tensor, judge: torch.Tensor
-) -> list[float]:
-    """Return the squared error on the tokens of `judge` per ridge of a fit to those `used`, both bool [T].
+@dataclass(frozen=True)
+class NormalEquations:
+    """Sums over some tokens: `cross` m h^T [D, N] of what is missing and the units, and their Gram matrix [N, N]."""
 
-    Ridges after the first that does worse than the one before are left out, where all rows are solved at once.
-    """
-    blocks = _row_blocks(units)
+    cross: torch.Tensor
+    gram: torch.Tensor
+
+    @classmethod
+    def over(cls, units: Units, missing: torch.Tensor, used: torch.Tensor) -> "NormalEquations":
+        """Return the sums over the tokens `used`, bool [T], of what the output lacks, [T, D]."""
+        return cls(units.against(missing, used).double(), units.gram(used))
+
+    def __add__(self, other: "NormalEquations") -> "NormalEquations":
+        return NormalEquations(self.cross + other.cross, self.gram.add_(other.gram))
+
+    def solved(self, ridge: float) -> torch.Tensor:
+        """Return the change X [D, N] that minimises `|X h - m|^2 + ridge * scale * |X|^2`."""
+        diagonal = self.gram.diagonal().clone()
+        self.gram.diagonal().add_(ridge * diagonal.mean())
+        factor = torch.linalg.cholesky(self.gram)
+        self.gram.diagonal().copy_(diagonal)
+        return torch.cholesky_solve(self.cross.T, factor).T
+
+
+def _solved(
+    units: Units, missing: torch.Tensor, ladder: Sequence[float], judge: torch.Tensor, before: float, final: bool
+) -> tuple[float, float, torch.Tensor] | None:
+    """Return the ridge that does best on the tokens of `judge`, its error there, and the change; None for no gain."""
+    sums = NormalEquations.over(units, missing, ~judge)
+    best, error, change = None, before, torch.empty(0)
+    last = math.inf
+    for ridge in ladder if sums.cross.any() else ():
+        solution = sums.solved(ridge)
+        last, previous = _missed(units, missing, solution, judge), last
+        if last < error:
+            best, error, change = ridge, last, solution
+        if last > previous:
+            break
+    if best is None:
+        return None
+    if final:
+        change = (sums + NormalEquations.over(units, missing, judge)).solved(best)
+    return best, error, change
+
+
+def _missed(units: Units, missing: torch.Tensor, change: torch.Tensor, judge: torch.Tensor) -> float:
+    left = missing[judge] - units.output(change.float(), judge)[judge]
+    return left.double().square().sum().item()
+
+
+def _solved_by_rows(
+    units: Units, missing: torch.Tensor, ladder: Sequence[float], judge: torch.Tensor, before: float, final: bool
+) -> tuple[float, float, torch.Tensor] | None:
+    """Do what `_solved` does without the Gram matrix, for so many rows of the output matrices as memory holds."""
+    # About eight matrices of a block in float32 are alive at a time.
+    size = max(1, units.memory_limit // (8 * 4 * sum(units.widths)))
+    blocks = [slice(first, first + size) for first in range(0, len(units.start), size)]
     judged: list[float] = []
     for rows in blocks:
-        for position, change in enumerate(_changes(units, missing[:, rows], ladder, used)):
-            missed = missing[judge][:, rows] - units.output(change.float(), judge)[judge]
+        for position, change in enumerate(_changes(units, missing[:, rows], ladder, ~judge)):
             judged += [0.0] * (position + 1 - len(judged))
-            judged[position] += missed.double().square().sum().item()
+            judged[position] += _missed(units, missing[:, rows], change, judge)
             if len(blocks) == 1 and position and judged[position] > judged[position - 1]:
                 break
-    return judged
+    error = min(judged)
+    if not error < before:
+        return None
+    ridge = ladder[judged.index(error)]
+    used = torch.ones_like(judge) if final else ~judge
+    parts = [next(_changes(units, missing[:, rows], [ridge], used)) for rows in blocks]
+    return ridge, error, torch.cat(parts)
 
 
 def _is_dense(units: Units) -> bool:
@@ -168,32 +214,11 @@ def _is_dense(units: Units) -> bool:
     return 4 * 8 * sum(units.widths) ** 2 <= units.memory_limit
 
 
-def _row_blocks(units: Units) -> list[slice]:
-    """Return the rows of the output matrices that are solved for at a time: all, unless memory holds fewer."""
-    # About eight matrices of a block in float32 are alive at a time.
-    size = len(units.start) if _is_dense(units) else max(1, units.memory_limit // (8 * 4 * sum(units.widths)))
-    return [slice(first, first + size) for first in range(0, len(units.start), size)]
-
-
 def _changes(
     units: Units, missing: torch.Tensor, ridges: Sequence[float], used: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """Yield per ridge the change X [d, N] that minimises `|X h - m|^2 + ridge * scale * |X|^2` over tokens `used`.
-
-    Args:
-        missing: m [T, d], what some rows of the output lack.
-    """
-    cross = units.against(missing, used)
-    if not cross.any():
-        return
-    if _is_dense(units):
-        gram = units.gram(used)
-        scale, diagonal = gram.diagonal().mean(), gram.diagonal().clone()
-        for ridge in ridges:
-            gram.diagonal().copy_(diagonal + ridge * scale)
-            yield torch.cholesky_solve(cross.double().T, torch.linalg.cholesky(gram)).T
-        return
-    blocks = units.blocks(used)
+    """Yield per ridge what `NormalEquations.solved` would, for some rows `missing` [T, d] over the tokens `used`."""
+    cross, blocks = units.against(missing, used), units.blocks(used)
     scale = torch.cat([block.diagonal() for block in blocks]).mean()
     change = torch.zeros_like(cross)
     for ridge in ridges:

@@ -1,5 +1,6 @@
 """The curves of all layers: each part of a choice fitted as in the final model, its error and its effect measured."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
 SALIENCY = "contribution"
 # Exponents between which the effect grows with the error, where it was measured twice.
 POWERS = (0.4, 1.3)
+# The exponent at errors smaller than any that was measured: to second order a divergence is quadratic in the change.
+SMALL = 1.0
 Progress = Callable[[str, int, int], None]
 
 
@@ -232,9 +235,10 @@ class Bench:
         """Refit the output matrices; held-out tokens choose, and are not fitted to."""
         method, repair = refit_method(fit, self.repair), self.repair
         # From the second on near to the ridge that the one before has chosen.
-        near = [ridge for ridge in repair.ridges if not self.ridge or 0.09 < ridge / self.ridge < 11]
-        if method == "joint" and near:
-            repair = replace(repair, ridges=tuple(near))
+        ladder = sorted(repair.ridges)
+        if method == "joint" and self.ridge:
+            place = min(range(len(ladder)), key=lambda number: abs(math.log(ladder[number] / self.ridge)))
+            repair = replace(repair, ridges=tuple(ladder[max(place - 1, 0) : place + 2]))
         ridges = [expert.ridge for expert in REPAIR[method](fit, repair, final=False).experts]
         self.ridge = next((ridge for ridge in ridges if method == "joint" and ridge), self.ridge)
 
@@ -273,7 +277,7 @@ def _effect(points: Sequence[tuple[float, float]], error: float) -> float:
     place = torch.tensor(error, dtype=torch.float64).log()
     nearest = values[(values[:, 0] - place).abs().argsort(stable=True)[:2]]
     (near, effect), other = nearest[0], nearest[-1]
-    slope = 1.0
-    if len(nearest) > 1 and not torch.isclose(near, other[0]):
+    slope = SMALL
+    if len(nearest) > 1 and place >= values[0, 0] and not torch.isclose(near, other[0]):
         slope = float(((other[1] - effect) / (other[0] - near)).clamp(*POWERS))
     return float((effect + slope * (place - near)).exp())
