@@ -193,7 +193,8 @@ def test_rows_by_importance_keep_nearer_to_the_original_than_rows_by_magnitude()
 def test_a_refit_and_low_rank_storage_without_training_stay_near_the_original() -> None:
     """At a tenth of the expert parameters nearer to the original than the merge alone was at half of them."""
     model, tokenizer = _switch()[0], AutoTokenizer.from_pretrained(SWITCH)
-    calibration, evaluation = compare_repair.halves(model, tokenizer, SWITCH / "validation_text.json", 96)
+    parts = compare_repair.halves(tokenizer, compare_repair.texts_of(SWITCH / "validation_text.json"), 96)
+    calibration, evaluation = (compare_repair.batches_of(model, tokenizer, rows) for rows in parts)
     evaluation = evaluation[:16]
     plan = plan_merge(model, collect_statistics(model, calibration), MergeConfig(experts=8, budget="uniform"))
     student = merge_experts(model, plan)

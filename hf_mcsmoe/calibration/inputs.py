@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from hf_mcsmoe.data.domains import domains_of
 from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.view import Routed
@@ -20,13 +21,15 @@ class LayerInputs:
 
     `hidden` [T, D] inputs of the experts in the model's dtype; `index` int [T, K] the picked experts of the layer as
     it is, of a merged one the stored experts; `weights` [T, K], where a pick of weight 0 reached no expert; `held_out`
-    bool [T], the tokens of whole sequences, about a fifth, that are to judge what the others fit.
+    bool [T], the tokens of whole sequences, about a fifth, that are to judge what the others fit; `domain` int [T],
+    the number of the data set that a token is of, -1 where the batches do not say (see `DomainBatch`).
     """
 
     hidden: torch.Tensor
     index: torch.Tensor
     weights: torch.Tensor
     held_out: torch.Tensor
+    domain: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -39,6 +42,11 @@ class LayerInputs:
         """
         stored = torch.tensor([*expert_map, max(expert_map) + 1])
         return replace(self, index=stored[self.index])
+
+    @property
+    def domains(self) -> list[int]:
+        """The data sets that there are tokens of, rising."""
+        return self.domain.unique().tolist()
 
     def __add__(self, other: "LayerInputs") -> "LayerInputs":
         """Return the tokens of both, as of two layers that share their experts."""
@@ -59,14 +67,14 @@ def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict
 
     def keep(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
         tokens, here = len(routed.logits), num_sequences(batch)
-        sequence = before[layer.name] + torch.arange(tokens) * here // max(tokens, 1)
-        before[layer.name] += here
+        sequence = torch.arange(tokens) * here // max(tokens, 1)
         if counted is not None:
             routed, sequence = routed.where(counted), sequence[counted.cpu()]
         rows = routed.per_input()
         sequence = sequence.repeat_interleave(len(rows.hidden) // max(len(sequence), 1))
         weights = rows.weights.masked_fill(~rows.reached, 0)
-        tensors = rows.hidden, rows.index, weights, sequence
+        tensors = rows.hidden, rows.index, weights, before[layer.name] + sequence, domains_of(batch, here)[sequence]
+        before[layer.name] += here
         seen[layer.name].append(tuple(tensor.to("cpu", copy=True) for tensor in tensors))
 
     run_routed(layers, batches, keep)
@@ -82,10 +90,10 @@ def num_sequences(batch: Batch) -> int:
 def _joined(name: str, parts: list[tuple[torch.Tensor, ...]]) -> LayerInputs:
     if not any(len(part[0]) for part in parts):
         raise ValueError(f"No token of the calibration set that counts reaches {name}.")
-    hidden, index, weights, sequence = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    hidden, index, weights, sequence, domain = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if not (hidden.isfinite().all() and weights.isfinite().all()):
         raise ValueError(f"The inputs of {name} are not finite: the model holds NaN or overflows.")
-    return LayerInputs(hidden, index, weights, held_out_tokens(sequence))
+    return LayerInputs(hidden, index, weights, held_out_tokens(sequence), domain)
 
 
 def held_out_tokens(sequence: torch.Tensor) -> torch.Tensor:

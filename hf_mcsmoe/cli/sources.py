@@ -142,12 +142,22 @@ class Calibration:
         }
         if all(part.share is None for part in data):
             samples = [sample for part in data for sample in part.samples]
-            return draw(samples, tokenizer, num_samples=number, **options, progress=progress)
+            domains = [place for place, part in enumerate(data) for _ in part.samples]
+            return draw(samples, tokenizer, num_samples=number, **options, domains=domains, progress=progress)
         counts = counts_of([part.share for part in data], number)
         sizes = [min(count, len(part.samples)) for part, count in zip(data, counts, strict=True)]
         drawn = [
-            draw(part.samples, tokenizer, num_samples=count, **options, progress=part_of(progress, before, sum(sizes)))
-            for part, count, before in zip(data, counts, accumulate(sizes, initial=0), strict=False)
+            draw(
+                part.samples,
+                tokenizer,
+                num_samples=count,
+                **options,
+                domains=[place] * len(part.samples),
+                progress=part_of(progress, before, sum(sizes)),
+            )
+            for place, (part, count, before) in enumerate(
+                zip(data, counts, accumulate(sizes, initial=0), strict=False)
+            )
             if count
         ]
         return reduce(add, drawn)

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.data.chat import Chat, written
+from hf_mcsmoe.data.domains import DOMAIN
 from hf_mcsmoe.data.features import T5_NOISE, Feature, feature_batches, pair_features, span_features
 from hf_mcsmoe.data.spans import SpanNoise, sentinel_token_ids
 from hf_mcsmoe.data.text import Sample, check_token_ids
@@ -120,11 +121,13 @@ def draw(
     max_length: int,
     seed: int = 0,
     noise: SpanNoise = T5_NOISE,
+    domains: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Drawn:
     """Draw random samples; see `calibration_features`.
 
     Args:
+        domains: the number of the data set of each sample, which its features then tell.
         progress: called as `progress("tokenising", rows done, rows)`.
 
     Raises:
@@ -132,13 +135,16 @@ def draw(
     """
     if not samples:
         raise ValueError("There are no samples to calibrate on.")
-    chosen = random.Random(seed).sample(samples, min(num_samples, len(samples)))
+    places = random.Random(seed).sample(range(len(samples)), min(num_samples, len(samples)))
+    chosen = [samples[place] for place in places]
     rows: list[list[_Window]] = []
     progress("tokenising", 0, len(chosen))
     for start in range(0, len(chosen), CHUNK):
         part = chosen[start : start + CHUNK]
         rows += _windows(part, tokenizer, encoder_decoder, max_length, seed, noise)
         progress("tokenising", len(rows), len(chosen))
+    if domains:
+        rows = [_of_domain(domains[place], windows) for place, windows in zip(places, rows, strict=True)]
     first = [windows[0] for windows in rows if windows]
     others = [window for windows in rows for window in windows[1:]]
     used = first + random.Random(seed).sample(others, min(num_samples - len(first), len(others)))
@@ -212,6 +218,15 @@ def _windows(
             ]
         )
     return rows
+
+
+def _of_domain(number: int, windows: Sequence[_Window]) -> list[_Window]:
+    """Return windows whose features tell the number of their data set."""
+    return [replace(window, feature=partial(_with_domain, number, window.feature)) for window in windows]
+
+
+def _with_domain(number: int, feature: Callable[[], Feature]) -> Feature:
+    return {**feature(), DOMAIN: [number]}
 
 
 def _plain(tokens: list[int]) -> Feature:

@@ -1,7 +1,7 @@
 """The one way from samples of text and rows of a task to batches: features, which the collator joins.
 
 A feature is one row: `input_ids`, `attention_mask` and, where something is to be predicted, `labels`: lists of token
-ids; a label of -100 does not count.
+ids; a label of -100 does not count. `domain` may hold the number of the data set that the row is of.
 """
 
 import copy
@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from hf_mcsmoe.data.chat import written
 from hf_mcsmoe.data.choices import CHOICES, choice_pairs
+from hf_mcsmoe.data.domains import DOMAIN, DomainBatch
 from hf_mcsmoe.data.spans import SpanNoise, corrupt_spans, sentinel_token_ids
 from hf_mcsmoe.data.tasks import Task
 from hf_mcsmoe.data.text import Row, Sample
@@ -215,9 +216,20 @@ def collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None =
 def feature_batches(
     features: Sequence[Feature], tokenizer: PreTrainedTokenizerBase, batch_size: int, *, by_length: bool = True
 ) -> list[dict[str, torch.Tensor]]:
-    """Return all features in padded batches; those of like length share one, or all keep their order."""
+    """Return all features in padded batches; those of like length share one, or all keep their order.
+
+    Where features tell the number of their data set (`DOMAIN`), the batches know it, see `DomainBatch`.
+    """
     join: Any = collator(tokenizer)
     ordered = sorted(features, key=lambda feature: len(feature["input_ids"])) if by_length else features
-    batches = [join(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+    parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return [_joined(part, join) for part in parts]
+
+
+def _joined(features: Sequence[Feature], join: Any) -> dict[str, torch.Tensor]:
+    rows = [{name: value for name, value in feature.items() if name != DOMAIN} for feature in features]
     # The collator puts None for labels that no feature has.
-    return [{name: value for name, value in batch.items() if value is not None} for batch in batches]
+    batch = {name: value for name, value in join(rows).items() if value is not None}
+    if not all(DOMAIN in feature for feature in features):
+        return batch
+    return DomainBatch(batch, torch.tensor([feature[DOMAIN][0] for feature in features]))

@@ -93,4 +93,5 @@ def _extended(
         index=torch.cat(picks),
         weights=torch.cat([gates[0].float(), gates[1].float()]),
         held_out=torch.cat([inputs.held_out, torch.zeros(len(tokens), dtype=torch.bool)]),
+        domain=torch.cat([inputs.domain, inputs.domain[tokens]]),
     )

@@ -424,7 +424,7 @@ def test_what_judges_a_fit_that_is_not_final_is_not_fitted_to(method: str) -> No
     data = batches(name, model, number=4)
     ours, layer = _merged(name, model, data), moe_layers(model)[0]
     seen = capture_inputs([layer], data)[layer.name]
-    other = LayerInputs(seen.hidden.clone(), seen.index, seen.weights, seen.held_out)
+    other = replace(seen, hidden=seen.hidden.clone())
     other.hidden[seen.held_out] *= 1.05
     config = RepairConfig(method=method, steps=1, learning_rate=1e-12, ridges=(0.1,))
 
