@@ -69,3 +69,14 @@ def quantized_example(name: str, bits: int = 4) -> Example:
     """Return the merged tiny model of a family in few bits."""
     case = example(name)
     return replace(case, merged=quantize_model(copy.deepcopy(case.merged), bits))
+
+
+@functools.cache
+def by_expert(name: str) -> Example:
+    """Return the merged tiny model of a family with bits of their own for the experts of each layer."""
+    case, number = example(name), (4, 8, 3, 2)
+    model = copy.deepcopy(case.merged)
+    for layer in moe_layers(model):
+        quantize(layer.container, [number[expert % len(number)] for expert in range(layer.num_experts)])
+    write_description(model)
+    return replace(case, name=f"{name}, bits by expert", merged=model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.data.batches import as_batches
@@ -243,8 +243,14 @@ def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any)
     return sdpa_flop_count(query, key, value)
 
 
+def _addmm_flop(added: Any, first: Any, second: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of a product of matrices by their shapes that is added in place."""
+    return mm_flop(first, second)
+
+
 # What the counter of PyTorch does not know.
 FORMULAS = {
+    torch.ops.aten.addmm_: _addmm_flop,
     torch.ops.aten._grouped_mm: _grouped_mm_flop,
     torch.ops.transformers.grouped_mm_fallback: _grouped_mm_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,

@@ -11,6 +11,7 @@ from families import build, inputs
 from helpers import Batch, batches, state
 from layouts import LAYOUTS
 from merged import example
+from quantized import GROUP, by_expert, decomposed, quantize_model, quantized_example
 from torch import nn
 from transformers import PreTrainedModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -171,6 +172,29 @@ def test_decomposed_experts_hold_and_execute_their_factors(name: str, share: flo
     if share is not None:
         stored = {layer.name: 2 for layer in layers}
         assert expected_parameters(model, stored, rank=2, keep=share) == found.parameters
+
+
+FEW_BITS = {
+    "gated": lambda: (example("mixtral").merged, quantized_example("mixtral").merged),
+    "bits by expert": lambda: (example("mixtral").merged, by_expert("mixtral").merged),
+    "transposed, biased": lambda: (example("gpt_oss").merged, quantized_example("gpt_oss").merged),
+    "ungated": lambda: (example("switch_transformers").merged, quantized_example("switch_transformers").merged),
+    "low rank": lambda: (decomposed("mixtral"), quantize_model(copy.deepcopy(decomposed("mixtral")))),
+}
+
+
+@pytest.mark.parametrize("form", FEW_BITS)
+def test_experts_in_few_bits_execute_the_products_of_dense_ones_and_one_for_each_group(form: str) -> None:
+    """In float64 nothing but these: a matrix is then dequantized at once."""
+    dense, quantized = FEW_BITS[form]()
+    batch = inputs(dense.config.base_model_type, dense)
+    first = moe_layers(dense)[0].name  # what the layers behind the first one see is another
+    macs = [account(model, batch).expert_macs_per_token[first] for model in (dense, quantized)]
+    exact = account(copy.deepcopy(quantized).double(), batch).expert_macs_per_token[first]
+    assert exact == macs[0]
+    assert macs[0] < macs[1] <= macs[0] * (1 + 1 / GROUP)
+    assert form == "low rank" or macs[1] == macs[0] * (1 + 1 / GROUP)
+    assert account(quantized).parameters == account(dense).parameters
 
 
 def test_bytes_are_those_of_parameters_buffers_and_files(tmp_path: Path) -> None:

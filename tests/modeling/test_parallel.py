@@ -3,20 +3,26 @@
 import copy
 import json
 import socket
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from families import build, inputs
-from helpers import batches
 from merged import TESTS, Example, example, merge, run_python, save
+from pruned import pruned
+from quantized import by_expert, decomposed, quantize_model
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, compact, decompose_experts
+from hf_mcsmoe import MergeConfig
 
 NAMES = ["mixtral", "qwen3_moe", "deepseek_v3"]
 # Whose experts no plan of the family splits: they are whole in each process.
-DECOMPOSED = "mixtral_low_rank"
+LOW_RANK = "mixtral, low rank"
+FEW_BITS = ["mixtral, bits by expert", "deepseek_v3, pruned, 4 bits"]
+WHOLE = {LOW_RANK, *FEW_BITS}
+OTHERS = ["mixtral, pruned", *FEW_BITS]
 # Along which axis each splits `down_proj` [G, D, F], if any.
 EXPERTS_SPLIT = {"plain": None, "tp": 2, "fsdp": 0, "tp and ep": 0, "fsdp and ep": 0}
 LAYOUTS = list(EXPERTS_SPLIT)
@@ -35,28 +41,32 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """Run every model under every layout."""
-    folder, folders = tmp_path_factory.mktemp("parallel"), []
-    for name in NAMES:
-        base = build(name)
-        # Two or four of eight experts, by turns: as many in each process.
-        plan, merged = merge(
-            base, name, MergeConfig(budget=lambda scores, *_: [2 + 2 * (i % 2) for i in range(len(scores))])
-        )
-        assert {len(layer.dominant) for layer in plan.layers.values()} == {2, 4}
-        folders.append(str(save(Example(name, base, inputs(name, base), plan, merged), folder)))
-    case = example("mixtral")
-    data, config = batches("mixtral", case.base), LoSparseConfig(rank=3, keep=0.25)
-    small = compact(decompose_experts(copy.deepcopy(case.merged), config, data, prune=True))
-    folders.append(str(save(replace(case, name=DECOMPOSED, merged=small), folder)))
+def _even(name: str) -> Example:
+    """Merge a tiny model to two or four of eight experts by turns: as many in each process."""
+    base = build(name)
+    config = MergeConfig(budget=lambda scores, *_: [2 + 2 * (number % 2) for number in range(len(scores))])
+    plan, merged = merge(base, name, config)
+    assert {len(layer.dominant) for layer in plan.layers.values()} == {2, 4}
+    return Example(name, base, inputs(name, base), plan, merged)
+
+
+def _stored_otherwise() -> Iterable[Example]:
+    """Yield models that are pruned, in few bits, or both."""
+    yield replace(pruned("mixtral", "uniform"), name=OTHERS[0])
+    yield replace(by_expert("mixtral"), name=FEW_BITS[0])
+    case = pruned("deepseek_v3", "uniform")
+    yield replace(case, name=FEW_BITS[1], merged=quantize_model(copy.deepcopy(case.merged)))
+
+
+def _reports(cases: Iterable[Example], folder: Path, checks: str = "computed") -> Reports:
+    """Run, or train, models under every layout."""
+    folders = [str(save(case, folder)) for case in cases]
     script, report, port = TESTS / "parallel_without_package.py", folder / "report.json", str(_free_port())
 
     def run(rank: int) -> tuple[int, str]:
         where = folder / str(rank)
         where.mkdir()
-        done = run_python([str(script), str(rank), port, str(report), *folders], where)
+        done = run_python([str(script), str(rank), port, str(report), checks, *folders], where)
         return done.returncode, done.stderr
 
     with ThreadPoolExecutor(2) as pool:
@@ -65,19 +75,51 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     return json.loads(report.read_text())
 
 
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """What two processes found of merged models."""
+    small = replace(example("mixtral"), name=LOW_RANK, merged=decomposed("mixtral"))
+    return _reports([*map(_even, NAMES), small], tmp_path_factory.mktemp("parallel"))
+
+
+@pytest.fixture(scope="module")
+def other_reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """What two processes found of models that are pruned or in few bits."""
+    return _reports(_stored_otherwise(), tmp_path_factory.mktemp("parallel"), "trained")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [*NAMES, DECOMPOSED])
+@pytest.mark.parametrize("name", [*NAMES, LOW_RANK])
 def test_two_processes_give_the_logits_of_one(name: str, layout: str, reports: Reports) -> None:
     assert reports[f"{name}, {layout}"]["distance"] < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [*NAMES, DECOMPOSED])
+@pytest.mark.parametrize("name", [*NAMES, LOW_RANK])
 def test_a_process_holds_the_half_that_the_layout_says(name: str, layout: str, reports: Reports) -> None:
+    _check_half(name, layout, reports)
+
+
+def _check_half(name: str, layout: str, reports: Reports) -> None:
     whole, held = reports[f"{name}, plain"], reports[f"{name}, {layout}"]
     experts, attention = EXPERTS_SPLIT[layout], None if layout == "plain" else 0
     if layout.startswith("tp"):
-        experts = None if name == DECOMPOSED else experts
-        attention = None if name == "deepseek_v3" else attention  # the family's plan leaves its attention whole
+        experts = None if name in WHOLE else experts
+        attention = (
+            None if name.startswith("deepseek_v3") else attention
+        )  # the family's plan leaves its attention whole
     assert held["experts"] == _half(whole["experts"], experts)
     assert held["attention"] == _half(whole["attention"], attention)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_pruned_or_in_few_bits_computes_and_trains_alike(
+    name: str, layout: str, other_reports: Reports
+) -> None:
+    found = other_reports[f"{name}, {layout}"]
+    assert found["distance"] < 1e-5
+    assert found["gradients"] < 1e-5
+    assert found["saved"]
+    _check_half(name, layout, other_reports)

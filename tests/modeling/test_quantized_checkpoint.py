@@ -19,25 +19,28 @@ from merged import (
     save,
 )
 from peft import LoraConfig, get_peft_model
-from quantized import decomposed, quantize_model, quantized_example
+from quantized import by_expert, decomposed, quantize_model, quantized_example
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, decompose_experts, lora_targets, moe_layers
 from hf_mcsmoe.evaluation.costs import account, bytes_on_disk, saved_costs
 
+# Of these in 4 bits, and in bits of their own for each expert.
+BY_EXPERT = {f"{name}, bits by expert": name for name in ("mixtral", "gpt_oss")}
+BOTH = [*ALL, *BY_EXPERT]
 LOADING = {
-    "loads": ALL,
-    "saves_again": ALL,
+    "loads": BOTH,
+    "saves_again": BOTH,
     "saves_all_files_again": ["mixtral"],
-    "keeps_bfloat16": ALL,
-    "builds_from_its_configuration": ALL,
-    "loads_by_device_map": ALL,
-    "loads_offloaded_to_disk_and_saves": [name for name in ALL if name not in NOT_OFFLOADED],
+    "keeps_bfloat16": BOTH,
+    "builds_from_its_configuration": BOTH,
+    "loads_by_device_map": BOTH,
+    "loads_offloaded_to_disk_and_saves": [name for name in BOTH if name not in NOT_OFFLOADED],
     "loads_as_the_base_model_and_with_a_new_head": ["mixtral", "jetmoe"],
-    "generates": ALL,
-    "copies_deeply": ALL,
-    "pickles": ALL,
-    "compiles": ["mixtral", "gpt_oss", "switch_transformers", "llama4_text"],
+    "generates": BOTH,
+    "copies_deeply": BOTH,
+    "pickles": BOTH,
+    "compiles": ["mixtral", "gpt_oss", "switch_transformers", "llama4_text", *BY_EXPERT],
     "runs_every_experts_implementation": INTERFACE,
     "checkpoints_gradients": [name for name in ALL if name not in NOT_CHECKPOINTED],
 }
@@ -61,9 +64,10 @@ def _cases(table: dict[str, list[str]]) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Saved models of the families, in 4 bits."""
+    """Saved models of the families."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: save(quantized_example(name), folder, generated=True) for name in ALL}
+    cases = {name: quantized_example(name) for name in ALL} | {key: by_expert(name) for key, name in BY_EXPERT.items()}
+    return {name: save(case, folder, generated=True) for name, case in cases.items()}
 
 
 def _run(table: dict[str, list[str]], folders: dict[str, Path], cwd: Path, script: str) -> Reports:
