@@ -29,6 +29,9 @@ from .configuration_mcsmoe import check_quantized
 PLACES = {8: 1, 4: 2, 3: 8, 2: 4}
 # Weights that a processor dequantizes at a time, for each thread: 2 MB, which fit its cache.
 BLOCK = 2**19
+# Tokens from which on a product of a block is written feature by feature: libraries of linear algebra write few
+# columns beside each other up to eight times as slowly as one after another, and many a little faster.
+MANY = 16
 
 
 def num_words(count: int, bits: int) -> int:
@@ -143,51 +146,49 @@ def _in_blocks(matrix: QuantizedMatrix, states: torch.Tensor) -> torch.Tensor:
     0 on; what that is too much follows from the sums of each group's inputs. So the product differs by rounding, about
     1e-6 of its size in float32, from that with the matrix dequantized.
     """
-    places, inputs = PLACES[matrix.bits], states.unflatten(-1, (matrix.scale.shape[-1], -1))
-    ordered = states.unflatten(-1, (-1, places)).permute(2, 1, 0).flatten(0, 1)
-    output = states.new_empty(len(matrix.scale), len(states))
-    for rows, block in _blocks(matrix):
-        torch.mm(block, ordered, out=output[rows])
-    return torch.addmm(output.mT, inputs.sum(-1), _offsets(matrix).mT, alpha=-1)
+    (out, groups), count = matrix.scale.shape, len(states)
+    ordered = states.unflatten(-1, (-1, PLACES[matrix.bits])).mT.flatten(1)
+    output = states.new_empty(count, out).mT if count < MANY else states.new_empty(out, count)
+    scale = matrix.scale.float()
+    for rows, block in _blocks(matrix, scale):
+        torch.mm(block, ordered.mT, out=output[rows])
+    sums = states.unflatten(-1, (groups, -1)).sum(-1)
+    return torch.addmm(output.mT, sums, _offsets(matrix, scale).mT, alpha=-1)
 
 
 def _in_blocks_transposed(matrix: QuantizedMatrix, states: torch.Tensor) -> torch.Tensor:
     """Return `states` float32 [n, out] times the transpose of a matrix [out, in]: [n, in]; see `_in_blocks`."""
     places, output = PLACES[matrix.bits], states.new_zeros(len(states), matrix.width)
-    for rows, block in _blocks(matrix):
+    scale = matrix.scale.float()
+    for rows, block in _blocks(matrix, scale):
         output.addmm_(states[:, rows], block)
     output = output.unflatten(-1, (places, -1)).mT.flatten(-2).unflatten(-1, (matrix.scale.shape[-1], -1))
-    return (output - (states @ _offsets(matrix))[..., None]).flatten(-2)
+    return (output - (states @ _offsets(matrix, scale))[..., None]).flatten(-2)
 
 
-def _blocks(matrix: QuantizedMatrix) -> Iterator[tuple[slice, torch.Tensor]]:
+def _blocks(matrix: QuantizedMatrix, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield rows, and float32 [rows, in] their codes from 0 on times the scales, in the order of `pieces`.
 
     Each is gone when the next is asked for.
     """
-    out, groups = matrix.scale.shape
-    places, run = PLACES[matrix.bits], matrix.width // PLACES[matrix.bits]
-    size = min(out, max(1, BLOCK * torch.get_num_threads() // matrix.width))
-    # Runs of weights with one scale that are too short for a broadcast are scaled weight by weight.
-    scale = matrix.scale.float()[:, None, :, None]
-    short = places == 8
-    octets = _octets(matrix.packed, matrix.bits, matrix.width)
-    block = scale.new_empty(size, places, run)
-    by_group, flat, by_place = block.unflatten(-1, (groups, -1)), block.flatten(1), block.unbind(1)
+    (out, groups), places = scale.shape, PLACES[matrix.bits]
+    run, size = matrix.width // places, min(out, max(1, BLOCK * torch.get_num_threads() // matrix.width))
+    octets, block = _octets(matrix.packed, matrix.bits, matrix.width), scale.new_empty(size, places, run)
     for start in range(0, out, size):
-        rows, count = slice(start, start + size), min(size, out - start)
-        for own, codes in zip(by_place, _split_octets(octets[rows], matrix.bits), strict=True):
-            own[:count].copy_(codes)
-        if short:
-            block[:count].mul_(scale[rows].expand(-1, 1, -1, run // groups).flatten(2))
+        rows, block = slice(start, min(start + size, out)), block[: out - start]
+        for own, codes in zip(block.unbind(1), _split_octets(octets[rows], matrix.bits), strict=True):
+            own.copy_(codes)
+        factors = scale[rows, None, :, None]
+        if places >= 4:  # runs of weights with one scale that are too short for a broadcast
+            block.mul_(factors.expand(-1, 1, -1, run // groups).flatten(2))
         else:
-            by_group[:count].mul_(scale[rows])
-        yield slice(start, start + count), flat[:count]
+            block.view(-1, places, groups, run // groups).mul_(factors)
+        yield rows, block.flatten(1)
 
 
-def _offsets(matrix: QuantizedMatrix) -> torch.Tensor:
+def _offsets(matrix: QuantizedMatrix, scale: torch.Tensor) -> torch.Tensor:
     """Return what each group's weights are too large by where codes count from 0 on, float32 [out, groups]."""
-    middle, scale = 2 ** (matrix.bits - 1), matrix.scale.float()
+    middle = 2 ** (matrix.bits - 1)
     if matrix.zero is None:
         return scale * middle
     return scale * (unpacked(matrix.zero.mT, matrix.bits, len(scale)).mT.float() + middle)

@@ -14,9 +14,10 @@ from merged import example
 from hf_mcsmoe import LoSparseConfig, compact, decompose_experts, moe_layers
 from hf_mcsmoe.layers.fused import fused_sizes, fused_views, plain
 from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.modeling import quantized_mcsmoe
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, grouped_experts_forward
 from hf_mcsmoe.modeling.modeling_mcsmoe import decomposable
-from hf_mcsmoe.modeling.quantized_mcsmoe import unpacked
+from hf_mcsmoe.modeling.quantized_mcsmoe import QuantizedMatrix, unpacked
 from hf_mcsmoe.quantization.codes import Codes
 from hf_mcsmoe.quantization.packing import expert_bytes, store_codes
 
@@ -46,6 +47,27 @@ def test_words_are_those_of_compressed_tensors(bits: int, width: int) -> None:
     words = pack_to_int32(values, bits)
     assert torch.equal(unpacked(words, bits, width), values)
     assert torch.equal(unpacked(words, bits, width), unpack_from_int32(words, bits, values.shape))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 15, 16, 33])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_product_in_blocks_is_that_with_the_whole_matrix(
+    bits: int, symmetric: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, width = 37, 64
+    monkeypatch.setattr(quantized_mcsmoe, "BLOCK", 8 * width // torch.get_num_threads())  # the last has 5 rows
+    codes = _codes((out, width), Grid(bits, 16, symmetric), tokens)
+    zero = None if codes.zero is None else pack_to_int32(codes.zero, bits, packed_dim=0)
+    matrix = QuantizedMatrix(pack_to_int32(codes.values, bits), codes.scale, zero, bits, width)
+    generator, whole = torch.Generator().manual_seed(0), codes.dequantized(torch.float64)
+    for one, values in ((matrix, whole.mT), (matrix.mT, whole)):
+        states = torch.randn(tokens, len(values), generator=generator)
+        torch.testing.assert_close(one.product(states).double(), states.double() @ values, rtol=0, atol=5e-6)
+        gradient = torch.randn(tokens, len(values.mT), generator=generator)
+        states.requires_grad_()
+        (found,) = torch.autograd.grad(one(states), states, gradient)
+        torch.testing.assert_close(found.double(), gradient.double() @ values.mT, rtol=0, atol=5e-6)
 
 
 def _quantized(experts: Any, bits: int | list[int], group_size: int, *, symmetric: bool = False) -> dict[str, list]:
