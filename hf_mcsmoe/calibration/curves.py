@@ -1,7 +1,7 @@
 """What parts of a choice cost a layer, as it was measured: a curve over experts, and one over the bits of each matrix.
 
-The squared errors of a layer's output that a reduction, the rounding of W_in and that of W_out leave add up, and so do
-their effects on the model.
+The squared errors of a layer's output that a reduction, low rank, the rounding of W_in and that of W_out leave add up,
+and so do their effects on the model.
 """
 
 import itertools
@@ -39,13 +39,15 @@ class Part:
 class LayerCurves:
     """The curves of one layer of `experts` E.
 
-    `reduced` by reduction and experts G, fitted, in the dtype they had; `w_in` and `w_out` of all experts by grid.
+    `reduced` by reduction and experts G, fitted, in the dtype they had; `w_in` and `w_out` of all experts by grid;
+    `low_rank` of all experts by rank, fitted.
     """
 
     experts: int
     reduced: dict[str, dict[int, Part]] = field(default_factory=dict)
     w_in: dict[Grid, Part] = field(default_factory=dict)
     w_out: dict[Grid, Part] = field(default_factory=dict)
+    low_rank: dict[int, Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if unknown := self.reduced.keys() - set(REDUCTIONS):
@@ -61,6 +63,10 @@ class LayerCurves:
             ValueError: it was not measured.
         """
         total = self.reduction_effect(choice.reduce, choice.experts)
+        if choice.rank is not None:
+            if choice.rank not in self.low_rank:
+                raise ValueError(f"rank={choice.rank} was not measured: collect the curves anew.")
+            total += self.low_rank[choice.rank].effect
         for name, grid in (("w_in", choice.w_in), ("w_out", choice.w_out)):
             if grid is not None and grid not in vars(self)[name]:
                 raise ValueError(f"{name}={grid} was not measured: collect the curves anew.")
@@ -90,7 +96,8 @@ class LayerCurves:
             name: {str(experts): asdict(part) for experts, part in parts.items()}
             for name, parts in self.reduced.items()
         }
-        return {"experts": self.experts, "reduced": reduced, **grids}
+        low_rank = {str(rank): asdict(part) for rank, part in self.low_rank.items()}
+        return {"experts": self.experts, "reduced": reduced, **grids, "low_rank": low_rank}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerCurves":
@@ -104,7 +111,8 @@ class LayerCurves:
             for name, parts in values["reduced"].items()
         }
         grids = {name: dict(map(_grid_part, values[name])) for name in ("w_in", "w_out")}
-        return cls(values["experts"], reduced, **grids)
+        low_rank = {int(rank): Part(**part) for rank, part in values.get("low_rank", {}).items()}
+        return cls(values["experts"], reduced, **grids, low_rank=low_rank)
 
 
 def _grid_part(entry: Mapping[str, Any]) -> tuple[Grid, Part]:

@@ -87,20 +87,21 @@ class Dial:
         """Return what is chosen for a size, and from what; None where experts and bits are said.
 
         Raises:
-            ValueError: it is no size; a rank, which nobody would choose experts for.
+            ValueError: it is no size, or a share of S is given, which is not chosen.
         """
         if self.is_by_hand:
             return None
-        if storage.rank is not None:
+        if storage.keep is not None:
             raise ValueError(
-                f"--rank {storage.rank} stores experts, and --experts says how many: give that (1.0 keeps all) in "
-                "place of --size."
+                f"--keep {storage.keep} is a share of S that --size does not choose: leave it out, or say with --experts "
+                "how many experts to keep (1.0 keeps all) in place of --size."
             )
         given = {
             "size": self.size,
             "bits": self.allowed_bits or None,
             "reduce": self.reduce,
             "group_size": self.group_size,
+            "ranks": None if storage.rank is None else (storage.rank,),
         }
         known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return SizeConfig(

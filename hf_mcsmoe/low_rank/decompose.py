@@ -149,6 +149,19 @@ def compact_weight(module: Any, name: str, kept: torch.Tensor) -> None:
     module.low_rank = {**module.low_rank, name: {**module.low_rank[name], "kept_rows": counts}}
 
 
+@torch.no_grad()
+def decompose_container(experts: Any, rank: int, keep: float, inputs: LayerInputs) -> None:
+    """Turn the stored experts of one layer, in place, into low rank + sparse, in the compact form.
+
+    Args:
+        experts: a container of dense experts.
+        inputs: what they see, with stored experts as picks.
+    """
+    config = LoSparseConfig(rank=rank, keep=keep)
+    _decompose_layer(experts, {"W_in": rank, "W_out": rank}, config, inputs, True, iter)
+    compact_layers(experts)
+
+
 def low_rank_step(model: PreTrainedModel, config: LoSparseConfig) -> Step | None:
     """Return what the record tells of a decomposition on calibration data; None where all experts stayed dense."""
     ranks = sorted({entry["rank"] for _, module in low_rank_modules(model) for entry in module.low_rank.values()})

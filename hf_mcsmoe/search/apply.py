@@ -10,6 +10,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.whole import convert_whole
+from hf_mcsmoe.low_rank.decompose import decompose_container
 from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.convert import write_description
@@ -65,7 +66,7 @@ def store_choices(
     model = student.model
     for layer in student:
         choice = choices.get(layer.original_name)
-        if choice is not None and not layer.merged and choice.w_in is not None:
+        if choice is not None and not layer.merged and (choice.w_in is not None or choice.rank is not None):
             convert_whole(model, layer)
     student = Layers.of(student.source)
     if not any(layer.merged for layer in student):
@@ -80,6 +81,8 @@ def store_choices(
             choice = choices[original.name]
             with original.open() as weights:
                 seen = student_inputs(pairs, inputs, batches)
+                if choice.rank is not None:
+                    decompose_container(layer.container, choice.rank, choice.keep, seen)
                 fit = LayerFit(layer.name, layer.container, weights, seen, inputs, map_of_fit(layer))
                 w_in: Grids | None = choice.w_in
                 w_out: Grids | None = choice.w_out

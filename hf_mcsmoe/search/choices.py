@@ -5,10 +5,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.low_rank.ranks import stored_share
 from hf_mcsmoe.methods.choice import Choice, Grid
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
 from hf_mcsmoe.quantization.codes import group_size_for
@@ -19,9 +22,11 @@ from hf_mcsmoe.search.size import bytes_text
 
 # Steps that the experts of a layer are counted in.
 STEPS = 16
+# Parts of the smaller side of a matrix that its ranks may be, unless others are asked for.
+RANKS = (8, 16)
 # Bytes of the header of a file of weights, for each tensor that it holds, and the tensors that two matrices of a layer
-# may become more: words, scales and zero points each.
-HEADER, MORE = 120, 4
+# may become more: words, scales and zero points each, of U, V and S (and the places of its rows) where it is low rank.
+HEADER, MORE, MORE_OF_FACTORS = 120, 4, 18
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,10 @@ def _solved(
     kept = [[choice for choice in choices if count in (None, choice.experts)] for choices in options]
     if not all(kept):
         return None
-    tables = [
-        [Candidate(choice_bytes(shared[0], choice), curves[shared[0].name].effect(choice)) for choice in choices]
-        for shared, choices in zip(groups, kept, strict=True)
-    ]
+    tables = []
+    for shared, own in zip(groups, kept, strict=True):
+        shape, curve = ExpertShape.of(shared[0]), curves[shared[0].name]
+        tables.append([Candidate(shape.bytes(choice), curve.effect(choice)) for choice in own])
     numbers = cheapest(tables, room)
     if numbers is None:
         return None
@@ -109,7 +114,7 @@ def single_methods(layers: Layers, config: SizeConfig, skip: Sequence[str] = ())
         own = replace(config, bits=(bits,))
         rounded = [next(x for x in candidates(shared, own) if x.w_in or len(shared) > 1) for shared in groups]
         found[f"all experts at {bits} bits"] = rounded
-    exact = len(config.bits) == 1
+    exact = 1 in (len(config.bits), len(config.ranks or ()))
     for reduce, share in () if exact else itertools.product(config.reductions, (0.75, 0.5, 0.25)):
         counts = [nearest_count(shared[0], share * shared[0].num_experts, reduce, config) for shared in groups]
         if None not in counts and not (config.uniform_experts and len(set(counts)) > 1):
@@ -145,8 +150,7 @@ def check_reachable(layers: Layers, config: SizeConfig, limit: int, skip: Sequen
 def smallest_bytes(layers: Layers, config: SizeConfig, skip: Sequence[str] = ()) -> int:
     """Return the bytes of the weight files of the smallest result that the options allow."""
     smallest = [
-        min(choice_bytes(shared[0], choice) for choice in candidates(shared, config))
-        for shared in layers.selected(skip).tied
+        min(map(ExpertShape.of(shared[0]).bytes, candidates(shared, config))) for shared in layers.selected(skip).tied
     ]
     return fixed_bytes(layers, skip) + sum(smallest)
 
@@ -157,10 +161,10 @@ def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
     reductions = [(first.num_experts, "merge")]
     reductions += [(count, reduce) for reduce in config.reductions for count in expert_counts(first, reduce, config)]
     w_in, w_out = (list(_grids(width, shared, config)) for width in (first.hidden_size, first.intermediate_size))
+    stored = [(one, other) for one, other in itertools.product(w_in, w_out) if (one is None) == (other is None)]
     return [
-        Choice(count, reduce, one, other)
-        for (count, reduce), one, other in itertools.product(reductions, w_in, w_out)
-        if (one is None) == (other is None)
+        Choice(count, reduce, one, other, rank)
+        for (count, reduce), rank, (one, other) in itertools.product(reductions, _ranks(shared, config), stored)
     ]
 
 
@@ -187,6 +191,36 @@ def nearest_count(layer: MoELayer, count: float, reduce: str, config: SizeConfig
     return min(units * unit, layer.num_experts)
 
 
+def ranks(shared: Sequence[MoELayer], config: SizeConfig) -> list[int]:
+    """Return the ranks at which low rank + sparse takes fewer bytes, the largest first; none where layers share.
+
+    Raises:
+        ValueError: one that is asked for is none of them.
+    """
+    first, shape = shared[0], ExpertShape.of(shared[0])
+    side = min(first.hidden_size, first.intermediate_size)
+    asked = {side // part for part in RANKS} if config.ranks is None else set(config.ranks)
+    found = {
+        rank
+        for rank in asked
+        if len(shared) == 1
+        and 0 < rank <= side
+        and all(stored_share(rank, Choice.keep, *size) < 1 for size in (shape.w_in, shape.w_out))
+    }
+    if config.ranks is not None and (wrong := asked - found):
+        raise ValueError(
+            f"rank={min(wrong)} makes the experts of {first.name} no smaller, or they are shared by layers, which "
+            "cannot be of low rank: ask for another rank, or skip the layer."
+        )
+    return sorted(found, reverse=True)
+
+
+def _ranks(shared: Sequence[MoELayer], config: SizeConfig) -> list[int | None]:
+    known = ranks(shared, config)
+    is_exact = config.ranks is not None and len(config.ranks) == 1  # a single number means exactly that
+    return [*known] if is_exact else [None, *known]
+
+
 def grids(width: int, config: SizeConfig) -> list[Grid]:
     """Return the grids that matrices of `width` inputs may have, from the most bits on."""
     size = group_size_for(width, config.group_size)
@@ -206,18 +240,51 @@ def _measured(shared: Sequence[MoELayer], curves: LayerCurves, config: SizeConfi
     return [
         choice
         for choice in candidates(shared, config)
-        if choice.experts == curves.experts or curves.reduced.get(choice.reduce)
+        if (choice.experts == curves.experts or curves.reduced.get(choice.reduce))
+        and (choice.rank is None or choice.rank in curves.low_rank)
     ]
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """What one expert of a layer is made of: its matrices (out, in), parameters of its biases, and their dtype."""
+
+    w_in: tuple[int, int]
+    w_out: tuple[int, int]
+    biases: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layer: MoELayer) -> "ExpertShape":
+        """Return the shape of a layer's experts."""
+        expert, dtype = layer.read().expert(0), layer.parameters[0][1].dtype
+        width, hidden_size = expert["up"].shape
+        biases = sum(tensor.numel() for role, tensor in expert.items() if role.endswith("_bias"))
+        return cls(((1 + ("gate" in expert)) * width, hidden_size), (hidden_size, width), biases, dtype)
+
+    def bytes(self, choice: Choice) -> int:
+        """Return the bytes of a layer's experts as a choice stores them."""
+        if choice.rank is None:
+            matrices = expert_bytes(self.w_in, choice.w_in, self.dtype)
+            matrices += expert_bytes(self.w_out, choice.w_out, self.dtype)
+        else:
+            matrices = self._factors(self.w_in, self.w_in[0], choice.w_in, choice)
+            matrices += self._factors(self.w_out, self.w_out[1], choice.w_out, choice)
+        headers = 0 if choice.rank is None else HEADER * MORE_OF_FACTORS
+        return choice.experts * (matrices + self.biases * self.dtype.itemsize) + headers
+
+    def _factors(self, shape: tuple[int, int], units: int, grid: Grid | None, choice: Choice) -> int:
+        """Return the bytes of U, V, the kept ones of the `units` that S has, and their places."""
+        (out, width), rank, kept = shape, choice.rank or 0, round(choice.keep * units)
+        parts = [(out, rank), (rank, width), (kept, self.w_in[1])]
+        own = [grid and replace(grid, group_size=group_size_for(part[1], grid.group_size)) for part in parts]
+        stored = sum(expert_bytes(part, one, self.dtype) for part, one in zip(parts, own, strict=True))
+        return stored + kept * torch.int32.itemsize
 
 
 def choice_bytes(layer: MoELayer, choice: Choice) -> int:
     """Return the bytes of a layer's experts as a choice stores them."""
-    expert, dtype = layer.read().expert(0), layer.parameters[0][1].dtype
-    width, hidden_size = expert["up"].shape
-    matrices = expert_bytes(((1 + ("gate" in expert)) * width, hidden_size), choice.w_in, dtype)
-    matrices += expert_bytes((hidden_size, width), choice.w_out, dtype)
-    biases = sum(tensor.numel() for role, tensor in expert.items() if role.endswith("_bias"))
-    return choice.experts * (matrices + biases * dtype.itemsize)
+    return ExpertShape.of(layer).bytes(choice)
 
 
 def whole_bytes(layers: Layers, skip: Sequence[str] = ()) -> int:

@@ -41,6 +41,8 @@ def check_curves(
     for first, *_ in layers.selected(merge.skip).tied:
         if first.name not in statistics.curves:
             raise ValueError(f"What choices cost was not measured of the layer {first.name}: {WAY_OUT}")
+        if lacking := set(search.ranks or ()) - statistics.curves[first.name].low_rank.keys():
+            raise ValueError(f"What rank={min(lacking)} costs was not measured of the layer {first.name}: {WAY_OUT}")
     for name, asked in conditions(merge, search, repair).items():
         held = statistics.conditions.get(name)
         if not _covers(name, held, asked):

@@ -31,6 +31,9 @@ class SizeConfig(Options):
     uniform_experts: bool = option(False, "one count of experts for all layers")
     min_experts: int = option(1, "fewest experts in a layer; never fewer than a token picks")
     group_size: int = option(64, "weights that share a scale, where that divides their matrix")
+    ranks: tuple[int, ...] | None = option(
+        None, "ranks of low rank + sparse that may be chosen (one: for all); an eighth or sixteenth of the smaller side"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -40,6 +43,9 @@ class SizeConfig(Options):
                 raise ValueError(f"bits={bits!r} must be of {', '.join(map(str, BITS))}.")
         if self.reduce not in (AUTO, *REDUCTIONS):
             raise ValueError(f"reduce={self.reduce!r} must be one of {', '.join(map(repr, (AUTO, *REDUCTIONS)))}.")
+        for rank in self.ranks or ():
+            if rank < 1:
+                raise ValueError(f"ranks={self.ranks!r} must be whole numbers from 1 on.")
         for name, value in (("min_experts", self.min_experts), ("group_size", self.group_size)):
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 on.")

@@ -14,14 +14,15 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.low_rank.decompose import decompose_container
+from hf_mcsmoe.methods.choice import Choice, Grid
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.plan import LayerPlan, MergePlan, plan_merge
 from hf_mcsmoe.quantization.layer import quantize_layer
 from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_sum
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
-from hf_mcsmoe.search.choices import grids, nearest_count
+from hf_mcsmoe.search.choices import grids, nearest_count, ranks
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.probe import Probe
 from hf_mcsmoe.search.student import refit_method, seen_by, student_experts
@@ -184,10 +185,10 @@ class Bench:
         w_out = dict(self._rounded(fit, kept, grids(layer.intermediate_size, search), False))
         w_in = dict(self._rounded(fit, kept, grids(layer.hidden_size, search), True))
         del fit, kept
+        low_rank = dict(self._of_low_rank(ranks(self.layers, search), whole, some))
         reduced = {reduce: dict(self._reduced(steps)) for reduce, steps in plans.items()}
-        return LayerCurves(
-            layer.num_experts, {name: _parts(seen) for name, seen in reduced.items()}, _parts(w_in), _parts(w_out)
-        )
+        parts = {name: _parts(seen) for name, seen in reduced.items()}
+        return LayerCurves(layer.num_experts, parts, _parts(w_in), _parts(w_out), _parts(low_rank))
 
     def _fit(self, item: LayerPlan, plan: MergePlan) -> LayerFit:
         """Return the layer with the experts of a plan."""
@@ -241,6 +242,16 @@ class Bench:
             repair = replace(repair, ridges=tuple(ladder[max(place - 1, 0) : place + 2]))
         ridges = [expert.ridge for expert in REPAIR[method](fit, repair, final=False).experts]
         self.ridge = next((ridge for ridge in ridges if method == "joint" and ridge), self.ridge)
+
+    def _of_low_rank(
+        self, chosen: Sequence[int], whole: LayerPlan, plan: MergePlan
+    ) -> Iterator[tuple[int, Observed]]:
+        """Yield what low rank + sparse does to all experts, by its rank."""
+        for rank in chosen:
+            fit = self._fit(whole, plan)
+            decompose_container(fit.experts, rank, Choice.keep, fit.inputs)
+            self._refit(fit)
+            yield rank, self._observed(fit, probed=True)
 
     def _reduced(self, plans: list[MergePlan]) -> Iterator[tuple[int, Observed]]:
         """Yield what fewer experts do, by their number."""

@@ -50,7 +50,12 @@ def _chosen(curves: Mapping[str, LayerCurves], choices: Mapping[str, Choice]) ->
     bits = [grid.bits for grid in grids if grid]
     stored = f"in {_range(bits)} bits" if bits else "in the values they have"
     partly = " (some layers as they are)" if bits and len(bits) < len(grids) else ""
-    return f"{_range(choice.experts for choice in choices.values())} of {before} experts a layer, {stored}{partly}"
+    ranks = [choice.rank for choice in choices.values() if choice.rank]
+    of_rank = f", {'' if len(ranks) == len(choices) else 'partly '}of rank {_range(ranks)} + sparse" if ranks else ""
+    return (
+        f"{_range(choice.experts for choice in choices.values())} of {before} experts a layer, "
+        f"{stored}{partly}{of_rank}"
+    )
 
 
 def _range(numbers: Iterable[int]) -> str:
