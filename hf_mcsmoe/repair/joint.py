@@ -151,13 +151,17 @@ class NormalEquations:
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         return NormalEquations(self.cross + other.cross, self.gram.add_(other.gram))
 
-    def solved(self, ridge: float) -> torch.Tensor:
-        """Return the change X [D, N] that minimises `|X h - m|^2 + ridge * scale * |X|^2`."""
-        diagonal = self.gram.diagonal().clone()
-        self.gram.diagonal().add_(ridge * diagonal.mean())
-        factor = torch.linalg.cholesky(self.gram)
-        self.gram.diagonal().copy_(diagonal)
-        return torch.cholesky_solve(self.cross.T, factor).T
+    def solved(self, ridge: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Return the change X [D, N] that minimises `|X h - m|^2 + ridge * scale * |X|^2`, in the dtype given.
+
+        A matrix that is not positive in a small dtype is solved in float64.
+        """
+        matrix = self.gram.to(dtype, copy=True)
+        matrix.diagonal().add_(ridge * self.gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(matrix, check_errors=dtype == torch.float64)
+        if failed:
+            return self.solved(ridge)
+        return torch.cholesky_solve(self.cross.to(dtype).T, factor).T
 
 
 def _solved(
@@ -168,7 +172,7 @@ def _solved(
     best, error, change = None, before, torch.empty(0)
     last = math.inf
     for ridge in ladder if sums.cross.any() else ():
-        solution = sums.solved(ridge)
+        solution = sums.solved(ridge, torch.float32)  # half the time, and near enough to judge a ridge
         last, previous = _missed(units, missing, solution, judge), last
         if last < error:
             best, error, change = ridge, last, solution
@@ -177,8 +181,8 @@ def _solved(
     if best is None:
         return None
     if final:
-        change = (sums + NormalEquations.over(units, missing, judge)).solved(best)
-    return best, error, change
+        sums = sums + NormalEquations.over(units, missing, judge)
+    return best, error, sums.solved(best) if final else change
 
 
 def _missed(units: Units, missing: torch.Tensor, change: torch.Tensor, judge: torch.Tensor) -> float:
