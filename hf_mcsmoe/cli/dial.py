@@ -93,8 +93,8 @@ class Dial:
             return None
         if storage.keep is not None:
             raise ValueError(
-                f"--keep {storage.keep} is a share of S that --size does not choose: leave it out, or say with --experts "
-                "how many experts to keep (1.0 keeps all) in place of --size."
+                f"--keep {storage.keep} is a share of S that --size does not choose: leave it out, or say with "
+                "--experts how many experts to keep (1.0 keeps all) in place of --size."
             )
         given = {
             "size": self.size,

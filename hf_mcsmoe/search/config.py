@@ -32,7 +32,8 @@ class SizeConfig(Options):
     min_experts: int = option(1, "fewest experts in a layer; never fewer than a token picks")
     group_size: int = option(64, "weights that share a scale, where that divides their matrix")
     ranks: tuple[int, ...] | None = option(
-        None, "ranks of low rank + sparse that may be chosen (one: for all); an eighth or sixteenth of the smaller side"
+        None,
+        "ranks of low rank + sparse to choose from (one: for all); an eighth, a sixteenth of the smaller side",
     )
 
     def __post_init__(self) -> None:

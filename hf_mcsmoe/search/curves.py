@@ -243,9 +243,7 @@ class Bench:
         ridges = [expert.ridge for expert in REPAIR[method](fit, repair, final=False).experts]
         self.ridge = next((ridge for ridge in ridges if method == "joint" and ridge), self.ridge)
 
-    def _of_low_rank(
-        self, chosen: Sequence[int], whole: LayerPlan, plan: MergePlan
-    ) -> Iterator[tuple[int, Observed]]:
+    def _of_low_rank(self, chosen: Sequence[int], whole: LayerPlan, plan: MergePlan) -> Iterator[tuple[int, Observed]]:
         """Yield what low rank + sparse does to all experts, by its rank."""
         for rank in chosen:
             fit = self._fit(whole, plan)
