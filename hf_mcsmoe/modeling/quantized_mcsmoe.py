@@ -29,8 +29,8 @@ from .configuration_mcsmoe import check_quantized
 PLACES = {8: 1, 4: 2, 3: 8, 2: 4}
 # Weights that a processor dequantizes at a time, for each thread: 2 MB, which fit its cache.
 BLOCK = 2**19
-# Tokens from which on a product of a block is written feature by feature: libraries of linear algebra write few
-# columns beside each other up to eight times as slowly as one after another, and many a little faster.
+# Tokens from which on the output of a block is written row by row: MKL takes up to eight times as long to write a few
+# columns so, and a little less for many.
 MANY = 16
 
 
@@ -147,43 +147,43 @@ def _in_blocks(matrix: QuantizedMatrix, states: torch.Tensor) -> torch.Tensor:
     1e-6 of its size in float32, from that with the matrix dequantized.
     """
     (out, groups), count = matrix.scale.shape, len(states)
-    ordered = states.unflatten(-1, (-1, PLACES[matrix.bits])).mT.flatten(1)
-    output = states.new_empty(count, out).mT if count < MANY else states.new_empty(out, count)
+    by_place = states.unflatten(-1, (-1, PLACES[matrix.bits])).movedim(-1, 0).contiguous()
+    output = states.new_zeros(count, out).mT if count < MANY else states.new_zeros(out, count)
     scale = matrix.scale.float()
-    for rows, block in _blocks(matrix, scale):
-        torch.mm(block, ordered.mT, out=output[rows])
+    for rows, place, block in _blocks(matrix, scale):
+        output[rows].addmm_(block, by_place[place].mT)
     sums = states.unflatten(-1, (groups, -1)).sum(-1)
     return torch.addmm(output.mT, sums, _offsets(matrix, scale).mT, alpha=-1)
 
 
 def _in_blocks_transposed(matrix: QuantizedMatrix, states: torch.Tensor) -> torch.Tensor:
     """Return `states` float32 [n, out] times the transpose of a matrix [out, in]: [n, in]; see `_in_blocks`."""
-    places, output = PLACES[matrix.bits], states.new_zeros(len(states), matrix.width)
-    scale = matrix.scale.float()
-    for rows, block in _blocks(matrix, scale):
-        output.addmm_(states[:, rows], block)
-    output = output.unflatten(-1, (places, -1)).mT.flatten(-2).unflatten(-1, (matrix.scale.shape[-1], -1))
-    return (output - (states @ _offsets(matrix, scale))[..., None]).flatten(-2)
+    places, scale = PLACES[matrix.bits], matrix.scale.float()
+    output = states.new_zeros(places, len(states), matrix.width // places)
+    for rows, place, block in _blocks(matrix, scale):
+        output[place].addmm_(states[:, rows], block)
+    by_group = output.movedim(0, -1).flatten(-2).unflatten(-1, (scale.shape[-1], -1))
+    return (by_group - (states @ _offsets(matrix, scale))[..., None]).flatten(-2)
 
 
-def _blocks(matrix: QuantizedMatrix, scale: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield rows, and float32 [rows, in] their codes from 0 on times the scales, in the order of `pieces`.
+def _blocks(matrix: QuantizedMatrix, scale: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """Yield rows, one of the places of `pieces`, and float32 [rows, n] the codes from 0 on there times the scales.
 
-    Each is gone when the next is asked for.
+    Each block is gone when the next is asked for.
     """
     (out, groups), places = scale.shape, PLACES[matrix.bits]
-    run, size = matrix.width // places, min(out, max(1, BLOCK * torch.get_num_threads() // matrix.width))
-    octets, block = _octets(matrix.packed, matrix.bits, matrix.width), scale.new_empty(size, places, run)
+    width = matrix.width // places
+    size, run = min(out, max(1, BLOCK * torch.get_num_threads() // width)), width // groups
+    octets, block = _octets(matrix.packed, matrix.bits, matrix.width), scale.new_empty(size, width)
     for start in range(0, out, size):
         rows, block = slice(start, min(start + size, out)), block[: out - start]
-        for own, codes in zip(block.unbind(1), _split_octets(octets[rows], matrix.bits), strict=True):
-            own.copy_(codes)
-        factors = scale[rows, None, :, None]
-        if places >= 4:  # runs of weights with one scale that are too short for a broadcast
-            block.mul_(factors.expand(-1, 1, -1, run // groups).flatten(2))
-        else:
-            block.view(-1, places, groups, run // groups).mul_(factors)
-        yield rows, block.flatten(1)
+        scaled, factors = block.view(-1, groups, run), scale[rows, :, None]
+        if places == 8:  # runs of weights with one scale are too short for a broadcast
+            scaled, factors = block, factors.expand(-1, -1, run).flatten(1)
+        for place, codes in enumerate(_split_octets(octets[rows], matrix.bits)):
+            block.copy_(codes)
+            scaled.mul_(factors)
+            yield rows, place, block
 
 
 def _offsets(matrix: QuantizedMatrix, scale: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,8 @@ def test_a_product_in_blocks_is_that_with_the_whole_matrix(
     bits: int, symmetric: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, width = 37, 64
-    monkeypatch.setattr(quantized_mcsmoe, "BLOCK", 8 * width // torch.get_num_threads())  # the last has 5 rows
+    block = 8 * width // quantized_mcsmoe.PLACES[bits] // torch.get_num_threads()
+    monkeypatch.setattr(quantized_mcsmoe, "BLOCK", block)  # of 8 rows, the last of 5
     codes = _codes((out, width), Grid(bits, 16, symmetric), tokens)
     zero = None if codes.zero is None else pack_to_int32(codes.zero, bits, packed_dim=0)
     matrix = QuantizedMatrix(pack_to_int32(codes.values, bits), codes.scale, zero, bits, width)
