@@ -25,17 +25,18 @@ from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.merge import check_loaded, merge_layers
-from hf_mcsmoe.methods.budget import BUDGET, adaptive_budget, uniform_budget
+from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.plan import check_request, plan_merge
+from hf_mcsmoe.plan import MergePlan, check_request, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantization_step, quantize_layers
 from hf_mcsmoe.record import Calibration, Costs, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, repair_experts
+from hf_mcsmoe.search.budget import measured_plan
 from hf_mcsmoe.search.compress import check_size, compress_to_size
 from hf_mcsmoe.search.config import SizeConfig
 
@@ -114,11 +115,10 @@ def compress(
         options: dict[str, Any] = {"statistics": statistics, "progress": tell, "repetitions": repetitions}
         options |= {"repair": repair, "held_out": held_out or (), "check": kinds}
         return compress_to_size(layers, list(batches), config, search, **options)
-    batches, sample = _sampled(batches, keep=any(stages.values()))
+    batches, sample = _sampled(batches, keep=config.budget == MEASURED or any(stages.values()))
     if statistics is None:
         statistics = collect_statistics(layers, counted(batches, "statistics", tell), config.needs)
-    with one_step("planning", tell):
-        plan = plan_merge(layers, statistics, config)
+    plan = _planned(layers, statistics, batches, config, repair, tell)
     number = sum(not layer.is_whole for layer in plan.layers.values())
     is_merged = number > 0
     _check_repair(is_merged, **stages)
@@ -160,6 +160,20 @@ def compress(
     record = replace(record, costs=costs, calibration=Calibration(check=list(kinds), check_rows=rows))
     attach_record(merged, record.with_quality(judge.quality))
     return merged
+
+
+def _planned(
+    layers: Layers,
+    statistics: RoutingStatistics,
+    batches: Iterable[Batch],
+    config: MergeConfig,
+    repair: RepairConfig | None,
+    tell: Progress,
+) -> MergePlan:
+    if config.budget == MEASURED:
+        return measured_plan(layers, statistics, list(batches), config, repair, _by_number("curves", tell))
+    with one_step("planning", tell):
+        return plan_merge(layers, statistics, config)
 
 
 def _by_name(check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None) -> Mapping[str, Iterable[Batch]]:

@@ -1,7 +1,7 @@
 """What parts of a choice cost a layer, as it was measured: a curve over experts, and one over the bits of each matrix.
 
-The squared errors of a layer's output that a reduction, low rank, the rounding of W_in and that of W_out leave add up,
-and so do their effects on the model.
+The squared errors of a layer's output that a reduction, the rounding of W_in and that of W_out leave add up, and so do
+their effects on the model. Factors of low rank are measured as they are rounded: they hold more in fewer weights.
 """
 
 import itertools
@@ -40,14 +40,14 @@ class LayerCurves:
     """The curves of one layer of `experts` E.
 
     `reduced` by reduction and experts G, fitted, in the dtype they had; `w_in` and `w_out` of all experts by grid;
-    `low_rank` of all experts by rank, fitted.
+    `low_rank` of all experts by rank and then by the bits of both matrices' factors, fitted; 0 bits: as they are.
     """
 
     experts: int
     reduced: dict[str, dict[int, Part]] = field(default_factory=dict)
     w_in: dict[Grid, Part] = field(default_factory=dict)
     w_out: dict[Grid, Part] = field(default_factory=dict)
-    low_rank: dict[int, Part] = field(default_factory=dict)
+    low_rank: dict[int, dict[int, Part]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if unknown := self.reduced.keys() - set(REDUCTIONS):
@@ -64,14 +64,20 @@ class LayerCurves:
         """
         total = self.reduction_effect(choice.reduce, choice.experts)
         if choice.rank is not None:
-            if choice.rank not in self.low_rank:
-                raise ValueError(f"rank={choice.rank} was not measured: collect the curves anew.")
-            total += self.low_rank[choice.rank].effect
+            return total + self._low_rank_effect(choice)
         for name, grid in (("w_in", choice.w_in), ("w_out", choice.w_out)):
             if grid is not None and grid not in vars(self)[name]:
                 raise ValueError(f"{name}={grid} was not measured: collect the curves anew.")
             total += 0.0 if grid is None else vars(self)[name][grid].effect
         return total
+
+    def _low_rank_effect(self, choice: Choice) -> float:
+        bits = {grid.bits if grid else 0 for grid in (choice.w_in, choice.w_out)}
+        known = self.low_rank.get(choice.rank or 0, {})
+        if len(bits) > 1 or not bits <= known.keys():
+            told = "/".join(map(str, sorted(bits)))
+            raise ValueError(f"rank={choice.rank} at {told} bits was not measured: collect the curves anew.")
+        return known[bits.pop()].effect
 
     def reduction_effect(self, reduce: str, experts: int) -> float:
         """Return the effect of fewer experts alone: as measured, or on a power of the experts that are gone.
@@ -96,7 +102,10 @@ class LayerCurves:
             name: {str(experts): asdict(part) for experts, part in parts.items()}
             for name, parts in self.reduced.items()
         }
-        low_rank = {str(rank): asdict(part) for rank, part in self.low_rank.items()}
+        low_rank = {
+            str(rank): {str(bits): asdict(part) for bits, part in parts.items()}
+            for rank, parts in self.low_rank.items()
+        }
         return {"experts": self.experts, "reduced": reduced, **grids, "low_rank": low_rank}
 
     @classmethod
@@ -111,7 +120,10 @@ class LayerCurves:
             for name, parts in values["reduced"].items()
         }
         grids = {name: dict(map(_grid_part, values[name])) for name in ("w_in", "w_out")}
-        low_rank = {int(rank): Part(**part) for rank, part in values.get("low_rank", {}).items()}
+        low_rank = {
+            int(rank): {int(bits): Part(**part) for bits, part in parts.items()}
+            for rank, parts in values.get("low_rank", {}).items()
+        }
         return cls(values["experts"], reduced, **grids, low_rank=low_rank)
 
 

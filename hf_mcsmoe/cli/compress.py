@@ -32,6 +32,7 @@ from hf_mcsmoe.compress import check_options, chosen_repair, compress, merges_no
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
+from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.progress import counted, one_step
@@ -97,7 +98,7 @@ def compress_command(
     needed, held = _check(layers, config, stages, loading.dtype, scores)
     output = target.claimed(needed, model=model, data=calibration.data, check_data=calibration.check_data or [])
     tokenizer = load_tokenizer(loading.tokenizer or model)
-    reads = held is None or any(stages.values())
+    reads = held is None or config.budget == MEASURED or any(stages.values())
     started = time.perf_counter()
     with stage_bars() as progress:
         samples, other = calibration.read(progress) if reads else [], calibration.read_check()

@@ -5,6 +5,8 @@ import torch
 from hf_mcsmoe.methods.registry import Registry
 
 BUDGET = Registry("budget")
+# The budget that follows from what fewer experts of each layer cost; `search/budget.py` is what finds it.
+MEASURED = "measured"
 
 
 def budget_total(experts: int | float, sizes: list[int]) -> int:
@@ -39,6 +41,19 @@ def adaptive_budget(saliency: list[torch.Tensor], experts: int | float, min_expe
     for _, _, position in sorted(candidates)[: total - sum(counts)]:
         counts[position] += 1
     return counts
+
+
+@BUDGET.register(MEASURED)
+def measured_budget(saliency: list[torch.Tensor], experts: int | float, min_experts: int) -> list[int]:
+    """Refuse: what fewer experts cost is measured on the model, by `compress`, which then needs no such function.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"budget={MEASURED!r} measures the model on calibration data, which `compress` does; a plan from statistics "
+        "alone shares out by 'adaptive' or 'uniform'."
+    )
 
 
 def salient_first(saliency: torch.Tensor) -> list[int]:

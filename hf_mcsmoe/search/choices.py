@@ -165,6 +165,8 @@ def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
     return [
         Choice(count, reduce, one, other, rank)
         for (count, reduce), rank, (one, other) in itertools.product(reductions, _ranks(shared, config), stored)
+        # Factors are measured with the same bits in both matrices.
+        if rank is None or (one and one.bits) == (other and other.bits)
     ]
 
 

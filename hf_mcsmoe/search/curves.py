@@ -185,10 +185,12 @@ class Bench:
         w_out = dict(self._rounded(fit, kept, grids(layer.intermediate_size, search), False))
         w_in = dict(self._rounded(fit, kept, grids(layer.hidden_size, search), True))
         del fit, kept
-        low_rank = dict(self._of_low_rank(ranks(self.layers, search), whole, some))
+        low_rank = {
+            rank: _parts(dict(self._of_low_rank(rank, search, whole, some))) for rank in ranks(self.layers, search)
+        }
         reduced = {reduce: dict(self._reduced(steps)) for reduce, steps in plans.items()}
         parts = {name: _parts(seen) for name, seen in reduced.items()}
-        return LayerCurves(layer.num_experts, parts, _parts(w_in), _parts(w_out), _parts(low_rank))
+        return LayerCurves(layer.num_experts, parts, _parts(w_in), _parts(w_out), low_rank)
 
     def _fit(self, item: LayerPlan, plan: MergePlan) -> LayerFit:
         """Return the layer with the experts of a plan."""
@@ -219,6 +221,8 @@ class Bench:
         self, fit: LayerFit, kept: dict[str, torch.Tensor], choices: list[Grid], is_input: bool
     ) -> Iterator[tuple[Grid, Observed]]:
         """Yield what rounding one of the matrices does, the other as it was; W_in with the refit of W_out to it."""
+        if not choices:
+            return
         probed = [choices[-1], next((grid for grid in choices if grid.bits <= 4), choices[0])]
         gain = 1.0
         for grid in reversed(choices):
@@ -243,13 +247,24 @@ class Bench:
         ridges = [expert.ridge for expert in REPAIR[method](fit, repair, final=False).experts]
         self.ridge = next((ridge for ridge in ridges if method == "joint" and ridge), self.ridge)
 
-    def _of_low_rank(self, chosen: Sequence[int], whole: LayerPlan, plan: MergePlan) -> Iterator[tuple[int, Observed]]:
-        """Yield what low rank + sparse does to all experts, by its rank."""
-        for rank in chosen:
-            fit = self._fit(whole, plan)
-            decompose_container(fit.experts, rank, Choice.keep, fit.inputs)
+    def _of_low_rank(
+        self, rank: int, search: SizeConfig, whole: LayerPlan, plan: MergePlan
+    ) -> Iterator[tuple[int, Observed]]:
+        """Yield what low rank + sparse does to all experts, by the bits of its factors; 0: as they are."""
+        layer, fit = self.layers[0], self._fit(whole, plan)
+        decompose_container(fit.experts, rank, Choice.keep, fit.inputs)
+        kept = {name: value.detach().clone() for name, value in fit.experts.named_parameters()}
+        w_in, w_out = (
+            {grid.bits: grid for grid in grids(width, search)}
+            for width in (layer.hidden_size, layer.intermediate_size)
+        )
+        for bits in (0, *w_in):
+            quantize_layer(fit, w_in.get(bits), None, None)
             self._refit(fit)
-            yield rank, self._observed(fit, probed=True)
+            quantize_layer(fit, None, w_out.get(bits), None)
+            yield bits, self._observed(fit, probed=bits in (0, 4, min(w_in, default=0)))
+            for name, value in fit.experts.named_parameters():
+                value.copy_(kept[name])
 
     def _reduced(self, plans: list[MergePlan]) -> Iterator[tuple[int, Observed]]:
         """Yield what fewer experts do, by their number."""

@@ -14,7 +14,7 @@ from hf_mcsmoe.calibration.inputs import capture_inputs
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.decompose import decompose_container
-from hf_mcsmoe.methods.choice import Choice
+from hf_mcsmoe.methods.choice import Choice, Grid
 from hf_mcsmoe.quantization.layer import round_experts
 from hf_mcsmoe.quantization.packing import store_codes
 from hf_mcsmoe.search.choices import HEADER, MORE_OF_FACTORS, ExpertShape, candidates, grids, ranks
@@ -82,8 +82,11 @@ def test_a_smaller_rank_costs_more(tmp_path: Path) -> None:
     statistics = collect_statistics(layers, data, needs_of(merge, search))
     statistics.curves = measure_curves(layers, statistics, data, merge, search)
     for curves in statistics.curves.values():
-        assert curves.low_rank[1].error > curves.low_rank[4].error > 0
+        assert curves.low_rank[1][0].error > curves.low_rank[4][0].error > 0
+        assert curves.low_rank[4][4].error > curves.low_rank[4][8].error > 0
         whole, low = Choice(curves.experts), Choice(curves.experts, rank=1)
-        assert curves.effect(low) == curves.effect(whole) + curves.low_rank[1].effect
+        assert curves.effect(low) == curves.effect(whole) + curves.low_rank[1][0].effect
+        with pytest.raises(ValueError, match="rank=1 at 4/8 bits was not measured"):
+            curves.effect(replace(low, w_in=Grid(4, 4), w_out=Grid(8, 4)))
     statistics.save(tmp_path / "scores.safetensors")
     assert type(statistics).load(tmp_path / "scores.safetensors").curves == statistics.curves

@@ -1,0 +1,71 @@
+"""`budget="measured"`: counts by what fewer experts of each layer cost."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from families import build
+from helpers import batches
+from merged import stored_experts
+from transformers import PreTrainedModel
+
+from hf_mcsmoe import MergeConfig, collect_statistics, compress, plan_merge
+from hf_mcsmoe.calibration.curves import LayerCurves, Part
+from hf_mcsmoe.card import record_of
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.search.budget import measured_plan
+
+CONFIG = MergeConfig(experts=0.5, budget="measured")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return build("qwen3_moe")
+
+
+@pytest.mark.parametrize("reduce", ["merge", "prune"])
+def test_counts_are_those_of_least_effect(
+    model: PreTrainedModel, reduce: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, data, config = Layers.of(model), batches("qwen3_moe", model), replace(CONFIG, reduce=reduce)
+    size, top_k = layers[0].num_experts, layers[0].top_k or 1
+    effects = [{count: (size - count) ** power * 0.01 for count in range(1, size)} for power in (1.0, 2.5, 1.5, 3.0)]
+    effects = effects[: len(layers)]
+    curves = {
+        layer.name: LayerCurves(size, {reduce: {count: Part(effect, effect) for count, effect in own.items()}})
+        for layer, own in zip(layers, effects, strict=True)
+    }
+    monkeypatch.setattr("hf_mcsmoe.search.budget.measure_curves", lambda *a, **k: curves)
+    plan = measured_plan(layers, collect_statistics(layers, data, config.resolved().needs), data, config)
+    total = size * len(layers) // 2
+    every = itertools.product(*[[*own, size] for own in effects])
+    fitting = [counts for counts in every if sum(counts) <= total and min(counts) >= top_k]
+    costs = {
+        counts: sum(own.get(count, 0.0) for own, count in zip(effects, counts, strict=True)) for counts in fitting
+    }
+    found = tuple(len(item.dominant) for item in plan.layers.values())
+    assert costs[found] == pytest.approx(min(costs.values()))
+    assert plan.config["budget"] == "measured"
+    assert plan.config["experts"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_counts_are_measured_on_the_way_and_the_plan_can_be_kept(model: PreTrainedModel, tmp_path: Path) -> None:
+    data = batches("qwen3_moe", model)
+    result = compress(model, iter(data), CONFIG)
+    assert sum(stored_experts(result)) == Layers.of(model)[0].num_experts * len(Layers.of(model)) // 2
+    file = tmp_path / "plan.json"
+    plan = record_of(result).plan
+    assert plan["config"]["budget"] == "measured"
+    measured_plan(Layers.of(model), collect_statistics(model, data), data, CONFIG).save(file)
+    assert {name: len(item.dominant) for name, item in MergePlan.load(file).layers.items()} == {
+        name: len(item["dominant"]) for name, item in plan["layers"].items()
+    }
+
+
+def test_statistics_alone_do_not_measure(model: PreTrainedModel) -> None:
+    statistics = collect_statistics(model, batches("qwen3_moe", model))
+    with pytest.raises(ValueError, match="which `compress` does"):
+        plan_merge(model, statistics, CONFIG)
