@@ -19,6 +19,7 @@ from hf_mcsmoe.modeling.companions_mcsmoe import source_folder, source_of
 from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
 from hf_mcsmoe.modeling.convert import describe
 from hf_mcsmoe.modeling.modeling_mcsmoe import layer_path
+from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
 from hf_mcsmoe.modeling.saving_mcsmoe import (
     BYTES_ON_DISK,
     MODEL_ID,
@@ -94,26 +95,30 @@ KL is the divergence from the original's distributions.
 {% if writes -%}
 from transformers import {{ auto_class }}, AutoTokenizer
 
-model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{{ model_id }}", trust_remote_code=True)
+model = {{ auto_class }}.from_pretrained("{{ model_id }}"{{ trust }})
+tokenizer = AutoTokenizer.from_pretrained("{{ model_id }}"{{ trust }})
 inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=50)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 {%- else -%}
 from transformers import {{ auto_class }}
 
-model = {{ auto_class }}.from_pretrained("{{ model_id }}", trust_remote_code=True)
+model = {{ auto_class }}.from_pretrained("{{ model_id }}"{{ trust }})
 {%- endif %}
 ```
 
+{% if plain -%}
+It is a checkpoint of its family's own class: no further code or package is needed.
+{%- else -%}
 The modelling code lies beside the weights; no further package is needed. Where the package `hf_mcsmoe` is imported,
 it loads without the flag.
+{%- endif %}
 
 ## Use it with
 
 **PEFT**: `LoraConfig(**hf_mcsmoe.lora_targets(model))` adapts the experts as well; `target_modules="all-linear"` does
-not see them. **TRL** (DPO and others): `model_init_kwargs={"trust_remote_code": True}`.
-**lm-eval**: `lm_eval --model hf --model_args pretrained={{ model_id }},trust_remote_code=True --tasks ...`.
+not see them.{% if not plain %} **TRL** (DPO and others): `model_init_kwargs={"trust_remote_code": True}`.{% endif %}
+**lm-eval**: `lm_eval --model hf --model_args pretrained={{ model_id }}{{ argument }} --tasks ...`.
 {% if dense -%}
 **torchao**, 8 bits a weight, the experts' among them:
 
@@ -204,6 +209,9 @@ def render(record: Record) -> str:
         writes=record.auto_class in WRITERS,
         dense=all(step.title != LOW_RANK for step in record.steps) and not bits_of(layers),
         auto_class=record.auto_class,
+        plain=record.is_plain,
+        trust="" if record.is_plain else ", trust_remote_code=True",
+        argument="" if record.is_plain else ",trust_remote_code=True",
         model_id=MODEL_ID,
         methods=method_steps(plan["config"]) if plan else [],
         tokens=max(tokens.values(), default=0),
@@ -263,7 +271,7 @@ def _markdown(rows: list[list[str]]) -> str:
 
 def _metadata(record: Record) -> ModelCardData:
     sets = [name.partition(":")[0] for name in record.calibration.data if "/" in name]
-    results = _results(record)
+    results, own_code = _results(record), [] if record.is_plain else ["custom_code"]
     return ModelCardData(
         model_name=MODEL_ID if results else None,
         eval_results=results or None,
@@ -273,7 +281,7 @@ def _metadata(record: Record) -> ModelCardData:
         **record.base.licence,
         library_name="transformers",
         pipeline_tag=PIPELINES.get(record.auto_class),
-        tags=["mcsmoe", "mixture-of-experts", "model-compression", "custom_code", "arxiv:2310.01334"],
+        tags=["mcsmoe", "mixture-of-experts", "model-compression", *own_code, "arxiv:2310.01334"],
     )
 
 
@@ -314,7 +322,7 @@ def attach_record(model: PreTrainedModel, record: Record) -> None:
 
     What the record says of the layers is what the model's modules say now.
     """
-    record = replace(record, layers=stored_layers(model, record.plan))
+    record = replace(record, layers=stored_layers(model, record.plan), is_plain=plain_form(model) is not None)
     cast(Any, model).mcsmoe_record = replace(record, card=render(record))
 
 

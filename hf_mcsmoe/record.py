@@ -155,6 +155,7 @@ class Record:
         calibration: the data, where they are known.
         layers: what became of each layer, by the name that it had before; empty where that is not known.
         size: what was chosen for a size; None where no size was asked for.
+        is_plain: whether it is saved as a model of its family's own, which loads without any code.
         recipe: the options of the command that made the model, as YAML, which have a file of their own; empty where
             another made it, or it was changed since.
         card: the model card that was rendered from all this, with places for what is known when it is saved.
@@ -172,6 +173,7 @@ class Record:
     recipe: str = ""
     layers: dict[str, Stored] = field(default_factory=dict)
     size: SizeChoice | None = None
+    is_plain: bool = False
 
     def with_step(self, step: Step) -> "Record":
         """Return the record with one more step; one of the same title is replaced, and comes last."""
@@ -228,6 +230,7 @@ class Record:
                 Calibration(**content.get("calibration", {})),
                 layers={name: Stored(**layer) for name, layer in content.get("layers", {}).items()},
                 size=SizeChoice(**size) if (size := content.get("size")) is not None else None,
+                is_plain=content.get("is_plain", False),
             )
             stages = (*record.costs.values(), *record.quality.values(), *record.layers.values())
             for part in (record.base, *record.steps, *stages, record.calibration, record.size, record):

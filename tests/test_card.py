@@ -105,6 +105,14 @@ def test_a_card_begins_with_what_became_of_the_experts(case: str) -> None:
     assert text.count("| `layer.") == len(layers)
 
 
+def test_a_card_of_a_model_of_its_familys_own_class_asks_for_no_remote_code() -> None:
+    own, plain = (card.render(Record(Base("", "mixtral"), is_plain=is_plain)) for is_plain in (False, True))
+    for words in ("trust_remote_code", "custom_code", "modelling code lies beside"):
+        assert words in own
+        assert words not in plain
+    assert "no further code or package is needed" in plain
+
+
 def test_a_card_tells_the_size_that_was_asked_for_with_both_divergences() -> None:
     size = SizeChoice(400, 200, 199, {"a": 0.25}, reason="Experts are alike.")
     quality = {"original": Quality(2.0, 0.0), "merged": Quality(2.5, 0.5)}

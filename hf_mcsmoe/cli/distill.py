@@ -51,6 +51,7 @@ from hf_mcsmoe.methods.config import option_help
 from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
+from hf_mcsmoe.modeling.saving_mcsmoe import RECORD_FILE
 from hf_mcsmoe.progress import Progress, counted, one_step
 from hf_mcsmoe.record import LOW_RANK, Costs, Step
 
@@ -256,6 +257,11 @@ def _check(
 def check_pair(name: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError where a model is not one that `teacher` can teach; neither needs weights."""
     if not compression(student):
+        if (Path(name) / RECORD_FILE).is_file():
+            raise ValueError(
+                f"{name} is pruned to one count of experts and so an ordinary model of its family, which any trainer "
+                "trains: in Python take DistillationTrainer with allow_uncompressed=True."
+            )
         raise ValueError(f"{name} is not compressed: merge its experts first, with hf-mcsmoe compress.")
     if not type(student).can_generate():
         raise ValueError(f"{name} is a {type(student).__name__}, which writes no text; it cannot be distilled.")

@@ -25,6 +25,7 @@ from .companions_mcsmoe import (
 from .configuration_mcsmoe import source_files
 from .folders_mcsmoe import CONFIG, completed_folder, follow_umask
 from .losparse_mcsmoe import sparse_parts
+from .plain_mcsmoe import plain_form
 
 # What a checkpoint that is merged already passes on when it is saved again.
 CARD_FILE, PLAN_FILE, RECORD_FILE = "README.md", "mcsmoe_plan.json", "mcsmoe_record.json"
@@ -59,7 +60,8 @@ class SavedWhole:
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save a complete folder: weights, configuration, modelling files, tokenizer, plan and model card.
 
-        Low rank + sparse experts are saved in the compact form, but for a Trainer's `checkpoint-<step>` folders.
+        Low rank + sparse experts are saved in the compact form, and a model that was pruned to one count of experts as
+        one of its family's own, which needs no modelling files; but not in a Trainer's `checkpoint-<step>` folders.
 
         Written beside the target and moved in when complete: a killed save leaves the old checkpoint, the new one, or
         none that loads. A tokenizer that was saved to the folder before stays. Takes the arguments of
@@ -119,24 +121,19 @@ class SavedWhole:
         leave: tuple[str, ...] = (),
         **kwargs: Any,
     ) -> None:
-        # The base family's reverse conversion would take the fused experts apart, and no load would join them again.
-        kwargs |= {"save_original_format": False}
         if kwargs.get("state_dict") is None and any(".base_layer." in name for name, _ in self.named_parameters()):
             raise ValueError(
                 "The model carries adapters of PEFT, whose names no load would know: save it with the Trainer's "
                 "save_model, which merges them into the weights, or call merge_and_unload() of the PEFT model first."
             )
-        mcsmoe = self.config.mcsmoe
-        try:
-            if not resumable and any(sparse_parts(self)):
-                state = kwargs.get("state_dict") or self.state_dict()
-                kwargs["state_dict"], self.config.mcsmoe = self._compact_state(state)
-            super().save_pretrained(folder, **kwargs)
-        finally:
-            self.config.mcsmoe = mcsmoe
+        plain = None if resumable else plain_form(cast(Any, self))
+        if plain is None:
+            self._save_own(folder, is_compact=not resumable, **kwargs)
+        else:
+            plain.save_pretrained(folder, **kwargs)
         if not any(folder.iterdir()):  # another process writes
             return
-        for file in source_files():
+        for file in () if plain else source_files():
             shutil.copyfile(file, folder / file.name)
         source = source_of(self)
         if tokenizer is not None:
@@ -146,6 +143,18 @@ class SavedWhole:
         _tell_what_is_lacking(self.name_or_path, source, folder, leave)
         _write_documents(self.mcsmoe_record, source, folder, model_id)
         _add_tags(folder / CARD_FILE, [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
+
+    def _save_own(self, folder: Path, *, is_compact: bool, **kwargs: Any) -> None:
+        """Save weights and configuration in our format."""
+        mcsmoe = self.config.mcsmoe
+        try:
+            if is_compact and any(sparse_parts(cast(Any, self))):
+                state = kwargs.get("state_dict") or self.state_dict()
+                kwargs["state_dict"], self.config.mcsmoe = self._compact_state(state)
+            # The base family's reverse conversion would take the fused experts apart, and no load would join them.
+            super().save_pretrained(folder, **kwargs | {"save_original_format": False})
+        finally:
+            self.config.mcsmoe = mcsmoe
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs: Any

@@ -106,20 +106,16 @@ def read_result(folder: Path) -> Result:
     config = _config(folder)
     plan = _parsed(folder / PLAN_FILE, lambda text: MergePlan.load(folder / PLAN_FILE))
     record = _parsed(folder / RECORD_FILE, Record.from_json)
+    entries = _entries(folder, config, plan, record)
     layers = Layers.of(empty_model(str(folder)))
-    _check_maps(folder, layers, plan)
+    _check_maps(folder, layers, plan, entries)
     errors = _errors(folder, record)
     sizes = layer_bytes(layers)
-    entries = config["mcsmoe"]["layers"]
     told = [_layer(shared[0], sizes, plan, errors, entries) for shared in layers.tied]
     costs = list(record.costs.values()) if record else []
     return Result(
         folder.resolve().name,
-        record.base.name
-        if record
-        else public_name(plan.provenance.get("model"))
-        if plan
-        else config["base_model_type"],
+        _base(config, plan, record),
         told,
         costs[0].bytes_on_disk or costs[0].bytes_resident if costs else None,
         folder_bytes(folder) or (costs[-1].bytes_on_disk if costs else None),
@@ -146,12 +142,29 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} holds no config.json, so no model: name a folder that `hf-mcsmoe compress` wrote.")
     config = _parsed(file, json.loads)
-    if not isinstance(config, dict) or config.get("model_type") != "mcsmoe":
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def _entries(
+    folder: Path, config: dict[str, Any], plan: MergePlan | None, record: Record | None
+) -> dict[str, dict[str, Any]]:
+    """Return what became of each layer, as `config.mcsmoe` tells it; of a plain model, as its plan does.
+
+    Raises:
+        ValueError: it is no result of this package.
+    """
+    if config.get("model_type") == "mcsmoe":
+        return config["mcsmoe"]["layers"]
+    if plan is None or record is None or not record.is_plain:
         raise ValueError(
-            f"{folder} holds a model of type {kind!r}, which this package did not compress: there is nothing to draw."
+            f"{folder} holds a model of type {config.get('model_type')!r}, which this package did not compress: there "
+            "is nothing to draw."
         )
-    return config
+    return {
+        name: {"num_experts": len(item.expert_map), "kept": item.kept}
+        for name, item in plan.layers.items()
+        if item.kept is not None
+    }
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
@@ -170,22 +183,24 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
         ) from None
 
 
-def _check_maps(folder: Path, layers: Layers, plan: MergePlan | None) -> None:
+def _check_maps(folder: Path, layers: Layers, plan: MergePlan | None, entries: dict[str, dict[str, Any]]) -> None:
     for layer in layers:
         item = plan.layers.get(layer.original_name) if plan else None
-        if item and item.expert_map != _map(layer):
+        if item and item.expert_map != _map(layer, entries.get(layer.original_name)):
             raise ValueError(
                 f"{folder / PLAN_FILE} groups the experts of {layer.original_name} otherwise than config.json does: "
                 "it is the plan of another result; take it from the original folder, or delete it."
             )
 
 
-def _map(layer: MoELayer) -> list[int]:
+def _map(layer: MoELayer, entry: dict[str, Any] | None) -> list[int]:
     """Return the group of each original expert; -1 for one that was pruned away."""
-    if layer.kept is not None:
-        places = {expert: place for place, expert in enumerate(layer.kept)}
-        return [places.get(expert, -1) for expert in range(layer.num_original)]
-    return list(range(layer.num_experts) if layer.expert_map is None else layer.expert_map)
+    if entry is None:
+        return list(range(layer.num_experts))
+    if "kept" not in entry:
+        return list(entry["expert_map"])
+    places = {expert: place for place, expert in enumerate(entry["kept"])}
+    return [places.get(expert, -1) for expert in range(entry["num_experts"])]
 
 
 def _errors(folder: Path, record: Record | None) -> dict[str, tuple[float | None, float | None]]:
@@ -229,15 +244,17 @@ def _layer(
     entry = entries.get(layer.original_name)
     stored = Stored.of(entry) if entry else Stored(layer.num_experts, layer.num_experts)
     bits = list(stored.bits.values()) or [8.0 * layer.model.dtype.itemsize]
+    held, kept = sizes[layer.original_name]
     return LayerResult(
         layer.original_name,
-        _map(layer),
-        *sizes[layer.original_name],
+        _map(layer, entry),
+        held * stored.before // layer.num_original,  # a plain model knows of no experts that it had before
+        kept,
         dominant=item.dominant if item else None,
         similarity=item.similarity if item else None,
         counts=item.counts if item else None,
         error_before=before,
         error_after=after,
-        stored=replace(stored, bytes=sizes[layer.original_name][1]),
+        stored=replace(stored, bytes=kept),
         bits=sum(bits) / len(bits),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import build, inputs
 from merged import TESTS, Example, example, merge, run_python, save
 from pruned import pruned
@@ -41,18 +42,22 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
+def _by_turns(saliency: list[torch.Tensor], *_: object) -> list[int]:
+    """Keep two or four of eight experts: as many in each of two processes."""
+    return [2 + 2 * (number % 2) for number in range(len(saliency))]
+
+
 def _even(name: str) -> Example:
-    """Merge a tiny model to two or four of eight experts by turns: as many in each process."""
+    """Merge a tiny model to counts that two processes can share."""
     base = build(name)
-    config = MergeConfig(budget=lambda scores, *_: [2 + 2 * (number % 2) for number in range(len(scores))])
-    plan, merged = merge(base, name, config)
+    plan, merged = merge(base, name, MergeConfig(budget=_by_turns))
     assert {len(layer.dominant) for layer in plan.layers.values()} == {2, 4}
     return Example(name, base, inputs(name, base), plan, merged)
 
 
 def _stored_otherwise() -> Iterable[Example]:
     """Yield models that are pruned, in few bits, or both."""
-    yield replace(pruned("mixtral", "uniform"), name=OTHERS[0])
+    yield replace(pruned("mixtral", _by_turns), name=OTHERS[0])
     yield replace(by_expert("mixtral"), name=FEW_BITS[0])
     case = pruned("deepseek_v3", "uniform")
     yield replace(case, name=FEW_BITS[1], merged=quantize_model(copy.deepcopy(case.merged)))

@@ -30,7 +30,7 @@ from hf_mcsmoe.calibration.pruned import pruned_inputs
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.merge import merge_to_folder
 from hf_mcsmoe.modeling.configuration_mcsmoe import check_layer
-from hf_mcsmoe.modeling.plain import plain_model
+from hf_mcsmoe.modeling.plain_mcsmoe import plain_model
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_routers
 from hf_mcsmoe.plan import LayerPlan
 
@@ -244,16 +244,25 @@ def test_a_repair_that_asks_what_members_did_is_refused_for_a_pruned_layer() -> 
 
 
 @pytest.mark.parametrize("name", _by_speed([name for name in SUPPORTED if name not in NOT_PLAIN]))
-def test_a_model_of_one_count_is_one_of_its_family_and_loads_without_any_code(name: str, tmp_path: Path) -> None:
+def test_a_model_of_one_count_is_saved_as_one_of_its_family_and_loads_without_any_code(
+    name: str, tmp_path: Path
+) -> None:
     case = pruned(name, "uniform")
     plain = plain_model(case.merged)
     assert type(plain) is type(case.base)
-    plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(plain, case.batch), logits(case.merged, case.batch), atol=1e-4, rtol=1e-4)
+    case.merged.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
     assert not {"auto_map", "mcsmoe"} & json.loads((tmp_path / "config.json").read_text()).keys()
     again, info = type(case.base).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     torch.testing.assert_close(logits(again, case.batch), logits(case.merged, case.batch), atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_to_resume_from_and_a_model_of_unlike_counts_keep_our_format(tmp_path: Path) -> None:
+    for case, name in ((pruned("mixtral", "uniform"), "checkpoint-3"), (pruned("mixtral"), "saved")):
+        case.merged.save_pretrained(tmp_path / name)
+        assert "mcsmoe" in json.loads((tmp_path / name / "config.json").read_text())
 
 
 def test_what_no_model_of_the_family_can_say_is_not_made_plain() -> None:

@@ -1,13 +1,28 @@
-"""A pruned model of one count of experts as what it is: a model of its family. Does not travel."""
+"""A pruned model of one count of experts as what it is: a model of its family. This file travels with checkpoints."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 # What families call the number of their experts.
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ADVICE = "save it with save_pretrained, which any Transformers loads with trust_remote_code=True."
+
+
+def plain_form(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return what `save_pretrained` writes in place of a model: see `plain_model`; None where it writes that itself.
+
+    Weights that are not all in this process's memory as they are, be they offloaded, split among processes or of a
+    quantizer's class, are left to the model that they belong to.
+    """
+    if any(type(tensor.data) is not torch.Tensor or tensor.is_meta for tensor in model.parameters()):
+        return None
+    with contextlib.suppress(ValueError):  # it is not pruned, or not to one count
+        return plain_model(model)
+    return None
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -25,13 +40,18 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     before, after = _counts(model)
     base: Any = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
     config = _fewer(base.config_class, model.config, before, after)
-    plain: PreTrainedModel = base._from_config(config, dtype=model.dtype)
+    with torch.device("meta"):
+        plain: PreTrainedModel = base._from_config(config, dtype=model.dtype)
     ours, theirs = ({key: value.shape for key, value in item.state_dict().items()} for item in (model, plain))
     if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         raise ValueError(
             f"{base.__name__} with {after} experts keeps {other[0]} otherwise than the pruned model does: {ADVICE}"
         )
     plain.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # also those that no checkpoint has
+        owner, _, own = name.rpartition(".")
+        if own in plain.get_submodule(owner)._buffers:
+            plain.get_submodule(owner)._buffers[own] = buffer
     plain.tie_weights()
     if plain.can_generate():
         plain.generation_config = model.generation_config
