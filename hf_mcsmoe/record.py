@@ -117,6 +117,15 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What a method was expected to cost at some bytes of weight files: `kl` in nats per position."""
+
+    method: str
+    bytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
 class SizeChoice:
     """What was chosen for a size that was asked for, all in bytes of weight files and nats per position.
 
@@ -124,6 +133,7 @@ class SizeChoice:
     `predicted` is the divergence that the choice was expected to cost, by layer; effects of layers add up.
     `method` is what was taken: "mixture" (chosen layer by layer) or a single method for all layers. `checked` is the
     divergence measured on held-out rows of all that were compared, by their name. `reason` says in a sentence why.
+    `ladder` is what other sizes and methods were expected to cost, "chosen" for what would be chosen.
     """
 
     source: int
@@ -133,6 +143,7 @@ class SizeChoice:
     method: str = "mixture"
     checked: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    ladder: list[Predicted] = field(default_factory=list)
 
     @property
     def predicted_kl(self) -> float | None:
@@ -229,16 +240,21 @@ class Record:
                 content.get("judged", ""),
                 Calibration(**content.get("calibration", {})),
                 layers={name: Stored(**layer) for name, layer in content.get("layers", {}).items()},
-                size=SizeChoice(**size) if (size := content.get("size")) is not None else None,
+                size=_size(size) if (size := content.get("size")) is not None else None,
                 is_plain=content.get("is_plain", False),
             )
             stages = (*record.costs.values(), *record.quality.values(), *record.layers.values())
-            for part in (record.base, *record.steps, *stages, record.calibration, record.size, record):
+            rungs = record.size.ladder if record.size else []
+            for part in (record.base, *record.steps, *stages, record.calibration, record.size, *rungs, record):
                 if part is not None:
                     _check_kinds(part)
             return record
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"This is no record of a compression ({damage(error)}).") from None
+
+
+def _size(values: Mapping[str, Any]) -> SizeChoice:
+    return SizeChoice(**{**values, "ladder": [Predicted(**rung) for rung in values.get("ladder", [])]})
 
 
 def _check_kinds(part: Any) -> None:

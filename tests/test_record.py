@@ -15,6 +15,7 @@ from hf_mcsmoe.record import (
     Base,
     Calibration,
     Costs,
+    Predicted,
     Quality,
     Record,
     SizeChoice,
@@ -37,7 +38,14 @@ RECORD = Record(
     "merged",
     Calibration(["me/data"], 16, 2, ["me/other"], 4),
     layers={"a": Stored(2, 1, "merge", {"down_proj": 8}, {"down_proj": 4.5}, 96)},
-    size=SizeChoice(420, 300, 299, {"a": 0.1, "b": 0.05}, checked={"mixture": 0.125, "all at 4 bits": 0.25}),
+    size=SizeChoice(
+        420,
+        300,
+        299,
+        {"a": 0.1, "b": 0.05},
+        checked={"mixture": 0.125, "all at 4 bits": 0.25},
+        ladder=[Predicted("chosen", 299, 0.15)],
+    ),
 )
 
 

@@ -269,26 +269,49 @@ def scatter(
     points: Sequence[Point],
     shows: tuple[Callable[[float], str], Callable[[float], str]],
     axes: tuple[str, str],
+    *,
+    in_decades: bool = False,
 ) -> Markup:
-    """Return points on two axes from zero, with a line through those that no other point beats."""
+    """Return points on two axes from zero, with a line through those that no other point beats.
+
+    Args:
+        in_decades: whether the upper axis has a step for each power of ten, for positive values.
+    """
     left, top, right, bottom = 44.0, 24.0, WIDTH - 12.0, 230.0
-    most_x, most_y = ceiling(max(point.x for point in points)), ceiling(max(point.y for point in points))
+    most_x = ceiling(max(point.x for point in points))
+    heights, ticks = (_decades if in_decades else _from_zero)([point.y for point in points])
     places = [
-        (left + point.x / most_x * (right - left), bottom - point.y / most_y * (bottom - top)) for point in points
+        (left + point.x / most_x * (right - left), bottom - height * (bottom - top))
+        for point, height in zip(points, heights, strict=True)
     ]
     parts = [text(0, 10, axes[1], "small"), text(right, bottom + 32, axes[0], "small", "end")]
-    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, y = left + part * (right - left), bottom - part * (bottom - top)
-        anchor = "end" if part == 1 else "middle"
-        parts += [line(left, y, right, y, "grid"), text(left - 5, y + 3, shows[1](part * most_y), "small", "end")]
-        if part in (0.0, 0.5, 1.0):
-            parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 14, shows[0](part * most_x), "small", anchor)]
+    for part, value in ticks:
+        y = bottom - part * (bottom - top)
+        parts += [line(left, y, right, y, "grid"), text(left - 5, y + 3, shows[1](value), "small", "end")]
+    for part in (0.0, 0.5, 1.0):
+        x, anchor = left + part * (right - left), "end" if part == 1 else "middle"
+        parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 14, shows[0](part * most_x), "small", anchor)]
     best = unbeaten(points)
     parts.append(polyline([places[number] for number in best], "front"))
     parts += [dots([places[number] for number in best], 8, "point best")]
     parts += [dots([place for number, place in enumerate(places) if number not in best], 8, "point")]
     parts += [text(x, y + 3, point.name, "cell paper", "middle") for (x, y), point in zip(places, points, strict=True)]
     return drawing(title, bottom + 38, parts)
+
+
+def _from_zero(values: Sequence[float]) -> tuple[list[float], list[tuple[float, float]]]:
+    """Return the shares of an axis from zero that values take, and its ticks with their values."""
+    most = ceiling(max(values))
+    return [value / most for value in values], [(part, part * most) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+
+
+def _decades(values: Sequence[float]) -> tuple[list[float], list[tuple[float, float]]]:
+    """Return the same of an axis whose steps are powers of ten."""
+    powers = [math.log10(value) for value in values]
+    low = math.floor(min(powers))
+    steps = max(math.ceil(max(powers)) - low, 1)
+    ticks = [(step / steps, 10.0 ** (low + step)) for step in range(steps + 1)]
+    return [(power - low) / steps for power in powers], ticks
 
 
 def unbeaten(points: Sequence[Point]) -> list[int]:

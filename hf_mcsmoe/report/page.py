@@ -11,7 +11,7 @@ from hf_mcsmoe.files import write_text
 from hf_mcsmoe.report.pictures import Picture, pictures
 from hf_mcsmoe.report.quality import compared, stages, summary
 from hf_mcsmoe.report.result import Result, read_result
-from hf_mcsmoe.report.storage import expected, storage
+from hf_mcsmoe.report.storage import expected, ladder, storage
 
 REPORT_FILE = "report.html"
 # Of more results at once nobody could tell the points apart.
@@ -59,8 +59,8 @@ def write_report(
 def _pictures(result: Result, statistics: RoutingStatistics | None) -> list[Picture]:
     """Return the pictures of one result."""
     sizes, *others = pictures(result, statistics)
-    prediction = expected(result)
-    return [sizes, storage(result), *([prediction] if prediction else []), *others, stages(result)]
+    predictions = [picture for picture in (expected(result), ladder(result)) if picture]
+    return [sizes, storage(result), *predictions, *others, stages(result)]
 
 
 def render(results: Sequence[Result], statistics: RoutingStatistics | None = None) -> str:

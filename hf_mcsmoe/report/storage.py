@@ -2,10 +2,10 @@
 
 from markupsafe import Markup
 
-from hf_mcsmoe.report.charts import bars, paired_bars
+from hf_mcsmoe.report.charts import Point, bars, paired_bars, scatter
 from hf_mcsmoe.report.pictures import Picture
 from hf_mcsmoe.report.result import Result
-from hf_mcsmoe.report.words import figure, short_names
+from hf_mcsmoe.report.words import figure, short_names, size
 from hf_mcsmoe.tables import layer_rows
 
 
@@ -28,24 +28,47 @@ def storage(result: Result) -> Picture:
 
 def expected(result: Result) -> Picture | None:
     """Return what the choice for a size was expected to cost, by layer; None where no size was asked for."""
-    size = result.record.size if result.record else None
-    if size is None:
+    choice = result.record.size if result.record else None
+    if choice is None:
         return None
     title = "Predicted and measured divergence"
-    if not size.predicted:
-        return Picture(title, f"For {size.asked:,} bytes {size.method} was taken; nothing was predicted.")
+    if not choice.predicted:
+        return Picture(title, f"For {choice.asked:,} bytes {choice.method} was taken; nothing was predicted.")
     measured = result.quality.get("kl")
     return Picture(
         title,
-        f"For {size.asked:,} bytes {size.method} was taken. Predicted KL to the original {figure(size.predicted_kl)}, "
-        f"measured on rows held out {figure(measured)}; what each layer adds to the prediction is drawn.",
-        [(_by_layer(size.predicted), "")],
+        f"For {choice.asked:,} bytes {choice.method} was taken. Predicted KL to the original "
+        f"{figure(choice.predicted_kl)}, measured on rows held out {figure(measured)}; what each layer adds to the "
+        "prediction is drawn.",
+        [(_by_layer(choice.predicted), "")],
         [
             ["layer", "predicted KL"],
-            *([name, figure(value)] for name, value in size.predicted.items()),
-            ["predicted, all layers", figure(size.predicted_kl)],
+            *([name, figure(value)] for name, value in choice.predicted.items()),
+            ["predicted, all layers", figure(choice.predicted_kl)],
             ["measured", figure(measured)],
-            *([f"on these rows: {name}", figure(value)] for name, value in size.checked.items()),
+            *([f"on these rows: {name}", figure(value)] for name, value in choice.checked.items()),
+        ],
+    )
+
+
+def ladder(result: Result) -> Picture | None:
+    """Return what other sizes and methods were expected to cost; None where nothing was predicted."""
+    choice = result.record.size if result.record else None
+    rungs = [rung for rung in choice.ladder if rung.kl > 0] if choice else []
+    if choice is None or not rungs:
+        return None
+    points = [Point(float(rung.bytes), rung.kl, str(place)) for place, rung in enumerate(rungs, 1)]
+    image = scatter(
+        "Predicted KL against bytes", points, (size, figure), ("size on disk", "predicted KL"), in_decades=True
+    )
+    return Picture(
+        "Divergence at other sizes",
+        "What was expected at other sizes of what would be chosen, and of single methods in all layers; the line "
+        "joins those that no other beats in both. Each step of the upper axis is a power of ten.",
+        [(image, "")],
+        [
+            ["", "method", "size on disk", "predicted KL"],
+            *([str(place), rung.method, size(rung.bytes), figure(rung.kl)] for place, rung in enumerate(rungs, 1)),
         ],
     )
 

@@ -96,14 +96,22 @@ def best_single(
     layers: Layers, curves: Mapping[str, LayerCurves], config: SizeConfig, limit: int, skip: Sequence[str] = ()
 ) -> dict[str, Chosen]:
     """Return the single method of least predicted effect within the bytes, by its name; nothing where none fits."""
+    found = measured_singles(layers, curves, config, skip)
+    fits = [name for name, item in found.items() if item.bytes <= limit]
+    best = min(fits, key=lambda name: sum(found[name].predicted.values()), default=None)
+    return {} if best is None else {best: found[best]}
+
+
+def measured_singles(
+    layers: Layers, curves: Mapping[str, LayerCurves], config: SizeConfig, skip: Sequence[str] = ()
+) -> dict[str, Chosen]:
+    """Return the single methods that the curves tell of, with their predicted effects."""
     found = {}
     for name, item in single_methods(layers, config, skip).items():
         with contextlib.suppress(ValueError):  # what was not measured
             predicted = {layer: curves[layer].effect(choice) for layer, choice in item.choices.items()}
             found[name] = replace(item, predicted=predicted)
-    fits = [name for name, item in found.items() if item.bytes <= limit]
-    best = min(fits, key=lambda name: sum(found[name].predicted.values()), default=None)
-    return {} if best is None else {best: found[best]}
+    return found
 
 
 def single_methods(layers: Layers, config: SizeConfig, skip: Sequence[str] = ()) -> dict[str, Chosen]:

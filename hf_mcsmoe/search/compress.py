@@ -20,13 +20,14 @@ from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.progress import Progress, counted, in_parts, silent
-from hf_mcsmoe.record import Calibration, Quality, SizeChoice
+from hf_mcsmoe.record import Calibration, Predicted, Quality, SizeChoice
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.apply import plan_choices, store_choices
 from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choice_bytes, choose, fixed_bytes
 from hf_mcsmoe.search.conditions import check_curves, conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import check_sums, measure_curves, needs_of
+from hf_mcsmoe.search.ladder import predicted_ladder
 from hf_mcsmoe.search.reason import reason
 from hf_mcsmoe.search.size import bytes_of
 
@@ -128,7 +129,9 @@ def compress_to_size(
     taken = min(results, key=lambda name: results[name].effect)
     best = results[taken]
     size = SizeChoice(source_bytes(layers), limit, best.chosen.bytes, best.chosen.predicted, taken, checked)
-    size = replace(size, reason=reason(curves, best.chosen.choices, limit, best.chosen.bytes))
+    rungs = predicted_ladder(layers, curves, search, source_bytes(layers), merge.skip)
+    ladder = [Predicted(rung.method, rung.chosen.bytes, rung.effect) for rung in rungs if rung.effect is not None]
+    size = replace(size, reason=reason(curves, best.chosen.choices, limit, best.chosen.bytes), ladder=ladder)
     if best.quality is not None:
         judge.quality["compressed"] = best.quality
     after = replace(

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.search.choices import Chosen, choose, fixed_bytes, single_methods, smallest_bytes, whole_bytes
+from hf_mcsmoe.search.choices import (
+    Chosen,
+    choose,
+    fixed_bytes,
+    measured_singles,
+    single_methods,
+    smallest_bytes,
+    whole_bytes,
+)
 from hf_mcsmoe.search.config import SizeConfig
 
 # Sizes that are told, as shares of the source.
@@ -33,6 +41,15 @@ def size_ladder(
     chosen = [choose(layers, curves, search, limit, skip) for limit in limits if least < limit < whole]
     chosen.append(choose(layers, curves, search, least, skip))
     return [Rung("chosen", item, sum(item.predicted.values())) for item in chosen]
+
+
+def predicted_ladder(
+    layers: Layers, curves: Mapping[str, LayerCurves], search: SizeConfig, source: int, skip: Sequence[str] = ()
+) -> list[Rung]:
+    """Return what `size_ladder` does and, beside it, the single methods, with the effect of each."""
+    singles = measured_singles(layers, curves, search, skip)
+    alone = [Rung(name, item, sum(item.predicted.values())) for name, item in singles.items()]
+    return [*size_ladder(layers, curves, search, source, skip), *alone]
 
 
 def method_sizes(layers: Layers, search: SizeConfig, skip: Sequence[str] = ()) -> list[Rung]:

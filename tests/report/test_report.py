@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics, compress, moe_layers
 from hf_mcsmoe.cli.report import draw
-from hf_mcsmoe.record import Base, Record, SizeChoice, Stored
+from hf_mcsmoe.record import Base, Predicted, Record, SizeChoice, Stored
 from hf_mcsmoe.report.charts import Point, scatter, unbeaten
 from hf_mcsmoe.report.page import render, write_report
 from hf_mcsmoe.report.result import LayerResult, Result, read_result
@@ -257,7 +257,8 @@ def test_a_page_tells_what_layers_are_stored_as_and_what_that_was_expected_to_co
     ]
     layers = [_layer(number, 16, item.after, stored=item, bits=bits) for number, (item, bits) in enumerate(stored)]
     predicted = dict(zip(names, [0.25, 0.125, 0.0625], strict=True))
-    choice = SizeChoice(10**9, 250, 249, predicted, checked={"mixture": 0.5, "all at 3 bits": 0.75})
+    ladder = [Predicted("chosen", 400, 0.01), Predicted("chosen", 200, 1.0), Predicted("all at 3 bits", 300, 0.1)]
+    choice = SizeChoice(10**9, 250, 249, predicted, checked={"mixture": 0.5, "all at 3 bits": 0.75}, ladder=ladder)
     record = Record(Base("base", "mixtral"), size=choice)
     html = render([replace(_result(layers, kl=0.5), record=record)])
     _check(html)
@@ -272,15 +273,22 @@ def test_a_page_tells_what_layers_are_stored_as_and_what_that_was_expected_to_co
         "on these rows: all at 3 bits 0.75",
         "on rows held out; predicted 0.438",
         "For 250 bytes mixture was taken.",
+        "3 all at 3 bits 300 bytes 0.1",
     ]
     for words in told:
         assert words in text, words
     for title, values in (
         ("Bits of the weights of each layer", ["3.5", "8", "16"]),
         ("Predicted KL of each layer", ["0.25"]),
+        ("Predicted KL against bytes", ["0.01", "0.1", "1", "3"]),
     ):
         (drawing,) = [found for found in _drawings(html) if found.findtext("title") == title]
         assert set(values) <= {label.text for label in drawing.iter("text")}
+    (drawing,) = [found for found in _drawings(html) if found.findtext("title") == "Predicted KL against bytes"]
+    heights = {
+        label.text: float(label.get("y", 0)) for label in drawing.iter("text") if "cell" in label.get("class", "")
+    }
+    assert heights["3"] == pytest.approx((heights["1"] + heights["2"]) / 2)  # of .01, .1 and 1
     plain = [_layer(0, 16, 8, stored=Stored(16, 8, "merge"), bits=16.0)]
     titles = {found.findtext("title") for found in _drawings(render([_result(plain)]))}
     assert not {"Bits of the weights of each layer", "Predicted KL of each layer"} & titles
