@@ -152,8 +152,8 @@ def _in_blocks(matrix: QuantizedMatrix, states: torch.Tensor) -> torch.Tensor:
     scale = matrix.scale.float()
     for rows, place, block in _blocks(matrix, scale):
         output[rows].addmm_(block, by_place[place].mT)
-    sums = states.unflatten(-1, (groups, -1)).sum(-1)
-    return torch.addmm(output.mT, sums, _offsets(matrix, scale).mT, alpha=-1)
+    offsets, times = _offsets(matrix, scale)
+    return torch.addmm(output.mT, states.unflatten(-1, (groups, -1)).sum(-1), offsets.mT, alpha=-times)
 
 
 def _in_blocks_transposed(matrix: QuantizedMatrix, states: torch.Tensor) -> torch.Tensor:
@@ -162,8 +162,9 @@ def _in_blocks_transposed(matrix: QuantizedMatrix, states: torch.Tensor) -> torc
     output = states.new_zeros(places, len(states), matrix.width // places)
     for rows, place, block in _blocks(matrix, scale):
         output[place].addmm_(states[:, rows], block)
+    offsets, times = _offsets(matrix, scale)
     by_group = output.movedim(0, -1).flatten(-2).unflatten(-1, (scale.shape[-1], -1))
-    return (by_group - (states @ _offsets(matrix, scale))[..., None]).flatten(-2)
+    return by_group.sub((states @ offsets)[..., None], alpha=times).flatten(-2)
 
 
 def _blocks(matrix: QuantizedMatrix, scale: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
@@ -186,12 +187,12 @@ def _blocks(matrix: QuantizedMatrix, scale: torch.Tensor) -> Iterator[tuple[slic
             yield rows, place, block
 
 
-def _offsets(matrix: QuantizedMatrix, scale: torch.Tensor) -> torch.Tensor:
-    """Return what each group's weights are too large by where codes count from 0 on, float32 [out, groups]."""
+def _offsets(matrix: QuantizedMatrix, scale: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return what each group's weights are too large by where codes count from 0 on: [out, groups], times a number."""
     middle = 2 ** (matrix.bits - 1)
     if matrix.zero is None:
-        return scale * middle
-    return scale * (unpacked(matrix.zero.mT, matrix.bits, len(scale)).mT.float() + middle)
+        return scale, middle
+    return scale * (unpacked(matrix.zero.mT, matrix.bits, len(scale)).mT.float() + middle), 1
 
 
 @dataclass(frozen=True)
