@@ -32,6 +32,7 @@ from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantize_experts
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts
+from hf_mcsmoe.search.config import SizeConfig
 
 __all__ = [
     "DistillationArguments",
@@ -48,6 +49,7 @@ __all__ = [
     "QuantizationConfig",
     "RepairConfig",
     "RoutingStatistics",
+    "SizeConfig",
     "SparsificationCallback",
     "check_weights",
     "collect_statistics",

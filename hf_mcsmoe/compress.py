@@ -221,6 +221,7 @@ def check_options(
             )
         quantization.check_layers(stored)
     _check_repair(not merges_nothing(layers, config), repair, low_rank, quantization)
+    _check_normed(chosen, config, repair, is_quantized=quantization is not None)
     if consume and repair:
         raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
     if consume and low_rank and low_rank.energy is not None and not low_rank.allow_dense:
@@ -278,6 +279,25 @@ def _check_repair(
         raise ValueError(
             f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: give none. Where "
             "the experts become low rank + sparse, method 'local' repairs that; in few bits, every method."
+        )
+
+
+def _check_normed(layers: Layers, config: MergeConfig, repair: RepairConfig | None, *, is_quantized: bool) -> None:
+    """Raise ValueError where outputs that a norm follows would be fitted together."""
+    normed = next((layer.name for layer in layers if layer.is_normed), None)
+    if normed is None or repair is None or repair.method not in ("refit", "joint", "local"):
+        return
+    if config.reduce == "prune" and (repair.method != "local" or is_quantized):
+        beside = " beside few bits" if repair.method == "local" else ""
+        raise ValueError(
+            f"{normed} has a norm behind each expert, so no repair in closed form fits what a pruning left of them: "
+            f"repair={repair.method!r} cannot be done{beside}; choose 'none'"
+            + (", or 'local' without few bits." if is_quantized else " or 'local'.")
+        )
+    if repair.method == "joint":
+        raise ValueError(
+            f"{normed} has a norm behind each expert, so that their outputs do not add up: choose the repair 'refit', "
+            "which fits its experts one by one, or 'local'."
         )
 
 

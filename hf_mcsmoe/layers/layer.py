@@ -64,6 +64,11 @@ class MoELayer:
         return self.model.get_submodule(self.name)
 
     @property
+    def is_normed(self) -> bool:
+        """Whether a norm follows each expert, so that their outputs do not add up to one target."""
+        return bool(getattr(self.container, "has_post_expert_norm", False))
+
+    @property
     def block(self) -> Any:
         """The module that holds the experts container."""
         return self.model.get_submodule(self.name.rpartition(".")[0])

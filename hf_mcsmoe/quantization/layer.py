@@ -155,10 +155,17 @@ class Rounding:
     def _rounded(self, matrices: Sequence[torch.Tensor], grids: Grids, states: States | None) -> list[Codes]:
         """Round matrices [out, in], one an expert, in place; return their codes."""
         own = [grids] * len(matrices) if isinstance(grids, Grid) else list(grids)
+        width, count = matrices[0].shape[-1], len(matrices)
         codes: dict[int, Codes] = {}
+        means: dict[int, torch.Tensor] = {}
         for grid, experts in self._batches(matrices, own):
-            weights = torch.stack([matrices[expert] for expert in experts])
-            moments = None if states is None else self._moments(weights.shape[-1], grid, experts, states)
+            weights, moments = torch.stack([matrices[expert] for expert in experts]), None
+            if states is not None:
+                check_group_size(width, grid.group_size)
+                size = self.block(width, grid.group_size)
+                if len(experts) < count and size not in means:
+                    means[size] = self._mean(width, size, count, states)
+                moments = self._moments(width, size, experts, states, means.get(size))
             codes |= dict(zip(experts, ROUNDING[self.method](weights, moments, grid), strict=True))
         for expert, found in codes.items():
             matrices[expert].copy_(found.dequantized(matrices[expert].dtype))
@@ -181,19 +188,42 @@ class Rounding:
         sizes = [size for size in range(group_size, width + 1, group_size) if width % size == 0]
         return max((size for size in sizes if 32 * width * size <= self.memory_limit), default=group_size)
 
-    def _moments(self, width: int, grid: Grid, experts: list[int], states: States) -> torch.Tensor:
+    def _mean(self, width: int, size: int, count: int, states: States) -> torch.Tensor:
+        """Return the mean second moment of all experts' tokens, float32 [blocks, B, B]: one expert at a time."""
+        total, tokens = torch.zeros(width // size, size, size, device=self._device), 0
+        for expert in range(count):
+            tokens += _add_moments(total, states(expert))
+        return total / max(tokens, 1)
+
+    def _moments(
+        self, width: int, size: int, experts: list[int], states: States, mean: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return second moments of experts' inputs, blocks of them along the diagonal, float32 [n, blocks, B, B].
 
         A share of each is the mean over the tokens of all: what an expert sees on other text, or if no token came.
+
+        Args:
+            size: B.
+            mean: of all experts; None where these are all.
         """
-        check_group_size(width, grid.group_size)
-        size, device = self.block(width, grid.group_size), next(self.experts.parameters()).device
-        moments = torch.zeros(len(experts), width // size, size, size, device=device)
-        counts = torch.zeros(len(experts), 1, 1, 1, device=device)
-        for number, expert in enumerate(experts):
-            for part in states(expert):
-                columns = part.unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, n, B]
-                moments[number].baddbmm_(columns.mT, columns)
-                counts[number] += len(part)
-        mean = moments.sum(0) / counts.sum().clamp(min=1)
+        moments = torch.zeros(len(experts), width // size, size, size, device=self._device)
+        counts = torch.tensor(
+            [_add_moments(own, states(expert)) for own, expert in zip(moments, experts, strict=True)]
+        )
+        counts = counts.to(moments).view(-1, 1, 1, 1)
+        mean = moments.sum(0) / counts.sum().clamp(min=1) if mean is None else mean
         return moments.mul_(1 - SHARED).add_(SHARED * counts.clamp(min=1) * mean)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.experts.parameters()).device
+
+
+def _add_moments(moments: torch.Tensor, states: Iterable[torch.Tensor]) -> int:
+    """Add second moments of states [n, in] to `moments` [blocks, B, B], in place; return how many there were."""
+    count = 0
+    for part in states:
+        columns = part.unflatten(1, (-1, moments.shape[-1])).transpose(0, 1)  # [blocks, n, B]
+        moments.baddbmm_(columns.mT, columns)
+        count += len(part)
+    return count

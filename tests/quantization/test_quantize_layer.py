@@ -139,3 +139,11 @@ def test_wide_inputs_have_their_moments_in_blocks() -> None:
     assert limited.block(32, 8) == 16
     assert free.block(32, 8) == 32
     assert errors[1] < errors[0]
+
+
+def test_experts_that_are_rounded_apart_share_the_mean_of_all() -> None:
+    """Other bits for one expert change nothing for the others, for it counts in their shared part all the same."""
+    grid = Grid(3, 8)
+    apart = [Grid(2, 8), *[grid] * (first_layer("mixtral").experts.num_experts - 1)]
+    together, alone = (quantize_layer(first_layer("mixtral"), grids, None)["gate_up_proj"] for grids in (grid, apart))
+    assert all(torch.equal(one.values, other.values) for one, other in zip(together[1:], alone[1:], strict=True))
