@@ -51,6 +51,12 @@ class Units:
         self.fits = 4 * sum(sizes) <= memory_limit // 2
         self.kept = [_joined(self._computed(expert), self.widths[expert]) for expert in experts] if self.fits else []
 
+    @property
+    def are_apart(self) -> bool:
+        """Whether no token sees two of the experts."""
+        tokens = torch.cat([token for token, _ in self.seen])
+        return len(tokens.unique()) == len(tokens)
+
     def _computed(self, expert: int) -> Iterator[Seen]:
         token, gates = self.seen[expert]
         for part in torch.arange(len(token)).split(CHUNK):
@@ -138,30 +144,44 @@ def refit_jointly(layer: LayerFit, ridges: Sequence[float], *, memory_limit: int
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """Sums over some tokens: `cross` m h^T [D, N] of what is missing and the units, and their Gram matrix [N, N]."""
+    """Sums over some tokens: `cross` m h^T [D, N] of what is missing and the units, and their Gram matrix.
+
+    `blocks` are the parts of it along the diagonal that are not zero: the whole [N, N], or where every token sees but
+    one expert (top-1 routing) a matrix [F, F] for each.
+    """
 
     cross: torch.Tensor
-    gram: torch.Tensor
+    blocks: list[torch.Tensor]
 
     @classmethod
     def over(cls, units: Units, missing: torch.Tensor, used: torch.Tensor) -> "NormalEquations":
         """Return the sums over the tokens `used`, bool [T], of what the output lacks, [T, D]."""
-        return cls(units.against(missing, used).double(), units.gram(used))
+        blocks = [block.double() for block in units.blocks(used)] if units.are_apart else [units.gram(used)]
+        return cls(units.against(missing, used).double(), blocks)
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
-        return NormalEquations(self.cross + other.cross, self.gram.add_(other.gram))
+        blocks = [one.add_(two) for one, two in zip(self.blocks, other.blocks, strict=True)]
+        return NormalEquations(self.cross + other.cross, blocks)
 
     def solved(self, ridge: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Return the change X [D, N] that minimises `|X h - m|^2 + ridge * scale * |X|^2`, in the dtype given.
 
         A matrix that is not positive in a small dtype is solved in float64.
         """
-        matrix = self.gram.to(dtype, copy=True)
-        matrix.diagonal().add_(ridge * self.gram.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(matrix, check_errors=dtype == torch.float64)
-        if failed:
-            return self.solved(ridge)
-        return torch.cholesky_solve(self.cross.to(dtype).T, factor).T
+        added = ridge * torch.cat([block.diagonal() for block in self.blocks]).mean()
+        parts = self.cross.split([len(block) for block in self.blocks], 1)
+        return torch.cat(
+            [_ridged(block, part, added, dtype) for block, part in zip(self.blocks, parts, strict=True)], 1
+        )
+
+
+def _ridged(gram: torch.Tensor, cross: torch.Tensor, added: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    matrix = gram.to(dtype, copy=True)
+    matrix.diagonal().add_(added)
+    factor, failed = torch.linalg.cholesky_ex(matrix, check_errors=dtype == torch.float64)
+    if failed:
+        return _ridged(gram, cross, added, torch.float64).to(dtype)
+    return torch.cholesky_solve(cross.to(dtype).T, factor).T
 
 
 def _solved(
@@ -215,7 +235,8 @@ def _solved_by_rows(
 
 def _is_dense(units: Units) -> bool:
     """Tell whether there is room for the normal equations, their factor, and what is computed of them."""
-    return 4 * 8 * sum(units.widths) ** 2 <= units.memory_limit
+    size = sum(width**2 for width in units.widths) if units.are_apart else sum(units.widths) ** 2
+    return 4 * 8 * size <= units.memory_limit
 
 
 def _changes(
