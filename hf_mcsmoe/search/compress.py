@@ -16,7 +16,7 @@ from hf_mcsmoe.evaluation.held_out import judge_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.merge import merge_layers
-from hf_mcsmoe.methods.choice import Choice
+from hf_mcsmoe.methods.choice import BITS, Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.progress import Progress, counted, in_parts, silent
@@ -67,8 +67,15 @@ def check_size(layers: Layers, merge: MergeConfig, search: SizeConfig) -> int:
     """Return the bytes that are asked for, checked from shapes alone, before any forward and without weights.
 
     Raises:
-        ValueError: no size, one that cannot be reached, or one for which nothing is to be done.
+        ValueError: no size, one that cannot be reached, or one for which nothing is to be done; bits that are named
+            for layers that cannot be stored in few.
     """
+    shared = next((tied for tied in layers.selected(merge.skip).tied if len(tied) > 1), None)
+    if shared and search.bits != BITS:
+        raise ValueError(
+            f"{', '.join(layer.name for layer in shared)} share their experts and cannot be stored in few bits, so "
+            f"bits={search.bits!r} cannot be kept to: leave it out, or name these layers in `skip`."
+        )
     limit = bytes_of(search.size, source_bytes(layers))
     check_reachable(layers, search, limit, merge.skip)
     return limit

@@ -25,6 +25,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The repair left", "ignore:The calibration")
 def test_it_loads_elsewhere_with_neither_package_nor_remote_code_and_tells_what_was_done(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, run: Run, monkeypatch: pytest.MonkeyPatch
