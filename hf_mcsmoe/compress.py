@@ -132,7 +132,7 @@ def compress(
     tell("merge", 0, number)
     merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_by_number("merge", tell))
     found = Layers.of(merged)
-    record, report = new_record(merged, plan.to_dict()), None
+    record, report, few = new_record(merged, plan.to_dict()), None, None
 
     def fit(stage: str) -> RepairReport:
         return repair_experts(found, layers, batches, repair, progress=_by_number(stage, tell))
@@ -151,10 +151,12 @@ def compress(
     if quantization:
         original = None if consume else layers
         told = _by_number("quantization", tell)
-        found = quantize_layers(found, original, batches, quantization, repair=repair, progress=told)
+        found, few = quantize_layers(found, original, batches, quantization, repair=repair, progress=told)
         judge.measure("quantized", merged)
     costs["compressed" if stored else "merged" if is_merged else "after"] = _measured(found, measure)
-    for step in [*_repair_steps(report), *_low_rank_steps(merged, low_rank), *_quantization_steps(quantization)]:
+    few = None if report and report.few_rows() else few  # which is told once
+    steps = [*_repair_steps(report), *_low_rank_steps(merged, low_rank), *_quantization_steps(quantization, few)]
+    for step in steps:
         record = record.with_step(step)
     rows = sum(num_sequences(batch) for part in kinds.values() for batch in part)
     record = replace(record, costs=costs, calibration=Calibration(check=list(kinds), check_rows=rows))
@@ -371,6 +373,6 @@ def _low_rank_steps(merged: PreTrainedModel, config: LoSparseConfig | None) -> l
     return [] if step is None else [step]
 
 
-def _quantization_steps(config: QuantizationConfig | None) -> list[Step]:
+def _quantization_steps(config: QuantizationConfig | None, few: str | None) -> list[Step]:
     """Return what the record tells of bits."""
-    return [] if config is None else [quantization_step(config)]
+    return [] if config is None else [quantization_step(config, few)]

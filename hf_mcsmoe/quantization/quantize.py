@@ -7,7 +7,7 @@ from types import NoneType
 import torch
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.calibration.inputs import stream_inputs
+from hf_mcsmoe.calibration.inputs import num_sequences, stream_inputs
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
@@ -30,6 +30,7 @@ from hf_mcsmoe.record import Step
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import map_of_fit, matching_layers, paired_inputs
+from hf_mcsmoe.repair.rows import Fitted, few_rows
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,8 +65,8 @@ def quantize_experts(
     check_given(config=(config, (QuantizationConfig, NoneType)), repair=(repair, (RepairConfig, NoneType)))
     found, config = Layers.of(student), config or QuantizationConfig()
     original = None if teacher is None else Layers.of(teacher)
-    found = quantize_layers(found, original, batches, config, repair=repair, progress=progress)
-    record = record_of(found.model).with_step(quantization_step(config))
+    found, few = quantize_layers(found, original, batches, config, repair=repair, progress=progress)
+    record = record_of(found.model).with_step(quantization_step(config, few))
     attach_record(found.model, record.with_present_costs(saved_costs(found.model)))
     return found.model
 
@@ -79,8 +80,11 @@ def quantize_layers(
     *,
     repair: RepairConfig | None = None,
     progress: Progress | None = None,
-) -> Layers:
-    """Do what `quantize_experts` does, but for the record; return the layers as they are then."""
+) -> tuple[Layers, str | None]:
+    """Do what `quantize_experts` does, but for the record.
+
+    Returns the layers as they are then, and the sentence that tells of too few rows for the repair, see `few_rows`.
+    """
     model, given = found.model, None if batches is None else list(as_batches(batches, found.model))
     chosen = layers_to_quantize(found, config)
     check_data(config, repair, has_data=bool(given))
@@ -92,12 +96,15 @@ def quantize_layers(
     chosen = found.only([layer for layer in found if layer.original_name in names])
     if progress:
         progress(chosen[0].name, 0, len(chosen))
+    fitted: dict[str, Fitted] = {}
     with evaluation_mode(model):
-        for done, layer in enumerate(_quantized(chosen, teacher, given, config, repair), 1):
+        for done, (layer, seen) in enumerate(_quantized(chosen, teacher, given, config, repair), 1):
+            if repair and seen:
+                fitted[layer.name] = seen
             if progress:
                 progress(layer.name, done, len(chosen))
     write_description(model)
-    return Layers.of(found.source)
+    return Layers.of(found.source), few_rows(fitted, sum(map(num_sequences, given or ())))
 
 
 def layers_to_quantize(layers: Layers, config: QuantizationConfig) -> Layers:
@@ -140,15 +147,16 @@ def check_data(config: QuantizationConfig, repair: RepairConfig | None, *, has_d
         raise ValueError(f"The repair {repair.method!r} fits to calibration data: pass batches, or leave it out.")
 
 
-def quantization_step(config: QuantizationConfig) -> Step:
-    """Return what the record tells of quantized experts."""
+def quantization_step(config: QuantizationConfig, few: str | None = None) -> Step:
+    """Return what the record tells of quantized experts, and of too few rows for their repair."""
     fewer = f" ({config.low_bits} of the least important experts)" if config.low_bits else ""
     around = "values lie around zero" if config.symmetric else "groups have zero points"
     lines = [
         f"The matrices of stored experts are held in {config.bits} bits a weight{fewer}, in groups along the input",
         f"axis with a scale each; {around}.",
     ]
-    return Step("Quantization", config.to_dict(), lines)
+    told = ["", few] if few else []
+    return Step("Quantization", config.to_dict(), [*lines, *told], {"few_rows": few} if few else {})
 
 
 def _quantized(
@@ -157,19 +165,20 @@ def _quantized(
     batches: Sequence[Batch] | None,
     config: QuantizationConfig,
     repair: RepairConfig | None,
-) -> Iterator[MoELayer]:
-    """Quantize and store one layer after the other; yield each when it is done."""
+) -> Iterator[tuple[MoELayer, Fitted | None]]:
+    """Quantize and store one layer after the other; yield each when it is done, with what it was fitted to, if any."""
     if batches is None:
         for layer in layers:
             codes = round_experts(layer.container, *_grids(layer, config, None))
             _store(layer, codes)
-            yield layer
+            yield layer, None
         return
     fits = _own_fits(layers, batches) if teacher is None else _fits(layers, teacher, batches, repair)
     for layer, fit in fits:
         codes = quantize_layer(fit, *_grids(layer, config, fit), repair, config.method)
+        seen = Fitted.of(fit)  # before all but the codes is gone
         _store(layer, codes)
-        yield layer
+        yield layer, seen
 
 
 def _own_fits(layers: Layers, batches: Sequence[Batch]) -> Iterator[tuple[MoELayer, LayerFit]]:

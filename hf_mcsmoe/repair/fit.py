@@ -9,7 +9,7 @@ import torch
 from hf_mcsmoe.calibration.inputs import LayerInputs
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, expert_hidden, merge_picks, unstacked
-from hf_mcsmoe.repair.least_squares import Rows, RowSource
+from hf_mcsmoe.repair.least_squares import HELD_OUT, Rows, RowSource
 
 # Tokens that go through an expert at a time.
 CHUNK = 4096
@@ -37,6 +37,8 @@ class LayerFit:
     def __post_init__(self) -> None:
         stored = merge_picks(self.inputs.index, self.inputs.weights, self.experts.num_experts)
         self.picks, self.gates = stored  # int [T, K] stored expert or G, [T, K] summed weights
+        numbers: torch.Tensor = self.inputs.domain.unique(return_inverse=True)[1]
+        self.parts = numbers.masked_fill(self.inputs.held_out, HELD_OUT)  # int [T]: HELD_OUT or a data set
 
     @property
     def device(self) -> torch.device:
@@ -137,8 +139,7 @@ def expert_rows(layer: LayerFit, expert: int, targets: torch.Tensor) -> RowSourc
     def rows() -> Iterator[Rows]:
         for part in torch.arange(len(token)).split(CHUNK):
             hidden = layer.hidden(token[part], gates[part], expert)
-            held_out = layer.inputs.held_out[token[part]].to(hidden.device)
-            yield hidden, targets[part].to(hidden.device), held_out
+            yield hidden, targets[part].to(hidden.device), layer.parts[token[part]].to(hidden.device)
 
     return rows
 

@@ -4,14 +4,13 @@ The unknown is one matrix [D, N], the output matrices of the G experts side by s
 multiplies the gated hidden units of all of them, of which a token has those of its picks and else zeros.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hf_mcsmoe.repair.fit import CHUNK, LayerFit, output_weight
-from hf_mcsmoe.repair.least_squares import conjugate_gradients
+from hf_mcsmoe.repair.least_squares import HELD_OUT, best_ridge, conjugate_gradients, folds_of
 
 # Tokens that see an expert, int [n], and its gated hidden units there [n, F].
 Seen = tuple[torch.Tensor, torch.Tensor]
@@ -127,15 +126,15 @@ def refit_jointly(layer: LayerFit, ridges: Sequence[float], *, memory_limit: int
         final: whether the weights are fitted to the held-out tokens too once they have chosen the ridge.
     """
     units = Units(layer, memory_limit)
-    judge = layer.inputs.held_out.to(layer.device)
-    target = layer.target().to(layer.device)
+    parts, target = layer.parts.to(layer.device), layer.target().to(layer.device)
+    judge = parts == HELD_OUT
     missing = target - units.output(units.start.float(), torch.ones_like(judge))
     before, energy = (part[judge].double().square().sum().item() for part in (missing, target))
     kept = JointFit(list(units.start.split(units.widths, 1)), None, before, before, energy)
     if judge.all() or not judge.any():
         return kept
     solve = _solved if _is_dense(units) else _solved_by_rows
-    found = solve(units, missing, sorted(ridges, reverse=True), judge, before, final)
+    found = solve(units, missing, sorted(ridges, reverse=True), parts, final)
     if found is None:
         return kept
     ridge, after, change = found
@@ -159,9 +158,17 @@ class NormalEquations:
         blocks = [block.double() for block in units.blocks(used)] if units.are_apart else [units.gram(used)]
         return cls(units.against(missing, used).double(), blocks)
 
+    def __sub__(self, other: "NormalEquations") -> "NormalEquations":
+        blocks = [torch.sub(one, two, out=two) for one, two in zip(self.blocks, other.blocks, strict=True)]
+        return NormalEquations(self.cross - other.cross, blocks)
+
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         blocks = [one.add_(two) for one, two in zip(self.blocks, other.blocks, strict=True)]
         return NormalEquations(self.cross + other.cross, blocks)
+
+    def each(self, ladder: Sequence[float]) -> Iterator[torch.Tensor]:
+        """Yield the change of each ridge, to be judged: in single precision, half the time and near enough."""
+        return (self.solved(ridge, torch.float32) for ridge in ladder)
 
     def solved(self, ridge: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Return the change X [D, N] that minimises `|X h - m|^2 + ridge * scale * |X|^2`, in the dtype given.
@@ -185,24 +192,50 @@ def _ridged(gram: torch.Tensor, cross: torch.Tensor, added: torch.Tensor, dtype:
 
 
 def _solved(
-    units: Units, missing: torch.Tensor, ladder: Sequence[float], judge: torch.Tensor, before: float, final: bool
+    units: Units, missing: torch.Tensor, ladder: Sequence[float], parts: torch.Tensor, final: bool
 ) -> tuple[float, float, torch.Tensor] | None:
-    """Return the ridge that does best on the tokens of `judge`, its error there, and the change; None for no gain."""
+    """Return the ridge that does best, its error on the held-out tokens, and the change; None for no gain."""
+    judge = parts == HELD_OUT
     sums = NormalEquations.over(units, missing, ~judge)
-    best, error, change = None, before, torch.empty(0)
-    last = math.inf
-    for ridge in ladder if sums.cross.any() else ():
-        solution = sums.solved(ridge, torch.float32)  # half the time, and near enough to judge a ridge
-        last, previous = _missed(units, missing, solution, judge), last
-        if last < error:
-            best, error, change = ridge, last, solution
-        if last > previous:
-            break
+    if not sums.cross.any():
+        return None
+    changes: list[torch.Tensor] = []
+    judged = [_errors(units, missing, sums.each(ladder), judge, kept=changes)]
+    for fold in folds_of([parts]):
+        rest = sums - NormalEquations.over(units, missing, parts == fold)
+        judged.append(_errors(units, missing, rest.each(ladder), parts == fold))
+    best = best_ridge(judged)
     if best is None:
         return None
+    change = changes[best]
     if final:
-        sums = sums + NormalEquations.over(units, missing, judge)
-    return best, error, sums.solved(best) if final else change
+        change = (sums + NormalEquations.over(units, missing, judge)).solved(ladder[best])
+    return ladder[best], judged[0][best + 1], change
+
+
+def _errors(
+    units: Units,
+    missing: torch.Tensor,
+    changes: Iterable[torch.Tensor],
+    judge: torch.Tensor,
+    *,
+    stops: bool = True,
+    kept: list[torch.Tensor] | None = None,
+) -> list[float]:
+    """Return the errors of a trial on the tokens of `judge`: of no change, and of each of the changes.
+
+    Args:
+        stops: whether changes behind the first that does worse than the one before are left out.
+        kept: where the changes are put.
+    """
+    judged = [missing[judge].double().square().sum().item()]
+    for change in changes:
+        if kept is not None:
+            kept.append(change)
+        judged.append(_missed(units, missing, change, judge))
+        if stops and len(judged) > 2 and judged[-1] > judged[-2]:
+            break
+    return judged
 
 
 def _missed(units: Units, missing: torch.Tensor, change: torch.Tensor, judge: torch.Tensor) -> float:
@@ -211,26 +244,32 @@ def _missed(units: Units, missing: torch.Tensor, change: torch.Tensor, judge: to
 
 
 def _solved_by_rows(
-    units: Units, missing: torch.Tensor, ladder: Sequence[float], judge: torch.Tensor, before: float, final: bool
+    units: Units, missing: torch.Tensor, ladder: Sequence[float], parts: torch.Tensor, final: bool
 ) -> tuple[float, float, torch.Tensor] | None:
     """Do what `_solved` does without the Gram matrix, for so many rows of the output matrices as memory holds."""
     # About eight matrices of a block in float32 are alive at a time.
     size = max(1, units.memory_limit // (8 * 4 * sum(units.widths)))
     blocks = [slice(first, first + size) for first in range(0, len(units.start), size)]
-    judged: list[float] = []
-    for rows in blocks:
-        for position, change in enumerate(_changes(units, missing[:, rows], ladder, ~judge)):
-            judged += [0.0] * (position + 1 - len(judged))
-            judged[position] += _missed(units, missing[:, rows], change, judge)
-            if len(blocks) == 1 and position and judged[position] > judged[position - 1]:
-                break
-    error = min(judged)
-    if not error < before:
+    judged = []
+    for left_out in (HELD_OUT, *folds_of([parts])):
+        used, judge = (parts != HELD_OUT) & (parts != left_out), parts == left_out
+        found = [
+            _errors(
+                units,
+                missing[:, rows],
+                _changes(units, missing[:, rows], ladder, used),
+                judge,
+                stops=len(blocks) == 1,
+            )
+            for rows in blocks
+        ]
+        judged.append([sum(errors) for errors in zip(*found, strict=True)])
+    best = best_ridge(judged)
+    if best is None:
         return None
-    ridge = ladder[judged.index(error)]
-    used = torch.ones_like(judge) if final else ~judge
-    parts = [next(_changes(units, missing[:, rows], [ridge], used)) for rows in blocks]
-    return ridge, error, torch.cat(parts)
+    used = torch.ones_like(parts, dtype=torch.bool) if final else parts != HELD_OUT
+    changes = [next(_changes(units, missing[:, rows], [ladder[best]], used)) for rows in blocks]
+    return ladder[best], judged[0][best + 1], torch.cat(changes)
 
 
 def _is_dense(units: Units) -> bool:

@@ -1,18 +1,25 @@
 """Least squares for an expert's output matrix: streamed normal equations, ridge towards the weights it has.
 
+The ridge is chosen by trials, of which each leaves some tokens out of the fit and judges it on these: one the tokens
+that are held out, and where there are several data sets one more for each of them, for text of kinds that were not
+calibrated on.
+
 Letters as elsewhere, with F counting a column of ones where a bias is fitted along: `hidden` [n, F] are the expert's
 hidden states times the weights that the router gave it, `target` [n, D] what its output should be.
 """
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-# Hidden states [n, F], targets [n, D], and bool [n] which of them are held out to judge.
+# The part of the tokens that no fit sees before a ridge is chosen; further parts are data sets, from 0 on.
+HELD_OUT = -1
+# Hidden states [n, F], targets [n, D], and int [n], the parts that they are of.
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 RowSource = Callable[[], Iterable[Rows]]
 # Yields, per ridge, some rows of the output matrix.
@@ -112,25 +119,66 @@ def refit(
             by conjugate gradients.
         final: whether the weight is fitted to the held-out tokens too once they have chosen the ridge.
     """
-    # Two sums [F, F] and what their eigendecomposition takes.
-    if 6 * 8 * start.shape[1] ** 2 > memory_limit:
+    # Two sums [F, F] and what their eigendecomposition takes, and where data sets are left out a sum of each.
+    folds = folds_of(part for _, _, part in rows())
+    if (6 + (len(folds) + 1) * bool(folds)) * 8 * start.shape[1] ** 2 > memory_limit:
         return _refit_wide(rows, start, sorted(ridges, reverse=True), memory_limit, final)
-    fit, judge = NormalEquations.empty(start), NormalEquations.empty(start)
-    for hidden, target, held_out in rows():
-        fit.add(hidden[~held_out], target[~held_out])
-        judge.add(hidden[held_out], target[held_out])
+    sums = {part: NormalEquations.empty(start) for part in (HELD_OUT, *(folds or [0]))}
+    for hidden, target, parts in rows():
+        for part, own in sums.items():
+            chosen = parts == part if folds or part == HELD_OUT else parts != HELD_OUT
+            own.add(hidden[chosen], target[chosen])
+    judge = sums.pop(HELD_OUT)
+    fit = functools.reduce(operator.add, sums.values())
     before = judge.error(start)
     kept = ExpertFit(start, None, fit.count, before, before, judge.energy)
     if not (fit.count and judge.count and fit.gram.diagonal().sum() > 0):
         return kept
-    best = min(zip(fit.solve(start, ridges), ridges, strict=True), key=lambda item: judge.error(item[0]))
-    weight, ridge = best
-    after = judge.error(weight)
-    if not after < before:
+    judged = [_tried(fit, judge, start, ridges)]
+    judged += [_tried(_without(sums, fold), sums[fold], start, ridges) for fold in folds]
+    best = best_ridge(judged)
+    if best is None:
         return kept
-    if final:
-        weight = next((fit + judge).solve(start, [ridge]))
-    return ExpertFit(weight, ridge, fit.count, before, after, judge.energy)
+    weight = next((fit + judge if final else fit).solve(start, [ridges[best]]))
+    return ExpertFit(weight, ridges[best], fit.count, before, judged[0][best + 1], judge.energy)
+
+
+def folds_of(parts: Iterable[torch.Tensor]) -> list[int]:
+    """Return the data sets that are left out in turn: all, where there are several."""
+    found = sorted({number for part in parts for number in part.unique().tolist()} - {HELD_OUT})
+    return found if len(found) > 1 else []
+
+
+def _without(sums: dict[int, NormalEquations], fold: int) -> NormalEquations:
+    return functools.reduce(operator.add, (own for part, own in sums.items() if part != fold))
+
+
+def _tried(fit: NormalEquations, judge: NormalEquations, start: torch.Tensor, ridges: Sequence[float]) -> list[float]:
+    """Return the errors of a trial: of the start, and of each ridge; those of the start where nothing is fitted to."""
+    if not fit.gram.diagonal().sum() > 0:
+        return [judge.error(start)] * (len(ridges) + 1)
+    return [judge.error(start), *map(judge.error, fit.solve(start, ridges))]
+
+
+def best_ridge(judged: Sequence[Sequence[float]]) -> int | None:
+    """Return the place of the ridge that does best, None where the start does.
+
+    What counts is the sum of two shares of the start's error: on held-out tokens, and on data sets that were left out,
+    together. A ridge that does worse than the start on either is none to choose.
+
+    Args:
+        judged: per trial, that of the held-out tokens first, the squared errors of the start and of each ridge, as
+            far as they were tried.
+    """
+    inside, *folds = judged
+    tried = min(map(len, judged))
+    outside = [sum(fold[place] for fold in folds) for place in range(tried)]
+    shares = {
+        place: inside[place] / inside[0] + (outside[place] / outside[0] if outside[0] > 0 else 0.0)
+        for place in range(1, tried)
+        if inside[place] < inside[0] and outside[place] <= outside[0]
+    }
+    return min(shares, key=lambda place: shares[place]) - 1 if shares else None
 
 
 def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool, final: bool = True) -> ExpertFit:
@@ -140,7 +188,8 @@ def mean_shift(rows: RowSource, start: torch.Tensor, *, has_bias: bool, final: b
     as in `refit`.
     """
     fit, judge = _Means.empty(start), _Means.empty(start)
-    for hidden, target, held_out in rows():
+    for hidden, target, part in rows():
+        held_out = part == HELD_OUT
         fit = fit + _Means.of(hidden[~held_out].to(start), target[~held_out].to(start), start)
         judge = judge + _Means.of(hidden[held_out].to(start), target[held_out].to(start), start)
     moved = fit.moved(start, has_bias)
@@ -179,11 +228,12 @@ class _Means:
         return weight + torch.outer(self.missing, direction) / reach if reach != 0 else weight
 
 
-def errors(rows: RowSource, weights: Sequence[torch.Tensor]) -> list[float]:
-    """Return the squared error of each matrix [D, F] on held-out tokens, and the squared norm of their targets."""
+def errors(rows: RowSource, weights: Sequence[torch.Tensor], judges: int = HELD_OUT) -> list[float]:
+    """Return the squared error of each matrix [D, F] on tokens of one part, and the squared norm of their targets."""
     sums = [0.0] * (len(weights) + 1)
-    for hidden, target, held_out in rows():
-        states, wanted = hidden[held_out].to(weights[0]), target[held_out].to(weights[0])
+    for hidden, target, part in rows():
+        judged = part == judges
+        states, wanted = hidden[judged].to(weights[0]), target[judged].to(weights[0])
         misses = [states @ weight.T - wanted for weight in weights]
         for position, value in enumerate([*misses, wanted]):
             sums[position] += value.square().sum().item()
@@ -198,8 +248,8 @@ def _refit_wide(
     Args:
         ridges: from the largest to the smallest, each of which starts where the one before it ended.
     """
-    seen = [held_out for _, _, held_out in rows()]
-    judging = sum(int(held_out.sum()) for held_out in seen)
+    seen = [part for _, _, part in rows()]
+    judging = sum(int((part == HELD_OUT).sum()) for part in seen)
     count = sum(map(len, seen)) - judging
     if not (count and judging):
         before, energy = errors(rows, [start])
@@ -211,39 +261,55 @@ def _refit_wide(
     # About eight matrices of a block in float64 are alive at a time.
     size = max(1, rest // (8 * 8 * width))
     blocks = [slice(first, first + size) for first in range(0, len(start), size)]
-    judged, solve = [0.0] * (len(ridges) + 2), method(rows, start, False)
+    trials = [HELD_OUT, *folds_of(seen)]
+    found = [_tried_wide(method, rows, start, ridges, blocks, left_out) for left_out in trials]
+    judged = [errors_of[:-1] for errors_of in found]
+    before, energy, best = found[0][0], found[0][-1], best_ridge(judged)
+    if best is None:
+        return ExpertFit(start, None, count, before, before, energy)
+    solve = method(rows, start, None if final else HELD_OUT)
+    weight = torch.cat([next(solve(block, [ridges[best]])) for block in blocks])
+    return ExpertFit(weight, ridges[best], count, before, judged[0][best + 1], energy)
+
+
+def _tried_wide(
+    method: Callable[[RowSource, torch.Tensor, int | None], Solve],
+    rows: RowSource,
+    start: torch.Tensor,
+    ridges: Sequence[float],
+    blocks: Sequence[slice],
+    left_out: int,
+) -> list[float]:
+    """Return the errors of a trial: of the start and of each ridge, and the squared norm of the targets."""
+    sums, solve = [0.0] * (len(ridges) + 2), method(rows, start, left_out)
     for block in blocks:
         weights = [start[block], *solve(block, ridges)]
-        for position, value in enumerate(errors(_columns(rows, block), weights)):
-            judged[position] += value
-    before, after, energy = judged[0], min(judged[1:-1]), judged[-1]
-    if not after < before:
-        return ExpertFit(start, None, count, before, before, energy)
-    ridge = ridges[judged[1:-1].index(after)]
-    if final:
-        del solve  # what it holds must not stay beside what the next one does
-        solve = method(rows, start, True)
-    weight = torch.cat([next(solve(block, [ridge])) for block in blocks])
-    return ExpertFit(weight, ridge, count, before, after, energy)
+        for position, value in enumerate(errors(_columns(rows, block), weights, left_out)):
+            sums[position] += value
+    return sums
 
 
 def _columns(rows: RowSource, block: slice) -> RowSource:
-    return lambda: ((hidden, target[:, block], held_out) for hidden, target, held_out in rows())
+    return lambda: ((hidden, target[:, block], part) for hidden, target, part in rows())
 
 
-def _chosen(rows: RowSource, like: torch.Tensor, all_tokens: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what a weight is fitted to: hidden states, as floats like another tensor's, and targets."""
-    for hidden, target, held_out in rows():
-        used = slice(None) if all_tokens else ~held_out
+def _chosen(rows: RowSource, like: torch.Tensor, left_out: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what a weight is fitted to: hidden states, as floats like another tensor's, and targets.
+
+    Args:
+        left_out: the part that judges, beside the one that is held out; None for a fit to all.
+    """
+    for hidden, target, part in rows():
+        used = slice(None) if left_out is None else (part != HELD_OUT) & (part != left_out)
         yield hidden[used].to(like), target[used]
 
 
-def _over_tokens(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solve:
+def _over_tokens(rows: RowSource, start: torch.Tensor, left_out: int | None) -> Solve:
     """Solve exactly with the Gram matrix [n, n] of n tokens, where they are few for the width.
 
     With `H` [n, F] and what the start misses, `M` [n, D], `W = start + M^T (H H^T + ridge m I)^-1 H`.
     """
-    chosen = functools.partial(_chosen, rows, start, all_tokens)
+    chosen = functools.partial(_chosen, rows, start, left_out)
     hidden = torch.cat([hidden for hidden, _ in chosen()])
     values, vectors = torch.linalg.eigh(hidden @ hidden.T)
     values = values.clamp(min=0)
@@ -259,9 +325,9 @@ def _over_tokens(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solv
     return solve
 
 
-def _iteratively(rows: RowSource, start: torch.Tensor, all_tokens: bool) -> Solve:
+def _iteratively(rows: RowSource, start: torch.Tensor, left_out: int | None) -> Solve:
     """Solve by conjugate gradients with diagonal preconditioner, which go over the tokens in every step."""
-    chosen = functools.partial(_chosen, rows, start, all_tokens)
+    chosen = functools.partial(_chosen, rows, start, left_out)
 
     def times_gram(matrix: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(matrix)

@@ -54,11 +54,12 @@ class RepairConfig(Options):
         (10.0, 1.0, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4), "ridges to choose from, in multiples of the mean diagonal"
     )
     elsewhere: float = option(
-        0.3, "weight of tokens routed elsewhere, which keep experts right for other text; in multiples of their own"
+        1.0, "weight of tokens routed elsewhere, which keep experts right for other text; in multiples of their own"
     )
     caution: float = option(
         2.0,
-        "the smallest ridge, in multiples of unknowns over tokens (an expert's width over the tokens that it sees)",
+        "the smallest ridge, in multiples of unknowns over tokens (an expert's width over the tokens that it sees), "
+        "where there is one data set; of several each is left out in turn to choose",
     )
     steps: int = option(300, "Adam steps a layer (local)")
     learning_rate: float = option(3e-3, "learning rate at the start (local); it falls to zero as a cosine")
@@ -87,9 +88,12 @@ class RepairConfig(Options):
                 "joint or local."
             )
 
-    def ladder(self, unknowns: int, tokens: int) -> list[float]:
-        """Return the ridges to choose from, none of them smaller than so few tokens for so many unknowns allow."""
-        least = self.caution * unknowns / max(tokens, 1)
+    def ladder(self, unknowns: int, tokens: int, domains: int = 1) -> list[float]:
+        """Return the ridges to choose from, none of them smaller than so few tokens for so many unknowns allow.
+
+        With several data sets those that are left out say what is too small.
+        """
+        least = self.caution * unknowns / max(tokens, 1) if domains == 1 else 0.0
         return sorted({max(ridge, least) for ridge in self.ridges})
 
 
@@ -156,14 +160,14 @@ def _per_expert(
             f"{layer.name} is pruned, and what its experts lack was done by others: choose the repair 'joint' or "
             "'local'."
         )
-    solutions, tokens, expert_map = [], len(layer.inputs), layer.expert_map
+    solutions, tokens, expert_map, domains = [], len(layer.inputs), layer.expert_map, len(layer.inputs.domains)
     layer = with_elsewhere(layer, config.elsewhere, config.seed)
     for expert in range(layer.experts.num_experts):
         members = [m for m, target in enumerate(expert_map) if target == expert]
         seen, start = layer.tokens_of(expert)[0], output_weight(layer.experts, expert)
         fitted = int((~layer.inputs.held_out[seen[seen < tokens]]).sum())
         targets = original_sum(layer, members, seen)
-        ladder = config.ladder(start.shape[1], fitted)
+        ladder = config.ladder(start.shape[1], fitted, domains)
         solution = solve(expert_rows(layer, expert, targets), start, ladder)
         write_output_weight(layer.experts, expert, solution.weight)
         solutions.append(replace(solution, tokens=fitted))
@@ -203,7 +207,7 @@ def refit_layer_jointly(layer: LayerFit, config: RepairConfig, *, final: bool = 
     seen = [int((~layer.inputs.held_out[layer.tokens_of(e)[0]]).sum()) for e in range(layer.experts.num_experts)]
     unknowns = sum(output_weight(layer.experts, expert).shape[1] for expert in range(len(seen)))
     longer = with_elsewhere(layer, config.elsewhere, config.seed)
-    ladder = config.ladder(unknowns, sum(seen))
+    ladder = config.ladder(unknowns, sum(seen), len(layer.inputs.domains))
     fit = refit_jointly(longer, ladder, memory_limit=config.memory_limit, final=final)
     experts = []
     for expert, (weight, fitted) in enumerate(zip(fit.weights, seen, strict=True)):

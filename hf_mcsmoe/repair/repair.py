@@ -1,7 +1,6 @@
 """Repair of a merged model against its original, layer by layer, without end-to-end training."""
 
 import contextlib
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,12 +21,10 @@ from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.record import Step
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import REPAIR, LayerRepair, RepairConfig
+from hf_mcsmoe.repair.rows import Fitted, few_rows
 
 Progress = Callable[[str, int, int], None]
 Pair = tuple[MoELayer, MoELayer]
-
-# What a fit asks for of each unknown: so many tokens of the median expert.
-TOKENS_PER_UNKNOWN = 2
 
 
 @dataclass(frozen=True)
@@ -89,33 +86,15 @@ class RepairReport:
         )
 
     def few_rows(self) -> str | None:
-        """Return the sentence that tells how many rows would do, of the layer that needs the most; None where all do.
-
-        A layer's rows do where its median expert is fitted to twice as many tokens as it has unknowns.
-        """
-        needs = {name: self._rows_needed(layer) for name, layer in self.layers.items() if layer.experts}
-        name = max(needs, key=lambda name: needs[name], default="")
-        if self.config["method"] == "mean_shift" or not needs or needs[name] <= self.rows:
+        """Return the sentence that tells how many rows would do; None where these do."""
+        if self.config["method"] == "mean_shift":
             return None
-        layer = self.layers[name]
-        return (
-            f"{self.rows:,} calibration rows leave the experts of {name} some {_median_tokens(layer):,} tokens each, "
-            f"for {layer.unknowns:,} hidden units: about {_rounded_up(needs[name]):,} rows would do."
-        )
-
-    def _rows_needed(self, layer: LayerRepair) -> int:
-        wanted = TOKENS_PER_UNKNOWN * layer.unknowns
-        return math.ceil(self.rows * wanted / max(_median_tokens(layer), 1))
-
-
-def _median_tokens(layer: LayerRepair) -> int:
-    return int(statistics.median(expert.tokens for expert in layer.experts))
-
-
-def _rounded_up(number: int) -> int:
-    """Return a number of which only the first two digits are told, rounded up."""
-    unit = 10 ** max(len(str(number)) - 2, 0)
-    return math.ceil(number / unit) * unit
+        layers = {
+            name: Fitted(int(statistics.median(expert.tokens for expert in layer.experts)), layer.unknowns)
+            for name, layer in self.layers.items()
+            if layer.experts
+        }
+        return few_rows(layers, self.rows)
 
 
 def repair_experts(

@@ -1,11 +1,11 @@
 """A choice put into effect: the plan of fewer experts, and the fit, rounding and storing of each layer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from hf_mcsmoe.calibration.inputs import stream_inputs
+from hf_mcsmoe.calibration.inputs import num_sequences, stream_inputs
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
@@ -21,6 +21,7 @@ from hf_mcsmoe.quantization.packing import store_codes
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import map_of_fit, matching_layers, student_inputs
+from hf_mcsmoe.repair.rows import Fitted, few_rows
 from hf_mcsmoe.search.curves import plan_with
 from hf_mcsmoe.search.student import refit_method
 
@@ -43,6 +44,18 @@ def plan_choices(
     return replace(next(iter(plans.values())), layers=items)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What was found while layers were fitted and stored.
+
+    `gains` is by the layers' names what is left of the errors of rounding where experts share out the bits of a layer;
+    `few_rows` tells of too few rows for the fits, None where these do.
+    """
+
+    gains: dict[str, float]
+    few_rows: str | None = None
+
+
 @torch.no_grad()
 def store_choices(
     student: Layers,
@@ -52,10 +65,8 @@ def store_choices(
     repair: RepairConfig,
     progress: Progress | None = None,
     bits: Sequence[int] = (),
-) -> dict[str, float]:
+) -> Stored:
     """Fit, round and store the layers of a merged model, in place, as chosen.
-
-    Returns by the layers' names what is left of the errors of rounding where experts share out the bits of a layer.
 
     Args:
         student: what `merge_layers` made of `teacher` by the plan of the choices.
@@ -70,8 +81,9 @@ def store_choices(
             convert_whole(model, layer)
     student = Layers.of(student.source)
     if not any(layer.merged for layer in student):
-        return {}
+        return Stored({})
     gains: dict[str, float] = {}
+    fitted: dict[str, Fitted] = {}
     groups = matching_layers(student, teacher)
     originals = [[original for _, original in pairs] for pairs in groups]
     streamed = stream_inputs(originals, batches, memory_limit=repair.memory_limit)
@@ -89,10 +101,12 @@ def store_choices(
                 if bits and choice.w_in and choice.w_out:
                     balanced = balanced_grids(fit, choice.w_in, choice.w_out, bits)
                     w_in, w_out, gains[original.name] = balanced.w_in, balanced.w_out, balanced.gain
+                if repair.method != "none":
+                    fitted[layer.name] = Fitted.of(fit)
                 codes = quantize_layer(fit, w_in, w_out, replace(repair, method=refit_method(fit, repair)))
             for weight, values in codes.items():
                 store_codes(layer.container, weight, values)
             if progress:
                 progress(layer.name, done, len(groups))
     write_description(model)
-    return gains
+    return Stored(gains, few_rows(fitted, sum(map(num_sequences, batches))))

@@ -20,7 +20,7 @@ from hf_mcsmoe.methods.choice import BITS, Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.progress import Progress, counted, in_parts, silent
-from hf_mcsmoe.record import Calibration, Predicted, Quality, SizeChoice
+from hf_mcsmoe.record import Calibration, Predicted, Quality, SizeChoice, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.apply import plan_choices, store_choices
 from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choice_bytes, choose, fixed_bytes
@@ -36,12 +36,13 @@ MIXTURE = "mixture"
 
 @dataclass(frozen=True)
 class Sized:
-    """A result: the model, its plan, what was chosen, and how it does where rows were held out."""
+    """A result: the model, its plan, what was chosen, how it does where rows were held out, and a word on few rows."""
 
     model: PreTrainedModel
     plan: MergePlan
     chosen: Chosen
     quality: Quality | None = None
+    few_rows: str | None = None
 
     @property
     def effect(self) -> float:
@@ -128,10 +129,10 @@ def compress_to_size(
         plan = plan_choices(layers, statistics, merge, chosen.choices)
         model = merge_layers(layers, plan, statistics=statistics)
         told, bits = _by_number("fit", progress), search.bits if name == MIXTURE else ()
-        gains = store_choices(Layers.of(model), layers, batches, chosen.choices, repair, told, bits)
-        chosen = replace(chosen, predicted=_after_balance(chosen, curves, gains))
+        stored = store_choices(Layers.of(model), layers, batches, chosen.choices, repair, told, bits)
+        chosen = replace(chosen, predicted=_after_balance(chosen, curves, stored.gains))
         judge.measure(name, model)
-        results[name] = Sized(model, plan, chosen, judge.quality.pop(name, None))
+        results[name] = Sized(model, plan, chosen, judge.quality.pop(name, None), stored.few_rows)
     checked = {name: result.effect for name, result in results.items() if result.quality is not None}
     taken = min(results, key=lambda name: results[name].effect)
     best = results[taken]
@@ -151,6 +152,9 @@ def compress_to_size(
         calibration=Calibration(check=list(kinds), check_rows=rows),
         size=size,
     )
+    if few := best.few_rows:
+        done = "Output matrices were fitted to the original layers on the calibration data."
+        record = record.with_step(Step("Repair", repair.to_dict(), [done, "", few], {"few_rows": few}))
     attach_record(best.model, record.with_quality(judge.quality))
     return best.model
 

@@ -226,6 +226,39 @@ def test_a_joint_refit_is_the_least_squares_solution_over_all_experts(name: str,
     assert report.before == pytest.approx(float(missed), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "memory_limit"), [("switch_transformers", 10**9), ("mixtral", 10**9), ("mixtral", 150_000)]
+)
+def test_a_joint_refit_leaves_each_data_set_out_to_choose_its_ridge(name: str, memory_limit: int) -> None:
+    model = build(name)
+    data = batches(name, model, number=4)
+    layer, original = matching_layers(_merged(name, model, data, experts=4), model)[0][0]
+    seen = capture_inputs([original], data)[original.name]
+    seen = replace(seen, domain=torch.arange(len(seen)) * 3 // len(seen))
+    stored = seen.mapped(layer.expert_map)
+    fit = LayerFit(layer.name, layer.container, original.read(), stored, seen, layer.expert_map)
+    start, units, target = _out(name, layer), _stacked(name, layer, stored).flatten(1), original_sum(fit).double()
+    own = ~seen.held_out
+
+    def missed(used: torch.Tensor, judge: torch.Tensor, ridge: float) -> tuple[float, float]:
+        extra = (ridge * units[used].square().sum() / units.shape[1]).sqrt() * torch.eye(units.shape[1]).double()
+        rows, wanted = torch.cat([units[used], extra]), torch.cat([target[used], extra @ start.T])
+        solved = torch.linalg.lstsq(rows, wanted).solution.T
+        before, after = ((units @ weight.T - target)[judge].square().sum() for weight in (start, solved))
+        return float(before), float(after)
+
+    shares = {}
+    for ridge in (0.03, 1.0, 10.0):
+        inside = missed(own, ~own, ridge)
+        outside = [missed(own & (seen.domain != kind), own & (seen.domain == kind), ridge) for kind in range(3)]
+        before, after = (sum(part[place] for part in outside) for place in range(2))
+        if inside[1] < inside[0] and after <= before:
+            shares[ridge] = inside[1] / inside[0] + after / before
+    config = RepairConfig(method="joint", ridges=(0.03, 1.0, 10.0), memory_limit=memory_limit, elsewhere=0.0)
+    report = REPAIR["joint"](fit, config)
+    assert {expert.ridge for expert in report.experts if expert.tokens} == {min(shares, key=lambda key: shares[key])}
+
+
 @pytest.mark.parametrize("method", ["joint", "refit", "local"])
 def test_what_is_left_of_a_pruned_layer_is_fitted_to_the_whole_of_its_output(method: str) -> None:
     """Its experts are some of the originals, and its tokens pick among these alone."""

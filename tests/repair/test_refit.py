@@ -4,7 +4,16 @@ import pytest
 import torch
 from helpers import relative_error
 
-from hf_mcsmoe.repair.least_squares import ExpertFit, NormalEquations, Rows, RowSource, mean_shift, refit
+from hf_mcsmoe.repair.least_squares import (
+    HELD_OUT,
+    ExpertFit,
+    NormalEquations,
+    Rows,
+    RowSource,
+    best_ridge,
+    mean_shift,
+    refit,
+)
 
 LIMIT = 10**9
 F, D, TOKENS = 12, 5, 200
@@ -19,8 +28,11 @@ def _rows(noise: float = 0.1, tokens: int = TOKENS, seed: int = 0, scale: float 
     return (hidden, target, torch.arange(tokens) % 5 == 4), weight
 
 
-def _source(rows: Rows, size: int = 17) -> RowSource:
-    return lambda: zip(*(tensor.split(size) for tensor in rows), strict=True)
+def _source(rows: Rows, size: int = 17, domain: torch.Tensor | None = None) -> RowSource:
+    """Return the rows some at a time, with their parts: held out, or else the data set."""
+    hidden, target, held_out = rows
+    parts = (torch.zeros(len(hidden), dtype=torch.int64) if domain is None else domain).masked_fill(held_out, HELD_OUT)
+    return lambda: zip(*(tensor.split(size) for tensor in (hidden, target, parts)), strict=True)
 
 
 def _stacked(hidden: torch.Tensor, target: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -64,6 +76,62 @@ def test_the_ridge_is_the_one_that_held_out_tokens_prefer() -> None:
     assert found.ridge == best
     assert found.after == pytest.approx(misses[best])
     assert found.before == pytest.approx(float((hidden[held_out] @ start.T - target[held_out]).square().sum()))
+
+
+def _two_kinds(tokens: int = 150, seed: int = 0) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+    """Make rows of three data sets whose maps differ; returns them, the data set of each, and a start between them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    domain, hidden, shared = torch.arange(tokens) % 3, normal(tokens, F), normal(D, F)
+    maps = torch.stack([shared + 0.4 * normal(D, F) for _ in range(3)])
+    target = torch.einsum("tdf,tf->td", maps[domain], hidden) + 0.3 * normal(tokens, D)
+    held_out = torch.arange(tokens) // 3 % 5 == 4
+    return (hidden, target, held_out), domain, shared + 0.6 * normal(D, F)
+
+
+@pytest.mark.parametrize("memory_limit", [LIMIT, 1])
+def test_with_several_data_sets_the_ridge_is_the_one_for_text_in_and_out_of_them(memory_limit: int) -> None:
+    """Every trial is solved anew by QR: one for the held-out rows, and one for each data set that is left out."""
+    rows, domain, start = _two_kinds()
+    hidden, target, held_out = rows
+    ridges = [1e-4, 1e-2, 0.1, 0.3, 1.0, 10.0, 100.0]
+
+    def missed(weight: torch.Tensor, judge: torch.Tensor) -> float:
+        return float((hidden[judge] @ weight.T - target[judge]).square().sum())
+
+    def errors(ridge: float) -> tuple[float, float]:
+        inside, *others = (
+            missed(_stacked(hidden[used], target[used], start, ridge), judge)
+            for used, judge in (
+                (~held_out, held_out),
+                *((~held_out & (domain != kind), ~held_out & (domain == kind)) for kind in range(3)),
+            )
+        )
+        return inside, sum(others)
+
+    before = missed(start, held_out), missed(start, ~held_out)
+    judged = {ridge: errors(ridge) for ridge in ridges}
+    shares = {ridge: sum(a / b for a, b in zip(found, before, strict=True)) for ridge, found in judged.items()}
+    best = min(shares, key=lambda ridge: shares[ridge])
+    alone = min(ridges, key=lambda ridge: judged[ridge][0])
+    assert best > alone, "or the other text would not have counted"
+    found = refit(_source(rows, domain=domain), start, ridges, memory_limit=memory_limit)
+    assert (found.ridge, found.after) == (best, pytest.approx(judged[best][0], rel=1e-5))
+    assert relative_error(found.weight, _stacked(hidden, target, start, best)) < 1e-5
+    assert refit(_source(rows), start, ridges, memory_limit=memory_limit).ridge == alone
+
+
+def test_a_fit_that_does_worse_than_the_start_on_data_that_are_left_out_is_none() -> None:
+    assert best_ridge([[4.0, 2.0, 1.0], [1.0, 0.5, 1.2], [1.0, 1.4, 1.5]]) == 0, "of both data sets together"
+    assert best_ridge([[4.0, 1.0], [1.0, 1.2], [1.0, 0.9]]) is None
+    assert best_ridge([[4.0, 5.0], [1.0, 0.1]]) is None
+    assert best_ridge([[4.0, 3.0, 1.0]]) == 1, "one data set leaves the held-out tokens alone to choose"
+    assert best_ridge([[4.0, 3.0, 1.0], [1.0, 0.9]]) == 0, "what was not tried on all is not chosen"
+    # A data set that alone reaches an expert leaves no other to be fitted to.
+    assert best_ridge([[4.0, 3.0], [1.0, 1.0]]) == 0
 
 
 def _stays(found: ExpertFit, start: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from hf_mcsmoe import (
     repair_experts,
 )
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
-from hf_mcsmoe.repair.least_squares import refit
+from hf_mcsmoe.repair.least_squares import HELD_OUT, refit
 
 NAMES = sorted(LAYOUTS)
 
@@ -56,9 +56,10 @@ def test_the_record_holds_the_errors_of_each_layer() -> None:
 @pytest.mark.parametrize("memory_limit", [10**9, 1000], ids=["direct", "conjugate gradients"])
 def test_the_refit_is_least_squares_with_a_ridge_towards_the_old_weights(memory_limit: int) -> None:
     hidden, target, held_out = _rows(200, 12, 5)
+    part = torch.where(held_out, HELD_OUT, 0)
     start = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).double()
     found = refit(
-        lambda: iter([(hidden[:90], target[:90], held_out[:90]), (hidden[90:], target[90:], held_out[90:])]),
+        lambda: iter([(hidden[:90], target[:90], part[:90]), (hidden[90:], target[90:], part[90:])]),
         start,
         (0.01,),
         memory_limit=memory_limit,
@@ -76,7 +77,12 @@ def test_too_few_tokens_keep_the_old_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, target = torch.randn(6, 12, generator=generator), torch.randn(6, 5, generator=generator)
     start = torch.zeros(5, 12).double()
-    found = refit(lambda: iter([(hidden, target, torch.arange(6) >= 5)]), start, (1e-4,), memory_limit=10**9)
+    found = refit(
+        lambda: iter([(hidden, target, torch.where(torch.arange(6) >= 5, HELD_OUT, 0))]),
+        start,
+        (1e-4,),
+        memory_limit=10**9,
+    )
     assert found.ridge is None
     assert torch.equal(found.weight, start)
 
