@@ -244,7 +244,7 @@ def climb(arguments: argparse.Namespace) -> list[Cell]:
     done = {(cell.model, cell.seed, cell.method, cell.level) for cell in cells}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("a") as output:
-        for subject in SUBJECTS:
+        for subject in (subject for subject in SUBJECTS if arguments.subject in subject.folder):
             waiting = {(subject.folder, seed, *rung[:2]) for seed in range(arguments.seeds) for rung in rungs(subject)}
             for seed, case in cases(subject, arguments) if waiting - done else ():
                 for method, level, make in rungs(subject):
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, help="folder that holds the models")
     parser.add_argument("--output", type=Path, required=True, help="file of finished cells, a JSON object a line")
     parser.add_argument("--seeds", type=int, default=3, help="draws of calibration rows (default %(default)s)")
+    parser.add_argument("--subject", default="", help="part of the names of the models to measure (default all)")
     parser.add_argument("--only", default="", help="part of the names of the methods to measure (default all)")
     parser.add_argument("--rows", type=int, default=180, help="calibration rows (default %(default)s)")
     parser.add_argument("--judge-rows", type=int, default=96, help="rows that judge (default %(default)s)")
