@@ -48,6 +48,10 @@ class LayerInputs:
         """The data sets that there are tokens of, rising."""
         return self.domain.unique().tolist()
 
+    def of_one_domain(self) -> "LayerInputs":
+        """Return the tokens as of one data set."""
+        return replace(self, domain=torch.zeros_like(self.domain))
+
     def __add__(self, other: "LayerInputs") -> "LayerInputs":
         """Return the tokens of both, as of two layers that share their experts."""
         return LayerInputs(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))

@@ -212,7 +212,8 @@ class Bench:
         if not probed:
             return Observed(error)
         layer = self.layers[0]
-        token = torch.arange(min(len(self.inputs), self.probe.positions * (layer.top_k or 1)))
+        own = self.inputs.held_out[: len(self.inputs) // len(self.layers)]  # of the first of layers that share experts
+        token = self.probe.tokens(own)[: self.probe.positions * (layer.top_k or 1)]
         difference = merged_output(fit, fit.experts, token).cpu() - self.normed[token]
         missed, effect = self.probe.measure(layer, difference)
         return Observed(error, (missed, effect * len(self.layers)))
@@ -239,11 +240,14 @@ class Bench:
     def _refit(self, fit: LayerFit) -> None:
         """Refit the output matrices; held-out tokens choose, and are not fitted to."""
         method, repair = refit_method(fit, self.repair), self.repair
-        # From the second on near to the ridge that the one before has chosen.
         ladder = sorted(repair.ridges)
         if method == "joint" and self.ridge:
+            # Near to the ridge that the first fit has chosen, with each of several data sets left out in turn.
             place = min(range(len(ladder)), key=lambda number: abs(math.log(ladder[number] / self.ridge)))
             repair = replace(repair, ridges=tuple(ladder[max(place - 1, 0) : place + 2]))
+            if len(self.inputs.domains) > 1:
+                repair = replace(repair, caution=0.0)
+                fit = replace(fit, inputs=fit.inputs.of_one_domain())
         ridges = [expert.ridge for expert in REPAIR[method](fit, repair, final=False).experts]
         self.ridge = next((ridge for ridge in ridges if method == "joint" and ridge), self.ridge)
 

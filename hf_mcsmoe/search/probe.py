@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.calibration.inputs import held_out_tokens, num_sequences
 from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch, hooks, mask_of, token_masks
 from hf_mcsmoe.layers.layer import MoELayer
@@ -16,15 +17,20 @@ from hf_mcsmoe.methods.view import Routed
 # Bytes for the original's distributions on the rows.
 MEMORY_LIMIT = 500_000_000
 # Tokens of the rows, a batch more or less.
-TOKENS = 2048
+TOKENS = 4096
 
 
 class Probe:
-    """The first rows of some batches, and what the original model says of them."""
+    """Rows of some batches, and what the original model says of them: those that no fit sees, where they can be taken.
+
+    What a layer misses where it was fitted is small, and is of another kind than what it misses elsewhere.
+    """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Run the original on the rows."""
-        self.model, self.batches = model, _few(list(apart(model, batches)))
+        rows = list(apart(model, batches))
+        judges = held_out_rows(rows)
+        self.model, self.batches, self.is_held_out = model, _few(judges or rows), bool(judges)
         self.judge = Judge(self.batches, memory_limit=MEMORY_LIMIT)
         self.judge.remember(model)
 
@@ -48,10 +54,35 @@ class Probe:
         error = difference[: sum(used)].square().sum(1).mean()
         return float(error), max(self.judge.quality.pop("changed").kl or 0.0, 0.0)
 
+    def tokens(self, held_out: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that the rows begin with, int [n], of all those of a layer.
+
+        Args:
+            held_out: which of them judge, bool [T].
+        """
+        return held_out.nonzero()[:, 0] if self.is_held_out else torch.arange(len(held_out))
+
     @property
     def positions(self) -> int:
         """Positions of the rows, those that do not count included."""
         return sum(map(_positions, self.batches))
+
+
+def held_out_rows(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the rows that judge a fit, see `held_out_tokens`; nothing where a batch cannot be parted into rows."""
+    total = sum(map(num_sequences, batches))
+    judges = set(held_out_tokens(torch.arange(total)).nonzero()[:, 0].tolist())
+    chosen, first = list[Batch](), 0
+    for batch in batches:
+        number = num_sequences(batch)
+        rows = [row for row in range(number) if first + row in judges]
+        first += number
+        tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        if total == 1 or len(tensors) < len(batch) or any(value.shape[:1] != (number,) for value in tensors):
+            return []
+        if rows:
+            chosen.append({name: value[rows] for name, value in batch.items()})
+    return chosen
 
 
 def _few(batches: Sequence[Batch]) -> list[Batch]:
