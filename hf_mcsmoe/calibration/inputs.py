@@ -48,6 +48,10 @@ class LayerInputs:
         """The data sets that there are tokens of, rising."""
         return self.domain.unique().tolist()
 
+    def fitted(self) -> "LayerInputs":
+        """Return the tokens that do not judge."""
+        return LayerInputs(*(getattr(self, f.name)[~self.held_out] for f in fields(self)))
+
     def of_one_domain(self) -> "LayerInputs":
         """Return the tokens as of one data set."""
         return replace(self, domain=torch.zeros_like(self.domain))

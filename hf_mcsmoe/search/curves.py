@@ -227,7 +227,7 @@ class Bench:
         probed = [choices[-1], next((grid for grid in choices if grid.bits <= 4), choices[0])]
         gain = 1.0
         for grid in reversed(choices):
-            quantize_layer(fit, grid if is_input else None, None if is_input else grid)
+            quantize_layer(_unjudged(fit), grid if is_input else None, None if is_input else grid)
             if is_input and grid == probed[0]:
                 before = self._error(fit)
                 self._refit(fit)
@@ -256,16 +256,16 @@ class Bench:
     ) -> Iterator[tuple[int, Observed]]:
         """Yield what low rank + sparse does to all experts, by the bits of its factors; 0: as they are."""
         layer, fit = self.layers[0], self._fit(whole, plan)
-        decompose_container(fit.experts, rank, Choice.keep, fit.inputs)
+        decompose_container(fit.experts, rank, Choice.keep, fit.inputs.fitted())
         kept = {name: value.detach().clone() for name, value in fit.experts.named_parameters()}
         w_in, w_out = (
             {grid.bits: grid for grid in grids(width, search)}
             for width in (layer.hidden_size, layer.intermediate_size)
         )
         for bits in (0, *w_in):
-            quantize_layer(fit, w_in.get(bits), None, None)
+            quantize_layer(_unjudged(fit), w_in.get(bits), None, None)
             self._refit(fit)
-            quantize_layer(fit, None, w_out.get(bits), None)
+            quantize_layer(_unjudged(fit), None, w_out.get(bits), None)
             yield bits, self._observed(fit, probed=bits in (0, 4, min(w_in, default=0)))
             for name, value in fit.experts.named_parameters():
                 value.copy_(kept[name])
@@ -285,6 +285,11 @@ class Bench:
                 return
             self._refit(fit)
             yield count, self._observed(fit, probed=number in (0, len(items) - 1, len(items) // 2))
+
+
+def _unjudged(fit: LayerFit) -> LayerFit:
+    """Return the layer with the tokens alone that do not judge, for what is fitted to all that it is given."""
+    return replace(fit, inputs=fit.inputs.fitted(), original_inputs=fit.original_inputs.fitted(), given=None)
 
 
 def _identity(experts: int) -> tuple[list[int], list[int], list[float]]:
