@@ -86,7 +86,7 @@ def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict
         seen[layer.name].append(tuple(tensor.to("cpu", copy=True) for tensor in tensors))
 
     run_routed(layers, batches, keep)
-    return {name: _joined(name, parts) for name, parts in seen.items()}
+    return {name: _joined(name, parts, before[name]) for name, parts in seen.items()}
 
 
 def num_sequences(batch: Batch) -> int:
@@ -95,25 +95,32 @@ def num_sequences(batch: Batch) -> int:
     return sizes[0] if sizes else 1
 
 
-def _joined(name: str, parts: list[tuple[torch.Tensor, ...]]) -> LayerInputs:
+def _joined(name: str, parts: list[tuple[torch.Tensor, ...]], sequences: int) -> LayerInputs:
     if not any(len(part[0]) for part in parts):
         raise ValueError(f"No token of the calibration set that counts reaches {name}.")
     hidden, index, weights, sequence, domain = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if not (hidden.isfinite().all() and weights.isfinite().all()):
         raise ValueError(f"The inputs of {name} are not finite: the model holds NaN or overflows.")
-    return LayerInputs(hidden, index, weights, held_out_tokens(sequence), domain)
+    return LayerInputs(hidden, index, weights, held_out_tokens(sequence, sequences), domain)
 
 
-def held_out_tokens(sequence: torch.Tensor) -> torch.Tensor:
+def held_out_tokens(sequence: torch.Tensor, sequences: int) -> torch.Tensor:
     """Return which tokens judge, bool [T]: every fifth sequence, or the last, or the last fifth of a single one.
 
     Args:
-        sequence: int [T], the sequence of each token.
+        sequence: int [T], the sequence of each token, from 0 on.
+        sequences: how many there are, those of which no token counts included.
     """
-    numbers = sequence.unique()
-    if len(numbers) == 1:
+    if len(sequence.unique()) == 1:
         return torch.arange(len(sequence)) >= len(sequence) - len(sequence) // HOLD_OUT
-    return torch.isin(sequence, numbers[HOLD_OUT - 1 :: HOLD_OUT] if len(numbers) >= HOLD_OUT else numbers[-1:])
+    judges = torch.isin(sequence, torch.tensor(held_out_sequences(sequences)))
+    # Or, where no token of these counts, the last of which one does.
+    return judges if judges.any() else sequence == sequence.max()
+
+
+def held_out_sequences(sequences: int) -> list[int]:
+    """Return the numbers of those sequences, of so many, that judge: every fifth, or the last."""
+    return list(range(HOLD_OUT - 1, sequences, HOLD_OUT)) or [sequences - 1]
 
 
 def stream_inputs(

@@ -93,7 +93,8 @@ def compress_command(
     check_dtype(loading.dtype)
     empty = empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
-    stages: dict[str, Any] = {"low_rank": storage.low_rank(), "quantization": dial.quantization(), "size": size}
+    low_rank = None if size else storage.low_rank()  # a size has its rank among its options
+    stages: dict[str, Any] = {"low_rank": low_rank, "quantization": dial.quantization(), "size": size}
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores)
     output = target.claimed(needed, model=model, data=calibration.data, check_data=calibration.check_data or [])

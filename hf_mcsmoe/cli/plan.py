@@ -120,16 +120,18 @@ def _measured(
 
 
 def rung_table(rungs: list[Rung], source: int) -> Sheet:
-    """Return a table of sizes: experts and bits as the least and the most of the layers, and the predicted effect."""
-    sheet = Sheet("method", "size", "of the source", "experts", "bits", "predicted KL")
+    """Return a table of sizes: experts, ranks and bits from the least to the most, and predicted effects."""
+    sheet = Sheet("method", "size", "of the source", "experts", "rank", "bits", "predicted KL")
     for rung in rungs:
         choices = rung.chosen.choices.values()
+        ranks = [choice.rank for choice in choices if choice.rank]
         bits = [grid.bits if grid else None for choice in choices for grid in (choice.w_in, choice.w_out)]
         sheet.add_row(
             escape(rung.method),
             bytes_text(rung.chosen.bytes),
             f"{rung.chosen.bytes / source:.3f}",
             _span([choice.experts for choice in choices]),
+            _span(ranks) + (" or full" if 0 < len(ranks) < len(choices) else ""),
             _span([number for number in bits if number]) + (" or all" if None in bits and any(bits) else ""),
             "" if rung.effect is None else f"{rung.effect:.4g}",
         )

@@ -185,7 +185,9 @@ class NormalEquations:
 def _ridged(gram: torch.Tensor, cross: torch.Tensor, added: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     matrix = gram.to(dtype, copy=True)
     matrix.diagonal().add_(added)
-    factor, failed = torch.linalg.cholesky_ex(matrix, check_errors=dtype == torch.float64)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed and dtype == torch.float64:
+        raise ValueError("A ridge is too small to solve for output matrices: raise the smallest of `ridges`.")
     if failed:
         return _ridged(gram, cross, added, torch.float64).to(dtype)
     return torch.cholesky_solve(cross.to(dtype).T, factor).T
@@ -299,7 +301,10 @@ def _iterated(
     guess: torch.Tensor,
 ) -> torch.Tensor:
     """Solve by conjugate gradients over the tokens; each expert's own normal equations precondition."""
-    factors = [torch.linalg.cholesky(block + ridge * torch.eye(len(block)).to(block)) for block in blocks]
+    eyes = [torch.eye(len(block), dtype=torch.float64, device=block.device) for block in blocks]
+    factors = [
+        torch.linalg.cholesky(block.double() + ridge * eye).to(block) for block, eye in zip(blocks, eyes, strict=True)
+    ]
 
     def times(matrix: torch.Tensor) -> torch.Tensor:
         return units.against(units.output(matrix, used), used) + ridge * matrix

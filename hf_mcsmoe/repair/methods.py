@@ -31,7 +31,7 @@ from hf_mcsmoe.repair.fit import (
     write_output_weight,
 )
 from hf_mcsmoe.repair.joint import refit_jointly
-from hf_mcsmoe.repair.least_squares import ExpertFit, RowSource, mean_shift, refit, relative
+from hf_mcsmoe.repair.least_squares import ExpertFit, RowSource, folds_of, mean_shift, refit, relative
 
 REPAIR = Registry("repair")
 # Steps of training after which the held-out tokens are asked.
@@ -160,12 +160,13 @@ def _per_expert(
             f"{layer.name} is pruned, and what its experts lack was done by others: choose the repair 'joint' or "
             "'local'."
         )
-    solutions, tokens, expert_map, domains = [], len(layer.inputs), layer.expert_map, len(layer.inputs.domains)
+    solutions, tokens, expert_map = [], len(layer.inputs), layer.expert_map
     layer = with_elsewhere(layer, config.elsewhere, config.seed)
     for expert in range(layer.experts.num_experts):
         members = [m for m, target in enumerate(expert_map) if target == expert]
         seen, start = layer.tokens_of(expert)[0], output_weight(layer.experts, expert)
         fitted = int((~layer.inputs.held_out[seen[seen < tokens]]).sum())
+        domains = len(folds_of([layer.parts[seen]])) or 1
         targets = original_sum(layer, members, seen)
         ladder = config.ladder(start.shape[1], fitted, domains)
         solution = solve(expert_rows(layer, expert, targets), start, ladder)
@@ -207,7 +208,7 @@ def refit_layer_jointly(layer: LayerFit, config: RepairConfig, *, final: bool = 
     seen = [int((~layer.inputs.held_out[layer.tokens_of(e)[0]]).sum()) for e in range(layer.experts.num_experts)]
     unknowns = sum(output_weight(layer.experts, expert).shape[1] for expert in range(len(seen)))
     longer = with_elsewhere(layer, config.elsewhere, config.seed)
-    ladder = config.ladder(unknowns, sum(seen), len(layer.inputs.domains))
+    ladder = config.ladder(unknowns, sum(seen), len(folds_of([longer.parts])) or 1)
     fit = refit_jointly(longer, ladder, memory_limit=config.memory_limit, final=final)
     experts = []
     for expert, (weight, fitted) in enumerate(zip(fit.weights, seen, strict=True)):

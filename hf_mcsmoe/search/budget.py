@@ -42,18 +42,19 @@ def measured_plan(
     """
     merge = merge.resolved()
     search = SizeConfig(bits=(), ranks=(), reduce=merge.reduce, min_experts=merge.min_experts)
-    fitted = NONE if repair is None else repair if repair.method in CLOSED_FORMS else replace(repair, method="joint")
-    fitted = replace(fitted, sequential=False) if fitted.method in CLOSED_FORMS else JOINT
-    curves = measure_curves(layers, statistics, batches, merge, search, repair=fitted, progress=progress)
     groups = layers.selected(merge.skip).tied
     total = budget_total(merge.experts, [shared[0].num_experts for shared in groups])
     counts = [_counts(shared[0], search) for shared in groups]
-    chosen = cheapest([_costs(curves[x[0].name], own, merge) for x, own in zip(groups, counts, strict=True)], total)
-    if chosen is None:
+    if sum(map(min, counts)) > total:
         raise ValueError(
             f"experts={merge.experts!r} is {total} experts in all, and the {len(groups)} layers need at least "
-            f"{sum(map(min, counts))}: raise `experts`."
+            f"{sum(map(min, counts))}, as many in each as a token picks: raise `experts`, or take another budget."
         )
+    fitted = NONE if repair is None else repair if repair.method in CLOSED_FORMS else JOINT
+    fitted = replace(fitted, sequential=False)
+    curves = measure_curves(layers, statistics, batches, merge, search, repair=fitted, progress=progress)
+    chosen = cheapest([_costs(curves[x[0].name], own, merge) for x, own in zip(groups, counts, strict=True)], total)
+    assert chosen is not None  # as was checked
     taken = [own[number] for own, number in zip(counts, chosen, strict=True)]
     plan = plan_with(layers, statistics, merge, taken, merge.reduce)
     return replace(plan, provenance={**plan.provenance, "config": merge.to_dict()})

@@ -26,7 +26,7 @@ STEPS = 16
 RANKS = (8, 16)
 # Bytes of the header of a file of weights, for each tensor that it holds, and the tensors that two matrices of a layer
 # may become more: words, scales and zero points each, of U, V and S (and the places of its rows) where it is low rank.
-HEADER, MORE, MORE_OF_FACTORS = 120, 4, 18
+HEADER, MORE, MORE_OF_FACTORS = 150, 4, 18
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def choose(
     check_reachable(layers, config, limit, skip)
     groups = layers.selected(skip).tied
     options = [_measured(shared, curves[shared[0].name], config) for shared in groups]
-    # Where there is room, for the header of what is stored in few bits.
-    spared = max(limit - HEADER * MORE * len(layers.selected(skip)), smallest_bytes(layers, config, skip))
-    room = spared - fixed_bytes(layers, skip)
+    room = limit - fixed_bytes(layers, skip)
     counts = sorted({choice.experts for choice in options[0]}) if config.uniform_experts else [None]
     found = [solved for count in counts if (solved := _solved(groups, curves, options, room, count))]
     if not found:
@@ -239,7 +237,7 @@ def grids(width: int, config: SizeConfig) -> list[Grid]:
 
 def _grids(width: int, shared: Sequence[MoELayer], config: SizeConfig) -> Iterator[Grid | None]:
     is_shared = len(shared) > 1  # a weight that layers share is not stored in few bits
-    if is_shared or len(config.bits) > 1:  # a single number of bits means exactly that
+    if is_shared or len(config.bits) != 1:  # a single number of bits means exactly that
         yield None
     if not is_shared:
         yield from grids(width, config)
@@ -280,8 +278,16 @@ class ExpertShape:
         else:
             matrices = self._factors(self.w_in, self.w_in[0], choice.w_in, choice)
             matrices += self._factors(self.w_out, self.w_out[1], choice.w_out, choice)
-        headers = 0 if choice.rank is None else HEADER * MORE_OF_FACTORS
-        return choice.experts * (matrices + self.biases * self.dtype.itemsize) + headers
+        return choice.experts * (matrices + self.biases * self.dtype.itemsize) + HEADER * self._tensors(choice)
+
+    @staticmethod
+    def _tensors(choice: Choice) -> int:
+        """Return how many tensors more than the layer's own are stored, at most."""
+        if choice.rank is not None:
+            return MORE_OF_FACTORS
+        if choice.w_in is not None:
+            return MORE
+        return 3 * choice.experts if choice.reduce == "prune" else 0  # plain checkpoints may have them one by one
 
     def _factors(self, shape: tuple[int, int], units: int, grid: Grid | None, choice: Choice) -> int:
         """Return the bytes of U, V, the kept ones of the `units` that S has, and their places."""

@@ -6,6 +6,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.choices import ranks
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import reduced_by
 
@@ -38,15 +39,19 @@ def check_curves(
     """
     if not statistics.curves:
         return
-    for first, *_ in layers.selected(merge.skip).tied:
+    for shared in layers.selected(merge.skip).tied:
+        first = shared[0]
         if first.name not in statistics.curves:
             raise ValueError(f"What choices cost was not measured of the layer {first.name}: {WAY_OUT}")
-        if lacking := set(search.ranks or ()) - statistics.curves[first.name].low_rank.keys():
-            raise ValueError(f"What rank={min(lacking)} costs was not measured of the layer {first.name}: {WAY_OUT}")
     for name, asked in conditions(merge, search, repair).items():
         held = statistics.conditions.get(name)
         if not _covers(name, held, asked):
             raise ValueError(f"What choices cost was measured with {name} {held!r}, not {asked!r}: {WAY_OUT}")
+    for shared in layers.selected(merge.skip).tied:
+        known = ranks(shared, search) if len(shared) == 1 else ()
+        if lacking := set(known) - statistics.curves[shared[0].name].low_rank.keys():
+            name = shared[0].name
+            raise ValueError(f"What rank={min(lacking)} costs was not measured of the layer {name}: {WAY_OUT}")
 
 
 def _covers(name: str, held: Any, asked: Any) -> bool:

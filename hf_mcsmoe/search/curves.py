@@ -188,7 +188,7 @@ class Bench:
         low_rank = {
             rank: _parts(dict(self._of_low_rank(rank, search, whole, some))) for rank in ranks(self.layers, search)
         }
-        reduced = {reduce: dict(self._reduced(steps)) for reduce, steps in plans.items()}
+        reduced = {reduce: dict(self._reduced(steps, search.reduce == reduce)) for reduce, steps in plans.items()}
         parts = {name: _parts(seen) for name, seen in reduced.items()}
         return LayerCurves(layer.num_experts, parts, _parts(w_in), _parts(w_out), low_rank)
 
@@ -270,8 +270,8 @@ class Bench:
             for name, value in fit.experts.named_parameters():
                 value.copy_(kept[name])
 
-    def _reduced(self, plans: list[MergePlan]) -> Iterator[tuple[int, Observed]]:
-        """Yield what fewer experts do, by their number."""
+    def _reduced(self, plans: list[MergePlan], is_asked: bool) -> Iterator[tuple[int, Observed]]:
+        """Yield what fewer experts do, by their number; nothing where none can tell, unless it `is_asked` for."""
         items = {len(plan.layers[self.layers[0].name].dominant): plan for plan in plans}
         for number, (count, plan) in enumerate(items.items()):
             item = plan.layers[self.layers[0].name]
@@ -280,7 +280,7 @@ class Bench:
             try:
                 fit = self._fit(item, plan)
             except ValueError:  # a router whose picks cannot be told once it is cut
-                if item.kept is None:
+                if item.kept is None or is_asked:
                     raise
                 return
             self._refit(fit)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.calibration.inputs import held_out_tokens, num_sequences
+from hf_mcsmoe.calibration.inputs import held_out_sequences, num_sequences
 from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch, hooks, mask_of, token_masks
 from hf_mcsmoe.layers.layer import MoELayer
@@ -69,9 +69,9 @@ class Probe:
 
 
 def held_out_rows(batches: Sequence[Batch]) -> list[Batch]:
-    """Return the rows that judge a fit, see `held_out_tokens`; nothing where a batch cannot be parted into rows."""
+    """Return the rows that judge a fit, see `held_out_sequences`; nothing where a batch cannot be parted into rows."""
     total = sum(map(num_sequences, batches))
-    judges = set(held_out_tokens(torch.arange(total)).nonzero()[:, 0].tolist())
+    judges = set(held_out_sequences(total))
     chosen, first = list[Batch](), 0
     for batch in batches:
         number = num_sequences(batch)

@@ -40,7 +40,8 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
         experts = len(sums.counts)
         parts = {Grid(bits, size): Part(4.0**-bits, 4.0**-bits) for bits in (8, 4, 3, 2) for size in range(1, 129)}
         reduced = {count: Part(1 / count, 1 / count) for count in range(1, experts)}
-        statistics.curves[name] = LayerCurves(experts, {"merge": reduced}, parts, parts)
+        low_rank = {rank: dict.fromkeys((0, 8, 4, 3, 2), Part(2.0, 2.0)) for rank in range(1, 65)}
+        statistics.curves[name] = LayerCurves(experts, {"merge": reduced}, parts, parts, low_rank)
     statistics.save(scores)
     code, _, error = run("plan", str(folder), "--scores", str(scores))
     assert code == 1

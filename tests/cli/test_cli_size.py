@@ -1,5 +1,6 @@
 """A size on the command line: what is refused before weights are loaded, and what a run for a size tells."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,26 @@ def test_scores_without_a_sum_that_pruning_needs_are_refused(source: Path, tmp_p
     assert code == 1
     assert "'contribution' was not collected" in err
     assert "without the old --scores file" in err
+
+
+@pytest.mark.slow
+def test_a_rank_beside_a_size_is_the_rank_of_all_layers(source: Path, tmp_path: Path, run: Run) -> None:
+    given = [
+        "--data",
+        source.parent / "text.txt",
+        "--group-size",
+        "4",
+        "--size",
+        "0.6",
+        "--rank",
+        "1",
+        "--bits",
+        "8,4",
+    ]
+    code, _, err = run("compress", source, *given, "--output", tmp_path / "out")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "mcsmoe_record.json").read_text())
+    assert {rank for item in record["layers"].values() for rank in item["rank"].values()} == {1}
 
 
 @pytest.mark.slow

@@ -65,6 +65,21 @@ def test_the_counts_are_measured_on_the_way_and_the_plan_can_be_kept(model: PreT
     }
 
 
+def test_what_cannot_be_is_told_before_anything_is_measured(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_mcsmoe.search.budget.measure_curves", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"experts=1 is \d+ experts in all, and the \d+ layers need at least"):
+        compress(model, batches("qwen3_moe", model), replace(CONFIG, experts=1))
+
+
+@pytest.mark.slow
+def test_a_router_whose_picks_cannot_be_told_is_named() -> None:
+    model = build("muse_spark")
+    with pytest.raises(ValueError, match="router"):
+        compress(model, batches("muse_spark", model), replace(CONFIG, reduce="prune"))
+
+
 def test_statistics_alone_do_not_measure(model: PreTrainedModel) -> None:
     statistics = collect_statistics(model, batches("qwen3_moe", model))
     with pytest.raises(ValueError, match="which `compress` does"):

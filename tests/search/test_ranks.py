@@ -10,15 +10,19 @@ from helpers import batches, logits
 from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import MergeConfig, collect_statistics, compress
+from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import capture_inputs
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.decompose import decompose_container
 from hf_mcsmoe.methods.choice import Choice, Grid
+from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.quantization.layer import round_experts
 from hf_mcsmoe.quantization.packing import store_codes
 from hf_mcsmoe.search.choices import HEADER, MORE_OF_FACTORS, ExpertShape, candidates, grids, ranks
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.conditions import check_curves, conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves, needs_of
 
 SMALL = SizeConfig(0.5, group_size=4, ranks=(1,), bits=(8, 4))
@@ -74,15 +78,38 @@ def test_a_rank_that_is_asked_for_is_measured_stored_and_loads(tmp_path: Path) -
     assert torch.equal(logits(again, data[0]), logits(result, data[0]))
 
 
+def test_curves_without_the_ranks_to_choose_from_are_refused_at_the_start() -> None:
+    model = build("mixtral")
+    layers, search = Layers.of(model), replace(SMALL, ranks=None)
+    known = ranks([layers[0]], search)
+    assert known
+    statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
+    statistics.curves = {layer.name: LayerCurves(layer.num_experts) for layer in layers}
+    statistics.conditions = conditions(MergeConfig(), search, JOINT)
+    with pytest.raises(ValueError, match=f"rank={min(known)} costs was not measured"):
+        check_curves(layers, statistics, MergeConfig(), search, JOINT)
+    check_curves(layers, statistics, MergeConfig(), replace(search, ranks=()), JOINT)
+
+
 @pytest.mark.slow
-def test_a_smaller_rank_costs_more(tmp_path: Path) -> None:
+def test_a_size_may_be_reached_by_ranks_alone() -> None:
+    model = build("mixtral")
+    data = batches("mixtral", model)
+    result = compress(model, data, size=SizeConfig(0.6, bits=(), ranks=(1,)))
+    told = record_of(result)
+    assert not any(item.bits for item in told.layers.values())
+    assert {rank for item in told.layers.values() for rank in item.rank.values()} == {1}
+
+
+@pytest.mark.slow
+def test_what_ranks_cost_is_measured_and_kept(tmp_path: Path) -> None:
     model = build("mixtral")
     layers, data, merge = Layers.of(model), batches("mixtral", model), MergeConfig()
     search = replace(SMALL, ranks=(1, 4))
     statistics = collect_statistics(layers, data, needs_of(merge, search))
     statistics.curves = measure_curves(layers, statistics, data, merge, search)
     for curves in statistics.curves.values():
-        assert curves.low_rank[1][0].error > curves.low_rank[4][0].error > 0
+        assert min(part.error for parts in curves.low_rank.values() for part in parts.values()) > 0
         assert {bits for parts in curves.low_rank.values() for bits in parts} == {0, 4, 8}
         whole, low = Choice(curves.experts), Choice(curves.experts, rank=1)
         assert curves.effect(low) == curves.effect(whole) + curves.low_rank[1][0].effect

@@ -21,7 +21,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.choice import Grid
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.repair.methods import RepairConfig
-from hf_mcsmoe.search.choices import candidates, choose, fixed_bytes, smallest_bytes, whole_bytes
+from hf_mcsmoe.search.choices import candidates, choose, fixed_bytes, ranks, smallest_bytes, whole_bytes
 from hf_mcsmoe.search.conditions import check_curves, conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import needs_of, reduced_by
@@ -35,7 +35,8 @@ def made_curves(layers: Layers, config: SizeConfig) -> dict[str, LayerCurves]:
         grids = {grid for choice in choices for grid in (choice.w_in, choice.w_out) if grid}
         parts = {grid: Part(4.0**-grid.bits, 4.0**-grid.bits / number) for grid in grids}
         reduced = {count: Part(1 / count, 0.1 / count / number) for count in range(1, first.num_experts)}
-        curves[first.name] = LayerCurves(first.num_experts, {"merge": reduced}, parts, parts)
+        low_rank = {rank: dict.fromkeys([0, *config.bits], Part(1.0, 0.5 / number)) for rank in ranks([first], config)}
+        curves[first.name] = LayerCurves(first.num_experts, {"merge": reduced}, parts, parts, low_rank)
     return curves
 
 
