@@ -118,9 +118,9 @@ def whole(case: Case) -> PreTrainedModel:
     return compress(case.model, case.calibration, MergeConfig(experts=1.0))
 
 
-def merged(case: Case, experts: float, repair: RepairConfig | None = None) -> Made:
+def merged(case: Case, experts: float, repair: RepairConfig | None = None, budget: str = "adaptive") -> Made:
     """Merge to a share of the experts."""
-    student = compress(case.model, case.calibration, MergeConfig(experts=experts), repair=repair)
+    student = compress(case.model, case.calibration, MergeConfig(experts=experts, budget=budget), repair=repair)
     return Made(student, stored_bytes(student))
 
 
@@ -169,7 +169,9 @@ def rungs(subject: Subject) -> Iterator[tuple[str, float, Callable[[Case, float]
     """Yield each rung of a model's ladder: the method, its level, and what makes it."""
     for share in subject.experts:
         yield "M-SMoE, experts", share, merged
-        yield "M-SMoE + joint refit, experts", share, partial(merged, repair=RepairConfig(method="joint"))
+        refitted = partial(merged, repair=RepairConfig(method="joint"))
+        yield "M-SMoE + joint refit, experts", share, refitted
+        yield "measured budget + joint refit, experts", share, partial(refitted, budget="measured")
     for rank in subject.ranks:
         yield "low rank + sparse, rank", rank, of_low_rank
     for bits in (4, 3, 2):
