@@ -98,7 +98,7 @@ def test_predicted_effects_stand_beside_measured_ones(tokenizer: PreTrainedToken
 def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> None:
     listed = (EXAMPLES / "benchmarks" / "run_all.py").read_text()
     # Measures of quality have a model and a text to be told, and the structure is no measure of speed.
-    quality = {"quality_ladder.py", "predicted_effect.py"}
+    quality = {"quality_ladder.py", "predicted_effect.py", "search_cost.py"}
     scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py") if not path.stem.startswith("compare_")}
     others = {name for name in scripts if f'"{name}"' not in listed}
     assert others - quality - {"structure.py"} - RATES == {"common.py", "run_all.py", "merge_2b.py"}
