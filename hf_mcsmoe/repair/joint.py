@@ -142,7 +142,7 @@ def refit_jointly(layer: LayerFit, ridges: Sequence[float], *, memory_limit: int
 
 
 @dataclass(frozen=True)
-class NormalEquations:
+class JointEquations:
     """Sums over some tokens: `cross` m h^T [D, N] of what is missing and the units, and their Gram matrix.
 
     `blocks` are the parts of it along the diagonal that are not zero: the whole [N, N], or where every token sees but
@@ -153,18 +153,18 @@ class NormalEquations:
     blocks: list[torch.Tensor]
 
     @classmethod
-    def over(cls, units: Units, missing: torch.Tensor, used: torch.Tensor) -> "NormalEquations":
+    def over(cls, units: Units, missing: torch.Tensor, used: torch.Tensor) -> "JointEquations":
         """Return the sums over the tokens `used`, bool [T], of what the output lacks, [T, D]."""
         blocks = [block.double() for block in units.blocks(used)] if units.are_apart else [units.gram(used)]
         return cls(units.against(missing, used).double(), blocks)
 
-    def __sub__(self, other: "NormalEquations") -> "NormalEquations":
+    def __sub__(self, other: "JointEquations") -> "JointEquations":
         blocks = [torch.sub(one, two, out=two) for one, two in zip(self.blocks, other.blocks, strict=True)]
-        return NormalEquations(self.cross - other.cross, blocks)
+        return JointEquations(self.cross - other.cross, blocks)
 
-    def __add__(self, other: "NormalEquations") -> "NormalEquations":
+    def __add__(self, other: "JointEquations") -> "JointEquations":
         blocks = [one.add_(two) for one, two in zip(self.blocks, other.blocks, strict=True)]
-        return NormalEquations(self.cross + other.cross, blocks)
+        return JointEquations(self.cross + other.cross, blocks)
 
     def each(self, ladder: Sequence[float]) -> Iterator[torch.Tensor]:
         """Yield the change of each ridge, to be judged: in single precision, half the time and near enough."""
@@ -198,20 +198,20 @@ def _solved(
 ) -> tuple[float, float, torch.Tensor] | None:
     """Return the ridge that does best, its error on the held-out tokens, and the change; None for no gain."""
     judge = parts == HELD_OUT
-    sums = NormalEquations.over(units, missing, ~judge)
+    sums = JointEquations.over(units, missing, ~judge)
     if not sums.cross.any():
         return None
     changes: list[torch.Tensor] = []
     judged = [_errors(units, missing, sums.each(ladder), judge, kept=changes)]
     for fold in folds_of([parts]):
-        rest = sums - NormalEquations.over(units, missing, parts == fold)
+        rest = sums - JointEquations.over(units, missing, parts == fold)
         judged.append(_errors(units, missing, rest.each(ladder), parts == fold))
     best = best_ridge(judged)
     if best is None:
         return None
     change = changes[best]
     if final:
-        change = (sums + NormalEquations.over(units, missing, judge)).solved(ladder[best])
+        change = (sums + JointEquations.over(units, missing, judge)).solved(ladder[best])
     return ladder[best], judged[0][best + 1], change
 
 
@@ -283,7 +283,7 @@ def _is_dense(units: Units) -> bool:
 def _changes(
     units: Units, missing: torch.Tensor, ridges: Sequence[float], used: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """Yield per ridge what `NormalEquations.solved` would, for some rows `missing` [T, d] over the tokens `used`."""
+    """Yield per ridge what `JointEquations.solved` would, for some rows `missing` [T, d] over the tokens `used`."""
     cross, blocks = units.against(missing, used), units.blocks(used)
     scale = torch.cat([block.diagonal() for block in blocks]).mean()
     change = torch.zeros_like(cross)
