@@ -15,8 +15,9 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.statistics import STATISTICS, with_tokens
-from hf_mcsmoe.methods.view import Routed, Sums
+from hf_mcsmoe.methods.view import Sums
 
 
 def collect_statistics(
@@ -66,8 +67,7 @@ def _add(
     """Add what some statistics say of one forward to the sums of a layer."""
     sums, routed = statistics[layer.name], counted_tokens(routed, counted)
     for name in names:
-        value = STATISTICS.find(name).function(routed).cpu()
-        sums[name] = sums[name] + value if name in sums else value
+        sums.add(name, STATISTICS.find(name).function(routed).cpu())
 
 
 def counted_tokens(routed: Routed, counted: torch.Tensor | None) -> Routed:

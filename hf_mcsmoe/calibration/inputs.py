@@ -8,7 +8,7 @@ import torch
 from hf_mcsmoe.data.domains import domains_of
 from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.methods.view import Routed
+from hf_mcsmoe.methods.routed import Routed
 
 MEMORY_LIMIT = 2_000_000_000
 # Every fifth sequence is held out.

@@ -13,7 +13,7 @@ from hf_mcsmoe.layers.batches import evaluation_mode
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import is_hooked
 from hf_mcsmoe.layers.source import InMemory
-from hf_mcsmoe.methods.view import Routed
+from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.modeling.pruned_mcsmoe import check_cut, cut_router
 from hf_mcsmoe.modeling.router_mcsmoe import is_jetmoe, router_beside
 

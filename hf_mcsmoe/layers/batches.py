@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.labels import labels_are_of_tokens
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.packing import apart
-from hf_mcsmoe.methods.view import Routed
+from hf_mcsmoe.methods.routed import Routed
 
 Batch = Mapping[str, Any]
 # Called with a layer, its tokens in one forward, which of them count, bool [T] or None for all, and the batch.

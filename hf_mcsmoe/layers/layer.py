@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.source import Source
 from hf_mcsmoe.methods.experts import Experts
-from hf_mcsmoe.methods.view import LayerView, Routed, Sums
+from hf_mcsmoe.methods.routed import Routed
+from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 from hf_mcsmoe.modeling.pruned_mcsmoe import CUT
 from hf_mcsmoe.modeling.quantized_mcsmoe import uncounted

@@ -2,9 +2,10 @@
 
 import torch
 
+from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.similarity import SIMILARITY, cosines
 from hf_mcsmoe.methods.statistics import STATISTICS
-from hf_mcsmoe.methods.view import LayerView, Routed
+from hf_mcsmoe.methods.view import LayerView
 
 
 @STATISTICS.register("co_activation", axes="EE")

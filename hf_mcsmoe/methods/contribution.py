@@ -2,12 +2,13 @@
 
 import torch
 
+from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.saliency import SALIENCY
 from hf_mcsmoe.methods.statistics import STATISTICS
-from hf_mcsmoe.methods.view import LayerView, Routed
+from hf_mcsmoe.methods.view import LayerView
 
 
-@STATISTICS.register("contribution", axes="E")
+@STATISTICS.register("contribution", axes="E", products=True)
 def gated_norms(routed: Routed) -> torch.Tensor:
     """Return the sum of `g |f(x)|` over the tokens x that reached each expert f with gate g, float64 [E]."""
     sums = []

@@ -2,12 +2,13 @@
 
 import torch
 
+from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.similarity import SIMILARITY, cosines
 from hf_mcsmoe.methods.statistics import STATISTICS
-from hf_mcsmoe.methods.view import LayerView, Routed
+from hf_mcsmoe.methods.view import LayerView
 
 
-@STATISTICS.register("output_sum", axes="ED", signed=True)
+@STATISTICS.register("output_sum", axes="ED", signed=True, products=True)
 def output_sum(routed: Routed) -> torch.Tensor:
     """Return the sum of each expert's outputs, without gates, over the tokens that reached it, float64 [E, D]."""
     return torch.stack([routed.outputs_of(e)[0].sum(0, dtype=torch.float64) for e in range(routed.num_experts)])

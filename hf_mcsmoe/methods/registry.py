@@ -1,9 +1,12 @@
 """Named methods: a registry maps a method's name to its function, to its paper and to the statistics that it needs."""
 
 import difflib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -11,8 +14,9 @@ class Method:
     """A function under its name.
 
     `paper` is an arXiv identifier or empty; `needs` the names of the statistics that the function reads; of a
-    statistic, `gradients` says that it reads gradients of the loss, `axes` which sizes its sum has, as letters ("ED";
-    None for any), and `signed` whether a sum may be negative.
+    statistic, `gradients` says that it reads gradients of the loss, `products` that it multiplies what the forward did
+    not, e.g. runs experts, `axes` which sizes its sum has, as letters ("ED"; None for any), `signed` whether a sum may
+    be negative, and `combine` what becomes of what two shards of the tokens say.
     """
 
     name: str
@@ -22,6 +26,8 @@ class Method:
     gradients: bool = False
     axes: str | None = None
     signed: bool = False
+    products: bool = False
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = operator.add
 
 
 @dataclass
@@ -40,6 +46,8 @@ class Registry:
         gradients: bool = False,
         axes: str | None = None,
         signed: bool | None = None,
+        products: bool = False,
+        combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = operator.add,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Return a decorator that makes a function available as `name`; see `Method`.
 
@@ -48,7 +56,8 @@ class Registry:
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
             any_sign = axes is None if signed is None else signed
-            self.methods[name] = Method(name, function, paper, _names(needs), gradients, axes, any_sign)
+            extra = (any_sign, products or gradients, combine)
+            self.methods[name] = Method(name, function, paper, _names(needs), gradients, axes, *extra)
             return function
 
         return decorate

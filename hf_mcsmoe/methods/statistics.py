@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from hf_mcsmoe.methods.registry import Registry, unknown
-from hf_mcsmoe.methods.view import Routed
+from hf_mcsmoe.methods.routed import Routed
 
 STATISTICS = Registry("statistic")
 

@@ -12,7 +12,7 @@ from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch, hooks, mask_of, token_masks
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.packing import apart
-from hf_mcsmoe.methods.view import Routed
+from hf_mcsmoe.methods.routed import Routed
 
 # Bytes for the original's distributions on the rows.
 MEMORY_LIMIT = 500_000_000

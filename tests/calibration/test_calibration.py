@@ -15,8 +15,9 @@ from oracle import FAMILIES, observe, sums
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, RoutingStatistics, collect_statistics, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.statistics import STATISTICS
-from hf_mcsmoe.methods.view import LayerView, Routed
+from hf_mcsmoe.methods.view import LayerView
 
 EVERY = [family for family in families() if family.name not in ("nllb_moe", "doge")]
 # Picks that reach no routed expert: capacity, a skipped expert, identity experts.

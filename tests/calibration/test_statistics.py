@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from hf_mcsmoe import RoutingStatistics
 from hf_mcsmoe.calibration.collect import counted_tokens
 from hf_mcsmoe.methods.experts import Experts
+from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.statistics import STATISTICS
-from hf_mcsmoe.methods.view import Routed, Sums
+from hf_mcsmoe.methods.view import Sums
 
 E, K = 5, 3
 BASIC = ("counts", "gate_sum", "logit_gram", "tokens")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, MoELayer, collect_statistics, merge_experts, moe_layers, plan_merge
 from hf_mcsmoe.layers.batches import run_routed
-from hf_mcsmoe.methods.view import Routed
+from hf_mcsmoe.methods.routed import Routed
 
 
 def _gated_sum(layer: MoELayer, routed: Routed) -> torch.Tensor:
