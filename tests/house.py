@@ -15,7 +15,7 @@ FLOORS = [
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],
     ["merge", "distillation", "quantization"],
-    ["search"],
+    ["search", "presets"],
     ["compress", "report"],
     ["demo"],
     ["cli"],

@@ -1,4 +1,4 @@
-"""The command line: `hf-mcsmoe inspect`, `plan`, `compress`, `distill`, `evaluate`, `report` and `demo`."""
+"""The command line: `hf-mcsmoe inspect`, `plan`, `compress`, `distill`, `evaluate`, `report`, `methods` and `demo`."""
 
 import sys
 import warnings
@@ -18,6 +18,7 @@ from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.examples import epilog
 from hf_mcsmoe.cli.inspect import inspect_command
+from hf_mcsmoe.cli.methods import methods_command
 from hf_mcsmoe.cli.options import CLAIMS
 from hf_mcsmoe.cli.plan import plan_command
 from hf_mcsmoe.cli.recipe import RENAMED, with_recipe
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable] = {
     "distill": distill_command,
     "evaluate": evaluate_command,
     "report": report_command,
+    "methods": methods_command,
     "demo": demo_command,
 }
 for _name, _command in COMMANDS.items():

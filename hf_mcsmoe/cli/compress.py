@@ -25,6 +25,7 @@ from hf_mcsmoe.cli.options import (
     itemsize,
     options_of,
 )
+from hf_mcsmoe.cli.preset import PresetName, check_preset
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.sources import Calibration
@@ -72,6 +73,7 @@ def compress_command(
     merge: MergeConfig,
     storage: Storage,
     loading: Loading,
+    preset: PresetName = None,
     repair: Annotated[
         str | None,
         typer.Option(
@@ -87,6 +89,7 @@ def compress_command(
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """Make a model fit a size, guided by its routers on calibration text: fewer experts, in fewer bits."""
+    check_preset(preset, is_by_hand=dial.is_by_hand)
     config, size = replace(dial.apply(merge), seed=calibration.seed), dial.size_config(merge, storage)
     config = config if size is None else replace(config, min_experts=1)  # the size's options have it
     check_device_map(loading.device_map)

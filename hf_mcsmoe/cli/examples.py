@@ -13,8 +13,11 @@ EXAMPLES = {
     "distill": "hf-mcsmoe distill demo/small --config demo/distill.yaml --output demo/tuned",
     "evaluate": "hf-mcsmoe evaluate demo/model demo/small --config demo/evaluate.yaml",
     "report": "hf-mcsmoe report demo/small",
+    "methods": "hf-mcsmoe methods --json methods.json",
     "demo": FILES,
 }
+# Commands whose examples need no files.
+ALONE = ("demo", "methods")
 # What an example needs besides those files.
 AFTER = {"distill": "compress", "evaluate": "compress", "report": "compress"}
 
@@ -22,7 +25,7 @@ AFTER = {"distill": "compress", "evaluate": "compress", "report": "compress"}
 def epilog(command: str) -> str:
     """Return the example of a command as the end of its help."""
     first = f", after that of {AFTER[command]}" if command in AFTER else ""
-    lines = [EXAMPLES[command]] if command == "demo" else [FILES, EXAMPLES[command]]
+    lines = [EXAMPLES[command]] if command in ALONE else [FILES, EXAMPLES[command]]
     return "\n".join([f"Example{first}:", *lines])
 
 

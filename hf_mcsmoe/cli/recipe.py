@@ -130,8 +130,10 @@ def with_recipe(name: str, command: Callable) -> Callable:
     def load(context: typer.Context, value: Path | None) -> Path | None:
         if value is not None:
             given = read_recipe(value, name, hints)
+            before = context.default_map or {}  # of a preset on the command line, which comes first
             context.default_map = {item: given[key] for item, key in keys.items() if key in given}
             _check_ranges(value, context, keys)
+            context.default_map = {**context.default_map, **before}
         return value
 
     @functools.wraps(command)

@@ -45,7 +45,7 @@ def adaptive_budget(saliency: list[torch.Tensor], experts: int | float, min_expe
 
 @BUDGET.register(MEASURED)
 def measured_budget(saliency: list[torch.Tensor], experts: int | float, min_experts: int) -> list[int]:
-    """Refuse: what fewer experts cost is measured on the model, by `compress`, which then needs no such function.
+    """Refuse: `compress` shares out by what fewer experts were measured to cost, and needs no such function.
 
     Raises:
         ValueError: always.

@@ -1,0 +1,111 @@
+"""Published combinations of methods by name, as data: what each is made of, and what it is called with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
+from hf_mcsmoe.methods.budget import MEASURED
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.registry import unknown
+from hf_mcsmoe.repair.methods import RepairConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A combination under a name.
+
+    `paper` is an arXiv identifier or empty; `text` says in a sentence what it does, and `differs` where that is not
+    what was published. `merge` are options of `MergeConfig`; `repair` is the method of a `RepairConfig`; `rank` and
+    `keep` are those of a `LoSparseConfig`, None where experts stay dense.
+    """
+
+    name: str
+    text: str
+    paper: str = ""
+    differs: str = ""
+    merge: Mapping[str, Any] = field(default_factory=dict)
+    repair: str = "none"
+    rank: int | None = None
+    keep: float | None = None
+
+    def options(self, experts: int | float = 0.5, **others: Any) -> dict[str, Any]:
+        """Return what `compress` is called with, by its arguments' names.
+
+        Args:
+            experts: how many to keep; see `MergeConfig`.
+            others: further options of `MergeConfig`, which override the preset's.
+
+        Raises:
+            ValueError: see `MergeConfig`.
+        """
+        low_rank = None if self.rank is None else LoSparseConfig(rank=self.rank, keep=self.keep or KEEP)
+        return {
+            "config": MergeConfig(**{**self.merge, **others, "experts": experts}),
+            "repair": None if self.repair == "none" else RepairConfig(method=self.repair),
+            "low_rank": low_rank,
+            "quantization": None,
+        }
+
+    def command_line(self) -> dict[str, Any]:
+        """Return the options of `hf-mcsmoe compress` that say the same, by their names with underscores."""
+        stored = {"rank": self.rank, "keep": self.keep}
+        return {**self.merge, "repair": self.repair, **{key: value for key, value in stored.items() if value}}
+
+
+class Presets(dict[str, Preset]):
+    """Presets by name; a name that none has is a ValueError that says what was meant."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise ValueError(unknown("preset", name, list(self)))
+
+
+_ALL = [
+    Preset(
+        "msmoe",
+        "merges around the most frequent experts, by router logits, weighted by frequency",
+        paper="2310.01334",
+        differs="members are aligned to their group's dominant expert; `reference: first` is the paper's way",
+        merge={"saliency": "frequency", "similarity": "router_logits", "budget": "adaptive"},
+    ),
+    Preset(
+        "mcsmoe",
+        "msmoe, then stored as low rank + sparse: rank 32, a tenth of S",
+        paper="2310.01334",
+        differs="what is kept of S is chosen at once; `hf-mcsmoe distill` trains it as published",
+        merge={"saliency": "frequency", "similarity": "router_logits", "budget": "adaptive"},
+        rank=32,
+        keep=KEEP,
+    ),
+    Preset(
+        "average",
+        "msmoe without alignment and with equal weights",
+        paper="2310.01334",
+        merge={
+            "saliency": "frequency",
+            "similarity": "router_logits",
+            "budget": "adaptive",
+            "alignment": "none",
+            "weighting": "uniform",
+        },
+    ),
+    Preset(
+        "frequency-prune",
+        "prunes the experts that fewest tokens reach, as many in each layer",
+        paper="2310.01334",
+        merge={"reduce": "prune", "saliency": "frequency", "budget": "uniform"},
+    ),
+    Preset(
+        "reap",
+        "prunes the experts whose gated outputs are smallest for the tokens that reach them, as many in each layer",
+        paper="2510.13999",
+        merge={"reduce": "prune", "saliency": "reap", "budget": "uniform"},
+    ),
+    Preset(
+        "ours",
+        "prunes by contribution, layers share by measured effect, output matrices refitted together",
+        merge={"reduce": "prune", "saliency": "contribution", "budget": MEASURED},
+        repair="joint",
+    ),
+]
+PRESETS = Presets({preset.name: preset for preset in _ALL})
