@@ -129,12 +129,23 @@ class MoELayer:
                 sums, self.num_experts, seed, lambda: stack.enter_context(self.open()), self._router_weight
             )
 
+    @property
+    def router_rows(self) -> str | None:
+        """The path in the model of the router's matrix with a row for each expert, or None where it has none."""
+        inside = {id(module): path for path, module in self.model.named_modules()}[id(self.router)]
+        found = [(name, value) for name, value in self.router.named_parameters() if value.ndim == 2]
+        # Most routers read what the experts read; one that does not has rows of another length.
+        found.sort(key=lambda item: item[1].shape[1] != self.hidden_size)
+        return next((f"{inside}.{name}" for name, value in found if len(value) == self.num_routed), None)
+
     def _router_weight(self) -> torch.Tensor | None:
-        """Return a copy of the router's weight [E, D], or None where it has no such matrix."""
-        path = next(path for path, module in self.model.named_modules() if module is self.router)
-        with self.source.loaded(path) as router:
-            matrices = [value for value in router.parameters() if value.shape == (self.num_routed, self.hidden_size)]
-            return matrices[0].detach().clone() if matrices else None
+        """Return a copy of the router's weight, a row for each expert, or None where it has no such matrix."""
+        path = self.router_rows
+        if path is None:
+            return None
+        owner, _, name = path.rpartition(".")
+        with self.source.loaded(owner) as module:
+            return dict(module.named_parameters())[name].detach().clone()
 
     @property
     def num_routed(self) -> int:

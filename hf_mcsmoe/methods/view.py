@@ -94,7 +94,10 @@ class LayerView:
 
     @cached_property
     def router(self) -> torch.Tensor | None:
-        """The router's weight [E, D], read when touched; None where it has no such matrix."""
+        """The router's weight [E, D], read when touched; None where it has no such matrix.
+
+        A few routers read other inputs than the experts, and have rows of another length.
+        """
         return self.open_router()
 
     @cached_property

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from helpers import Batch, Expert, batches
+from helpers import batches
 from layouts import LAYOUTS
+from token_oracle import answers, collected, output_of
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, collect_statistics, compress, moe_layers, plan_merge
@@ -17,53 +18,10 @@ from hf_mcsmoe.methods.view import Sums
 NAMES = ["mixtral", "qwen3_moe", "nemotron_h"]
 
 
-def _tokens(model: PreTrainedModel, batch: Batch) -> dict[str, list[tuple[torch.Tensor, list[int], list[float]]]]:
-    """Return the input, picks and weights of each token that counts, by layer, as the experts are called."""
-    seen: dict[str, list[tuple[torch.Tensor, list[int], list[float]]]] = {}
-    handles = []
-    for layer in moe_layers(model):
-
-        def hook(module: Any, arguments: tuple, name: str = layer.name) -> None:
-            keep = batch["attention_mask"].flatten().tolist()
-            rows = zip(keep, arguments[0], arguments[1].tolist(), arguments[2].tolist(), strict=True)
-            seen.setdefault(name, []).extend((x, picks, weights) for kept, x, picks, weights in rows if kept)
-
-        handles.append(layer.container.register_forward_pre_hook(hook))
-    with torch.no_grad():
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def _output(model: PreTrainedModel, expert: Expert, x: torch.Tensor) -> torch.Tensor:
-    if "gate" in expert:
-        return expert["down"] @ (torch.nn.functional.silu(expert["gate"] @ x) * (expert["up"] @ x))
-    return expert["down"] @ torch.relu(expert["up"] @ x).square()  # Nemotron-H
-
-
-def _collect(name: str, needs: list[str]) -> tuple[PreTrainedModel, dict[str, Sums], dict[str, list]]:
-    model = build(name)
-    data = batches(name, model)
-    tokens: dict[str, list] = {}
-    for batch in data:
-        for layer, found in _tokens(model, batch).items():
-            tokens.setdefault(layer, []).extend(found)
-    return model, collect_statistics(model, data, needs).layers, tokens
-
-
-def _method(model: PreTrainedModel, stage: str, method: str, sums: dict[str, Sums]) -> dict[str, torch.Tensor]:
-    found = {}
-    for layer in moe_layers(model):
-        with layer.view(sums[layer.name], 0) as view:
-            found[layer.name] = REGISTRIES[stage][method](view)
-    return found
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_co_activation_counts_tokens_that_pick_both(name: str) -> None:
-    model, sums, tokens = _collect(name, ["co_activation"])
-    similar = _method(model, "similarity", "co_activation", sums)
+    model, sums, tokens = collected(name, ["co_activation"])
+    similar = answers(model, "similarity", "co_activation", sums)
     for layer, seen in tokens.items():
         expected = [[sum(i in picks and j in picks for _, picks, _ in seen) for j in range(8)] for i in range(8)]
         assert sums[layer]["co_activation"].tolist() == expected
@@ -76,9 +34,9 @@ def test_co_activation_counts_tokens_that_pick_both(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_of_experts_equal_a_loop_over_their_tokens(name: str) -> None:
-    model, sums, tokens = _collect(name, ["output_sum", "contribution", "counts"])
-    saliency = {method: _method(model, "saliency", method, sums) for method in ("contribution", "reap")}
-    similar = _method(model, "similarity", "mean_output", sums)
+    model, sums, tokens = collected(name, ["output_sum", "contribution", "counts"])
+    saliency = {method: answers(model, "saliency", method, sums) for method in ("contribution", "reap")}
+    similar = answers(model, "similarity", "mean_output", sums)
     for layer in moe_layers(model):
         means = []
         for index in range(8):
@@ -86,7 +44,7 @@ def test_outputs_of_experts_equal_a_loop_over_their_tokens(name: str) -> None:
             total, gated, number = torch.zeros(layer.hidden_size, dtype=torch.float64), 0.0, 0
             for x, picks, weights in tokens[layer.name]:
                 if index in picks:
-                    output = _output(model, expert, x).double()
+                    output = output_of(expert, x).double()
                     total, number = total + output, number + 1
                     gated += weights[picks.index(index)] * float(output.norm())
             torch.testing.assert_close(sums[layer.name]["output_sum"][index], total, rtol=1e-4, atol=1e-4)
@@ -112,7 +70,7 @@ def test_taylor_is_weights_times_gradients_of_the_loss(name: str, labels: bool) 
     statistics = collect_statistics(model, data, ["taylor", "counts"])
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     plain = collect_statistics(model, data, ["counts"])
-    saliency = _method(model, "saliency", "taylor", statistics.layers)
+    saliency = answers(model, "saliency", "taylor", statistics.layers)
     twin = build(name)
     expected = {layer.name: [0.0] * 8 for layer in moe_layers(twin)}
     for batch in data:
