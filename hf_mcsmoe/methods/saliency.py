@@ -18,3 +18,10 @@ def frequency(view: LayerView) -> torch.Tensor:
 def gate(view: LayerView) -> torch.Tensor:
     """Return the routing weight that each expert received per token of the layer, float64 [E]."""
     return view.sums["gate_sum"] / view.sums.tokens.clamp(min=1)
+
+
+@SALIENCY.register("random", paper="2310.01334")
+def random(view: LayerView) -> torch.Tensor:
+    """Return random numbers in [0, 1), float64 [E]: the control; layers of one number of experts have the same."""
+    generator = torch.Generator().manual_seed(view.seed)
+    return torch.rand(view.num_experts, generator=generator, dtype=torch.float64)
