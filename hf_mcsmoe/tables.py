@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hf_mcsmoe.methods.specialisation import Specialisation
 from hf_mcsmoe.record import Costs, Quality, SizeChoice, Stored
 
 
@@ -60,6 +61,26 @@ def layer_rows(layers: Mapping[str, Stored]) -> list[list[str]]:
         for number, (name, item) in enumerate(layers.items())
     ]
     return [["layer", "experts before", "after", *shown], *rows]
+
+
+def specialisation_rows(layers: Mapping[str, Specialisation]) -> list[list[str]]:
+    """Return a table of how specialised the experts of layers are, a row each; head first.
+
+    What applies to no layer gets no column.
+    """
+    columns = {
+        "of a token's gate": [f"{item.routing:.2f}" for item in layers.values()],
+        "of the use": [f"{item.use:.2f}" for item in layers.values()],
+        "at most": [f"{item.largest:.2f}" for item in layers.values()],
+        "most together": ["{} and {} ({:.2f})".format(*item.pair) if item.pair else "" for item in layers.values()],
+        "told of the label": [
+            "" if item.information is None else f"{item.information:.3f} of {item.label:.2f}"
+            for item in layers.values()
+        ],
+    }
+    shown = {label: column for label, column in columns.items() if any(column)}
+    rows = [[name, *(column[number] for column in shown.values())] for number, name in enumerate(layers)]
+    return [["layer", *shown], *rows]
 
 
 def size_lines(size: SizeChoice, measured: float | None) -> list[str]:

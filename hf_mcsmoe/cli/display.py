@@ -108,20 +108,21 @@ def layer_table(layers: Layers) -> Table:
 
 def layers_table(layers: Mapping[str, Stored]) -> Table:
     """Return what became of each layer, a row each."""
-    return _table(layer_rows(layers))
+    return table_of(layer_rows(layers))
 
 
 def quality_table(quality: Mapping[str, Quality]) -> Table:
     """Return loss and divergence of a model in its stages, a column each."""
-    return _table(quality_rows(quality))
+    return table_of(quality_rows(quality))
 
 
 def cost_table(costs: Mapping[str, Costs]) -> Table:
     """Return the costs of a model in its stages, a column each."""
-    return _table(cost_rows(costs))
+    return table_of(cost_rows(costs))
 
 
-def _table(rows: list[list[str]]) -> Table:
+def table_of(rows: list[list[str]]) -> Table:
+    """Return rows of text as a table; the first is the head."""
     head, *others = rows
     table = Sheet(*head)
     for row in others:

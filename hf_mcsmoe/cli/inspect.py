@@ -7,6 +7,7 @@ import typer
 from hf_mcsmoe.card import record_of, stored_layers
 from hf_mcsmoe.cli.display import console, layer_table, layers_table, stage_bars
 from hf_mcsmoe.cli.options import Dequantize, Model, Selection, options_of
+from hf_mcsmoe.cli.specialisation import FIELDS, STABLE_RANK, Specialising, show_measured
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.loading import empty_model
@@ -16,13 +17,16 @@ from hf_mcsmoe.progress import one_step
 
 
 @options_of(Selection, "selection", panel="Merge")
+@options_of(Specialising, "text", FIELDS, panel="Data")
 def inspect_command(
     model: Model,
     selection: Selection,
+    text: Specialising,
     check: Annotated[
         bool, typer.Option(help="also read all weights of a folder, for NaN", rich_help_panel="Loading")
     ] = False,
     dequantize: Dequantize = False,
+    stable_rank: Annotated[bool, typer.Option(help=STABLE_RANK, rich_help_panel="Loading")] = False,
 ) -> None:
     """Show a model's layers of experts and what merging them would save. Loads no weights unless asked to."""
     config = selection.apply(MergeConfig())
@@ -38,6 +42,8 @@ def inspect_command(
         with stage_bars() as progress, one_step("checking", progress):
             check_weights(model)
         console.print("all weights are finite")
+    if text.data or stable_rank:
+        show_measured(model, text, dequantize=dequantize, stable_rank=stable_rank)
     total, held = empty.num_parameters(), sum(tied[0].num_parameters for tied in layers.tied)
     console.print(f"parameters {total:,}, of them in experts {held:,} ({held / total:.1%})")
     if merged:

@@ -1,5 +1,6 @@
 """Where commands take rows from: calibration text, a task, or text of the user's own."""
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from functools import reduce
 from itertools import accumulate
@@ -100,6 +101,24 @@ class Calibration:
         parts = split_held_out(features)
         fitted, held_out = (feature_batches(part, tokenizer, self.batch_size, by_length=False) for part in parts)
         return fitted, held_out
+
+    def batches_of(
+        self,
+        samples: dict[str, list[Sample]],
+        counts: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+    ) -> dict[str, list[dict[str, torch.Tensor]]]:
+        """Return so many samples of each label as batches for `model(**batch)`; a label of none is left out."""
+        found = {}
+        for (label, part), number in zip(samples.items(), counts, strict=True):
+            if number:
+                drawn = self._draw(
+                    [Shared(label, None, part)], tokenizer, model.config.is_encoder_decoder, number, silent
+                )
+                check_token_ids(max(max(feature["input_ids"]) for feature in drawn.features), model)
+                found[label] = feature_batches(drawn.features, tokenizer, self.batch_size, by_length=False)
+        return found
 
     def check_batches(
         self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel

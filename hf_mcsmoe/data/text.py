@@ -14,6 +14,8 @@ from hf_mcsmoe.progress import Progress, counted, silent
 
 # Rows of a streamed data set among which the samples are drawn.
 SHUFFLE_BUFFER = 10_000
+# Labels of more kinds than this are taken for a mistake.
+MOST_LABELS = 100
 # Rows after which progress is told.
 TOLD_EVERY = 256
 
@@ -45,15 +47,58 @@ def read_samples(
         ValueError: no such file or data set, an empty one, one that holds something that is no text, or one without
             the column.
     """
-    if not source.strip():
-        raise ValueError(f"{source!r} names no data: give a file, a folder or a Hub id.")
-    path = Path(source)
-    rows = file_rows(path, split) if path.is_file() else _dataset_rows(source, split)
-    rows = counted(rows, "reading", progress or silent, every=TOLD_EVERY)
+    rows = counted(_rows(source, split), "reading", progress or silent, every=TOLD_EVERY)
     samples = samples_of(rows, source, column=column, target_column=target_column)
     if not samples:
         raise ValueError(f"{source} holds no text.")
     return samples
+
+
+def labelled_samples(
+    source: str,
+    label_column: str,
+    *,
+    column: str | None = None,
+    target_column: str | None = None,
+    split: str = "train",
+) -> dict[str, list[Sample]]:
+    """Return the samples of each label, by what stands in `label_column` as text; rows without a label are left out.
+
+    The other arguments and errors are those of `read_samples`.
+
+    Raises:
+        ValueError: no such column, one that holds the text itself, or more than `MOST_LABELS` labels.
+    """
+    rows: dict[str, list[Row]] = {}
+    if label_column in (column, target_column):
+        raise ValueError(f"Column {label_column!r} of {source} cannot hold both the text and its label.")
+    for row in _rows(source, split):
+        if not isinstance(row, Mapping):
+            _check_no_columns(source, label_column)
+            continue
+        _check_columns(row, source, label_column, None)
+        if (label := row[label_column]) is not None:
+            # Or it might be taken for the text.
+            others = {name: value for name, value in row.items() if name != label_column}
+            rows.setdefault(str(label), []).append(others)
+    if len(rows) > MOST_LABELS:
+        raise ValueError(
+            f"Column {label_column!r} of {source} holds {len(rows):,} different values: labels are at most "
+            f"{MOST_LABELS}."
+        )
+    options = {"column": column, "target_column": target_column}
+    found = {label: samples_of(part, source, **options) for label, part in sorted(rows.items())}
+    found = {label: samples for label, samples in found.items() if samples}
+    if not found:
+        raise ValueError(f"{source} holds no text with a label.")
+    return found
+
+
+def _rows(source: str, split: str) -> Iterable[Any]:
+    if not source.strip():
+        raise ValueError(f"{source!r} names no data: give a file, a folder or a Hub id.")
+    path = Path(source)
+    return file_rows(path, split) if path.is_file() else _dataset_rows(source, split)
 
 
 def samples_of(

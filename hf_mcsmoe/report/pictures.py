@@ -10,10 +10,12 @@ from markupsafe import Markup
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.similarity import SIMILARITY
+from hf_mcsmoe.methods.specialisation import specialisation
 from hf_mcsmoe.methods.view import LayerView
 from hf_mcsmoe.report.charts import Cell, Part, cell_rows, paired_bars, share_rows, square
 from hf_mcsmoe.report.result import LayerResult, Result
 from hf_mcsmoe.report.words import figure, share, short_names, size
+from hf_mcsmoe.tables import specialisation_rows
 
 # Experts of a layer that are drawn one by one; of more, some share a cell.
 MOST_CELLS = 64
@@ -21,6 +23,7 @@ MOST_CELLS = 64
 MOST_GROUPS = 16
 # Layers above which squares of similarities are drawn with half as many cells.
 MOST_SQUARES = 16
+OTHER_MODEL = "The file of statistics was taken from another model than this one's original."
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Picture:
 def pictures(result: Result, statistics: RoutingStatistics | None = None) -> list[Picture]:
     """Return the pictures of one result."""
     found = [bytes_per_layer(result), groups_of_experts(result), routing(result), errors(result)]
-    return found if statistics is None else [*found, similarities(result, statistics)]
+    return found if statistics is None else [*found, similarities(result, statistics), specialised(result, statistics)]
 
 
 def bytes_per_layer(result: Result) -> Picture:
@@ -209,11 +212,30 @@ def errors(result: Result) -> Picture:
     )
 
 
+def specialised(result: Result, statistics: RoutingStatistics) -> Picture:
+    """Return how sure the original's routers are of a token, and how evenly they use their experts."""
+    title = "How specialised the original's experts are"
+    if statistics.fingerprint != result.fingerprint:
+        return Picture(title, OTHER_MODEL)
+    try:
+        found = {name: specialisation(sums) for name, sums in statistics.layers.items()}
+    except ValueError as error:
+        return Picture(title, f"The file of statistics does not tell: {error}")
+    pairs = [(item.use, item.routing) for item in found.values()]
+    names = ("of their use", "of a token's gate")
+    return Picture(
+        title,
+        "Entropies in nats. Experts are used evenly where the bar is long; a router is sure where the bar is short.",
+        [(paired_bars(title, short_names(list(found)), pairs, figure, names), "")],
+        specialisation_rows(found),
+    )
+
+
 def similarities(result: Result, statistics: RoutingStatistics) -> Picture:
     """Return a square for each layer: how alike any two of its experts are, in the order of their groups."""
     title = "How alike any two experts are"
     if statistics.fingerprint != result.fingerprint:
-        return Picture(title, "The file of statistics was taken from another model than this one's original.")
+        return Picture(title, OTHER_MODEL)
     method = result.similarity if result.similarity in SIMILARITY.methods else "router_logits"
     try:
         layers = [layer for layer in result.layers if layer.is_merged]

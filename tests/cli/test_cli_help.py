@@ -20,7 +20,7 @@ from hf_mcsmoe.cli.evaluate import figure_table
 from hf_mcsmoe.record import Costs, Quality, Stored
 
 PANELS = {
-    "inspect": {"Merge", "Loading"},
+    "inspect": {"Merge", "Data", "Loading"},
     "plan": {"Data", "Size", "Loading"},
     "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output"},
     "distill": {"Data", "Training", "Storage", "Loading", "Output"},

@@ -18,8 +18,17 @@ from helpers import Run, batches
 from merged import ALL, example
 from safetensors import safe_open
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics, compress, moe_layers
+from hf_mcsmoe import (
+    LoSparseConfig,
+    MergeConfig,
+    RepairConfig,
+    RoutingStatistics,
+    collect_statistics,
+    compress,
+    moe_layers,
+)
 from hf_mcsmoe.cli.report import draw
+from hf_mcsmoe.methods.specialisation import NEEDS
 from hf_mcsmoe.record import Base, Predicted, Record, SizeChoice, Stored
 from hf_mcsmoe.report.charts import Point, scatter, unbeaten
 from hf_mcsmoe.report.page import render, write_report
@@ -36,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a merged model, a repaired one, one of low rank, and the statistics of their original."""
     path, base = tmp_path_factory.mktemp("results"), build("mixtral")
     data = batches("mixtral", base, number=4)
-    statistics = collect_statistics(base, data)
+    statistics = collect_statistics(base, data, [*MergeConfig().needs, *NEEDS])
     statistics.save(path / "statistics.safetensors")
     options: dict[str, dict[str, Any]] = {
         "merged": {},
@@ -181,13 +190,16 @@ def test_the_page_of_a_result_tells_what_is_in_its_folder(folders: Path) -> None
     assert file == folders / "repaired" / "report.html"
     html, layers = file.read_text(encoding="utf-8"), read_result(folders / "repaired").layers
     _check(html)
+    sums = RoutingStatistics.load(folders / "statistics.safetensors")
     for layer in layers:
+        gates = float(sums[layer.name]["gate_entropy"] / sums[layer.name].tokens)
+        assert f"{layer.name} {gates:.2f} " in _text(html).partition("How specialised")[2]
         assert f"{layer.name} 8 {len(layer.groups)} {layer.bytes_before:,} {layer.bytes_after:,}" in _text(html)
         assert f"{layer.name} {sum(layer.counts or ()):,} " in _text(html)
         if layer.is_merged:
             assert f"{layer.name} {layer.error_before:.3g} {layer.error_after:.3g}" in _text(html)
             assert f"Similarity of the experts of {layer.name}" in _text(html)
-    assert len(_drawings(html)) >= 4 + sum(layer.is_merged for layer in layers)
+    assert len(_drawings(html)) >= 5 + sum(layer.is_merged for layer in layers)
 
 
 def test_quality_is_that_of_the_stage_that_the_model_is_in(folders: Path, tmp_path: Path) -> None:
