@@ -258,9 +258,10 @@ def plan_merge(
 def _merged(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config: MergeConfig) -> Iterator[LayerPlan]:
     """Yield for each set of experts how they merge."""
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
-    counts = _counts(scores, config.experts, config.min_experts, config)
+    least = max(config.least(len(saliency)) for saliency in scores)
+    counts = _counts(scores, config.experts, least, config)
     for shared, layer, saliency, count in zip(layers.tied, sums, scores, counts, strict=True):
-        with shared[0].view(layer, config.seed) as view:
+        with shared[0].view(layer, config.seed, config.capacity) as view:
             similarity = chosen["similarity"](view)
             groups = chosen["grouping"](view, saliency, similarity, count)
             weights = chosen["weighting"](view, saliency, groups)
@@ -321,6 +322,11 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
         raise ValueError(
             f"min_experts={config.min_experts} in {len(layers)} layers is more than the {total} experts to keep: "
             "lower it or raise `experts`."
+        )
+    if sum(config.least(layer.num_experts) for layer in layers) > total:
+        raise ValueError(
+            f"capacity={config.capacity} is too few for the {total} groups that all layers have together: raise it or "
+            "`experts`."
         )
     return layers
 

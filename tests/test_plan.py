@@ -108,6 +108,14 @@ def test_adaptive_plans_keep_exactly_the_total(experts: float, minimum: int) -> 
     assert min(kept) >= minimum
 
 
+def test_each_layer_keeps_as_many_groups_as_their_capacity_takes() -> None:
+    for layer in _plan(experts=3, capacity=4).layers.values():
+        sizes = [len(layer.members(group)) for group in range(len(layer.dominant))]
+        assert len(sizes) >= 2
+        assert max(sizes) <= 4
+    assert any(max(map(layer.expert_map.count, layer.expert_map)) > 4 for layer in _plan(experts=3).layers.values())
+
+
 SKIPS = [  # patterns, layers that are left to merge
     ((), [0, 1, 2, 3]),
     ("model.layers.0.*", [1, 2, 3]),
@@ -134,6 +142,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"experts": 9}, "experts=9 is more than the 8 experts of model.layers.0.mlp.experts"),
     ({"experts": 1, "min_experts": 2}, "min_experts=2 in 4 layers is more than the 4 experts to keep"),
     ({"experts": 1.0, "min_experts": 9}, "min_experts=9 in 4 layers is more than"),
+    ({"experts": 2, "capacity": 3}, "capacity=3 is too few for the 8 groups that all layers have together"),
 ]
 
 

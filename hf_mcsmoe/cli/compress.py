@@ -52,6 +52,7 @@ MERGE = [
     "saliency",
     "similarity",
     "grouping",
+    "capacity",
     "weighting",
     "alignment",
     "reference",

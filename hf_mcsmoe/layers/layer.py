@@ -122,12 +122,11 @@ class MoELayer:
         return replace(self.read(), gradients=gradients)
 
     @contextlib.contextmanager
-    def view(self, sums: Sums, seed: int) -> Iterator[LayerView]:
+    def view(self, sums: Sums, seed: int, capacity: int | None = None) -> Iterator[LayerView]:
         """Yield what methods see of the layer; its experts are opened when touched, for the time of the block."""
         with contextlib.ExitStack() as stack:
-            yield LayerView(
-                sums, self.num_experts, seed, lambda: stack.enter_context(self.open()), self._router_weight
-            )
+            experts = lambda: stack.enter_context(self.open())  # noqa: E731
+            yield LayerView(sums, self.num_experts, seed, experts, self._router_weight, capacity)
 
     @property
     def router_rows(self) -> str | None:

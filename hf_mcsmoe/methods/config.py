@@ -17,6 +17,8 @@ from hf_mcsmoe.methods.similarity import SIMILARITY
 from hf_mcsmoe.methods.statistics import with_tokens
 from hf_mcsmoe.methods.weighting import WEIGHTING
 
+# Groupings whose groups may have a capacity.
+CAPPED = ("dominant", "pseudo_pruning")
 REFERENCES = ("dominant", "first")
 
 # What is lost with an expert is another question than which of a group the others should be like.
@@ -68,6 +70,7 @@ class MergeConfig(Options):
     )
     similarity: str | Callable = option("router_logits", "which experts belong together", SIMILARITY)
     grouping: str | Callable = option("dominant", "how groups form", GROUPING)
+    capacity: int | None = option(None, "most experts of a group (groupings dominant and pseudo_pruning)")
     alignment: str | Callable = option("weight_matching", "how neurons are aligned", ALIGNMENT)
     reference: str = option("dominant", "what members are aligned to: their group's dominant expert, or first")
     weighting: str | Callable = option(
@@ -93,10 +96,23 @@ class MergeConfig(Options):
             raise ValueError(
                 f"experts={self.experts!r} must be a whole number of experts per layer (8) or a share in (0, 1] (0.5)."
             )
+        if self.capacity is not None:
+            self._check_capacity()
         if self.min_experts < 1:
             raise ValueError(
                 f"min_experts={self.min_experts!r} must be at least 1 and whole: a layer needs an expert."
             )
+
+    def _check_capacity(self) -> None:
+        if self.capacity < 1 or (isinstance(self.grouping, str) and self.grouping not in CAPPED):  # type: ignore[operator]
+            raise ValueError(
+                f"capacity={self.capacity!r} must be at least 1, and is for the groupings {' and '.join(CAPPED)}, not "
+                f"for {self.grouping!r}: leave it out or choose one of these."
+            )
+
+    def least(self, num_experts: int) -> int:
+        """Return how few of a layer's experts may stay, or groups, which have a capacity where one is given."""
+        return max(self.min_experts, -(-num_experts // self.capacity) if self.capacity else 1)
 
     def resolved(self) -> Self:
         """Return the same with a saliency: where none was chosen, the one that goes with the reduction."""

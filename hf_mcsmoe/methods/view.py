@@ -78,7 +78,8 @@ def _no_router() -> torch.Tensor | None:
 class LayerView:
     """All that a method may look at of a layer; it holds no module, and is given for the time of the call.
 
-    `sums` by the statistic's name, `num_experts` E, `seed` for random methods.
+    `sums` by the statistic's name, `num_experts` E, `seed` for random methods, `capacity` the most experts that a
+    group may hold, for groupings that know of it.
     """
 
     sums: Sums
@@ -86,6 +87,7 @@ class LayerView:
     seed: int
     open_experts: Callable[[], Experts] = field(repr=False)
     open_router: Callable[[], torch.Tensor | None] = field(default=_no_router, repr=False)
+    capacity: int | None = None
 
     @cached_property
     def experts(self) -> Experts:
