@@ -28,7 +28,7 @@ from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.experts import Expert, Experts
-from hf_mcsmoe.methods.merging import MERGING
+from hf_mcsmoe.methods.merging import MERGING, merge_group
 from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
@@ -238,7 +238,8 @@ def fill_experts(experts: nn.Module, view: LayerView, item: LayerPlan, plan: Mer
     for group in range(len(item.dominant)):
         members = item.members(group)
         shares = [item.weights[member] for member in members]
-        target.set_expert(group, merge(view, members, shares, [permutations.get(m) for m in members]))
+        orders = [permutations.get(member) for member in members]
+        target.set_expert(group, merge_group(merge, view, members, shares, orders))
 
 
 def _tie(experts: nn.Module, source: nn.Module) -> None:

@@ -132,11 +132,16 @@ def _linked(saliency: torch.Tensor, similarity: torch.Tensor, groups: int, metho
     """Return the groups that SciPy's linkage of distances `largest similarity - s` comes to."""
     both = torch.nan_to_num(similarity.double().cpu())
     both = (both + both.T) / 2
-    distance = (both.max() - both).fill_diagonal_(0)
+    labels = linked((both.max() - both).fill_diagonal_(0), groups, method)
+    return numbered(labels, saliency)
+
+
+def linked(distance: torch.Tensor, groups: int, method: str) -> list[int]:
+    """Return labels [n] of the `groups` clusters that SciPy's linkage of distances [n, n] on the CPU comes to."""
     number = len(distance)
     members = {expert: [expert] for expert in range(number)}
     tree = linkage(squareform(distance.numpy(), checks=False), method) if groups < number else []
     for step, (one, other, *_) in enumerate(tree[: number - groups]):
         members[number + step] = members.pop(int(one)) + members.pop(int(other))
-    labels = {expert: label for label, cluster in members.items() for expert in cluster}
-    return numbered([labels[expert] for expert in range(number)], saliency)
+    labels = {expert: label for label, together in members.items() for expert in together}
+    return [labels[expert] for expert in range(number)]

@@ -58,7 +58,11 @@ class Experts:
 
     def hidden(self, index: int, states: torch.Tensor) -> torch.Tensor:
         """Return the hidden states [n, F] of expert `index` for its inputs [n, D], computed in float32 or higher."""
-        expert, states = self.expert(index), _wide(states)
+        return self.hidden_of(self.expert(index), states)
+
+    def hidden_of(self, expert: Expert, states: torch.Tensor) -> torch.Tensor:
+        """Return what `hidden` does, of an expert by its tensors, which need not be one of these."""
+        states = _wide(states)
         gate = _linear(expert, states, "gate") if "gate" in expert else None
         return self.activation(gate, _linear(expert, states, "up"))
 
@@ -68,8 +72,13 @@ class Experts:
         Args:
             normed: whether a norm that follows the experts is applied.
         """
-        output = _linear(self.expert(index), self.hidden(index, states), "down")
+        output = output_of(self.expert(index), self.hidden(index, states))
         return self.norm(output) if self.norm and normed else output
+
+
+def output_of(expert: Expert, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the output [n, D] of an expert, before any norm, by its hidden states [n, F]."""
+    return _linear(expert, hidden, "down")
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from hf_mcsmoe.methods.similarity import SIMILARITY
+from hf_mcsmoe.methods.units import standardised
 from hf_mcsmoe.methods.view import LayerView
 
 
@@ -51,12 +52,6 @@ def _pairwise(view: LayerView, *, of: Callable[[torch.Tensor], float]) -> torch.
         for j in range(i):
             either = reached[i] | reached[j]
             if either.sum() > 1:
-                one, other = _standardised(units[i][either]), _standardised(units[j][either])
+                one, other = standardised(units[i][either]), standardised(units[j][either])
                 found[i, j] = found[j, i] = (1 + of((one.T @ other).cpu())) / 2
     return found
-
-
-def _standardised(units: torch.Tensor) -> torch.Tensor:
-    """Return units [n, F] with mean 0 and norm 1 over the tokens; zeros where one never varies."""
-    centred = units - units.mean(0)
-    return torch.nan_to_num(centred / centred.norm(dim=0))

@@ -1,5 +1,7 @@
 """Making one expert out of the aligned members of a group."""
 
+from collections.abc import Callable
+
 import torch
 
 from hf_mcsmoe.methods.experts import Expert, permute
@@ -7,6 +9,18 @@ from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.methods.view import LayerView
 
 MERGING = Registry("merging")
+Merging = Callable[[LayerView, list[int], list[float], list[torch.Tensor | None]], Expert]
+
+
+def merge_group(
+    merge: Merging, view: LayerView, members: list[int], shares: list[float], permutations: list[torch.Tensor | None]
+) -> Expert:
+    """Return what a method makes of a group's members, without those of weight 0; a single one stays as it is."""
+    counted = [place for place, share in enumerate(shares) if share != 0]
+    if len(counted) == 1 and permutations[counted[0]] is None:
+        return view.experts.expert(members[counted[0]])
+    orders = [permutations[place] for place in counted]
+    return merge(view, [members[place] for place in counted], [shares[place] for place in counted], orders)
 
 
 @MERGING.register("average", paper="2310.01334")

@@ -9,7 +9,7 @@ from hf_mcsmoe.methods.view import LayerView
 WEIGHTING = Registry("weighting")
 
 
-def _normalised(values: torch.Tensor, groups: Groups) -> torch.Tensor:
+def normalised(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Return `values` [E] divided by their sum over each group; a group that sums to 0 is averaged uniformly."""
     members = torch.tensor(groups.expert_map)
     sums = torch.zeros(len(groups.dominant), dtype=torch.float64).index_add_(0, members, values.double())
@@ -21,13 +21,13 @@ def _normalised(values: torch.Tensor, groups: Groups) -> torch.Tensor:
 @WEIGHTING.register("saliency", paper="2310.01334")
 def by_saliency(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Return weights [E] proportional to saliency (M-SMoE, section 3.1: `sum a_i E_i / sum a_i`)."""
-    return _normalised(saliency, groups)
+    return normalised(saliency, groups)
 
 
 @WEIGHTING.register("uniform", paper="2310.01334")
 def uniform(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Return equal weights [E] within each group."""
-    return _normalised(torch.ones(len(saliency)), groups)
+    return normalised(torch.ones(len(saliency)), groups)
 
 
 @WEIGHTING.register("dominant")
@@ -36,3 +36,17 @@ def dominant(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.T
     weights = torch.zeros(len(saliency), dtype=torch.float64)
     weights[groups.dominant] = 1
     return weights
+
+
+@WEIGHTING.register("reversed", paper="2310.01334")
+def reversed_saliency(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return weights [E] proportional to 1 less an expert's share of the layer's saliency (the authors' code)."""
+    shares = saliency.double()
+    return normalised(1 - shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny), groups)
+
+
+@WEIGHTING.register("random", paper="2310.01334")
+def random_weights(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Return random weights [E], each uniform before they are scaled: the control of the authors' code."""
+    generator = torch.Generator().manual_seed(view.seed)
+    return normalised(torch.rand(len(saliency), generator=generator, dtype=torch.float64), groups)

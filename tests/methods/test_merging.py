@@ -18,6 +18,8 @@ WEIGHTS = [  # method, saliency, weights
     ("saliency", [1, 2, 3, 5, 2, 4], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
     ("uniform", [1, 2, 3, 5, 2, 4], [0.5, 1 / 3, 0.5, 1, 1 / 3, 1 / 3]),
     ("dominant", [1, 2, 3, 5, 2, 4], [0, 1, 1, 1, 0, 0]),
+    ("reversed", [1, 2, 3, 5, 1, 8], [19 / 36, 18 / 49, 17 / 36, 1, 19 / 49, 12 / 49]),
+    ("fisher", [9, 9, 9, 9, 9, 9], [0.25, 0.5, 0.75, 1, 0.25, 0.25]),
     ("saliency", [0, 0, 3, 0, 0, 0], [0, 1 / 3, 1, 1, 1 / 3, 1 / 3]),
     ("saliency", [0, 0, 0, 0, 0, 0], [0.5, 1 / 3, 0.5, 1, 1 / 3, 1 / 3]),
     ("saliency", [1e-9, 1e-9, 3e-9, 1e-9, 1e-9, 2e-9], [0.25, 0.25, 0.75, 1, 0.25, 0.5]),
@@ -27,7 +29,7 @@ WEIGHTS = [  # method, saliency, weights
 
 @pytest.mark.parametrize(("method", "saliency", "expected"), WEIGHTS)
 def test_weights_sum_to_one_in_each_group(method: str, saliency: list[float], expected: list[float]) -> None:
-    found = WEIGHTING[method](view_of(num_experts=6), tensor(saliency), GROUPS)
+    found = WEIGHTING[method](view_of(num_experts=6, fisher=tensor([1, 2, 3, 9, 1, 1])), tensor(saliency), GROUPS)
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
@@ -35,7 +37,25 @@ def test_weights_sum_to_one_in_each_group(method: str, saliency: list[float], ex
 @pytest.mark.parametrize("method", list(WEIGHTING))
 def test_an_expert_alone_keeps_its_weights(method: str) -> None:
     alone = Groups(expert_map=[0, 1, 2], dominant=[0, 1, 2])
-    assert WEIGHTING[method](view_of(num_experts=3), tensor([0, 4, 0]), alone).tolist() == [1, 1, 1]
+    view = view_of(num_experts=3, fisher=tensor([0, 2, 0]))
+    assert WEIGHTING[method](view, tensor([0, 4, 0]), alone).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("method", list(WEIGHTING))
+def test_every_method_weights_each_group_by_one_in_all(method: str) -> None:
+    view = view_of(num_experts=6, fisher=tensor([1, 0, 3, 0, 0, 0]))
+    for saliency in ([1, 2, 3, 5, 2, 4], [0] * 6, [0, 0, 7, 0, 0, 0]):
+        found = WEIGHTING[method](view, tensor(saliency), GROUPS)
+        assert found.dtype == torch.float64
+        assert found.min() >= 0
+        sums = [sum(found[e] for e in range(6) if GROUPS.expert_map[e] == group) for group in range(3)]
+        assert [float(total) for total in sums] == pytest.approx([1, 1, 1])
+        assert torch.equal(WEIGHTING[method](view, tensor(saliency), GROUPS), found)
+
+
+def test_random_weights_differ_by_the_seed() -> None:
+    drawn = [WEIGHTING["random"](view_of(num_experts=6, seed=seed), tensor([1] * 6), GROUPS) for seed in (0, 1)]
+    assert not torch.equal(*drawn)
 
 
 def _stack(experts: list[Expert], dtype: torch.dtype = torch.float32) -> Experts:
