@@ -29,3 +29,12 @@ def domains_of(batch: Mapping[str, Any], rows: int) -> torch.Tensor:
     if batch.domain.numel() not in (1, rows):
         raise ValueError(f"domain names the data sets of {batch.domain.numel()} rows, and the batch has {rows}.")
     return batch.domain.long().cpu().flatten().expand(rows)
+
+
+def chosen_rows(batch: Mapping[str, Any], rows: list[int]) -> Mapping[str, Any]:
+    """Return some rows of a batch of tensors [rows, ...], with their data sets where it knows them."""
+    chosen = {name: value[rows] for name, value in batch.items()}
+    if not isinstance(batch, DomainBatch):
+        return chosen
+    total = len(next(iter(batch.values())))
+    return DomainBatch(chosen, domains_of(batch, total)[rows])

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.inputs import held_out_sequences, num_sequences
+from hf_mcsmoe.data.domains import chosen_rows
 from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch, hooks, mask_of, token_masks
 from hf_mcsmoe.layers.layer import MoELayer
@@ -70,19 +71,25 @@ class Probe:
 
 def held_out_rows(batches: Sequence[Batch]) -> list[Batch]:
     """Return the rows that judge a fit, see `held_out_sequences`; nothing where a batch cannot be parted into rows."""
+    return parted_rows(batches)[1]
+
+
+def parted_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Return the rows that a fit sees and those that judge it; all and none where a batch has no rows of its own."""
     total = sum(map(num_sequences, batches))
     judges = set(held_out_sequences(total))
-    chosen, first = list[Batch](), 0
+    parts, first = (list[Batch](), list[Batch]()), 0
     for batch in batches:
         number = num_sequences(batch)
-        rows = [row for row in range(number) if first + row in judges]
-        first += number
         tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
         if total == 1 or len(tensors) < len(batch) or any(value.shape[:1] != (number,) for value in tensors):
-            return []
-        if rows:
-            chosen.append({name: value[rows] for name, value in batch.items()})
-    return chosen
+            return list(batches), []
+        judging = [first + row in judges for row in range(number)]
+        first += number
+        for part, wanted in zip(parts, (False, True), strict=True):
+            if rows := [row for row, judge in enumerate(judging) if judge is wanted]:
+                part.append(chosen_rows(batch, rows))
+    return parts
 
 
 def _few(batches: Sequence[Batch]) -> list[Batch]:

@@ -5,13 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from families import build
 from helpers import batches
 from merged import stored_experts
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import MergeConfig, collect_statistics, compress, plan_merge
+from hf_mcsmoe import MergeConfig, collect_statistics, compress, merge_experts, plan_merge
 from hf_mcsmoe.calibration.curves import LayerCurves, Part
+from hf_mcsmoe.calibration.inputs import held_out_sequences
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.plan import MergePlan
@@ -38,6 +40,7 @@ def test_counts_are_those_of_least_effect(
         for layer, own in zip(layers, effects, strict=True)
     }
     monkeypatch.setattr("hf_mcsmoe.search.budget.measure_curves", lambda *a, **k: curves)
+    monkeypatch.setattr("hf_mcsmoe.search.budget.OTHERS", ())
     plan = measured_plan(layers, collect_statistics(layers, data, config.resolved().needs), data, config)
     total = size * len(layers) // 2
     every = itertools.product(*[[*own, size] for own in effects])
@@ -49,6 +52,39 @@ def test_counts_are_those_of_least_effect(
     assert costs[found] == pytest.approx(min(costs.values()))
     assert plan.config["budget"] == "measured"
     assert plan.config["experts"] == 0.5
+
+
+@torch.no_grad()
+def _divergence(original: PreTrainedModel, student: PreTrainedModel, rows: torch.Tensor) -> float:
+    """Return the mean over predicted tokens of `sum p (log p - log q)`."""
+    ours, theirs = (model(input_ids=rows).logits[:, :-1].double().log_softmax(-1) for model in (student, original))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def test_a_budget_that_does_worse_than_an_even_one_is_not_taken(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, config = Layers.of(model), replace(CONFIG, min_experts=2)
+    size = layers[0].num_experts
+    data = [{"input_ids": batch["input_ids"]} for batch in batches("qwen3_moe", model)]
+    statistics = collect_statistics(layers, data, config.resolved().needs)
+    # The curves say, wrongly, that the first layer can do without nearly all of its experts.
+    curves = {
+        layer.name: LayerCurves(size, {"merge": {count: Part(cost, cost) for count in range(1, size)}})
+        for layer, cost in zip(layers, (1e-9, 1.0, 1.0, 1.0), strict=False)
+    }
+    monkeypatch.setattr("hf_mcsmoe.search.budget.measure_curves", lambda *a, **k: curves)
+    plan = measured_plan(layers, statistics, data, config)
+    rows = torch.cat([batch["input_ids"] for batch in data])
+    judges = rows[held_out_sequences(len(rows))]
+    plans = {name: plan_merge(model, statistics, replace(config, budget=name)) for name in ("uniform", "adaptive")}
+    for name, other in plans.items():
+        expected = _divergence(model, merge_experts(model, other), judges)
+        assert plan.provenance["budgets"][name] == pytest.approx(expected, rel=1e-4)
+    best = min(plan.provenance["budgets"], key=plan.provenance["budgets"].get)
+    assert best != "measured"
+    assert plan.layers == plans[best].layers
+    assert plan.config["budget"] == "measured"
 
 
 @pytest.mark.slow
