@@ -27,7 +27,7 @@ from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.merge import check_loaded, merge_layers
 from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.checks import check_given
-from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.config import MIXED, MergeConfig
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import MergePlan, check_request, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
@@ -224,6 +224,7 @@ def check_options(
         quantization.check_layers(stored)
     _check_repair(not merges_nothing(layers, config), repair, low_rank, quantization)
     _check_normed(chosen, config, repair, is_quantized=quantization is not None)
+    _check_router(config, repair)
     if consume and repair:
         raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
     if consume and low_rank and low_rank.energy is not None and not low_rank.allow_dense:
@@ -242,7 +243,7 @@ def _check_for_size(layers: Layers, config: MergeConfig, size: SizeConfig, other
     check_request(layers, replace(config, experts=1.0, min_experts=size.min_experts))
     check_size(layers, config, size)
     usual = MergeConfig()
-    for name in ("experts", "budget", "reduce", "min_experts"):
+    for name in ("experts", "budget", "reduce", "min_experts", "router"):
         if getattr(config, name) != getattr(usual, name):
             raise ValueError(
                 f"{name}={getattr(config, name)!r} does nothing beside size={size.size!r}, which chooses how many "
@@ -281,6 +282,16 @@ def _check_repair(
         raise ValueError(
             f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: give none. Where "
             "the experts become low rank + sparse, method 'local' repairs that; in few bits, every method."
+        )
+
+
+def _check_router(config: MergeConfig, repair: RepairConfig | None) -> None:
+    """Raise ValueError where what a new router picks is not known to what would be fitted or measured."""
+    if config.reduce == "merge" and config.router in MIXED and (repair or config.budget == MEASURED):
+        asked = f"repair={repair.method!r}" if repair else f"budget={config.budget!r}"
+        raise ValueError(
+            f"router={config.router!r} gives routers new rows, and {asked} knows what the old ones pick: choose "
+            "router='dominant' or 'map', or leave it out."
         )
 
 

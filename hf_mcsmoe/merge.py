@@ -1,10 +1,12 @@
 """The merge of a plan, layer by layer: read, align, merge, write (paper, section 3.1)."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any, cast
@@ -27,6 +29,7 @@ from hf_mcsmoe.layers.output import check_apart
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.checks import check_given
+from hf_mcsmoe.methods.config import MAP, MIXED
 from hf_mcsmoe.methods.experts import Expert, Experts
 from hf_mcsmoe.methods.merging import MERGING, merge_group
 from hf_mcsmoe.methods.view import LayerView, Sums
@@ -137,7 +140,7 @@ def merge_layers(
         if sink:
             sink(next(path for path, module in result.named_modules() if module is experts), experts)
         for layer in others:
-            _tie(_install(layer, merged[layer.name], result), experts)
+            _tie(_install(layer, merged[layer.name], result, plan.config.get("router", MAP)), experts)
         done += 1 + len(others)
         if progress:
             progress(first.name, done, len(merged))
@@ -203,25 +206,53 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan
             detach(module, module)
     with layer.view(sums, plan.config["seed"]) as view:
         device = view.experts.expert(0)["down"].device  # the experts are open now, before others take their place
-        experts = _install(layer, item, result)
+        experts = _install(layer, item, result, plan.config.get("router", MAP))
         materialise(experts, device)
         fill_experts(experts, view, item, plan)
     return experts
 
 
-def _install(layer: MoELayer, item: LayerPlan, result: PreTrainedModel) -> Any:
-    """Give a layer of `result` its empty experts, and its router the map, or the cut with the original's weights."""
+def _install(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, router: str) -> Any:
+    """Give a layer of `result` its empty experts, and its router the map, or the rows that are left."""
     if item.kept is None:
         return install_layer(result, layer.name, item.expert_map)
-    cut = _cut_tensors(layer) if isinstance(layer.source, Folder) else {}
+    cut = _cut_tensors(layer) if router in MIXED or isinstance(layer.source, Folder) else {}
+    with _router_tensors(layer, result, cut) as read:  # or they are cut where they are
+        entries = {name: _entries(read[name], axis, layer.num_experts, item, router) for name, axis in cut.items()}
     experts = install_pruned(result, layer.name, layer.num_experts, item.kept)
-    if cut:  # or they were cut where they are
-        with cast(Folder, layer.source).tensors(cut) as read:
-            for name, axis in cut.items():
-                path, _, attribute = name.rpartition(".")
-                entries = kept_entries(read[name], axis, layer.num_experts, item.kept)
-                set_tensor(result.get_submodule(path), attribute, entries)
+    for name, values in entries.items():
+        path, _, attribute = name.rpartition(".")
+        set_tensor(result.get_submodule(path), attribute, values)
     return experts
+
+
+@contextlib.contextmanager
+def _router_tensors(
+    layer: MoELayer, result: PreTrainedModel, names: Iterable[str]
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Yield tensors of a layer's router by their names in the model, from its folder or of `result`, still whole."""
+    if isinstance(layer.source, Folder) and names:
+        with layer.source.tensors(names) as read:
+            yield read
+    else:
+        yield dict(chain(result.named_parameters(), result.named_buffers()))
+
+
+def _entries(tensor: torch.Tensor, axis: int, num_experts: int, item: LayerPlan, router: str) -> torch.Tensor:
+    """Return the entries along `axis` of the experts that stay, or the means of those of each group's members.
+
+    What stands behind the experts' entries stays. Means are taken in float32 or higher.
+    """
+    kept = kept_entries(tensor, axis, num_experts, item.dominant)
+    if router not in MIXED or not tensor.is_floating_point():
+        return kept
+    rows = tensor.detach().movedim(axis, 0).to(torch.promote_types(tensor.dtype, torch.float32))
+    mixed = kept.movedim(axis, 0)  # of whose own the first are replaced
+    for group in range(len(item.dominant)):
+        members = item.members(group)
+        shares = [item.weights[member] if router == "weighted" else 1 / len(members) for member in members]
+        mixed[group] = sum(share * rows[member] for share, member in zip(shares, members, strict=True))
+    return kept
 
 
 def _cut_tensors(layer: MoELayer) -> dict[str, int]:

@@ -40,8 +40,8 @@ FEW_TOKENS = 8
 class LayerPlan:
     """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group).
 
-    Of a layer to be pruned `kept` says which experts stay, int [G], rising: these are `dominant`, the map sends the
-    others to -1, and their weights are 0; see `pruned`.
+    Of a layer whose router is cut `kept` says whose rows stay, int [G], rising: these are `dominant`. Of one to be
+    pruned the map sends the others to -1, and their weights are 0; see `pruned`.
 
     For the reader alone, where they are known: `similarity` [E] of each expert to the dominant one of its group, None
     where that is not finite, and `counts` int [E], the picks of each expert in the calibration data.
@@ -60,8 +60,10 @@ class LayerPlan:
     def __post_init__(self) -> None:
         for name in ("expert_map", "dominant", "weights", "similarity", "counts"):
             _check_numbers(name, vars(self)[name], least=-1 if name == "expert_map" and self.kept else None)
-        if self.kept is None:
+        if self.kept is None or -1 not in self.expert_map:
             self._check_groups()
+        if self.kept is not None and self.kept != self.dominant:
+            raise ValueError(f"kept={self.kept} must be the dominant experts, {self.dominant}.")
         self._check_lengths()
 
     def _check_groups(self) -> None:
@@ -104,11 +106,11 @@ class LayerPlan:
         Raises:
             ValueError, TypeError: the values are those of no plan.
         """
-        return cls.pruned(**values) if "kept" in values else cls(**values)
+        return cls.pruned(**values) if "num_experts" in values else cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; that of a layer to be pruned is what the checkpoint says, and the counts."""
-        if self.kept is None:
+        if self.kept is None or not (self.is_whole or -1 in self.expert_map):
             values = asdict(self)
         else:
             values = {"num_experts": len(self.expert_map), "kept": self.kept, "counts": self.counts}
@@ -118,6 +120,13 @@ class LayerPlan:
     def is_whole(self) -> bool:
         """Whether the layer keeps all its experts."""
         return len(self.dominant) == len(self.expert_map)
+
+    @property
+    def stored_map(self) -> list[int]:
+        """The map as the result's router has it: where that is cut, it sends experts without a row to -1."""
+        if self.kept is None:
+            return self.expert_map
+        return [self.kept.index(expert) if expert in self.kept else -1 for expert in range(len(self.expert_map))]
 
     def members(self, group: int) -> list[int]:
         """Return the experts of a group."""
@@ -259,13 +268,16 @@ def _merged(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config
     """Yield for each set of experts how they merge."""
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
     least = max(config.least(len(saliency)) for saliency in scores)
+    if config.cuts_router:
+        least = max(least, *(_limits(layers, shared)[0] for shared in layers.tied))
     counts = _counts(scores, config.experts, least, config)
     for shared, layer, saliency, count in zip(layers.tied, sums, scores, counts, strict=True):
         with shared[0].view(layer, config.seed, config.capacity) as view:
             similarity = chosen["similarity"](view)
             groups = chosen["grouping"](view, saliency, similarity, count)
             weights = chosen["weighting"](view, saliency, groups)
-        yield LayerPlan(groups.expert_map, groups.dominant, weights.tolist(), *_shown(groups, similarity, layer))
+        kept = groups.dominant if config.cuts_router else None
+        yield LayerPlan(groups.expert_map, groups.dominant, weights.tolist(), *_shown(groups, similarity, layer), kept)
 
 
 def _pruned(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config: MergeConfig) -> Iterator[LayerPlan]:
@@ -315,7 +327,7 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
             raise ValueError(
                 f"experts={config.experts} is more than the {layer.num_experts} experts of {layer.name}: ask for less."
             )
-    if config.reduce == "prune":
+    if config.cuts_router:
         _check_pruning(layers, config)
     total = budget_total(config.experts, [layer.num_experts for layer in layers])
     if config.min_experts * len(layers) > total or config.min_experts > min(layer.num_experts for layer in layers):
@@ -336,6 +348,11 @@ def _check_pruning(layers: Layers, config: MergeConfig) -> None:
     limits = [_limits(layers, shared) for shared in layers.tied]
     sizes = [shared[0].num_experts for shared in layers.tied]
     least, groups = max(few for few, _ in limits), max(groups for _, groups in limits)
+    if config.reduce != "prune" and groups > 1:
+        raise ValueError(
+            f"router={config.router!r} leaves a row for each group of experts, and these routers pick among {groups} "
+            "groups of their own, which merged experts do not keep: choose router='map'."
+        )
     if isinstance(config.experts, int) and config.experts % groups:
         raise ValueError(
             f"experts={config.experts} cannot be shared alike by the {groups} groups that the routers pick among: "

@@ -106,13 +106,14 @@ _ALL = [
         "ream",
         "lets salient experts take those most like them by gated outputs and logits; averages by saliency, aligned",
         paper="2604.04356",
-        differs="the router keeps the rows of all experts; layers do not see what became of those before them",
+        differs="layers do not see what became of those before them; outputs are of a sample of 1,024 tokens a layer",
         merge={
             "saliency": "reap",
             "similarity": "gated_mixture",
             "grouping": "pseudo_pruning",
             "budget": "uniform",
             "alignment": "activation_weight_matching",
+            "router": "dominant",
         },
     ),
     Preset(
@@ -129,9 +130,9 @@ _ALL = [
     ),
     Preset(
         "dek",
-        "clusters experts by the CKA of their outputs for the same tokens, average linkage; averages them",
+        "clusters experts by the CKA of their outputs, average linkage; averages them and their rows of the router",
         paper="2407.09590",
-        differs="the router keeps the rows of all experts, where the paper merges those of a group",
+        differs="how groups form and with which weights they are averaged was not to be read, and is ours",
         merge={
             "saliency": "frequency",
             "similarity": "cka",
@@ -139,6 +140,7 @@ _ALL = [
             "budget": "uniform",
             "alignment": "none",
             "weighting": "uniform",
+            "router": "mean",
         },
     ),
     Preset(

@@ -164,7 +164,7 @@ MISSPELT = [
     ({"alignment": "weight_match"}, "Unknown alignment method 'weight_match'. Did you mean 'weight_matching'?"),
     ({"weighting": "Uniform"}, "Unknown weighting method 'Uniform'. Did you mean 'uniform'?"),
     ({"reference": "fist"}, "Unknown reference 'fist'. Did you mean 'first'?"),
-    ({"weighting": None}, "Unknown weighting method None. Known: 'saliency', 'uniform', 'dominant'."),
+    ({"weighting": None}, "Unknown weighting method None. Known: 'saliency', 'uniform', 'dominant', "),
     *(
         ({"experts": value}, f"experts={value!r} must be a whole number")
         for value in (0, -1, 0.0, 1.5, True, "8", None)

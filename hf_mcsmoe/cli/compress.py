@@ -57,6 +57,7 @@ MERGE = [
     "alignment",
     "reference",
     "merging",
+    "router",
 ]
 
 

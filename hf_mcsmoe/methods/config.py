@@ -20,6 +20,9 @@ from hf_mcsmoe.methods.weighting import WEIGHTING
 # Groupings whose groups may have a capacity.
 CAPPED = ("dominant", "pseudo_pruning")
 REFERENCES = ("dominant", "first")
+# What becomes of the router where experts are merged, and for which of these its rows are new ones.
+MAP, ROUTERS = "map", ("map", "dominant", "mean", "weighted")
+MIXED = ("mean", "weighted")
 
 # What is lost with an expert is another question than which of a group the others should be like.
 DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution"}
@@ -77,6 +80,11 @@ class MergeConfig(Options):
         "saliency", "weights of a group's members (dominant prunes the others)", WEIGHTING
     )
     merging: str | Callable = option("average", "how aligned members become one expert", MERGING)
+    router: str = option(
+        MAP,
+        "router of merged layers: map (keeps all rows, and a map to groups), or one row for each group, as a plain "
+        "checkpoint has: dominant (its dominant expert's), mean, weighted (by the members' weights)",
+    )
     seed: int = option(0, "seed of the random similarity")
     reduce: str = option("merge", "how experts become fewer: merge, or prune, which cuts the router to those it keeps")
 
@@ -91,6 +99,8 @@ class MergeConfig(Options):
         check_fields(self)
         if self.reference not in REFERENCES:
             raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
+        if self.router not in ROUTERS:
+            raise ValueError(unknown("router", self.router, list(ROUTERS)))
         is_share = isinstance(self.experts, float)
         if not 0 < self.experts <= 1 if is_share else self.experts < 1:
             raise ValueError(
@@ -117,6 +127,11 @@ class MergeConfig(Options):
     def resolved(self) -> Self:
         """Return the same with a saliency: where none was chosen, the one that goes with the reduction."""
         return self if self.saliency is not None else replace(self, saliency=DEFAULT_SALIENCY[self.reduce])
+
+    @property
+    def cuts_router(self) -> bool:
+        """Whether routers are left with a row for each expert that is."""
+        return self.reduce == "prune" or self.router != MAP
 
     @property
     def needs(self) -> tuple[str, ...]:

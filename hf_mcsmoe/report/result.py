@@ -186,7 +186,7 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
 def _check_maps(folder: Path, layers: Layers, plan: MergePlan | None, entries: dict[str, dict[str, Any]]) -> None:
     for layer in layers:
         item = plan.layers.get(layer.original_name) if plan else None
-        if item and item.expert_map != _map(layer, entries.get(layer.original_name)):
+        if item and item.stored_map != _map(layer, entries.get(layer.original_name)):
             raise ValueError(
                 f"{folder / PLAN_FILE} groups the experts of {layer.original_name} otherwise than config.json does: "
                 "it is the plan of another result; take it from the original folder, or delete it."
