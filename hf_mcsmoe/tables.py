@@ -1,6 +1,6 @@
 """What a record tells, as rows of text and as words: for the card, the command line and the report alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_mcsmoe.methods.specialisation import Specialisation
@@ -132,3 +132,22 @@ def bits_of(layers: Mapping[str, Stored]) -> str:
     told = f"{least:.3g}{'' if least == most else f' to {most:.3g}'} bits a weight"
     whole = sum(not item.bits for item in layers.values())
     return told if not whole else f"{told} ({whole} of {len(layers)} layers as they were)"
+
+
+def outcome(layers: Mapping[str, Stored]) -> str:
+    """Return in a few words what became of the experts: how many are left, by what, of which rank and in what bits."""
+    if not layers:
+        return ""
+    after, before = ([getattr(item, name) for item in layers.values()] for name in ("after", "before"))
+    told = [f"{_range(after)} of {_range(before)} experts"]
+    if any(item.reduce for item in layers.values()):
+        told.append(" and ".join(done_to(layers)))
+    ranks = [rank for item in layers.values() for rank in item.rank.values()]
+    told += [f"rank {_range(ranks)}"] if ranks else []
+    bits = bits_of(layers)
+    return ", ".join([*told, bits] if bits else told)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"

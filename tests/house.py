@@ -17,7 +17,7 @@ FLOORS = [
     ["merge", "distillation", "quantization"],
     ["search", "presets"],
     ["compress", "report"],
-    ["demo"],
+    ["demo", "compare"],
     ["cli"],
     ["__main__"],
 ]

@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
-from compare_methods import METHODS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -40,6 +39,16 @@ from hf_mcsmoe.evaluation.quality import perplexity
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.record import Costs
 
+METHODS: dict[str, dict] = {
+    "M-SMoE (adaptive budget)": {},
+    "M-SMoE, uniform budget": {"budget": "uniform"},
+    "no alignment": {"alignment": "none"},
+    "aligned to the first expert": {"reference": "first"},
+    "uniform weights": {"weighting": "uniform"},
+    "plain averaging": {"alignment": "none", "weighting": "uniform"},
+    "random groups": {"similarity": "random"},
+    "pruning to the dominant": {"weighting": "dominant"},
+}
 REFIT, ONE_SHOT = "M-SMoE, refit", "MC-SMoE in one shot"
 NAMES = [*METHODS, REFIT, ONE_SHOT]
 # Blocks of the text to train on that guide the merge.

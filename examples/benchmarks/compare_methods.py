@@ -1,97 +1,143 @@
-"""Compare ways to merge a model's experts on held-out text, without any training afterwards.
+"""Compare the published methods and this project's on trained models, in and out of the domains that are calibrated.
 
-    python examples/benchmarks/compare_methods.py MODEL --data FILE --experts 12 8 4
+    python examples/benchmarks/compare_methods.py ../shared/data/models --output runs/methods
 
-Every other batch of the text calibrates, the rest evaluates. Figures: loss, and the divergence (KL, nats per token) of
-the merged model's predictions from the original's, over the tokens that count.
+Each model has a folder in the output, which `hf_mcsmoe.compare.run.compare` fills and goes on with where it was
+stopped; then the table of docs/results.md is printed. A seed draws calibration rows from the first halves of the texts
+beside a model. Rows of the second halves judge ("in"), and rows of texts that were not calibrated on ("out"). KL: nats
+per token that counts. Sizes are those of the weight files with such shares of the experts in every layer.
 """
 
 import argparse
+import gzip
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from divergence import Batches
+from quality_ladder import batches_of, rows_of
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
-from hf_mcsmoe.data.calibration import calibration_batches
-from hf_mcsmoe.data.features import T5_NOISE
-from hf_mcsmoe.data.spans import SpanNoise
-from hf_mcsmoe.data.text import read_samples
+from hf_mcsmoe.compare.cells import Cell, Row
+from hf_mcsmoe.compare.cells import rows_of as means_of
+from hf_mcsmoe.compare.run import Comparison, Grid, compare
+from hf_mcsmoe.compare.sizes import bytes_with
+from hf_mcsmoe.compare.ways import ways_of
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
-METHODS: dict[str, dict] = {
-    "M-SMoE (adaptive budget)": {},
-    "M-SMoE, uniform budget": {"budget": "uniform"},
-    "no alignment": {"alignment": "none"},
-    "aligned to the first expert": {"reference": "first"},
-    "uniform weights": {"weighting": "uniform"},
-    "plain averaging": {"alignment": "none", "weighting": "uniform"},
-    "random groups": {"similarity": "random"},
-    "pruning to the dominant": {"weighting": "dominant"},
-}
-
-Batches = list[dict[str, torch.Tensor]]
+logging.disable_progress_bar()
+# Of other text so many letters are enough.
+LETTERS = 200_000
 
 
-@torch.no_grad()
-def predictions(model: PreTrainedModel, batches: Batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return per batch the log-probabilities [N, V] of the tokens that count, and what they should have been [N]."""
-    answers = []
-    for batch in batches:
-        logits = model(**batch).logits.float()
-        if "labels" in batch:
-            targets = batch["labels"]
-        else:
-            targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-            logits = logits[:, :-1]
-        counted = targets != -100
-        answers.append((logits[counted].log_softmax(-1), targets[counted]))
-    return answers
+@dataclass(frozen=True)
+class Subject:
+    """A model: the text beside it, what of it is not calibrated on, or other text, and the tokens of a row."""
+
+    folder: str
+    text: str
+    out: tuple[str, ...] = ()
+    other: str = ""
+    max_length: int = 128
 
 
-def figures(
-    model: PreTrainedModel, batches: Batches, reference: list[tuple[torch.Tensor, torch.Tensor]]
-) -> list[float]:
-    """Return the loss and the divergence from `reference`, means over the tokens that count."""
-    loss = divergence = 0.0
-    tokens = sum(len(targets) for _, targets in reference)
-    for (ours, targets), (theirs, _) in zip(predictions(model, batches), reference, strict=True):
-        loss -= ours.gather(1, targets[:, None]).sum().item()
-        divergence += (theirs.exp() * (theirs - ours)).sum().item()
-    return [loss / tokens, divergence / tokens]
+SUBJECTS = (
+    Subject("olmoe-mini-64e", "validation_text.json", ("web", "drama")),
+    Subject("qwen3moe-mini-16e", "validation.txt", other="../text/tinyshakespeare.txt.gz"),
+    Subject("switch-mini-16e", "validation_text.json", ("code",), max_length=96),
+)
+
+
+def texts_of(
+    subject: Subject, arguments: argparse.Namespace
+) -> tuple[PreTrainedModel, dict[int, Batches], dict[str, Batches]]:
+    """Return a model, its calibration batches by seed, and the batches that judge, "in" and "out"."""
+    folder = arguments.models / subject.folder
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    found = rows_of(tokenizer, folder / subject.text, subject.out, subject.max_length)
+    if subject.other:
+        text = gzip.decompress((arguments.models / subject.other).read_bytes()).decode()[:LETTERS]
+        ids, length = tokenizer(text, verbose=False)["input_ids"], subject.max_length
+        found["out"] = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    fit = found.pop("fit")
+    drawn = {seed: random.Random(seed).sample(fit, min(arguments.rows, len(fit))) for seed in range(arguments.seeds)}
+    number = arguments.judge_rows
+    judging = {name: random.Random(0).sample(part, min(number, len(part))) for name, part in found.items()}
+    draws = {seed: batches_of(model, tokenizer, part) for seed, part in drawn.items()}
+    return model, draws, {name: batches_of(model, tokenizer, part) for name, part in judging.items()}
+
+
+def grid_of(model: PreTrainedModel, arguments: argparse.Namespace) -> Grid:
+    """Return what is compared on a model: methods at shares of the experts, and at the bytes that shares take."""
+    way = ways_of(["msmoe"], arguments.bits)[0]
+    layers = Layers.of(model)
+    sizes = [f"{bytes_with(layers, way.options(), share)}B" for share in arguments.sizes]
+    return Grid(arguments.methods.split(","), arguments.experts, sizes, arguments.bits)
+
+
+def compared(subject: Subject, arguments: argparse.Namespace) -> Comparison:
+    """Compare the methods on one model; what is finished already is kept."""
+    model, draws, judges = texts_of(subject, arguments)
+    suffix = f"-{arguments.bits}bits" if arguments.bits else ""
+    return compare(
+        model, draws, judges, grid_of(model, arguments), arguments.output / f"{subject.folder}{suffix}", told=_tell
+    )
+
+
+def _tell(cells: list[Cell]) -> None:
+    """Print the cell that was finished last."""
+    cell = cells[-1] if cells else None
+    if cell is not None:
+        told = ", ".join(f"{name} {figures.kl:.4f}" for name, figures in cell.texts.items() if figures.kl is not None)
+        seconds = "" if cell.seconds is None else f", {cell.seconds:.1f} s"
+        print(f"{cell.method}, {cell.level}, seed {cell.seed}: {cell.error or told}{seconds}", flush=True)
+
+
+def table(name: str, cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield the lines of one model's table: a row per method, KL in / out at each level, the best of a level bold."""
+    rows = [row for row in means_of(cells) if row.cell.method != "original"]
+    levels = list(dict.fromkeys(row.cell.level for row in rows))
+    found = {(row.cell.method, row.cell.level): row for row in rows}
+    yield f"| {name} | {' | '.join(levels)} | seconds |"
+    yield f"|---|{'---:|' * (len(levels) + 1)}"
+    for method in dict.fromkeys(row.cell.method for row in rows):
+        own = [found.get((method, level)) for level in levels]
+        seconds = [row.cell.seconds for row in own if row and row.cell.seconds is not None]
+        mean = f"{sum(seconds) / len(seconds):.1f}" if seconds else ""
+        yield f"| {method} | {' | '.join(map(_told, own))} | {mean} |"
+
+
+def _told(row: Row | None) -> str:
+    if row is None or not row.draws:
+        return "-"
+    first, *others = [figures.kl for figures in row.cell.texts.values()]
+    spread = "" if row.spread is None else f" ± {row.spread:.4f}"
+    return " / ".join([f"{first:.4f}{spread}", *(f"{value:.4f}" for value in others)])
 
 
 def main() -> None:
-    """Print a markdown table: a row per method, loss and KL per number of experts."""
+    """Measure what is not in the output, and print a table for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--data", required=True, help="text, as for `hf-mcsmoe compress`")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8], help="experts per layer on average")
-    parser.add_argument("--num-samples", type=int, default=512, help="texts, half of them for calibration")
-    parser.add_argument("--max-length", type=int, default=96, help="longest text in tokens")
-    density, span = T5_NOISE.noise_density, T5_NOISE.mean_span
-    parser.add_argument("--noise-density", type=float, default=density, help="share of a text masked, for T5's task")
-    parser.add_argument("--mean-span", type=float, default=span, help="tokens in a masked span, on average")
-    parser.add_argument("--fixed-spans", action="store_true", help="all masked spans equally long")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("models", type=Path, help="folder that holds the models")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the comparisons, one for each model")
+    parser.add_argument("--methods", default="all", help="presets with commas, or all (default %(default)s)")
+    parser.add_argument("--experts", type=float, nargs="*", default=[0.75, 0.5, 0.25], help="shares of the experts")
+    parser.add_argument("--sizes", type=float, nargs="*", default=[0.5, 0.25], help="shares whose bytes are sizes")
+    parser.add_argument("--bits", type=int, help="bits a weight of experts, beside every method")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration rows (default %(default)s)")
+    parser.add_argument("--subject", default="", help="part of the names of the models to measure (default all)")
+    parser.add_argument("--rows", type=int, default=180, help="calibration rows (default %(default)s)")
+    parser.add_argument("--judge-rows", type=int, default=96, help="rows of a text that judge (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    options = {"num_samples": arguments.num_samples, "max_length": arguments.max_length, "batch_size": 16}
-    noise = SpanNoise(arguments.noise_density, arguments.mean_span, arguments.fixed_spans)
-    batches = calibration_batches(read_samples(arguments.data), tokenizer, model, noise=noise, **options)
-    calibration, evaluation = batches[::2], batches[1::2]
-    statistics = collect_statistics(model, calibration)
-    reference = predictions(model, evaluation)
-    print(f"original: loss {figures(model, evaluation, reference)[0]:.3f}\n")
-    print("| method |" + "".join(f" {count}: loss | {count}: KL |" for count in arguments.experts))
-    print("|---|" + "---:|---:|" * len(arguments.experts))
-    for name, changes in METHODS.items():
-        cells = []
-        for count in arguments.experts:
-            plan = plan_merge(model, statistics, MergeConfig(experts=count, **changes))
-            loss, divergence = figures(merge_experts(model, plan), evaluation, reference)
-            cells.append(f" {loss:.3f} | {divergence:.4f} |")
-        print(f"| {name} |" + "".join(cells), flush=True)
+    for subject in (subject for subject in SUBJECTS if arguments.subject in subject.folder):
+        found = compared(subject, arguments)
+        print("", *table(subject.folder, found.cells), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from compare_methods import Batches, figures, predictions
+from divergence import Batches, figures, predictions
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 

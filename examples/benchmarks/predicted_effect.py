@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from compare_methods import figures, predictions
+from divergence import figures, predictions
 from quality_ladder import batches_of, rows_of
 from transformers.utils import logging
 

@@ -19,7 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from compare_methods import Batches, figures, predictions
+from divergence import Batches, figures, predictions
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging

@@ -28,6 +28,7 @@ from hf_mcsmoe.cli.options import (
 from hf_mcsmoe.cli.preset import PresetName, check_preset
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
+from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.compress import check_options, chosen_repair, compress, merges_nothing
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
@@ -220,13 +221,4 @@ def _read(file: Path, layers: Layers, needs: Sequence[str]) -> RoutingStatistics
     if not file.is_file():
         check_file(file, "--scores")
         return None
-    statistics = RoutingStatistics.load(file)
-    if statistics.layers.keys() != set(layers.names):
-        raise ValueError(
-            f"--scores {file} was taken from another model: it holds the layers {', '.join(statistics.layers)}, "
-            f"and this one has {', '.join(layers.names)}."
-        )
-    for sums in statistics.layers.values():
-        sums.check(needs)
-    statistics.check({layer.name: layer.sizes for layer in layers})
-    return statistics
+    return read_scores(file, layers, needs)

@@ -90,6 +90,11 @@ def _bars() -> Progress:
     return passing(*columns)
 
 
+def unstarted_bars() -> Progress:
+    """Return bars to be shown as a part of something else."""
+    return _bars()
+
+
 @contextmanager
 def stage_bars() -> Iterator[Stages]:
     """Show the bars of stages for the time of the block."""

@@ -20,11 +20,23 @@ HEAD = ("format", "format_version", "command", "hf_mcsmoe")
 # Where results go, and what is to become of what lies there, is nobody else's business.
 UNTOLD = ("output", "overwrite", "push_to_hub", "resume", "json")
 # What is named by a path or an id.
-NAMES = ("model", "student", "teacher", "models", "tokenizer", "data", "check_data", "data_dir", "file", "scores")
+NAMES = (
+    "model",
+    "student",
+    "teacher",
+    "models",
+    "tokenizer",
+    "data",
+    "check_data",
+    "eval",
+    "data_dir",
+    "file",
+    "scores",
+)
 # What options were called before, and what they are called now.
 RENAMED = {"statistics": "scores"}
 # Counts and shares, which the command line takes as text.
-NUMBERS = ("experts", "size", "bits")
+NUMBERS = ("experts", "size", "sizes", "bits")
 
 
 class _Loader(yaml.SafeLoader):

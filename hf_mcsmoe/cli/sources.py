@@ -79,12 +79,12 @@ class Calibration:
     @property
     def names(self) -> list[str]:
         """What others may know the data by: a Hub id, or the last part of a path."""
-        return _public_names(self.data)
+        return public_names(self.data)
 
     @property
     def check_names(self) -> list[str]:
         """The same of the text of another kind."""
-        return _public_names(self.check_data or [])
+        return public_names(self.check_data or [])
 
     def batches(
         self,
@@ -182,7 +182,7 @@ class Calibration:
         return reduce(add, drawn)
 
 
-def _public_names(data: list[str]) -> list[str]:
+def public_names(data: list[str]) -> list[str]:
     """Return Hub ids, with what stands behind a colon, as they are, and of paths the last part."""
     given = [name for name, _ in parsed(data)]
     return [name if is_repo_id(name.partition(":")[0]) else public_name(name) for name in given]

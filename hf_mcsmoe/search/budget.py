@@ -18,6 +18,7 @@ from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts
 from hf_mcsmoe.search.choices import nearest_count
+from hf_mcsmoe.search.conditions import covered
 from hf_mcsmoe.search.config import CLOSED_FORMS, JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves, plan_with
 from hf_mcsmoe.search.knapsack import Candidate, cheapest
@@ -38,9 +39,10 @@ def measured_plan(
 ) -> MergePlan:
     """Return the plan of the asked number of experts whose effect is least.
 
-    Curves of fewer experts are measured layer by layer, each fitted as it will be, and a knapsack over the layers
-    chooses. What it makes of the model is then compared, on rows held out, with what the uniform and the adaptive
-    budget make of it, and the best is taken; the plan tells the divergence of each in nats, under "budgets".
+    Curves of fewer experts are measured layer by layer, each fitted as it will be, or taken from the statistics, and
+    a knapsack over the layers chooses. What it makes of the model is then compared, on rows held out, with what the
+    uniform and the adaptive budget make of it, and the best is taken; the plan tells the divergence of each in nats,
+    under "budgets".
 
     Args:
         repair: what follows; what trains all weights is measured as the joint refit that it begins with. None for
@@ -62,7 +64,9 @@ def measured_plan(
         )
     fitted = NONE if repair is None else repair if repair.method in CLOSED_FORMS else JOINT
     fitted = replace(fitted, sequential=False)
-    curves = measure_curves(layers, statistics, batches, merge, search, repair=fitted, progress=progress)
+    curves = statistics.curves
+    if not covered(layers, statistics, merge, search, fitted):
+        curves = measure_curves(layers, statistics, batches, merge, search, repair=fitted, progress=progress)
     chosen = cheapest([_costs(curves[x[0].name], own, merge) for x, own in zip(groups, counts, strict=True)], total)
     assert chosen is not None  # as was checked
     taken = [own[number] for own, number in zip(counts, chosen, strict=True)]

@@ -54,6 +54,17 @@ def check_curves(
             raise ValueError(f"What rank={min(lacking)} costs was not measured of the layer {name}: {WAY_OUT}")
 
 
+def covered(
+    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, search: SizeConfig, repair: RepairConfig
+) -> bool:
+    """Tell whether statistics have curves, and these tell of what may be chosen."""
+    try:
+        check_curves(layers, statistics, merge, search, repair)
+    except ValueError:
+        return False
+    return bool(statistics.curves)
+
+
 def _covers(name: str, held: Any, asked: Any) -> bool:
     """Tell whether what was measured holds what is asked for."""
     if name in ("bits", "reduce"):

@@ -101,6 +101,6 @@ def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> Non
     quality = {"quality_ladder.py", "predicted_effect.py", "search_cost.py"}
     scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py") if not path.stem.startswith("compare_")}
     others = {name for name in scripts if f'"{name}"' not in listed}
-    assert others - quality - {"structure.py"} - RATES == {"common.py", "run_all.py", "merge_2b.py"}
+    assert others - quality - {"structure.py"} - RATES == {"common.py", "divergence.py", "run_all.py", "merge_2b.py"}
     command = [sys.executable, EXAMPLES / "benchmarks" / "merge_2b.py", "--help"]
     assert "--keep" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,341 @@
+"""The comparison: every method at every level, one pass of statistics a draw, each result judged on the same rows."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.calibration.scores import extended
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.card import record_of
+from hf_mcsmoe.compare.bench import Bench
+from hf_mcsmoe.compare.cells import EXPERTS, SIZE, Cell, Level
+from hf_mcsmoe.compare.journal import SCORES, Journal, digest
+from hf_mcsmoe.compare.memory import measured_by, peak_memory
+from hf_mcsmoe.compare.page import ORIGINAL, write_outputs
+from hf_mcsmoe.compare.ways import Task, Way, needed, task_of, ways_of
+from hf_mcsmoe.compress import compress
+from hf_mcsmoe.evaluation.costs import saved_costs
+from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
+from hf_mcsmoe.progress import Progress, counted, silent
+from hf_mcsmoe.record import public_name
+from hf_mcsmoe.search.compress import source_bytes
+from hf_mcsmoe.search.conditions import conditions
+from hf_mcsmoe.search.config import AUTO, JOINT, SizeConfig
+from hf_mcsmoe.search.curves import measure_curves
+from hf_mcsmoe.tables import outcome
+
+# One batch of so many is held out of what the methods read, for those that choose among results.
+HELD_OUT = 8
+Metric = Callable[[PreTrainedModel], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared: methods, each at so many experts and at sizes, perhaps all in few bits.
+
+    `methods` are names, or keyword arguments of `compress` by names of one's own; see `ways_of`. `experts` are shares
+    or numbers, `sizes` bytes (20GB) or shares of the source's weight files.
+
+    Raises:
+        ValueError: an unknown method, a level that is none, or no level at all.
+    """
+
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]]
+    experts: Sequence[int | float] = ()
+    sizes: Sequence[str | float] = ()
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("There is nothing to compare at: give numbers or shares of experts, or sizes.")
+        _ = self.ways
+
+    @property
+    def levels(self) -> list[Level]:
+        """How small results are to be."""
+        given = [(EXPERTS, value) for value in self.experts] + [(SIZE, value) for value in self.sizes]
+        return list(dict.fromkeys(Level(kind, value) for kind, value in given))
+
+    @property
+    def ways(self) -> list[Way]:
+        """The methods."""
+        return ways_of(self.methods, self.bits, by_size=bool(self.sizes))
+
+
+@dataclass
+class Draw:
+    """One draw of the calibration text: batches that methods read, and those held out for methods that choose."""
+
+    seed: int
+    fitted: Sequence[Batch]
+    held_out: Sequence[Batch]
+    statistics: RoutingStatistics | None = None
+
+    @classmethod
+    def of(cls, seed: int, batches: Sequence[Batch]) -> "Draw":
+        """Part the batches: the last eighth is held out, of at least two one."""
+        number = max(len(batches) // HELD_OUT, 1) if len(batches) > 1 else 0
+        place = len(batches) - number
+        return cls(seed, batches[:place], batches[place:])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, as it lies in its folder."""
+
+    folder: Path
+    conditions: dict[str, Any]
+    cells: list[Cell] = field(default_factory=list)
+
+
+def compare(
+    model: PreTrainedModel | Layers,
+    draws: Mapping[int, Sequence[Batch]],
+    texts: Mapping[str, Sequence[Batch]],
+    grid: Grid,
+    output: str | os.PathLike,
+    *,
+    statistics: RoutingStatistics | None = None,
+    metric: Metric | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    told: Callable[[list[Cell]], None] | None = None,
+) -> Comparison:
+    """Compare methods at several levels, and write the cells into a folder; those that lie there already are kept.
+
+    Args:
+        model: the original, or its layers where they are found already; it is left as it was.
+        draws: calibration batches by the seed of their draw; statistics are collected once for each.
+        texts: batches that judge, by the name of their text, the calibrated kind first. Nothing is fitted to them.
+        output: written are `cells.jsonl` (cell by cell), `compare.csv`, `compare.json` and `report.html`.
+        statistics: of the only draw, instead of a pass.
+        metric: called with each result, for figures of a task.
+        overwrite: begin anew in a folder that holds a comparison.
+        progress: called as `progress(stage, done, total)`, "cells" among the stages.
+        told: called with all cells whenever one is finished.
+
+    Raises:
+        ValueError: no draw or no text; a folder of something else, or of a comparison under other conditions;
+            statistics of another model, or without a sum that a method reads; no cell that can be made. A single cell
+            that cannot be made is told in the results.
+    """
+    layers = Layers.of(model).uncompressed()
+    _check_given(layers, draws, texts, statistics)
+    found = conditions_of(layers, draws, texts, grid)
+    with working_folder(Path(os.path.realpath(output))):
+        journal = Journal(Path(output)) if overwrite else Journal.read(output)
+        journal.check(found)
+        tasks, refused = planned(layers, grid)
+        _check_statistics(statistics, tasks)
+        journal.begin(found, anew=overwrite)
+        for seed in draws:
+            for way, level, sentence in refused:
+                if (way.name, str(level), seed) not in journal.cells:
+                    journal.append(Cell(way.name, str(level), seed, error=sentence))
+        run = _Run(layers, texts, journal, metric, progress, told)
+        run.all_of(tasks, draws, statistics)
+        write_outputs(journal)
+        return Comparison(journal.folder, journal.conditions, list(journal.cells.values()))
+
+
+def conditions_of(
+    layers: Layers, draws: Mapping[int, Sequence[Batch]], texts: Mapping[str, Sequence[Batch]], grid: Grid
+) -> dict[str, Any]:
+    """Return what the figures of cells depend on, as JSON values."""
+    return {
+        "model": public_name(layers.model.name_or_path),
+        "fingerprint": layers.fingerprint,
+        "dtype": str(layers.model.dtype).removeprefix("torch."),
+        "bits": grid.bits,
+        "texts": {name: digest(batches) for name, batches in texts.items()},
+        "draws": {str(seed): digest(batches) for seed, batches in draws.items()},
+        "methods": {way.name: way.told() for way in grid.ways},
+        "memory": measured_by(layers.model.device),
+        "versions": {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")},
+    }
+
+
+def planned(layers: Layers, grid: Grid) -> tuple[list[Task], list[tuple[Way, Level, str]]]:
+    """Return the cells that can be made, and those that cannot with the reason, before any forward.
+
+    Raises:
+        ValueError: none can be made.
+    """
+    tasks, refused = [], []
+    for level in grid.levels:
+        for way in grid.ways:
+            try:
+                tasks.append(task_of(layers, way, level))
+            except ValueError as error:
+                refused.append((way, level, sentence_of(error)))
+    if not tasks:
+        way, level, sentence = refused[0]
+        raise ValueError(f"No method can be tried on this model. {way.name} at {level}: {sentence}")
+    return tasks, refused
+
+
+def sentence_of(error: Exception) -> str:
+    """Return what an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_given(
+    layers: Layers, draws: Mapping[int, Any], texts: Mapping[str, Any], statistics: RoutingStatistics | None
+) -> None:
+    if not draws or not all(draws.values()):
+        raise ValueError("There is no calibration text: give at least one batch for each draw.")
+    if empty := [name for name, batches in texts.items() if not batches]:
+        raise ValueError(f"The text {empty[0]} has no rows to judge on.")
+    if not texts:
+        raise ValueError("There is no text to judge on: give at least one.")
+    if statistics is not None and statistics.fingerprint != layers.fingerprint:
+        raise ValueError("The statistics were taken from another model; collect them on this one.")
+    if statistics is not None and len(draws) > 1:
+        raise ValueError(f"The statistics are of one draw of the calibration text, and there are {len(draws)}.")
+
+
+def _check_statistics(statistics: RoutingStatistics | None, tasks: Sequence[Task]) -> None:
+    for task in tasks if statistics is not None else ():
+        for sums in statistics.layers.values():  # type: ignore[union-attr]
+            sums.check(task.way.needs([task.level]))
+
+
+@dataclass
+class _Run:
+    """A comparison under way."""
+
+    layers: Layers
+    texts: Mapping[str, Sequence[Batch]]
+    journal: Journal
+    metric: Metric | None
+    progress: Progress
+    told: Callable[[list[Cell]], None] | None
+    bench: Bench | None = None
+
+    def all_of(
+        self, tasks: Sequence[Task], draws: Mapping[int, Sequence[Batch]], statistics: RoutingStatistics | None
+    ) -> None:
+        """Make the cells that are not there yet, or failed, draw by draw."""
+        keys = [(task, seed) for seed in draws for task in tasks]
+        left = [(task, seed) for task, seed in keys if self._is_open(task, seed)]
+        self._tell(len(keys) - len(left), len(keys))
+        done = len(keys) - len(left)
+        for seed, batches in draws.items():
+            own = [task for task, other in left if other == seed]
+            if not own:
+                continue
+            self.bench = self.bench or self._bench()
+            draw = Draw.of(seed, batches)
+            draw.statistics = self._statistics(draw, own, statistics)
+            # What is cheap comes first.
+            for task in sorted(own, key=lambda task: task.needs_curves):
+                if task.needs_curves:
+                    self._measure_curves(draw, own)
+                self.journal.append(self.cell(draw, task))
+                done += 1
+                self._tell(done, len(keys))
+
+    def _bench(self) -> Bench:
+        """Return what judges, and tell what the original is worth."""
+        bench, model = Bench(self.layers, self.texts, self.progress), self.layers.model
+        cell = Cell(
+            ORIGINAL, "as it is", 0, "", model.num_parameters(), source_bytes(self.layers), texts=bench.original
+        )
+        if cell.key not in self.journal.cells:
+            self.journal.append(cell)
+        return bench
+
+    def _is_open(self, task: Task, seed: int) -> bool:
+        cell = self.journal.cells.get((task.way.name, str(task.level), seed))
+        return cell is None or bool(cell.error)
+
+    def _tell(self, done: int, total: int) -> None:
+        write_outputs(self.journal)
+        self.progress("cells", done, total)
+        if self.told:
+            self.told(list(self.journal.cells.values()))
+
+    def _statistics(self, draw: Draw, tasks: Sequence[Task], given: RoutingStatistics | None) -> RoutingStatistics:
+        """Return the sums that the methods read, in one pass, or what an earlier run has kept of them."""
+        file = self.journal.folder / SCORES.format(seed=draw.seed)
+        held = given or (RoutingStatistics.load(file) if file.exists() else None)
+        found = extended(self.layers, counted(draw.fitted, "statistics", self.progress), held, needed(tasks))
+        if given is None and found is not held:
+            found.save(file)
+        return found
+
+    def _measure_curves(self, draw: Draw, tasks: Sequence[Task]) -> None:
+        """Measure once what choices cost, for all sizes that are searched for."""
+        searches = [task.options["size"] for task in tasks if task.options.get("size")]
+        statistics = draw.statistics
+        measured = [task for task in tasks if task.needs_curves]
+        if not measured or statistics is None or statistics.curves:
+            return
+        reduces = {AUTO if task.options.get("size") else task.options["config"].reduce for task in measured}
+        bits = [bits for search in searches for bits in search.bits]
+        widest = replace(
+            max(searches, key=lambda search: len(search.bits), default=SizeConfig(bits=(), ranks=())),
+            bits=tuple(sorted(set(bits), reverse=True)),
+            reduce=reduces.pop() if len(reduces) == 1 else AUTO,
+        )
+
+        def tell(name: str, done: int, total: int) -> None:
+            self.progress("curves", done, total)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = measure_curves(
+                self.layers, statistics, draw.fitted, MergeConfig(), widest, repair=JOINT, progress=tell
+            )
+        statistics.curves = found
+        statistics.conditions = conditions(MergeConfig(), widest, JOINT)
+        statistics.save(self.journal.folder / SCORES.format(seed=draw.seed))
+
+    def cell(self, draw: Draw, task: Task) -> Cell:
+        """Make a result and judge it; where it cannot be made, the cell tells why."""
+        cell = Cell(task.way.name, str(task.level), draw.seed, asked=task.asked)
+        begin = time.perf_counter()
+        with warnings.catch_warnings(record=True) as said, ExitStack() as stack:
+            warnings.simplefilter("always")
+            peak = stack.enter_context(peak_memory(self.layers.model.device))
+            try:
+                student = self._made(draw, task)
+                seconds, memory = time.perf_counter() - begin, peak()
+                costs = saved_costs(student)
+                cell = replace(
+                    cell,
+                    done=outcome(record_of(student).layers),
+                    parameters=costs.parameters,
+                    bytes=costs.bytes_on_disk,
+                    seconds=seconds,
+                    memory=memory,
+                    **self._judged(student),
+                )
+            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                cell = replace(cell, error=sentence_of(error))
+        return replace(cell, notes=list(dict.fromkeys(sentence_of(item.message) for item in said)))  # type: ignore[arg-type]
+
+    def _made(self, draw: Draw, task: Task) -> PreTrainedModel:
+        given: dict[str, Any] = {"statistics": draw.statistics}
+        if task.options.get("size"):
+            given["held_out"] = draw.held_out
+        return compress(self.layers, draw.fitted if task.reads else [], **task.options, **given)
+
+    def _judged(self, student: PreTrainedModel) -> dict[str, Any]:
+        assert self.bench is not None
+        found: dict[str, Any] = {
+            "texts": self.bench.figures(student),
+            "layers": self.bench.layer_errors(student),
+        }
+        return found | ({"metrics": dict(self.metric(student))} if self.metric else {})

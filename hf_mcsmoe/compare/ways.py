@@ -1,0 +1,184 @@
+"""Methods by name, and what each is called with at a level: presets, and the search for a size."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args, get_type_hints
+
+from hf_mcsmoe.compare.cells import EXPERTS, SIZE, Level
+from hf_mcsmoe.compare.sizes import bytes_with, experts_within
+from hf_mcsmoe.compress import check_options, chosen_repair
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.methods.budget import MEASURED
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.registry import unknown
+from hf_mcsmoe.presets import PRESETS
+from hf_mcsmoe.quantization.config import QuantizationConfig
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.compress import check_size, source_bytes
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.curves import needs_of
+from hf_mcsmoe.search.size import bytes_of
+
+# The preset whose experts are searched for where a size is asked for, and the search among bits and ranks as well.
+OURS, OURS_BITS = "ours", "ours-bits"
+ALL = "all"
+# What may stand behind the name of a preset besides options of a merge, as `reap:repair=joint`.
+REPAIR = "repair"
+SEARCHES = {OURS: SizeConfig(bits=(), ranks=()), OURS_BITS: SizeConfig()}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method: a preset and what is changed of it, or keyword arguments of `compress` of one's own.
+
+    `given` are those arguments, but for the number of experts; `bits` are stored beside every method.
+    """
+
+    name: str
+    preset: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] | None = None
+    bits: int | None = None
+
+    @property
+    def search(self) -> SizeConfig | None:
+        """What a size is searched among; None where a size only decides on the number of experts."""
+        found = SEARCHES.get(self.preset) if not self.changes else None
+        if found is None or self.bits is None or self.preset == OURS_BITS:
+            return found
+        return replace(found, bits=(self.bits,))
+
+    def options(self, experts: int | float = 0.5) -> dict[str, Any]:
+        """Return the keyword arguments of `compress` for a number of experts.
+
+        Raises:
+            ValueError: see `MergeConfig`.
+        """
+        if self.given is not None:
+            options = {**self.given, "config": replace(self.given.get("config", MergeConfig()), experts=experts)}
+        else:
+            changes = dict(self.changes)
+            repair = changes.pop(REPAIR, None)
+            options = PRESETS[OURS if self.preset == OURS_BITS else self.preset].options(experts, **changes)
+            options |= {} if repair is None else {"repair": chosen_repair(RepairConfig(method=repair))}
+        quantization = options.get("quantization")
+        if self.bits and quantization is None:
+            quantization = QuantizationConfig(bits=self.bits, skip=options["config"].skip)
+        return {"repair": None, "low_rank": None, **options, "quantization": quantization}
+
+    def searches_at(self, level: Level) -> bool:
+        """Whether it is searched what fits the bytes of a level, rather than a number of experts taken."""
+        return self.search is not None and (level.kind == SIZE or self.preset == OURS_BITS)
+
+    def needs(self, levels: Sequence[Level]) -> tuple[str, ...]:
+        """Return the statistics that the method reads at these levels."""
+        found = [self.options()["config"].needs]
+        if self.search and any(self.searches_at(level) for level in levels):
+            found = [*found, needs_of(MergeConfig(), self.search)]
+        return tuple(dict.fromkeys(name for names in found for name in names))
+
+    def told(self) -> dict[str, Any]:
+        """Return all that the method is made of, as JSON values."""
+        options = self.options()
+        parts = {name: value.to_dict() for name, value in options.items() if value is not None}
+        parts["config"].pop("experts")
+        return parts | ({"search": self.search.to_dict()} if self.search else {})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A method at a level, checked: what `compress` is called with, and the bytes that a size stands for."""
+
+    way: Way
+    level: Level
+    options: Mapping[str, Any]
+    asked: int | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether calibration text is read beside the statistics."""
+        stages = ("repair", "low_rank", "quantization", "size")
+        return self.needs_curves or any(self.options.get(name) for name in stages)
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether it is measured what choices cost."""
+        return bool(self.options.get("size")) or self.options["config"].budget == MEASURED
+
+
+def task_of(layers: Layers, way: Way, level: Level) -> Task:
+    """Return a method at a level, checked before any forward and without weights.
+
+    Raises:
+        ValueError: it cannot be done to this model; see `check_options`, `check_size` and `experts_within`.
+    """
+    if level.kind == EXPERTS and not way.searches_at(level):
+        return _checked(layers, Task(way, level, way.options(level.experts)))
+    if level.kind == EXPERTS:
+        asked = bytes_with(layers, way.options(), level.experts)
+    else:
+        asked = bytes_of(level.value, source_bytes(layers))
+    if way.search is None:
+        experts = experts_within(layers, way.options(), asked, str(level.value))
+        return _checked(layers, Task(way, level, way.options(experts), asked))
+    size = replace(way.search, size=f"{asked}B")
+    check_size(layers, MergeConfig(), size)
+    return Task(way, level, {"config": MergeConfig(), "repair": None, "size": size}, asked)
+
+
+def needed(tasks: Sequence[Task]) -> list[str]:
+    """Return the statistics that all of the methods read together."""
+    return list(dict.fromkeys(name for task in tasks for name in task.way.needs([task.level])))
+
+
+def _checked(layers: Layers, task: Task) -> Task:
+    stages = {name: task.options[name] for name in ("repair", "low_rank", "quantization")}
+    check_options(layers, task.options["config"], **stages)
+    return task
+
+
+def ways_of(
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]], bits: int | None = None, *, by_size: bool = False
+) -> list[Way]:
+    """Return methods by their names, or ones of one's own.
+
+    Args:
+        methods: names of presets, each perhaps with changes (`reap:budget=uniform:repair=joint`), or "all"; or by
+            names of one's own the keyword arguments of `compress`, of whose `config` the experts do not count.
+        bits: stored beside every method.
+        by_size: whether results are of a size, so that "all" has the search among bits as well.
+
+    Raises:
+        ValueError: an unknown name or option, or a name that is given twice.
+    """
+    if isinstance(methods, Mapping):
+        ways = [Way(name, given=given, bits=bits) for name, given in methods.items()]
+    else:
+        others = [OURS_BITS] if by_size else []
+        names = [part for name in methods for part in ([*PRESETS, *others] if name == ALL else [name])]
+        ways = [_way(name, bits) for name in dict.fromkeys(names)]
+    if not ways:
+        raise ValueError(f"There are no methods to compare: name some of {', '.join(PRESETS)}, or {ALL}.")
+    for way in ways:
+        way.options()  # which refuses what no method is
+    return ways
+
+
+def _way(name: str, bits: int | None) -> Way:
+    preset, *changes = name.split(":")
+    if preset not in (*PRESETS, OURS_BITS):
+        raise ValueError(unknown("method", preset, [*PRESETS, OURS_BITS, ALL]))
+    return Way(name, preset, dict(_change(name, change) for change in changes), bits=bits)
+
+
+def _change(name: str, text: str) -> tuple[str, Any]:
+    """Return an option of a merge, or the repair, that `option=value` says."""
+    option, equals, value = text.partition("=")
+    hints = get_type_hints(MergeConfig) | {REPAIR: str}
+    if not equals or option in ("experts", "skip", "file_name") or option not in hints:
+        known = [known for known in hints if known not in ("experts", "skip", "file_name")]
+        raise ValueError(f"{name}: {unknown('option', option, known)} Write it as option=value.")
+    is_number = int in (hints[option], *get_args(hints[option]))
+    if is_number and not value.isdecimal():
+        raise ValueError(f"{name}: {option}={value!r} must be a whole number.")
+    return option, int(value) if is_number else value
