@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.inputs import num_sequences
+from hf_mcsmoe.calibration.reference import check_reference, reference_norms, with_reference
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.data.batches import as_batches
@@ -28,6 +30,7 @@ from hf_mcsmoe.merge import check_loaded, merge_layers
 from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MIXED, MergeConfig
+from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import MergePlan, check_request, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
@@ -39,6 +42,7 @@ from hf_mcsmoe.repair.repair import RepairReport, repair_experts
 from hf_mcsmoe.search.budget import measured_plan
 from hf_mcsmoe.search.compress import check_size, compress_to_size
 from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.curves import needs_of
 
 
 def compress(
@@ -56,6 +60,7 @@ def compress(
     held_out: Iterable[Batch] | None = None,
     check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None,
     size: SizeConfig | str | float | None = None,
+    base_model: str | Path | None = None,
 ) -> PreTrainedModel:
     """Return `model` with merged experts: statistics over `batches`, plan, merge (paper, section 3.1).
 
@@ -88,11 +93,14 @@ def compress(
         size: of the weight files, as text (20GB) or a share of the source's: experts and bits are chosen for it by
             measured effect, layer by layer; of `config` the methods and `skip` count, not how many experts. Further
             stages are then "curves" and "fit" (layers).
+        base_model: folder or Hub id of the checkpoint that the model was trained from, for methods that compare with
+            it ("router_norm_change"); only its routers are read.
 
     Raises:
-        ValueError: see `check_options`, `collect_statistics`, `plan_merge`, `merge_experts`, `repair_experts` and
-            `decompose_experts`. Options are checked before any forward; only ranks by `energy` that make an expert
-            larger, and a repair where an adaptive budget kept all experts, are refused later, with `model` unchanged.
+        ValueError: see `check_options`, `check_reference`, `reference_norms`, `collect_statistics`, `plan_merge`,
+            `merge_experts`, `repair_experts` and `decompose_experts`. Options are checked before any forward; only
+            ranks by `energy` that make an expert larger, and a repair where an adaptive budget kept all experts, are
+            refused later, with `model` unchanged.
     """
     check_given(
         config=(config, (MergeConfig, NoneType)),
@@ -106,18 +114,23 @@ def compress(
     layers = Layers.of(model).uncompressed()
     stages: dict[str, Any] = {"repair": repair, "low_rank": low_rank, "quantization": quantization}
     check_options(layers, config, **stages, consume=consume, size=search)
+    needs = all_needs(config, search, quantization)
+    check_reference(needs, base_model, statistics)
+    norms = None if base_model is None else reference_norms(layers, base_model)
     batches = as_batches(batches, layers.model)
     tell = progress or silent
     with one_step("checking", tell):
         check_weights(layers.source)
     kinds = {name: list(part) for name, part in _by_name(check).items()}
+    take = partial(_statistics, layers, needs=needs, held=statistics, norms=norms, tell=tell)
     if search:
-        options: dict[str, Any] = {"statistics": statistics, "progress": tell, "repetitions": repetitions}
+        batches = list(batches)
+        sums = take(batches) if norms else statistics
+        options: dict[str, Any] = {"statistics": sums, "progress": tell, "repetitions": repetitions}
         options |= {"repair": repair, "held_out": held_out or (), "check": kinds}
-        return compress_to_size(layers, list(batches), config, search, **options)
+        return compress_to_size(layers, batches, config, search, **options)
     batches, sample = _sampled(batches, keep=config.budget == MEASURED or any(stages.values()))
-    if statistics is None:
-        statistics = collect_statistics(layers, counted(batches, "statistics", tell), config.needs)
+    statistics = take(batches)
     plan = _planned(layers, statistics, batches, config, repair, tell)
     number = sum(not layer.is_whole for layer in plan.layers.values())
     is_merged = number > 0
@@ -151,7 +164,9 @@ def compress(
     if quantization:
         original = None if consume else layers
         told = _by_number("quantization", tell)
-        found, few = quantize_layers(found, original, batches, quantization, repair=repair, progress=told)
+        found, few = quantize_layers(
+            found, original, batches, quantization, repair=repair, progress=told, statistics=statistics
+        )
         judge.measure("quantized", merged)
     costs["compressed" if stored else "merged" if is_merged else "after"] = _measured(found, measure)
     few = None if report and report.few_rows() else few  # which is told once
@@ -162,6 +177,21 @@ def compress(
     record = replace(record, costs=costs, calibration=Calibration(check=list(kinds), check_rows=rows))
     attach_record(merged, record.with_quality(judge.quality))
     return merged
+
+
+def _statistics(
+    layers: Layers,
+    batches: Iterable[Batch],
+    *,
+    needs: Sequence[str],
+    held: RoutingStatistics | None,
+    norms: Mapping[str, torch.Tensor] | None,
+    tell: Progress,
+) -> RoutingStatistics:
+    """Return the statistics that are held, or those of a pass, with what the routers' norms before tell."""
+    if held is None:
+        held = collect_statistics(layers, counted(batches, "statistics", tell), of_data(needs))
+    return held if norms is None else with_reference(held, layers, norms)
 
 
 def _planned(
@@ -183,6 +213,13 @@ def _by_name(check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None) -> M
     if check is None or isinstance(check, Mapping):
         return check or {}
     return {"text of another kind": check}
+
+
+def all_needs(
+    config: MergeConfig, search: SizeConfig | None, quantization: QuantizationConfig | None
+) -> tuple[str, ...]:
+    """Return the statistics that the merge, or what may be chosen for a size, and bits by importance read."""
+    return (needs_of(config, search) if search else config.needs) + (quantization.needs if quantization else ())
 
 
 def chosen_repair(repair: RepairConfig | None) -> RepairConfig | None:

@@ -24,6 +24,7 @@ class Hub:
     created: list[dict[str, Any]] = field(default_factory=list)
     branches: list[str] = field(default_factory=list)
     commits: list[dict[str, Any]] = field(default_factory=list)
+    sent: dict[str, list[int]] = field(default_factory=dict)  # bytes of each answer, by the path
 
     def create(self, request: dict[str, Any]) -> dict[str, Any]:
         """Create a repository, of the user "me" if no organization is named."""
@@ -92,12 +93,17 @@ def running_hub() -> Iterator[Hub]:
             self.reply(json.dumps(answer).encode())
 
         def do_GET(self) -> None:
-            self.reply(hub.get(urlparse(self.path).path))
+            content = hub.get(urlparse(self.path).path)
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if content is not None and part:
+                self.reply(content[int(part[1]) : int(part[2]) + 1], status=206)
+            else:
+                self.reply(content)
 
         do_HEAD = do_GET  # noqa: N815
 
-        def reply(self, content: bytes | None) -> None:
-            self.send_response(404 if content is None else 200)
+        def reply(self, content: bytes | None, status: int = 200) -> None:
+            self.send_response(404 if content is None else status)
             if content is None:
                 self.send_header("X-Error-Code", "EntryNotFound")
             content = content or b""
@@ -106,6 +112,7 @@ def running_hub() -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
+                hub.sent.setdefault(urlparse(self.path).path, []).append(len(content))
                 self.wfile.write(content)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

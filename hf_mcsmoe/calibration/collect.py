@@ -17,7 +17,7 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.statistics import STATISTICS, with_tokens
-from hf_mcsmoe.methods.view import Sums
+from hf_mcsmoe.methods.view import Sums, advice
 
 
 def collect_statistics(
@@ -43,10 +43,11 @@ def collect_statistics(
 
     Raises:
         TypeError: what is passed as batches is none; see `as_batches`.
-        ValueError: no batches or no layers, an unknown statistic, a model without experts or one that is compressed
-            already, or sums that are not finite.
+        ValueError: no batches or no layers, an unknown statistic, one that no data tell, a model without experts or
+            one that is compressed already, or sums that are not finite.
     """
     names = with_tokens(MergeConfig().needs if needs is None else needs)
+    check_collected(names)
     layers = Layers.of(model).uncompressed()
     if not layers:
         raise ValueError("There is no layer to collect statistics of: pass the model, or some of its layers.")
@@ -59,6 +60,13 @@ def collect_statistics(
         run_routed(layers, batches, lambda layer, routed, counted, _: _add(statistics, layer, routed, counted, names))
     check_finite(statistics, layers)
     return statistics
+
+
+def check_collected(names: Iterable[str]) -> None:
+    """Raise ValueError where a statistic is none that tokens tell."""
+    for name in names:
+        if not STATISTICS.find(name).from_data:
+            raise ValueError(f"{name} cannot be collected: {advice(name)}.")
 
 
 def _add(

@@ -10,11 +10,13 @@ import typer
 from rich.markup import escape
 
 from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.reference import add_reference, check_reference, reference_norms
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.dial import Dial
 from hf_mcsmoe.cli.display import console, cost_table, layers_table, notes, quality_table, stage_bars
 from hf_mcsmoe.cli.options import (
+    BaseModel,
     Loading,
     Model,
     Output,
@@ -36,6 +38,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import Calibration as Calibrated
@@ -89,6 +92,7 @@ def compress_command(
         Path | None,
         typer.Option(help="file of routing statistics: read if it is there, else written", rich_help_panel="Data"),
     ] = None,
+    base_model: BaseModel = None,
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """Make a model fit a size, guided by its routers on calibration text: fewer experts, in fewer bits."""
@@ -102,8 +106,9 @@ def compress_command(
     low_rank = None if size else storage.low_rank()  # a size has its rank among its options
     stages: dict[str, Any] = {"low_rank": low_rank, "quantization": dial.quantization(), "size": size}
     stages["repair"] = _chosen(repair, layers, config, stages)
-    needed, held = _check(layers, config, stages, loading.dtype, scores)
-    output = target.claimed(needed, model=model, data=calibration.data, check_data=calibration.check_data or [])
+    needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
+    read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
+    output = target.claimed(needed, model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or config.budget == MEASURED or any(stages.values())
     started = time.perf_counter()
@@ -120,12 +125,25 @@ def compress_command(
             unused = "" if batches else "; --data is not used" + ("" if check else ", and nothing is measured")
             notes.print(f"statistics read from {escape(str(scores))}{unused}")
         elif scores:
-            sums = collect_statistics(loaded, counted(batches, "statistics", progress), _needs(config, size))
+            needs = of_data(_needs(config, size))
+            sums = collect_statistics(loaded, counted(batches, "statistics", progress), needs)
+        if sums is not None and base_model:
+            sums = add_reference(sums, Layers.of(loaded), base_model)
+        if sums is not None and scores and (held is None or base_model):
             sums.save(scores)
         original = any(stages[name] for name in stages if name != "low_rank")  # it is compared with to the end
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         shown["check"] = check
-        merged = compress(loaded, batches, config, **stages, consume=not original, statistics=sums, **shown)
+        merged = compress(
+            loaded,
+            batches,
+            config,
+            **stages,
+            consume=not original,
+            statistics=sums,
+            base_model=None if sums else base_model,
+            **shown,
+        )
     if size and scores and sums is not None:
         sums.save(scores)  # with what choices cost, which was measured meanwhile
     fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
@@ -194,11 +212,20 @@ def _unmeasured(data: Calibrated) -> str:
 
 
 def _check(
-    layers: Layers, config: MergeConfig, stages: dict[str, Any], dtype: str, scores: Path | None
+    layers: Layers,
+    config: MergeConfig,
+    stages: dict[str, Any],
+    dtype: str,
+    scores: Path | None,
+    base_model: str | None,
 ) -> tuple[int, RoutingStatistics | None]:
     """Check all that can be checked before weights are loaded; returns the bytes to write and what a file holds."""
     check_options(layers, config, **stages)
-    held = _read(scores, layers, _needs(config, stages["size"])) if scores else None
+    needs = _needs(config, stages["size"])
+    held = _read(scores, layers, of_data(needs) if base_model else needs) if scores else None
+    check_reference(needs, base_model, held)
+    if base_model:
+        reference_norms(layers, base_model)
     if stages["size"]:
         if held:
             check_curves(layers, held, config, stages["size"], stages["repair"])

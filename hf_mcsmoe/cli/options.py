@@ -24,6 +24,13 @@ from hf_mcsmoe.methods.config import MergeConfig, help_of, option_help
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="folder or Hub id of the checkpoint that the model was trained from, for router_norm_change",
+        rich_help_panel="Data",
+    ),
+]
 Experts = Annotated[str, typer.Option(help=option_help("experts"), rich_help_panel="Merge")]
 Overwrite = Annotated[bool, typer.Option(help="write into a folder that is not empty", rich_help_panel="Output")]
 Tokenizer = Annotated[str | None, typer.Option(help="tokenizer, if not the model's own", rich_help_panel="Loading")]

@@ -25,6 +25,7 @@ NAMES = (
     "student",
     "teacher",
     "models",
+    "base_model",
     "tokenizer",
     "data",
     "check_data",

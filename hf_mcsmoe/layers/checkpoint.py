@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging
 
 from hf_mcsmoe.files import read_json
+from hf_mcsmoe.layers.hub import HubFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -33,7 +34,7 @@ class StoredTensor:
     Read and not mapped: a mapped one may lie unaligned, and keeps all that is touched of its file in memory.
     """
 
-    file: Path
+    file: Path | HubFile
     start: int
     empty: torch.Tensor  # of its shape and dtype, on the meta device
 
@@ -57,16 +58,16 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         ValueError: there are no safetensors, a shard or a tensor of the index is missing, or a file is damaged.
     """
     if (folder / WEIGHTS).is_file():
-        return _tensors_of_file(folder / WEIGHTS)
+        return tensors_of_file(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise ValueError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}. Weights of another format can be loaded with "
             "from_pretrained and saved as safetensors with save_pretrained."
         )
-    files = {name: folder / file for name, file in _weight_map(folder / INDEX).items()}
+    files = {name: folder / file for name, file in weight_map(folder / INDEX).items()}
     if missing := sorted({file.name for file in files.values() if not file.is_file()}):
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: the download is incomplete.")
-    inside = {file: _tensors_of_file(file) for file in dict.fromkeys(files.values())}
+    inside = {file: tensors_of_file(file) for file in dict.fromkeys(files.values())}
     if absent := sorted(name for name, file in files.items() if name not in inside[file]):
         raise ValueError(
             f"{files[absent[0]]} lacks {len(absent)} of the tensors that {INDEX} says it holds ({absent[0]}, ...): "
@@ -78,34 +79,44 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
 def check_index(folder: Path) -> None:
     """Raise ValueError where a folder's weights lie in shards whose index is damaged or names files elsewhere."""
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        _weight_map(folder / INDEX)
+        weight_map(folder / INDEX)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index, "download it again").get("weight_map")
-    is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
-    if not is_map or not weight_map:
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the file's name by the tensor's, as the index of a checkpoint says.
+
+    Raises:
+        ValueError: it is damaged, or names files elsewhere.
+    """
+    files = read_json(index, "download it again").get("weight_map")
+    is_map = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
+    if not is_map or not files:
         raise ValueError(f"{index} is no index of safetensors (its weight_map is no object); download it again.")
-    for file in set(weight_map.values()):
+    for file in set(files.values()):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(
                 f"{index} names the shard {file!r}, which is no safetensors file in its folder: download it again."
             )
-    return weight_map
+    return files
 
 
-def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
-    """Read a file's header: its length in eight bytes, then JSON with dtype, shape and place of each tensor."""
+def tensors_of_file(path: Path | HubFile) -> dict[str, StoredTensor]:
+    """Read a file's header: its length in eight bytes, then JSON with dtype, shape and place of each tensor.
+
+    Raises:
+        ValueError: it is damaged, or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
+            size = path.size if isinstance(path, HubFile) else path.stat().st_size
+            header = json.loads(file.read(min(length, size)))
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
             empty = torch.empty(entry["shape"], dtype=str_to_torch_dtype[entry["dtype"]], device="meta")
             start, end = (8 + length + offset for offset in entry["data_offsets"])
-            if end - start != empty.nbytes or end > path.stat().st_size:
+            if end - start != empty.nbytes or end > size:
                 raise ValueError(f"{name} lies outside of it")
             tensors[name] = StoredTensor(path, start, empty)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RuntimeError) as error:

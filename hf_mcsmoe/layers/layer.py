@@ -65,6 +65,15 @@ class MoELayer:
         return self.model.get_submodule(self.name)
 
     @property
+    def members(self) -> list[list[int]]:
+        """The experts of the original that each stored one stands for."""
+        if self.expert_map is not None:
+            return [
+                [one for one, at in enumerate(self.expert_map) if at == group] for group in range(self.num_experts)
+            ]
+        return [[expert] for expert in self.kept or range(self.num_experts)]
+
+    @property
     def is_normed(self) -> bool:
         """Whether a norm follows each expert, so that their outputs do not add up to one target."""
         return bool(getattr(self.container, "has_post_expert_norm", False))

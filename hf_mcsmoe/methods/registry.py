@@ -16,7 +16,8 @@ class Method:
     `paper` is an arXiv identifier or empty; `needs` the names of the statistics that the function reads; of a
     statistic, `gradients` says that it reads gradients of the loss, `products` that it multiplies what the forward did
     not, e.g. runs experts, `axes` which sizes its sum has, as letters ("ED"; None for any), `signed` whether a sum may
-    be negative, and `combine` what becomes of what two shards of the tokens say.
+    be negative, `combine` what becomes of what two shards of the tokens say, and `from_data` that tokens tell it at
+    all: what they do not is added to the statistics by a stage of its own.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Method:
     signed: bool = False
     products: bool = False
     combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = operator.add
+    from_data: bool = True
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Registry:
         signed: bool | None = None,
         products: bool = False,
         combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = operator.add,
+        from_data: bool = True,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Return a decorator that makes a function available as `name`; see `Method`.
 
@@ -56,7 +59,7 @@ class Registry:
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
             any_sign = axes is None if signed is None else signed
-            extra = (any_sign, products or gradients, combine)
+            extra = (any_sign, products or gradients, combine, from_data)
             self.methods[name] = Method(name, function, paper, _names(needs), gradients, axes, *extra)
             return function
 

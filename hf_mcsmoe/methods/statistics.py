@@ -40,6 +40,15 @@ def tokens(routed: Routed) -> torch.Tensor:
     return torch.tensor(len(routed.logits))
 
 
+def of_data(needs: Iterable[str]) -> list[str]:
+    """Return the names of statistics that tokens tell, of some.
+
+    Raises:
+        ValueError: a name that no statistic has.
+    """
+    return [name for name in needs if STATISTICS.find(name).from_data]
+
+
 def with_tokens(needs: Iterable[str]) -> list[str]:
     """Return the names of statistics once each, and "tokens", which every plan reads, among them.
 

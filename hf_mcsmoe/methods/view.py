@@ -18,6 +18,19 @@ ADVICE = (
 )
 
 
+# What tokens do not tell.
+REFERENCE = (
+    "it compares with the checkpoint that the model was trained from, which --base-model names "
+    "(compress(..., base_model=...) or add_reference)"
+)
+
+
+def advice(name: str) -> str:
+    """Return how a sum that is not there is got."""
+    known = STATISTICS.methods.get(name)
+    return ADVICE.format(name=name) if known is None or known.from_data else REFERENCE
+
+
 class Sums(dict[str, torch.Tensor]):
     """The sums of one layer by the name of the statistic.
 
@@ -26,7 +39,7 @@ class Sums(dict[str, torch.Tensor]):
 
     def __missing__(self, name: str) -> torch.Tensor:
         held = ", ".join(self) or "none"
-        raise ValueError(f"The statistic {name!r} was not collected (there are: {held}): {ADVICE.format(name=name)}.")
+        raise ValueError(f"The statistic {name!r} was not collected (there are: {held}): {advice(name)}.")
 
     @property
     def counts(self) -> torch.Tensor:

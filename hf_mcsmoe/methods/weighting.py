@@ -20,8 +20,8 @@ def normalised(values: torch.Tensor, groups: Groups) -> torch.Tensor:
 
 @WEIGHTING.register("saliency", paper="2310.01334")
 def by_saliency(view: LayerView, saliency: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Return weights [E] proportional to saliency (M-SMoE, section 3.1: `sum a_i E_i / sum a_i`)."""
-    return normalised(saliency, groups)
+    """Return weights [E] proportional to saliency (M-SMoE, section 3.1: `sum a_i E_i / sum a_i`); below 0 it is 0."""
+    return normalised(saliency.clamp(min=0), groups)
 
 
 @WEIGHTING.register("uniform", paper="2310.01334")

@@ -54,6 +54,11 @@ class QuantizationConfig(Options):
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size!r} must be a whole number of weights, from 1 on.")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that tell which experts are important, where some have fewer bits."""
+        return IMPORTANCE.needs(self.importance) if self.low_bits is not None else ()
+
     def grid(self, width: int) -> Grid:
         """Return the grid of matrices of `width` inputs."""
         return Grid(self.bits, self.group_size or group_size_for(width, GROUP_SIZE), self.symmetric)

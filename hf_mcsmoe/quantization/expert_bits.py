@@ -6,6 +6,7 @@ import torch
 
 from hf_mcsmoe.methods.choice import Grid
 from hf_mcsmoe.methods.registry import Registry
+from hf_mcsmoe.methods.router_norm import CHANGE
 from hf_mcsmoe.modeling.forward_mcsmoe import expert_hidden, expert_output
 from hf_mcsmoe.repair.fit import CHUNK, LayerFit
 
@@ -30,6 +31,17 @@ def contribution(layer: LayerFit) -> torch.Tensor:
 def frequency(layer: LayerFit) -> torch.Tensor:
     """Return how many tokens reach each expert, float64 [G]."""
     return torch.bincount(layer.picks.flatten(), minlength=layer.experts.num_experts + 1)[:-1].double()
+
+
+@IMPORTANCE.register("router_norm_change", paper="2604.06515", needs=[CHANGE])
+def router_norm_change(layer: LayerFit) -> torch.Tensor:
+    """Return how much shorter the router's row of an expert has become since a reference checkpoint, float64 [G].
+
+    The smaller the change, the more bits: what such an expert learned is rare, and rounding costs the more. To prune,
+    the same change counts the other way round. Of merged experts the smallest change counts.
+    """
+    change = layer.sums[CHANGE]
+    return torch.stack([-change[members].min() for members in layer.members])
 
 
 def grids_by_importance(grid: Grid, low_bits: int, low_share: float, importance: torch.Tensor) -> list[Grid]:

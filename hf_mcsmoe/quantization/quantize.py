@@ -1,6 +1,6 @@
 """Experts in few bits: merged, pruned, low rank + sparse or untouched ones, layer by layer."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import NoneType
 
@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.inputs import num_sequences, stream_inputs
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
@@ -17,6 +18,7 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.choice import Grid
+from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
@@ -44,6 +46,7 @@ def quantize_experts(
     *,
     repair: RepairConfig | None = None,
     progress: Progress | None = None,
+    statistics: RoutingStatistics | None = None,
 ) -> PreTrainedModel:
     """Store the experts of a compressed model, in place, in few bits, and return the model.
 
@@ -57,15 +60,19 @@ def quantize_experts(
         config: bits, groups and method.
         repair: how output matrices are refitted once W_in is rounded; None for not at all. See `quantize_layer`.
         progress: called as `progress(layer name, layers done, layers)`, first when none is done.
+        statistics: of the original model, for bits by an importance that reads them.
 
     Raises:
         ValueError: a model that is not compressed, or quantized already; groups that do not divide an axis; a layer
-            whose experts are shared, offloaded, or in a training form; bits by importance, or a repair, without data.
+            whose experts are shared, offloaded, or in a training form; bits by importance, or a repair, without data;
+            or without the statistics that the importance reads.
     """
     check_given(config=(config, (QuantizationConfig, NoneType)), repair=(repair, (RepairConfig, NoneType)))
     found, config = Layers.of(student), config or QuantizationConfig()
     original = None if teacher is None else Layers.of(teacher)
-    found, few = quantize_layers(found, original, batches, config, repair=repair, progress=progress)
+    found, few = quantize_layers(
+        found, original, batches, config, repair=repair, progress=progress, statistics=statistics
+    )
     record = record_of(found.model).with_step(quantization_step(config, few))
     attach_record(found.model, record.with_present_costs(saved_costs(found.model)))
     return found.model
@@ -80,6 +87,7 @@ def quantize_layers(
     *,
     repair: RepairConfig | None = None,
     progress: Progress | None = None,
+    statistics: RoutingStatistics | None = None,
 ) -> tuple[Layers, str | None]:
     """Do what `quantize_experts` does, but for the record.
 
@@ -88,6 +96,7 @@ def quantize_layers(
     model, given = found.model, None if batches is None else list(as_batches(batches, found.model))
     chosen = layers_to_quantize(found, config)
     check_data(config, repair, has_data=bool(given))
+    sums = {layer.original_name: _sums(layer, config, statistics) for layer in chosen}
     names = {layer.original_name for layer in chosen}
     for layer in chosen:
         if not layer.merged:
@@ -98,7 +107,7 @@ def quantize_layers(
         progress(chosen[0].name, 0, len(chosen))
     fitted: dict[str, Fitted] = {}
     with evaluation_mode(model):
-        for done, (layer, seen) in enumerate(_quantized(chosen, teacher, given, config, repair), 1):
+        for done, (layer, seen) in enumerate(_quantized(chosen, teacher, given, config, repair, sums), 1):
             if repair and seen:
                 fitted[layer.name] = seen
             if progress:
@@ -165,6 +174,7 @@ def _quantized(
     batches: Sequence[Batch] | None,
     config: QuantizationConfig,
     repair: RepairConfig | None,
+    sums: Mapping[str, Sums],
 ) -> Iterator[tuple[MoELayer, Fitted | None]]:
     """Quantize and store one layer after the other; yield each when it is done, with what it was fitted to, if any."""
     if batches is None:
@@ -175,6 +185,7 @@ def _quantized(
         return
     fits = _own_fits(layers, batches) if teacher is None else _fits(layers, teacher, batches, repair)
     for layer, fit in fits:
+        fit.sums, fit.members = sums[layer.original_name], layer.members
         codes = quantize_layer(fit, *_grids(layer, config, fit), repair, config.method)
         seen = Fitted.of(fit)  # before all but the codes is gone
         _store(layer, codes)
@@ -205,6 +216,13 @@ def _fits(
                     layer,
                     LayerFit(layer.name, layer.container, weights, inputs, original_inputs, map_of_fit(layer)),
                 )
+
+
+def _sums(layer: MoELayer, config: QuantizationConfig, statistics: RoutingStatistics | None) -> Sums:
+    """Return the statistics of a layer's original, where there are any, with all that the importance reads."""
+    sums = Sums() if statistics is None else statistics[layer.original_name]
+    sums.check(config.needs)
+    return sums
 
 
 def _grids(layer: MoELayer, config: QuantizationConfig, fit: LayerFit | None) -> tuple[Grids, Grids]:

@@ -1,13 +1,14 @@
 """What a merged layer and the original one give for the same tokens: rows for a fit, whole outputs, their distance."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from hf_mcsmoe.calibration.inputs import LayerInputs
 from hf_mcsmoe.methods.experts import Experts
+from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, expert_hidden, merge_picks, unstacked
 from hf_mcsmoe.repair.least_squares import HELD_OUT, Rows, RowSource
 
@@ -23,7 +24,9 @@ class LayerFit:
     merged experts see, with stored experts as picks, are otherwise the same unless the layers before have been changed
     too. `expert_map` int [E] -> [G] leads from the first picks to the second; None of a pruned layer, whose stored
     experts are some of the originals, and whose picks follow from a router of its own. `given` is the original layer's
-    output, float32 [T, D] before any norm behind the experts, where somebody has computed it already.
+    output, float32 [T, D] before any norm behind the experts, where somebody has computed it already. `sums` are
+    statistics of the original layer, and `members` the original experts of each stored one, where something reads
+    them.
     """
 
     name: str
@@ -33,6 +36,8 @@ class LayerFit:
     original_inputs: LayerInputs
     expert_map: list[int] | None
     given: torch.Tensor | None = None
+    sums: Sums = field(default_factory=Sums)
+    members: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         stored = merge_picks(self.inputs.index, self.inputs.weights, self.experts.num_experts)

@@ -1,6 +1,7 @@
 """Statistics and criteria of one file each, against loops over tokens with the experts written out by hand."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from token_oracle import answers, collected, output_of
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, collect_statistics, compress, moe_layers, plan_merge
+from hf_mcsmoe.calibration.reference import add_reference
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import REGISTRIES
+from hf_mcsmoe.methods.statistics import STATISTICS, of_data
 from hf_mcsmoe.methods.view import Sums
 
 NAMES = ["mixtral", "qwen3_moe", "nemotron_h"]
@@ -106,12 +110,19 @@ METHODS = [(stage, method) for stage in STAGES for method in REGISTRIES[stage]]
 
 
 @pytest.fixture(scope="module")
-def everything() -> tuple[PreTrainedModel, Any]:
-    """Return a model and all of its statistics."""
-    from hf_mcsmoe.methods.statistics import STATISTICS
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save the checkpoint that the model was trained from."""
+    folder = tmp_path_factory.mktemp("reference")
+    build("mixtral", seed=1).save_pretrained(folder)
+    return folder
 
+
+@pytest.fixture(scope="module")
+def everything(reference: Path) -> tuple[PreTrainedModel, Any]:
+    """Return a model and all of its statistics."""
     model = build("mixtral")
-    return model, collect_statistics(model, batches("mixtral", model), list(STATISTICS))
+    statistics = collect_statistics(model, batches("mixtral", model), of_data(STATISTICS))
+    return model, add_reference(statistics, Layers.of(model), reference)
 
 
 @pytest.mark.parametrize(("stage", "method"), METHODS)
@@ -129,7 +140,7 @@ def test_every_criterion_is_finite_deterministic_and_of_its_shape(stage: str, me
         assert found[0].dtype == torch.float64
         assert found[0].isfinite().all()
         if stage == "saliency":
-            assert (found[0] >= 0).all()
+            assert (found[0] >= 0).all() or method == "router_norm_change"
         else:
             torch.testing.assert_close(found[0], found[0].T)
 
@@ -138,7 +149,7 @@ ALL = [(stage, method) for stage, registry in REGISTRIES.items() for method in r
 
 
 @pytest.mark.parametrize(("stage", "method"), ALL)
-def test_every_method_makes_a_plan_and_a_model(stage: str, method: str, everything: Any) -> None:
+def test_every_method_makes_a_plan_and_a_model(stage: str, method: str, everything: Any, reference: Path) -> None:
     model, statistics = everything
     config = MergeConfig(**{"experts": 3, stage: method})
     if method == "measured":  # on the model, by `compress` alone; tested with the search
@@ -146,6 +157,9 @@ def test_every_method_makes_a_plan_and_a_model(stage: str, method: str, everythi
             plan_merge(model, statistics, config)
         return
     plan = plan_merge(model, statistics, config)
-    assert plan == plan_merge(model, collect_statistics(model, batches("mixtral", model), config.needs), config)
-    merged = compress(model, batches("mixtral", model), config)
+    data, base = batches("mixtral", model), reference if method == "router_norm_change" else None
+    again = collect_statistics(model, data, of_data(config.needs))
+    again = add_reference(again, Layers.of(model), base) if base else again
+    assert plan == plan_merge(model, again, config)
+    merged = compress(model, data, config, base_model=base)
     assert [layer.num_experts for layer in moe_layers(merged)] == [len(x.dominant) for x in plan.layers.values()]
