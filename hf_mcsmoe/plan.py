@@ -21,9 +21,10 @@ from hf_mcsmoe.methods.budget import BUDGET, budget_total
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.methods.grouping import Groups
-from hf_mcsmoe.methods.pruning import keeping_order
+from hf_mcsmoe.methods.pruning import SELECTION, keeping_order
 from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.methods.saliency import SALIENCY
+from hf_mcsmoe.methods.subsets import check_subsets
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
@@ -220,7 +221,7 @@ def _check_provenance(content: dict[str, Any], layer_names: list[str]) -> None:
             raise ValueError(f"{name}={content[name]!r} must be text")
     if not layer_names:
         raise ValueError("it has no layers")
-    tokens, config = content["tokens"], dict(content["config"])
+    tokens, config = content["tokens"], {"selection": "salient", **content["config"]}  # older ones had no other
     _check_numbers("counts", [tokens[name] for name in layer_names])
     # The name of a callable is of no method, and is judged where the plan is used.
     own = {stage: config.pop(stage) for stage in REGISTRIES if "." in config[stage]}
@@ -288,9 +289,13 @@ def _pruned(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config
     least = max(max(-(-config.min_experts // groups), few // groups) for few, groups in limits)
     # Of a whole number of experts the groups share alike; see `check_request`.
     experts = config.experts // limits[0][1] if isinstance(config.experts, int) else config.experts
-    for order, layer, count in zip(orders, sums, _counts(units, experts, least, config), strict=True):
+    numbers = _counts(units, experts, least, config)
+    select = SELECTION[config.selection]
+    for shared, layer, saliency, (_, groups), count in zip(layers.tied, sums, scores, limits, numbers, strict=True):
+        with shared[0].view(layer, config.seed) as view:
+            kept = select(view, saliency, count * groups, groups)
         counts = layer.counts.tolist() if "counts" in layer else None
-        yield LayerPlan.pruned(order.numel(), sorted(order[:count].flatten().tolist()), counts)
+        yield LayerPlan.pruned(len(saliency), kept, counts)
 
 
 def _limits(layers: Layers, shared: list[MoELayer]) -> tuple[int, int]:
@@ -358,6 +363,10 @@ def _check_pruning(layers: Layers, config: MergeConfig) -> None:
             f"experts={config.experts} cannot be shared alike by the {groups} groups that the routers pick among: "
             f"keep a multiple of {groups}."
         )
+    if config.selection == "exhaustive":  # or with as many in each layer
+        for size in sizes:
+            share = config.experts if isinstance(config.experts, int) else round(config.experts * size)
+            check_subsets(size, max(share, 1), groups)
     if budget_total(config.experts, sizes) < least * len(sizes):
         raise ValueError(
             f"experts={config.experts} leaves less than the {least} experts a layer that the routers need at least: "

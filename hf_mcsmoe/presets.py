@@ -182,6 +182,13 @@ _ALL = [
         merge={"reduce": "prune", "saliency": "reap", "budget": "uniform"},
     ),
     Preset(
+        "naee",
+        "tries all subsets of a layer's experts for the one that changes its output least, as many in each layer",
+        paper="2402.14800",
+        differs="outputs are of a sample of up to 1,024 tokens a layer; for layers of few experts alone",
+        merge={"reduce": "prune", "saliency": "frequency", "selection": "exhaustive", "budget": "uniform"},
+    ),
+    Preset(
         "ours",
         "prunes by contribution, layers share by measured effect, output matrices refitted together",
         merge={"reduce": "prune", "saliency": "contribution", "budget": MEASURED},

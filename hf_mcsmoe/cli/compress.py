@@ -61,6 +61,7 @@ MERGE = [
     "alignment",
     "reference",
     "merging",
+    "selection",
     "router",
 ]
 

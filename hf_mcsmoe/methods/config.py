@@ -11,6 +11,7 @@ from hf_mcsmoe.methods.choice import REDUCTIONS
 from hf_mcsmoe.methods.grouping import GROUPING
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.options import Options
+from hf_mcsmoe.methods.pruning import SELECTION
 from hf_mcsmoe.methods.registry import Registry, unknown
 from hf_mcsmoe.methods.saliency import SALIENCY
 from hf_mcsmoe.methods.similarity import SIMILARITY
@@ -29,6 +30,7 @@ DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution"}
 REGISTRIES = {
     "budget": BUDGET,
     "saliency": SALIENCY,
+    "selection": SELECTION,
     "similarity": SIMILARITY,
     "grouping": GROUPING,
     "weighting": WEIGHTING,
@@ -56,7 +58,8 @@ def help_of(item: Field) -> str:
 class MergeConfig(Options):
     """How M-SMoE merges, or how layers are pruned. Methods are given by name, or as a callable of the same signature.
 
-    To prune, only budget and saliency are read: the most salient experts stay, and the router is cut to these.
+    To prune, only budget, saliency and selection are read: the most salient experts stay, and the router is cut to
+    these.
 
     Raises:
         ValueError: a name that no method has, or a number out of range.
@@ -80,6 +83,9 @@ class MergeConfig(Options):
         "saliency", "weights of a group's members (dominant prunes the others)", WEIGHTING
     )
     merging: str | Callable = option("average", "how aligned members become one expert", MERGING)
+    selection: str | Callable = option(
+        "salient", "which experts a pruning leaves (exhaustive tries all subsets of a layer)", SELECTION
+    )
     router: str = option(
         MAP,
         "router of merged layers: map (keeps all rows, and a map to groups), or one row for each group, as a plain "
@@ -136,7 +142,7 @@ class MergeConfig(Options):
     @property
     def needs(self) -> tuple[str, ...]:
         """The statistics that the methods read, to be passed to `collect_statistics`."""
-        stages = ("budget", "saliency") if self.reduce == "prune" else tuple(REGISTRIES)
+        stages = ("budget", "saliency", "selection") if self.reduce == "prune" else tuple(REGISTRIES)
         methods = self.resolved()
         needs = [name for stage in stages for name in REGISTRIES[stage].needs(getattr(methods, stage))]
         return tuple(with_tokens(needs))

@@ -2,6 +2,17 @@
 
 import torch
 
+from hf_mcsmoe.methods.registry import Registry
+from hf_mcsmoe.methods.view import LayerView
+
+SELECTION = Registry("selection")
+
+
+@SELECTION.register("salient")
+def salient(view: LayerView, saliency: torch.Tensor, count: int, groups: int) -> list[int]:
+    """Return the `count` most salient experts, rising; of a router with groups as many of each."""
+    return sorted(keeping_order(saliency, groups)[: count // groups].flatten().tolist())
+
 
 def keeping_order(saliency: torch.Tensor, groups: int) -> torch.Tensor:
     """Return the experts in the order in which they stay, int [E / groups, groups]: a row is one of each group.
