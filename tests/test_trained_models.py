@@ -201,7 +201,7 @@ def test_a_refit_and_low_rank_storage_without_training_stay_near_the_original() 
     student = merge_experts(model, plan)
     before, dense = _divergence(student, model, evaluation), student.num_parameters()
     repair_experts(
-        student, model, calibration, RepairConfig(elsewhere=0.0, caution=0.0)
+        student, model, calibration, RepairConfig(elsewhere=0.0, made=0.0, caution=0.0)
     )  # for text of this kind alone
     repaired = _divergence(student, model, evaluation)
     assert repaired < 0.25 * before

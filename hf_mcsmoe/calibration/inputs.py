@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from hf_mcsmoe.data.domains import domains_of
+from hf_mcsmoe.data.domains import MADE, domains_of
 from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.routed import Routed
@@ -101,7 +101,12 @@ def _joined(name: str, parts: list[tuple[torch.Tensor, ...]], sequences: int) ->
     hidden, index, weights, sequence, domain = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if not (hidden.isfinite().all() and weights.isfinite().all()):
         raise ValueError(f"The inputs of {name} are not finite: the model holds NaN or overflows.")
-    return LayerInputs(hidden, index, weights, held_out_tokens(sequence, sequences), domain)
+    real, held_out = domain != MADE, torch.zeros(len(domain), dtype=torch.bool)
+    if not real.all():  # made rows follow the others
+        sequences = int(sequence[~real].min())
+    if real.any():
+        held_out[real] = held_out_tokens(sequence[real], sequences)
+    return LayerInputs(hidden, index, weights, held_out, domain)
 
 
 def held_out_tokens(sequence: torch.Tensor, sequences: int) -> torch.Tensor:

@@ -7,6 +7,8 @@ import torch
 
 # The name under which a feature holds the number of its data set; no model takes it.
 DOMAIN = "domain"
+# The number of rows that were made of others, which are no data set of the user's.
+MADE = -2
 
 
 class DomainBatch(dict[str, Any]):

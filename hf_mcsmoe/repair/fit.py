@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_mcsmoe.calibration.inputs import LayerInputs
+from hf_mcsmoe.data.domains import MADE
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, expert_hidden, merge_picks, unstacked
@@ -49,6 +50,11 @@ class LayerFit:
     def device(self) -> torch.device:
         """Where the experts are."""
         return next(self.experts.parameters()).device
+
+    @property
+    def calibrates(self) -> torch.Tensor:
+        """Which tokens are of the calibration data and do not judge, bool [T]."""
+        return ~self.inputs.held_out & (self.inputs.domain != MADE)
 
     def target(self) -> torch.Tensor:
         """Return the original layer's output, float32 [T, D] on the CPU, before any norm behind the experts."""

@@ -56,6 +56,10 @@ class RepairConfig(Options):
     elsewhere: float = option(
         1.0, "weight of tokens routed elsewhere, which keep experts right for other text; in multiples of their own"
     )
+    made: float = option(
+        1.0,
+        "rows with half of their tokens drawn at random that a fit sees too, as a share of the calibration rows",
+    )
     caution: float = option(
         2.0,
         "the smallest ridge, in multiples of unknowns over tokens (an expert's width over the tokens that it sees), "
@@ -80,6 +84,8 @@ class RepairConfig(Options):
         for name in ("elsewhere", "caution"):
             if vars(self)[name] < 0:
                 raise ValueError(f"{name}={vars(self)[name]!r} must not be negative; 0 does without.")
+        if not 0 <= self.made <= 1:
+            raise ValueError(f"made={self.made!r} must be between 0 and 1; 0 does without made rows.")
         if not self.ridges or not all(ridge > 0 for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be positive numbers, at least one.")
         if self.sequential and self.method in ("refit", "mean_shift"):
@@ -165,7 +171,7 @@ def _per_expert(
     for expert in range(layer.experts.num_experts):
         members = [m for m, target in enumerate(expert_map) if target == expert]
         seen, start = layer.tokens_of(expert)[0], output_weight(layer.experts, expert)
-        fitted = int((~layer.inputs.held_out[seen[seen < tokens]]).sum())
+        fitted = int(layer.calibrates[seen[seen < tokens]].sum())
         domains = len(folds_of([layer.parts[seen]])) or 1
         targets = original_sum(layer, members, seen)
         ladder = config.ladder(start.shape[1], fitted, domains)
@@ -205,7 +211,7 @@ def refit_layer_jointly(layer: LayerFit, config: RepairConfig, *, final: bool = 
             f"{layer.name} has a norm behind each expert, so that their outputs do not add up: choose the repair "
             "'refit', which fits its experts one by one, or 'local'."
         )
-    seen = [int((~layer.inputs.held_out[layer.tokens_of(e)[0]]).sum()) for e in range(layer.experts.num_experts)]
+    seen = [int(layer.calibrates[layer.tokens_of(e)[0]].sum()) for e in range(layer.experts.num_experts)]
     unknowns = sum(output_weight(layer.experts, expert).shape[1] for expert in range(len(seen)))
     longer = with_elsewhere(layer, config.elsewhere, config.seed)
     ladder = config.ladder(unknowns, sum(seen), len(folds_of([longer.parts])) or 1)

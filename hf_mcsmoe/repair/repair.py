@@ -20,6 +20,7 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.record import Step
 from hf_mcsmoe.repair.fit import LayerFit
+from hf_mcsmoe.repair.made import made_batches
 from hf_mcsmoe.repair.methods import REPAIR, LayerRepair, RepairConfig
 from hf_mcsmoe.repair.rows import Fitted, few_rows
 
@@ -127,6 +128,8 @@ def repair_experts(
     batches = list(as_batches(batches, teacher.model, tokenizer))
     if not batches:
         raise ValueError("The calibration set is empty: pass at least one batch.")
+    rows = sum(map(num_sequences, batches))
+    batches += made_batches(teacher.model, batches, config.made, config.seed)
     report = RepairReport(config.to_dict(), {}, 0.0)
     if config.method == "none":
         return report
@@ -140,7 +143,6 @@ def repair_experts(
             done += len(pairs)
             if progress:
                 progress(name, done, total)
-    rows = sum(map(num_sequences, batches))
     return RepairReport(report.config, report.layers, time.perf_counter() - begin, rows)
 
 

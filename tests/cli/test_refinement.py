@@ -130,7 +130,7 @@ def test_experts_that_a_repair_could_not_fit_are_told_of(low_rank: LoSparseConfi
     base, data = example("mixtral").base, batches("mixtral", example("mixtral").base)
     plain = compress(base, data, MergeConfig(experts=0.5))
     repaired = copy.deepcopy(plain)
-    config = RepairConfig(elsewhere=0.0, caution=0.0)  # fitted to so few tokens alone, some get no better
+    config = RepairConfig(elsewhere=0.0, made=0.0, caution=0.0)  # fitted to so few tokens alone, some get no better
     repair_experts(repaired, base, data, config)
     changed, total = _changed(repaired, plain)
     assert 0 < changed < total

@@ -124,7 +124,7 @@ def test_repair_where_nothing_was_merged() -> None:
     low_rank = LoSparseConfig(rank=2, keep=0.25)
     repaired, plain = (
         compress(case.base, data, config, low_rank=low_rank, repair=repair)
-        for repair in (RepairConfig(method="local", steps=60, batch_tokens=256, elsewhere=0.0), None)
+        for repair in (RepairConfig(method="local", steps=60, batch_tokens=256, elsewhere=0.0, made=0.0), None)
     )
     assert "## Repair" in repaired.mcsmoe_record.card
     errors = [

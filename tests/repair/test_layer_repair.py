@@ -20,8 +20,8 @@ from hf_mcsmoe.repair.fit import LayerFit, layer_error, merged_output, original_
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, matching_layers, repair_experts
 
-# Neither drawn to tokens routed elsewhere nor kept from small ridges.
-PLAIN: dict[str, Any] = {"elsewhere": 0.0, "caution": 0.0}
+# Neither drawn to tokens routed elsewhere or made, nor kept from small ridges.
+PLAIN: dict[str, Any] = {"elsewhere": 0.0, "made": 0.0, "caution": 0.0}
 EXACT = RepairConfig(ridges=(1e-9,), **PLAIN)
 
 
@@ -254,7 +254,7 @@ def test_a_joint_refit_leaves_each_data_set_out_to_choose_its_ridge(name: str, m
         before, after = (sum(part[place] for part in outside) for place in range(2))
         if inside[1] < inside[0] and after <= before:
             shares[ridge] = inside[1] / inside[0] + after / before
-    config = RepairConfig(method="joint", ridges=(0.03, 1.0, 10.0), memory_limit=memory_limit, elsewhere=0.0)
+    config = RepairConfig(method="joint", ridges=(0.03, 1.0, 10.0), memory_limit=memory_limit, elsewhere=0.0, made=0.0)
     report = REPAIR["joint"](fit, config)
     assert {expert.ridge for expert in report.experts if expert.tokens} == {min(shares, key=lambda key: shares[key])}
 
