@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
 from hf_mcsmoe.methods.budget import MEASURED
+from hf_mcsmoe.methods.choice import AUTO
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.registry import unknown
 from hf_mcsmoe.repair.methods import RepairConfig
@@ -190,9 +191,9 @@ _ALL = [
     ),
     Preset(
         "ours",
-        "prunes by contribution, layers share by measured effect, output matrices refitted together",
-        merge={"reduce": "prune", "saliency": "contribution", "budget": MEASURED},
-        repair="joint",
+        "merges or prunes by contribution, where and how many by measured effect; each layer trained by itself",
+        merge={"reduce": AUTO, "saliency": "contribution", "budget": MEASURED},
+        repair="local",
     ),
 ]
 PRESETS = Presets({preset.name: preset for preset in _ALL})

@@ -53,8 +53,6 @@ class Dial:
                 self.uniform_experts
             ),
             f"--bits {self.bits} are what --size may choose from; beside --experts give one of them.": several,
-            f"--reduce {AUTO} decides by measured effect, as --size does; beside --experts give "
-            f"{' or '.join(REDUCTIONS)}.": self.reduce == AUTO,
             f"--group-size {self.group_size} is of weights in few bits: give --bits as well.": (
                 self.group_size is not None and self.bits is None
             ),

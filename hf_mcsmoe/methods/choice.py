@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 # Bits a weight that can be stored, beside the 16 or 32 that it has.
 BITS = (8, 4, 3, 2)
-# How a layer comes to fewer experts.
+# How a layer comes to fewer experts, and what leaves that to the measured effect.
 REDUCTIONS = ("merge", "prune")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)

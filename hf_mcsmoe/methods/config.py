@@ -5,9 +5,9 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Self
 
 from hf_mcsmoe.methods.alignment import ALIGNMENT
-from hf_mcsmoe.methods.budget import BUDGET
+from hf_mcsmoe.methods.budget import BUDGET, MEASURED
 from hf_mcsmoe.methods.checks import check_fields
-from hf_mcsmoe.methods.choice import REDUCTIONS
+from hf_mcsmoe.methods.choice import AUTO, REDUCTIONS
 from hf_mcsmoe.methods.grouping import GROUPING
 from hf_mcsmoe.methods.merging import MERGING
 from hf_mcsmoe.methods.options import Options
@@ -26,7 +26,7 @@ MAP, ROUTERS = "map", ("map", "dominant", "mean", "weighted")
 MIXED = ("mean", "weighted")
 
 # What is lost with an expert is another question than which of a group the others should be like.
-DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution"}
+DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution", AUTO: "contribution"}
 REGISTRIES = {
     "budget": BUDGET,
     "saliency": SALIENCY,
@@ -92,13 +92,16 @@ class MergeConfig(Options):
         "checkpoint has: dominant (its dominant expert's), mean, weighted (by the members' weights)",
     )
     seed: int = option(0, "seed of the random similarity")
-    reduce: str = option("merge", "how experts become fewer: merge, or prune, which cuts the router to those it keeps")
+    reduce: str = option(
+        "merge",
+        "how experts become fewer: merge, or prune, which cuts the router to those it keeps, or with the measured "
+        "budget auto",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
-        if self.reduce not in REDUCTIONS:
-            raise ValueError(unknown("reduce", self.reduce, list(REDUCTIONS)))
+        self._check_reduce()
         for name, registry in REGISTRIES.items():
             if name != "saliency" or self.saliency is not None:
                 registry.check(getattr(self, name))
@@ -117,6 +120,15 @@ class MergeConfig(Options):
         if self.min_experts < 1:
             raise ValueError(
                 f"min_experts={self.min_experts!r} must be at least 1 and whole: a layer needs an expert."
+            )
+
+    def _check_reduce(self) -> None:
+        if self.reduce not in (*REDUCTIONS, AUTO):
+            raise ValueError(unknown("reduce", self.reduce, [*REDUCTIONS, AUTO]))
+        if self.reduce == AUTO and self.budget != MEASURED:
+            raise ValueError(
+                f"reduce={AUTO!r} is for the measured effect to say: choose budget={MEASURED!r} or a size with it, or "
+                f"{' or '.join(map(repr, REDUCTIONS))}."
             )
 
     def _check_capacity(self) -> None:

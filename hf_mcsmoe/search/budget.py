@@ -1,6 +1,7 @@
 """How many experts each layer keeps, by what fewer of them were measured to cost (`budget="measured"`)."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,14 +14,16 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.merge import merge_layers
 from hf_mcsmoe.methods.budget import MEASURED, budget_total
+from hf_mcsmoe.methods.choice import AUTO, Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts
+from hf_mcsmoe.search.apply import plan_choices
 from hf_mcsmoe.search.choices import nearest_count
 from hf_mcsmoe.search.conditions import covered
 from hf_mcsmoe.search.config import CLOSED_FORMS, JOINT, SizeConfig
-from hf_mcsmoe.search.curves import measure_curves, plan_with
+from hf_mcsmoe.search.curves import measure_curves
 from hf_mcsmoe.search.knapsack import Candidate, cheapest
 from hf_mcsmoe.search.probe import MEMORY_LIMIT, parted_rows
 
@@ -53,40 +56,46 @@ def measured_plan(
         ValueError: see `measure_curves`; layers that cannot come to so few experts.
     """
     merge = merge.resolved()
-    search = SizeConfig(bits=(), ranks=(), reduce=merge.reduce, min_experts=merge.min_experts)
     groups = layers.selected(merge.skip).tied
+    # Behind a norm outputs of other experts do not make up for those that are gone.
+    reduce = "merge" if merge.reduce == AUTO and repair and any(x.is_normed for x, *_ in groups) else merge.reduce
+    search = SizeConfig(bits=(), ranks=(), reduce=reduce, min_experts=merge.min_experts)
     total = budget_total(merge.experts, [shared[0].num_experts for shared in groups])
-    counts = [_counts(shared[0], search) for shared in groups]
-    if sum(map(min, counts)) > total:
+    ways = [_ways(shared[0], search) for shared in groups]
+    least = sum(min(choice.experts for choice in own) for own in ways)
+    if least > total:
         raise ValueError(
             f"experts={merge.experts!r} is {total} experts in all, and the {len(groups)} layers need at least "
-            f"{sum(map(min, counts))}, as many in each as a token picks: raise `experts`, or take another budget."
+            f"{least}, as many in each as a token picks: raise `experts`, or take another budget."
         )
     fitted = NONE if repair is None else repair if repair.method in CLOSED_FORMS else JOINT
     fitted = replace(fitted, sequential=False)
     curves = statistics.curves
     if not covered(layers, statistics, merge, search, fitted):
         curves = measure_curves(layers, statistics, batches, merge, search, repair=fitted, progress=progress)
-    chosen = cheapest([_costs(curves[x[0].name], own, merge) for x, own in zip(groups, counts, strict=True)], total)
+    names = [shared[0].name for shared in groups]
+    # Of a router that does not allow one of them "auto" has measured the other alone.
+    ways = [[way for way in own if way.reduce in curves[name].reduced] for name, own in zip(names, ways, strict=True)]
+    chosen = cheapest([_costs(curves[name], own) for name, own in zip(names, ways, strict=True)], total)
     assert chosen is not None  # as was checked
-    taken = [own[number] for own, number in zip(counts, chosen, strict=True)]
-    measured = plan_with(layers, statistics, merge, taken, merge.reduce)
-    plans = {MEASURED: measured, **_other_plans(layers, statistics, merge, measured)}
+    choices = {name: own[number] for name, own, number in zip(names, ways, chosen, strict=True)}
+    measured = plan_choices(layers, statistics, merge, choices)
+    plans = {MEASURED: measured, **_other_plans(layers, statistics, merge, search, measured)}
     effects = _effects(layers, statistics, plans, batches, fitted)
     plan = plans[min(effects, key=lambda name: effects[name])] if effects else measured
     return replace(plan, provenance={**plan.provenance, "config": merge.to_dict(), "budgets": effects})
 
 
 def _other_plans(
-    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, measured: MergePlan
+    layers: Layers, statistics: RoutingStatistics, merge: MergeConfig, search: SizeConfig, measured: MergePlan
 ) -> dict[str, MergePlan]:
     """Return the plans of the budgets that measure nothing, where they can be met and are not the same."""
     plans: dict[str, MergePlan] = {}
-    for budget in OTHERS:
+    for budget, reduce in itertools.product(OTHERS, search.reductions):
         with contextlib.suppress(ValueError):
-            plan = plan_merge(layers, statistics, replace(merge, budget=budget))
+            plan = plan_merge(layers, statistics, replace(merge, budget=budget, reduce=reduce))
             if all(plan.layers != other.layers for other in (measured, *plans.values())):
-                plans[budget] = plan
+                plans[f"{budget}, {reduce}" if merge.reduce == AUTO else budget] = plan
     return plans
 
 
@@ -117,11 +126,15 @@ def _effects(
     return effects
 
 
-def _counts(layer: MoELayer, search: SizeConfig) -> list[int]:
-    """Return the numbers of experts that a layer may keep, all of them first."""
-    fewer = [nearest_count(layer, count, search.reduce, search) for count in range(1, layer.num_experts)]
-    return sorted({layer.num_experts, *(count for count in fewer if count)}, reverse=True)
+def _ways(layer: MoELayer, search: SizeConfig) -> list[Choice]:
+    """Return what a layer may come to, for each reduction the most experts first."""
+    ways = []
+    for reduce in search.reductions:
+        fewer = [nearest_count(layer, count, reduce, search) for count in range(1, layer.num_experts)]
+        counts = sorted({layer.num_experts, *(count for count in fewer if count)}, reverse=True)
+        ways += [Choice(count, reduce) for count in counts]
+    return ways
 
 
-def _costs(curves: LayerCurves, counts: Sequence[int], merge: MergeConfig) -> list[Candidate]:
-    return [Candidate(count, curves.reduction_effect(merge.reduce, count)) for count in counts]
+def _costs(curves: LayerCurves, ways: Sequence[Choice]) -> list[Candidate]:
+    return [Candidate(way.experts, curves.reduction_effect(way.reduce, way.experts)) for way in ways]

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from hf_mcsmoe.methods.checks import check_fields
-from hf_mcsmoe.methods.choice import BITS, REDUCTIONS
+from hf_mcsmoe.methods.choice import AUTO, BITS, REDUCTIONS
 from hf_mcsmoe.methods.config import option
 from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.size import parse_size
 
-AUTO = "auto"
 # How output matrices are fitted, unless something else is asked for, and what else can be.
 JOINT = RepairConfig(method="joint")
 CLOSED_FORMS = ("joint", "refit", "none")

@@ -53,7 +53,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "share of S": (["--size", "0.5", "--rank", "1", "--keep", "0.2"], "--keep 0.2 is a share of S"),
     "several bits by hand": (["--experts", "4", "--bits", "4,8"], "--bits 4,8 are what --size may choose from"),
     "groups of nothing": (["--experts", "4", "--group-size", "32"], "give --bits as well"),
-    "automatic by hand": (["--experts", "4", "--reduce", "auto"], "--reduce auto decides by measured effect"),
+    "automatic by hand": (["--experts", "4", "--reduce", "auto"], "reduce='auto' is for the measured effect to say"),
     "reduction": (["--reduce", "both"], "--reduce 'both' must be one of auto, merge, prune"),
     "uniform by hand": (["--experts", "4", "--uniform-experts"], "give --budget uniform"),
     "too many experts": (["--min-experts", "9"], "min_experts=9"),

@@ -27,7 +27,7 @@ def model() -> PreTrainedModel:
     return build("qwen3_moe")
 
 
-@pytest.mark.parametrize("reduce", ["merge", "prune"])
+@pytest.mark.parametrize("reduce", ["merge", "prune", "auto"])
 def test_counts_are_those_of_least_effect(
     model: PreTrainedModel, reduce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,10 +35,20 @@ def test_counts_are_those_of_least_effect(
     size, top_k = layers[0].num_experts, layers[0].top_k or 1
     effects = [{count: (size - count) ** power * 0.01 for count in range(1, size)} for power in (1.0, 2.5, 1.5, 3.0)]
     effects = effects[: len(layers)]
+    # Pruning costs another share of what merging does in each layer, and with "auto" each may take the cheaper.
+    shares = {"merge": [1.0] * 4, "prune": [0.3, 1.7, 0.6, 2.0]}
+    kinds = ["merge", "prune"] if reduce == "auto" else [reduce]
+
+    def reduced(place: int, kind: str) -> dict[int, Part]:
+        found = {count: effect * shares[kind][place] for count, effect in effects[place].items()}
+        return {count: Part(effect, effect) for count, effect in found.items()}
+
     curves = {
-        layer.name: LayerCurves(size, {reduce: {count: Part(effect, effect) for count, effect in own.items()}})
-        for layer, own in zip(layers, effects, strict=True)
+        layer.name: LayerCurves(size, {kind: reduced(place, kind) for kind in kinds})
+        for place, layer in enumerate(layers)
     }
+    least = [min(shares[kind][place] for kind in kinds) for place in range(len(layers))]
+    effects = [{count: effect * low for count, effect in own.items()} for own, low in zip(effects, least, strict=True)]
     monkeypatch.setattr("hf_mcsmoe.search.budget.measure_curves", lambda *a, **k: curves)
     monkeypatch.setattr("hf_mcsmoe.search.budget.OTHERS", ())
     plan = measured_plan(layers, collect_statistics(layers, data, config.resolved().needs), data, config)
@@ -50,8 +60,13 @@ def test_counts_are_those_of_least_effect(
     }
     found = tuple(len(item.dominant) for item in plan.layers.values())
     assert costs[found] == pytest.approx(min(costs.values()))
-    assert plan.config["budget"] == "measured"
-    assert plan.config["experts"] == 0.5
+    assert (plan.config["budget"], plan.config["reduce"], plan.config["experts"]) == ("measured", reduce, 0.5)
+    if reduce == "auto":
+        items = list(plan.layers.values())
+        kinds = ["merge" if item.kept is None else "prune" for item in items]
+        assert [kind for kind, item in zip(kinds, items, strict=True) if not item.is_whole] == [
+            "merge" if low == 1 else "prune" for low, item in zip(least, items, strict=True) if not item.is_whole
+        ]
 
 
 @torch.no_grad()
@@ -107,6 +122,11 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     monkeypatch.setattr("hf_mcsmoe.search.budget.measure_curves", lambda *a, **k: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"experts=1 is \d+ experts in all, and the \d+ layers need at least"):
         compress(model, batches("qwen3_moe", model), replace(CONFIG, experts=1))
+
+
+def test_what_is_left_to_the_measured_effect_needs_the_measured_budget() -> None:
+    with pytest.raises(ValueError, match="choose budget='measured' or a size with it, or 'merge' or 'prune'"):
+        MergeConfig(reduce="auto")
 
 
 @pytest.mark.slow
