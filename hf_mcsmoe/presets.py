@@ -190,6 +190,13 @@ _ALL = [
         merge={"reduce": "prune", "saliency": "frequency", "selection": "exhaustive", "budget": "uniform"},
     ),
     Preset(
+        "router-norm",
+        "prunes the experts whose rows of the router grew least since a checkpoint before fine-tuning (--base-model)",
+        paper="2405.16646",
+        differs="the router is cut to the experts that stay; published, it keeps all rows and the others give nothing",
+        merge={"reduce": "prune", "saliency": "router_norm_change", "budget": "uniform"},
+    ),
+    Preset(
         "ours",
         "merges or prunes by contribution, where and how many by measured effect; each layer trained by itself",
         merge={"reduce": AUTO, "saliency": "contribution", "budget": MEASURED},

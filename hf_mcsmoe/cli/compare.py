@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_mcsmoe.calibration.reference import reference_norms
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import Sheet, Stages, console, notes, stage_bars, unstarted_bars
 from hf_mcsmoe.cli.options import (
@@ -41,6 +42,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.layers.output import check_apart
 from hf_mcsmoe.methods.choice import BITS
+from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.progress import Progress, one_step, silent
@@ -109,6 +111,7 @@ class Chosen:
     methods: str = described("all", f"presets to compare, with commas, or all: {', '.join(PRESETS)}")
     experts: str | None = described(None, "shares or numbers of experts to keep, with commas (0.5,0.25)")
     sizes: str | None = described(None, "sizes of the weight files, with commas (20GB,0.25)")
+    base_model: str | None = described(None, "checkpoint that the model was trained from, for router-norm")
     bits: str | None = described(None, f"bits a weight of experts beside every method: {', '.join(map(str, BITS))}")
 
     def grid(self) -> Grid:
@@ -120,7 +123,8 @@ class Chosen:
         if self.bits is not None and self.bits not in map(str, BITS):
             raise ValueError(f"--bits {self.bits} must be one of {', '.join(map(str, BITS))}.")
         experts = [parse_experts(value) for value in _split(self.experts)]
-        return Grid(_split(self.methods), experts, _split(self.sizes), None if self.bits is None else int(self.bits))
+        bits = None if self.bits is None else int(self.bits)
+        return Grid(_split(self.methods), experts, _split(self.sizes), bits, self.base_model)
 
 
 def _split(text: str | None) -> list[str]:
@@ -156,8 +160,11 @@ def compare_command(
     check_dtype(loading.dtype)
     grid = chosen.grid()
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
-    tasks, refused = planned(layers, grid)
-    held = _held(scores, layers, texts, needed(tasks))
+    held = _held(scores, layers, texts)
+    tasks, refused = planned(layers, grid, held)
+    _check_held(held, needed(tasks))
+    if grid.base_model:
+        reference_norms(layers, grid.base_model)
     _check_output(output, overwrite, model, texts)
     for way, level, sentence in refused:
         notes.print(f"{escape(way.name)} at {escape(str(level))} cannot be made: {escape(sentence)}", highlight=False)
@@ -188,12 +195,17 @@ def compare_command(
     console.print(f"[bold]{escape(str(output))}[/]: report.html, compare.csv, compare.json", highlight=False)
 
 
-def _held(scores: Path | None, layers: Layers, texts: Texts, needs: Sequence[str]) -> RoutingStatistics | None:
+def _held(scores: Path | None, layers: Layers, texts: Texts) -> RoutingStatistics | None:
     if scores is None:
         return None
     if texts.seeds > 1:
         raise ValueError(f"--scores {scores} is of one draw of the calibration text: leave out --seeds {texts.seeds}.")
-    return read_scores(scores, layers, needs)
+    return read_scores(scores, layers, ())
+
+
+def _check_held(held: RoutingStatistics | None, needs: Sequence[str]) -> None:
+    for sums in held.layers.values() if held else ():
+        sums.check(of_data(needs))
 
 
 def _check_output(output: Path, overwrite: bool, model: str, texts: Texts) -> None:

@@ -62,10 +62,15 @@ def _methods(registry: Registry) -> Iterator[dict[str, Any]]:
 
 
 def cost_of(method: Method) -> str:
-    """Return what it costs to collect what a method reads: "nothing", "forward" or "gradients"."""
+    """Return what it costs to collect what a method reads: "nothing", "forward", "gradients" or "reference".
+
+    The last stands for no pass at all, but a reference checkpoint.
+    """
     read = [STATISTICS.methods[name] for name in method.needs if name in STATISTICS.methods]
     if any(statistic.gradients for statistic in read):
         return "gradients"
+    if any(not statistic.from_data for statistic in read):
+        return "reference"
     return "forward" if read else "nothing"
 
 

@@ -10,8 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.calibration.reference import check_reference, reference_norms, with_reference
 from hf_mcsmoe.calibration.scores import extended
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import record_of
@@ -26,6 +28,7 @@ from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 from hf_mcsmoe.progress import Progress, counted, silent
 from hf_mcsmoe.record import public_name
@@ -45,7 +48,8 @@ class Grid:
     """What is compared: methods, each at so many experts and at sizes, perhaps all in few bits.
 
     `methods` are names, or keyword arguments of `compress` by names of one's own; see `ways_of`. `experts` are shares
-    or numbers, `sizes` bytes (20GB) or shares of the source's weight files.
+    or numbers, `sizes` bytes (20GB) or shares of the source's weight files. `base_model` is the checkpoint that the
+    model was trained from, for methods that compare with it.
 
     Raises:
         ValueError: an unknown method, a level that is none, or no level at all.
@@ -55,6 +59,7 @@ class Grid:
     experts: Sequence[int | float] = ()
     sizes: Sequence[str | float] = ()
     bits: int | None = None
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -136,14 +141,15 @@ def compare(
     with working_folder(Path(os.path.realpath(output))):
         journal = Journal(Path(output)) if overwrite else Journal.read(output)
         journal.check(found)
-        tasks, refused = planned(layers, grid)
+        tasks, refused = planned(layers, grid, statistics)
         _check_statistics(statistics, tasks)
+        norms = reference_norms(layers, grid.base_model) if grid.base_model else None
         journal.begin(found, anew=overwrite)
         for seed in draws:
             for way, level, sentence in refused:
                 if (way.name, str(level), seed) not in journal.cells:
                     journal.append(Cell(way.name, str(level), seed, error=sentence))
-        run = _Run(layers, texts, journal, metric, progress, told)
+        run = _Run(layers, texts, journal, metric, progress, told, norms)
         run.all_of(tasks, draws, statistics)
         write_outputs(journal)
         return Comparison(journal.folder, journal.conditions, list(journal.cells.values()))
@@ -158,6 +164,7 @@ def conditions_of(
         "fingerprint": layers.fingerprint,
         "dtype": str(layers.model.dtype).removeprefix("torch."),
         "bits": grid.bits,
+        "base_model": None if grid.base_model is None else public_name(grid.base_model),
         "texts": {name: digest(batches) for name, batches in texts.items()},
         "draws": {str(seed): digest(batches) for seed, batches in draws.items()},
         "methods": {way.name: way.told() for way in grid.ways},
@@ -166,8 +173,13 @@ def conditions_of(
     }
 
 
-def planned(layers: Layers, grid: Grid) -> tuple[list[Task], list[tuple[Way, Level, str]]]:
+def planned(
+    layers: Layers, grid: Grid, held: RoutingStatistics | None = None
+) -> tuple[list[Task], list[tuple[Way, Level, str]]]:
     """Return the cells that can be made, and those that cannot with the reason, before any forward.
+
+    Args:
+        held: statistics of an earlier pass.
 
     Raises:
         ValueError: none can be made.
@@ -176,6 +188,8 @@ def planned(layers: Layers, grid: Grid) -> tuple[list[Task], list[tuple[Way, Lev
     for level in grid.levels:
         for way in grid.ways:
             try:
+                if grid.base_model is None:
+                    check_reference(way.needs([level]), None, held)
                 tasks.append(task_of(layers, way, level))
             except ValueError as error:
                 refused.append((way, level, sentence_of(error)))
@@ -208,7 +222,7 @@ def _check_given(
 def _check_statistics(statistics: RoutingStatistics | None, tasks: Sequence[Task]) -> None:
     for task in tasks if statistics is not None else ():
         for sums in statistics.layers.values():  # type: ignore[union-attr]
-            sums.check(task.way.needs([task.level]))
+            sums.check(of_data(task.way.needs([task.level])))
 
 
 @dataclass
@@ -221,6 +235,7 @@ class _Run:
     metric: Metric | None
     progress: Progress
     told: Callable[[list[Cell]], None] | None
+    norms: Mapping[str, torch.Tensor] | None = None
     bench: Bench | None = None
 
     def all_of(
@@ -270,7 +285,8 @@ class _Run:
         """Return the sums that the methods read, in one pass, or what an earlier run has kept of them."""
         file = self.journal.folder / SCORES.format(seed=draw.seed)
         held = given or (RoutingStatistics.load(file) if file.exists() else None)
-        found = extended(self.layers, counted(draw.fitted, "statistics", self.progress), held, needed(tasks))
+        found = extended(self.layers, counted(draw.fitted, "statistics", self.progress), held, of_data(needed(tasks)))
+        found = found if self.norms is None else with_reference(found, self.layers, self.norms)
         if given is None and found is not held:
             found.save(file)
         return found

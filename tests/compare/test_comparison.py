@@ -278,3 +278,17 @@ def test_a_method_with_changes_is_that_method_with_other_options() -> None:
     options = way.options(0.25)
     assert options["config"] == MergeConfig(0.25, "adaptive", 2, saliency="reap", reduce="prune")
     assert options["repair"] == RepairConfig(method="joint")
+
+
+def test_a_method_by_a_reference_checkpoint_needs_one(model: PreTrainedModel, data: list[Any], tmp_path: Path) -> None:
+    build("mixtral", seed=1).save_pretrained(tmp_path / "base")
+    methods = ["router-norm", "frequency-prune"]
+    without = _cells(_compared(model, data, tmp_path / "without", Grid(methods, [0.5])))
+    assert "name it with --base-model" in without["router-norm"].error
+    assert not without["frequency-prune"].error
+    grid = Grid(methods, [0.5], base_model=str(tmp_path / "base"))
+    found = _cells(_compared(model, data, tmp_path / "with", grid))["router-norm"]
+    assert not found.error
+    config = MergeConfig(experts=0.5, reduce="prune", saliency="router_norm_change", budget="uniform")
+    student = compress(model, data[:3], config, base_model=tmp_path / "base")
+    assert found.texts["in"].kl == pytest.approx(_divergence(model, student, data[4]), rel=1e-4)
