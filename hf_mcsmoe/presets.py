@@ -64,17 +64,26 @@ class Presets(dict[str, Preset]):
 _ALL = [
     Preset(
         "msmoe",
-        "merges around the most frequent experts, by router logits, weighted by frequency",
+        "aligns all to the first expert, merges around the most frequent by router logits, weighted by frequency",
         paper="2310.01334",
-        differs="members are aligned to their group's dominant expert; `reference: first` is the paper's way",
-        merge={"saliency": "frequency", "similarity": "router_logits", "budget": "adaptive"},
+        merge={
+            "saliency": "frequency",
+            "similarity": "router_logits",
+            "budget": "adaptive",
+            "reference": "first",
+        },
     ),
     Preset(
         "mcsmoe",
         "msmoe, then stored as low rank + sparse: rank 32, a tenth of S",
         paper="2310.01334",
         differs="what is kept of S is chosen at once; `hf-mcsmoe distill` trains it as published",
-        merge={"saliency": "frequency", "similarity": "router_logits", "budget": "adaptive"},
+        merge={
+            "saliency": "frequency",
+            "similarity": "router_logits",
+            "budget": "adaptive",
+            "reference": "first",
+        },
         rank=32,
         keep=KEEP,
     ),
