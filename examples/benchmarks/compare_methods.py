@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from divergence import Batches
-from quality_ladder import batches_of, rows_of
-from transformers import PreTrainedModel
+from quality_ladder import batches_of, halves_of
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_mcsmoe.compare.cells import Cell, Row
@@ -26,6 +26,7 @@ from hf_mcsmoe.compare.cells import rows_of as means_of
 from hf_mcsmoe.compare.run import Comparison, Grid, compare
 from hf_mcsmoe.compare.sizes import bytes_with
 from hf_mcsmoe.compare.ways import ways_of
+from hf_mcsmoe.data.domains import DomainBatch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 
@@ -58,17 +59,33 @@ def texts_of(
     """Return a model, its calibration batches by seed, and the batches that judge, "in" and "out"."""
     folder = arguments.models / subject.folder
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
-    found = rows_of(tokenizer, folder / subject.text, subject.out, subject.max_length)
+    halves = halves_of(tokenizer, folder / subject.text, subject.max_length)
+    inside = [parts for name, parts in halves.items() if name not in subject.out]
+    fit = [(row, number) for number, (first, _) in enumerate(inside) for row in first]
+    found = {"in": [row for _, second in inside for row in second]}
+    if subject.out:
+        found["out"] = [row for name in subject.out for row in halves[name][1]]
     if subject.other:
         text = gzip.decompress((arguments.models / subject.other).read_bytes()).decode()[:LETTERS]
         ids, length = tokenizer(text, verbose=False)["input_ids"], subject.max_length
         found["out"] = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    fit = found.pop("fit")
     drawn = {seed: random.Random(seed).sample(fit, min(arguments.rows, len(fit))) for seed in range(arguments.seeds)}
     number = arguments.judge_rows
     judging = {name: random.Random(0).sample(part, min(number, len(part))) for name, part in found.items()}
-    draws = {seed: batches_of(model, tokenizer, part) for seed, part in drawn.items()}
+    draws = {seed: _with_domains(model, tokenizer, part) for seed, part in drawn.items()}
     return model, draws, {name: batches_of(model, tokenizer, part) for name, part in judging.items()}
+
+
+def _with_domains(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, drawn: Sequence[tuple[list[int], int]]
+) -> Batches:
+    """Return rows as batches that know of which text each is."""
+    batches, first, found = batches_of(model, tokenizer, [row for row, _ in drawn]), 0, []
+    for batch in batches:
+        last = first + len(batch["input_ids"])
+        found.append(DomainBatch(batch, torch.tensor([number for _, number in drawn[first:last]])))
+        first = last
+    return found
 
 
 def grid_of(model: PreTrainedModel, arguments: argparse.Namespace) -> Grid:

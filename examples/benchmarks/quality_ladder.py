@@ -182,16 +182,25 @@ def rungs(subject: Subject) -> Iterator[tuple[str, float, Callable[[Case, float]
         yield "chosen, share", share, chosen
 
 
+def halves_of(
+    tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int
+) -> dict[str, tuple[list[list[int]], list[list[int]]]]:
+    """Return rows of token ids of the first and of the second half of each text."""
+    texts = json.loads(path.read_text()) if path.suffix == ".json" else {"text": path.read_text()}
+    found = {}
+    for name, text in texts.items():
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = [ids[start : start + max_length] for start in range(0, len(ids) - max_length + 1, max_length)]
+        found[name] = whole[: len(whole) // 2], whole[len(whole) // 2 :]
+    return found
+
+
 def rows_of(
     tokenizer: PreTrainedTokenizerBase, path: Path, out: tuple[str, ...], max_length: int
 ) -> dict[str, list[list[int]]]:
     """Return rows of token ids: "fit" of first halves, "in" of second halves, and "out" of other texts where named."""
-    texts = json.loads(path.read_text()) if path.suffix == ".json" else {"text": path.read_text()}
     rows: dict[str, list[list[int]]] = {"fit": [], "in": []} | ({"out": []} if out else {})
-    for name, text in texts.items():
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        whole = [ids[start : start + max_length] for start in range(0, len(ids) - max_length + 1, max_length)]
-        first, second = whole[: len(whole) // 2], whole[len(whole) // 2 :]
+    for name, (first, second) in halves_of(tokenizer, path, max_length).items():
         if name in out:
             rows["out"] += second
         else:
