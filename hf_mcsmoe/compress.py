@@ -324,7 +324,7 @@ def _check_repair(
 
 def _check_router(config: MergeConfig, repair: RepairConfig | None) -> None:
     """Raise ValueError where what a new router picks is not known to what would be fitted or measured."""
-    if config.reduce == "merge" and config.router in MIXED and (repair or config.budget == MEASURED):
+    if config.reduce != "prune" and config.router in MIXED and (repair or config.budget == MEASURED):
         asked = f"repair={repair.method!r}" if repair else f"budget={config.budget!r}"
         raise ValueError(
             f"router={config.router!r} gives routers new rows, and {asked} knows what the old ones pick: choose "

@@ -13,6 +13,7 @@ from hf_mcsmoe.cli.options import check_file
 from hf_mcsmoe.files import write_json
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.methods.registry import Method, Registry
+from hf_mcsmoe.methods.sample import SAMPLE
 from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.quantization.nearest import ROUNDING
@@ -62,16 +63,21 @@ def _methods(registry: Registry) -> Iterator[dict[str, Any]]:
 
 
 def cost_of(method: Method) -> str:
-    """Return what it costs to collect what a method reads: "nothing", "forward", "gradients" or "reference".
+    """Return what it costs to collect what a method reads, the most of its parts.
 
-    The last stands for no pass at all, but a reference checkpoint.
+    "gradients" (a backward pass), "products" (experts run once more on their own tokens), "reference" (another
+    checkpoint's routers, and no pass), "sample" (a forward, then experts run on some tokens of a layer), "forward", or
+    "nothing".
     """
     read = [STATISTICS.methods[name] for name in method.needs if name in STATISTICS.methods]
-    if any(statistic.gradients for statistic in read):
-        return "gradients"
-    if any(not statistic.from_data for statistic in read):
-        return "reference"
-    return "forward" if read else "nothing"
+    kinds = {
+        "gradients": any(statistic.gradients for statistic in read),
+        "products": any(statistic.products for statistic in read),
+        "reference": any(not statistic.from_data for statistic in read),
+        "sample": SAMPLE in method.needs,
+        "forward": bool(read),
+    }
+    return next((kind for kind, holds in kinds.items() if holds), "nothing")
 
 
 def _show(row: dict[str, Any]) -> None:

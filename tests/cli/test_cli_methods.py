@@ -102,5 +102,8 @@ def test_methods_lists_all_that_there_is(run: Run, tmp_path: Path) -> None:
     costs = {row["name"]: row["cost"] for row in found["saliency"]}
     assert costs["frequency"] == "forward"
     assert costs["taylor"] == "gradients"
+    assert costs["reap"] == "products"
+    assert costs["router_norm_change"] == "reference"
     assert {row["name"]: row["cost"] for row in found["similarity"]}["random"] == "nothing"
+    assert {row["name"]: row["cost"] for row in found["merging"]}["zipit"] == "sample"
     assert all(name in out for name in (*PRESETS, *REGISTRIES, "2510.13999"))
