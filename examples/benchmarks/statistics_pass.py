@@ -14,7 +14,7 @@ from common import Row, compare, parser, print_table, qwen3_moe, switch, text
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import collect_statistics
-from hf_mcsmoe.methods.statistics import STATISTICS
+from hf_mcsmoe.methods.statistics import STATISTICS, of_data
 
 AIM, AIM_OF_ALL = 1.05, 1.1
 
@@ -41,13 +41,13 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _rows(name: str, model: PreTrainedModel, arguments: argparse.Namespace) -> list[Row]:
-    free = [item.name for item in STATISTICS.methods.values() if not item.products]
+    free = [name for name in of_data(STATISTICS) if not STATISTICS.find(name).products]
     measures: dict[str, tuple[list[str] | None, float | None]] = {
         "statistics pass": (None, AIM),
         f"all {len(free)} sums without a product": (free, AIM_OF_ALL),
     }
     if arguments.each:
-        measures |= {f"statistic {item}": ([item], None) for item in STATISTICS}
+        measures |= {f"statistic {item}": ([item], None) for item in of_data(STATISTICS)}
     batches = text(model, arguments.batches, arguments.batch_size, arguments.length)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from methods_page import PAGE, page
 
 from hf_mcsmoe import MergeConfig
 from hf_mcsmoe.card import method_steps
@@ -92,3 +93,7 @@ def test_the_card_credits_the_paper_for_its_own_methods_only() -> None:
     rows = [next(row for row in method_steps(config.to_dict()) if row[0] == "saliency") for config in (ours, theirs)]
     assert "2310.01334" in rows[0][2]
     assert rows[1] == ("saliency", f"{__name__}.frequency", "")
+
+
+def test_the_page_of_methods_is_what_they_say_of_themselves() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "write it with: python tests/methods_page.py > docs/methods.md"
