@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.batches import Batch, forward
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.labels import labelled
+from hf_mcsmoe.methods.statistics import STATISTICS
 
 
 @contextlib.contextmanager
@@ -35,6 +36,16 @@ def gradients_of_experts(layers: Layers) -> Iterator[None]:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
+
+
+def check_loss(model: PreTrainedModel, needs: Iterable[str]) -> None:
+    """Raise ValueError where statistics read gradients of a loss, and models of this class have none."""
+    late = [name for name in needs if STATISTICS.find(name).gradients]
+    if late and "labels" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{late[0]} reads gradients of a loss, and a {type(model).__name__} has none: load the model with its "
+            "head, or choose methods without gradients."
+        )
 
 
 def loss_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line `hf-mcsmoe`: `inspect`, `plan`, `compare`, `compress`, `distill`, `evaluate`, `report` and more."""
+"""The command line `hf-mcsmoe`: each command has a file of its own."""
 
 import sys
 import warnings
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
+from hf_mcsmoe.cli.calibrate import calibrate_command
 from hf_mcsmoe.cli.compare import compare_command
 from hf_mcsmoe.cli.compress import compress_command
 from hf_mcsmoe.cli.demo import demo_command
@@ -52,6 +53,7 @@ def _options_of_all(
 COMMANDS: dict[str, Callable] = {
     "inspect": inspect_command,
     "plan": plan_command,
+    "calibrate": calibrate_command,
     "compare": compare_command,
     "compress": compress_command,
     "distill": distill_command,

@@ -9,6 +9,7 @@ FILES = "hf-mcsmoe demo --files demo"
 EXAMPLES = {
     "inspect": "hf-mcsmoe inspect demo/model --experts 0.5",
     "plan": "hf-mcsmoe plan demo/model",
+    "calibrate": "hf-mcsmoe calibrate --config demo/calibrate.yaml --output scores.safetensors",
     "compare": "hf-mcsmoe compare demo/model --config demo/compare.yaml --output demo/table",
     "compress": "hf-mcsmoe compress demo/model --config demo/compress.yaml --output demo/small",
     "distill": "hf-mcsmoe distill demo/small --config demo/distill.yaml --output demo/tuned",
@@ -34,6 +35,7 @@ def write_recipes(folder: Path, named: Path) -> None:
     """Write the recipes of the examples into a folder that the user calls `named`."""
     data = {"data": str(named / "calibration.jsonl"), "target_column": "target"}
     recipes = {
+        "calibrate": {"model": str(named / "model"), **data, "methods": "reap,msmoe"},
         "compare": {**data, "eval": str(named / "evaluation.jsonl"), "methods": "msmoe,average", "experts": 0.5},
         "compress": {**data, "experts": 0.5},
         "distill": {"teacher": str(named / "model"), **data, "max_steps": 20},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.calibration.gradients import check_loss
 from hf_mcsmoe.calibration.reference import check_reference, reference_norms, with_reference
 from hf_mcsmoe.calibration.scores import extended
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
@@ -75,7 +76,7 @@ class Grid:
     @property
     def ways(self) -> list[Way]:
         """The methods."""
-        return ways_of(self.methods, self.bits, by_size=bool(self.sizes))
+        return ways_of(self.methods, self.bits)
 
 
 @dataclass
@@ -190,6 +191,7 @@ def planned(
             try:
                 if grid.base_model is None:
                     check_reference(way.needs([level]), None, held)
+                check_loss(layers.model, way.needs([level]))
                 tasks.append(task_of(layers, way, level))
             except ValueError as error:
                 refused.append((way, level, sentence_of(error)))

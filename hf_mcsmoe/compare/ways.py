@@ -137,16 +137,13 @@ def _checked(layers: Layers, task: Task) -> Task:
     return task
 
 
-def ways_of(
-    methods: Sequence[str] | Mapping[str, Mapping[str, Any]], bits: int | None = None, *, by_size: bool = False
-) -> list[Way]:
+def ways_of(methods: Sequence[str] | Mapping[str, Mapping[str, Any]], bits: int | None = None) -> list[Way]:
     """Return methods by their names, or ones of one's own.
 
     Args:
         methods: names of presets, each perhaps with changes (`reap:budget=uniform:repair=joint`), or "all"; or by
             names of one's own the keyword arguments of `compress`, of whose `config` the experts do not count.
         bits: stored beside every method.
-        by_size: whether results are of a size, so that "all" has the search among bits as well.
 
     Raises:
         ValueError: an unknown name or option, or a name that is given twice.
@@ -154,8 +151,7 @@ def ways_of(
     if isinstance(methods, Mapping):
         ways = [Way(name, given=given, bits=bits) for name, given in methods.items()]
     else:
-        others = [OURS_BITS] if by_size else []
-        names = [part for name in methods for part in ([*PRESETS, *others] if name == ALL else [name])]
+        names = [part for name in methods for part in (PRESETS if name == ALL else [name])]
         ways = [_way(name, bits) for name in dict.fromkeys(names)]
     if not ways:
         raise ValueError(f"There are no methods to compare: name some of {', '.join(PRESETS)}, or {ALL}.")

@@ -13,8 +13,8 @@ from hf_mcsmoe.methods.statistics import STATISTICS
 
 ADVICE = (
     "collect it with collect_statistics(model, batches, needs=[{name!r}, ...]) or needs=MergeConfig(...).needs; on "
-    "the command line run `hf-mcsmoe compress` without the old --scores file; a function of your own names what "
-    "it reads in its attribute `needs`, as `function.needs = [{name!r}]`"
+    "the command line `hf-mcsmoe calibrate MODEL --data ... --methods {name} --output FILE` adds it to a score file; "
+    "a function of your own names what it reads in its attribute `needs`, as `function.needs = [{name!r}]`"
 )
 
 

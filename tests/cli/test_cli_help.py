@@ -22,6 +22,7 @@ from hf_mcsmoe.record import Costs, Quality, Stored
 PANELS = {
     "inspect": {"Merge", "Data", "Loading"},
     "plan": {"Data", "Size", "Loading"},
+    "calibrate": {"Data", "Methods", "Loading", "Output"},
     "compare": {"Data", "Methods", "Loading", "Output"},
     "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output"},
     "distill": {"Data", "Training", "Storage", "Loading", "Output"},

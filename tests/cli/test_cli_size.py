@@ -89,7 +89,7 @@ def test_scores_without_a_sum_that_pruning_needs_are_refused(source: Path, tmp_p
     code, _, err = run("compress", source, *given)
     assert code == 1
     assert "'contribution' was not collected" in err
-    assert "without the old --scores file" in err
+    assert "hf-mcsmoe calibrate MODEL --data ... --methods contribution" in err
 
 
 @pytest.mark.slow
