@@ -31,6 +31,10 @@ class Base:
     language: list[str] = field(default_factory=list)
 
 
+# The title of the step that leaves weights out: training keeps them out.
+SPARSITY = "Sparsity"
+
+
 @dataclass(frozen=True)
 class Step:
     """What was done after the merge: a title, the options it was done with, and lines of Markdown that tell of it.

@@ -14,7 +14,7 @@ FLOORS = [
     ["layers", "data", "card"],
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],
-    ["merge", "distillation", "quantization"],
+    ["merge", "distillation", "quantization", "sparsity"],
     ["search", "presets"],
     ["compress", "report"],
     ["demo", "compare"],
