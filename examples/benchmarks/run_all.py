@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import parser
 
-TIMED = ("statistics_pass.py", "merged_forward.py", "compact_forward.py", "distillation_step.py")
+TIMED = ("statistics_pass.py", "grouping.py", "merged_forward.py", "compact_forward.py", "distillation_step.py")
 SCRIPTS = (*TIMED, "merge_memory.py")
 
 
