@@ -16,18 +16,16 @@ PAIRS = ("pair_gate_squares", "pair_shares", "pair_share_squares")
 
 
 def _pair_sums(routed: Routed, of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return the sum of a function of both gates [T] over the tokens that reached both of two experts, float64 [E, E].
+    """Return the sum of a function of both gates [n] over the tokens that reached both of two experts, float64 [E, E].
 
     The diagonal is 0.
     """
-    number, gates = routed.num_experts, routed.gates.double()
-    total = gates.new_zeros(number * number)
-    for one in range(gates.shape[1]):
-        for other in (pick for pick in range(gates.shape[1]) if pick != one):
-            both = routed.reached[:, one] & routed.reached[:, other]
-            place = routed.index[both, one] * number + routed.index[both, other]
-            total.index_add_(0, place, of(gates[both, one], gates[both, other]))
-    return total.view(number, number)
+    number, gates, picks = routed.num_experts, routed.gates.double(), routed.index.shape[1]
+    apart = ~torch.eye(picks, dtype=torch.bool, device=gates.device)
+    token, one, other = torch.where(routed.reached[:, :, None] & routed.reached[:, None, :] & apart)  # [n] pairs
+    place = routed.index[token, one] * number + routed.index[token, other]
+    values = of(gates[token, one], gates[token, other])
+    return torch.bincount(place, values, minlength=number * number).view(number, number).double()
 
 
 @STATISTICS.register("pair_gate_squares", axes="EE")
