@@ -190,8 +190,8 @@ def planned(
         for way in grid.ways:
             try:
                 if grid.base_model is None:
-                    check_reference(way.needs([level]), None, held)
-                check_loss(layers.model, way.needs([level]))
+                    check_reference(way.needs, None, held)
+                check_loss(layers.model, way.needs)
                 tasks.append(task_of(layers, way, level))
             except ValueError as error:
                 refused.append((way, level, sentence_of(error)))
@@ -224,7 +224,7 @@ def _check_given(
 def _check_statistics(statistics: RoutingStatistics | None, tasks: Sequence[Task]) -> None:
     for task in tasks if statistics is not None else ():
         for sums in statistics.layers.values():  # type: ignore[union-attr]
-            sums.check(of_data(task.way.needs([task.level])))
+            sums.check(of_data(task.way.needs))
 
 
 @dataclass

@@ -9,7 +9,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.budget import BUDGET, uniform_budget
-from hf_mcsmoe.methods.choice import Choice
+from hf_mcsmoe.methods.choice import REDUCTIONS, Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
 from hf_mcsmoe.quantization.config import QuantizationConfig
@@ -68,7 +68,8 @@ def _choice(layer: MoELayer, count: int, options: Mapping[str, Any]) -> Choice:
     """Return what becomes of a layer with so many experts."""
     bits: QuantizationConfig | None = options.get("quantization")
     low_rank: LoSparseConfig | None = options.get("low_rank")
-    choice = Choice(count, options["config"].reduce)
+    reduce = options["config"].reduce
+    choice = Choice(count, reduce if reduce in REDUCTIONS else "prune")  # which may take more in headers
     if bits:
         choice = replace(choice, w_in=bits.grid(layer.hidden_size), w_out=bits.grid(layer.intermediate_size))
     if low_rank and low_rank.rank and count < layer.num_experts:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
-from hf_mcsmoe.compare.cells import EXPERTS, SIZE, Level
+from hf_mcsmoe.compare.cells import EXPERTS, Level
 from hf_mcsmoe.compare.sizes import bytes_with, experts_within
 from hf_mcsmoe.compress import check_options, chosen_repair
 from hf_mcsmoe.layers.find import Layers
@@ -19,12 +19,11 @@ from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.search.size import bytes_of
 
-# The preset whose experts are searched for where a size is asked for, and the search among bits and ranks as well.
+# The preset of this project, and the search for a size, among experts, bits and ranks, as `compress --size` does it.
 OURS, OURS_BITS = "ours", "ours-bits"
 ALL = "all"
 # What may stand behind the name of a preset besides options of a merge, as `reap:repair=joint`.
 REPAIR = "repair"
-SEARCHES = {OURS: SizeConfig(bits=(), ranks=()), OURS_BITS: SizeConfig()}
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,7 @@ class Way:
     @property
     def search(self) -> SizeConfig | None:
         """What a size is searched among; None where a size only decides on the number of experts."""
-        found = SEARCHES.get(self.preset) if not self.changes else None
-        if found is None or self.bits is None or self.preset == OURS_BITS:
-            return found
-        return replace(found, bits=(self.bits,))
+        return SizeConfig() if self.preset == OURS_BITS else None
 
     def options(self, experts: int | float = 0.5) -> dict[str, Any]:
         """Return the keyword arguments of `compress` for a number of experts.
@@ -66,16 +62,10 @@ class Way:
             quantization = QuantizationConfig(bits=self.bits, skip=options["config"].skip)
         return {"repair": None, "low_rank": None, **options, "quantization": quantization}
 
-    def searches_at(self, level: Level) -> bool:
-        """Whether it is searched what fits the bytes of a level, rather than a number of experts taken."""
-        return self.search is not None and (level.kind == SIZE or self.preset == OURS_BITS)
-
-    def needs(self, levels: Sequence[Level]) -> tuple[str, ...]:
-        """Return the statistics that the method reads at these levels."""
-        found = [self.options()["config"].needs]
-        if self.search and any(self.searches_at(level) for level in levels):
-            found = [*found, needs_of(MergeConfig(), self.search)]
-        return tuple(dict.fromkeys(name for names in found for name in names))
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that the method reads."""
+        return needs_of(MergeConfig(), self.search) if self.search else self.options()["config"].needs
 
     def told(self) -> dict[str, Any]:
         """Return all that the method is made of, as JSON values."""
@@ -112,7 +102,7 @@ def task_of(layers: Layers, way: Way, level: Level) -> Task:
     Raises:
         ValueError: it cannot be done to this model; see `check_options`, `check_size` and `experts_within`.
     """
-    if level.kind == EXPERTS and not way.searches_at(level):
+    if level.kind == EXPERTS and way.search is None:
         return _checked(layers, Task(way, level, way.options(level.experts)))
     if level.kind == EXPERTS:
         asked = bytes_with(layers, way.options(), level.experts)
@@ -128,7 +118,7 @@ def task_of(layers: Layers, way: Way, level: Level) -> Task:
 
 def needed(tasks: Sequence[Task]) -> list[str]:
     """Return the statistics that all of the methods read together."""
-    return list(dict.fromkeys(name for task in tasks for name in task.way.needs([task.level])))
+    return list(dict.fromkeys(name for task in tasks for name in task.way.needs))
 
 
 def _checked(layers: Layers, task: Task) -> Task:
@@ -162,6 +152,8 @@ def ways_of(methods: Sequence[str] | Mapping[str, Mapping[str, Any]], bits: int 
 
 def _way(name: str, bits: int | None) -> Way:
     preset, *changes = name.split(":")
+    if preset == OURS_BITS and changes:
+        raise ValueError(f"{name}: {OURS_BITS} is a search, to which no option is given; change {OURS} in its place.")
     if preset not in (*PRESETS, OURS_BITS):
         raise ValueError(unknown("method", preset, [*PRESETS, OURS_BITS, ALL]))
     return Way(name, preset, dict(_change(name, change) for change in changes), bits=bits)

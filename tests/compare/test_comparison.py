@@ -292,3 +292,15 @@ def test_a_method_by_a_reference_checkpoint_needs_one(model: PreTrainedModel, da
     config = MergeConfig(experts=0.5, reduce="prune", saliency="router_norm_change", budget="uniform")
     student = compress(model, data[:3], config, base_model=tmp_path / "base")
     assert found.texts["in"].kl == pytest.approx(_divergence(model, student, data[4]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_search_for_a_size_takes_the_bytes_that_experts_take(
+    model: PreTrainedModel, data: list[Any], tmp_path: Path
+) -> None:
+    found = _compared(model, data, tmp_path, Grid(["frequency-prune", "ours-bits"], [0.5]))
+    cells = _cells(found)
+    assert cells["ours-bits"].bytes <= cells["ours-bits"].asked
+    assert cells["ours-bits"].asked == pytest.approx(cells["frequency-prune"].bytes, rel=0.1), "headers are counted"
+    assert "bits a weight" in cells["ours-bits"].done
+    assert cells["ours-bits"].texts["in"].kl < cells["frequency-prune"].texts["in"].kl

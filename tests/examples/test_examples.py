@@ -13,6 +13,7 @@ from scripts import EXAMPLES, data, run, training
 from transformers import PreTrainedTokenizerFast
 
 BENCHMARKS = {"distillation_step.py": ["--d-model", "64", "--experts", "4", "--batch-size", "2", "--length", "8"]}
+MODELS = Path(__file__).parents[3] / "shared" / "data" / "models"
 # Experts in few bits against the same in float32: a table of its own.
 RATES = {"quantized_forward.py"}
 SCRIPTS = ["finetune_seq2seq.py", "evaluate_seq2seq.py"]
@@ -92,6 +93,24 @@ def test_predicted_effects_stand_beside_measured_ones(tokenizer: PreTrainedToken
     assert head == ["model", "bytes", "taken", "predicted KL", "KL, in", "predicted / in"]
     assert [row[0] for row in rows] == ["0.7", "0.5"]
     assert all(float(row[5]) == pytest.approx(float(row[3]) / float(row[4]), rel=0.02, abs=0.01) for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODELS.is_dir(), reason="needs the trained models of ../shared/data/models")
+def test_methods_are_compared_on_a_trained_model(tmp_path: Path) -> None:
+    options = ["--subject", "qwen", "--methods", "msmoe,reap", "--experts", "0.5", "--sizes", "0.25", "--seeds", "2"]
+    few = ["--rows", "16", "--judge-rows", "8", "--output", tmp_path / "methods"]
+    result = run("benchmarks/compare_methods.py", MODELS, *options, *few)
+    assert result.returncode == 0, result.stderr
+    table = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
+    assert table[0][:2] == ["qwen3moe-mini-16e", "experts 0.5"]
+    assert [row[0] for row in table[2:]] == ["msmoe", "reap"]
+    for row in table[2:]:
+        kept, larger = (float(cell.split(" ± ")[0]) for cell in row[1:3])
+        assert 0 < kept < larger, "fewer bytes, and nothing worse"
+        assert all(" / " in cell for cell in row[1:3]), "in and out of the calibrated kind"
+    page = tmp_path / "methods" / "qwen3moe-mini-16e" / "report.html"
+    assert page.read_text().count("<svg") >= 2
 
 
 @pytest.mark.slow
