@@ -90,7 +90,7 @@ def _with_domains(
 
 def grid_of(model: PreTrainedModel, arguments: argparse.Namespace) -> Grid:
     """Return what is compared on a model: methods at shares of the experts, and at the bytes that shares take."""
-    way = ways_of(["msmoe"], arguments.bits)[0]
+    way = ways_of(["frequency-prune"], arguments.bits)[0]  # whose files have the longest headers
     layers = Layers.of(model)
     sizes = [f"{bytes_with(layers, way.options(), share)}B" for share in arguments.sizes]
     return Grid(arguments.methods.split(","), arguments.experts, sizes, arguments.bits)

@@ -87,17 +87,17 @@ def method_pictures(rows: Sequence[Row], methods: Mapping[str, Any]) -> Iterator
 def method_table(rows: Sequence[Row]) -> list[list[str]]:
     """Return the table of one method; head first."""
     texts, metrics = [*rows[0].cell.texts], [*rows[0].cell.metrics]
-    head = ["level", "made of", "size on disk", "parameters"]
-    head += [f"{what}, {text}" for text in texts for what in ("KL", "loss")]
-    return [[*head, *metrics, "seconds", "memory"], *(_level(row, texts, metrics) for row in rows)]
+    head = ["level", "size on disk", *(f"{what}, {text}" for text in texts for what in ("KL", "loss")), *metrics]
+    rest = ["made of", "parameters", "seconds", "memory"]
+    return [[*head, *rest], *(_level(row, texts, metrics) for row in rows)]
 
 
 def _level(row: Row, texts: Sequence[str], metrics: Sequence[str]) -> list[str]:
     cell = row.cell
     worth = [told for text in texts for told in (_kl(row, text), figure(cell.texts[text].loss))]
-    costs = [size(cell.bytes or 0), f"{cell.parameters:,}"]
     taken = [f"{cell.seconds:.1f}", "-" if cell.memory is None else size(cell.memory)]
-    return [cell.level, cell.done, *costs, *worth, *(figure(cell.metrics[name]) for name in metrics), *taken]
+    metric = [figure(cell.metrics[name]) for name in metrics]
+    return [cell.level, size(cell.bytes or 0), *worth, *metric, cell.done, f"{cell.parameters:,}", *taken]
 
 
 def _told(made_of: Mapping[str, Any]) -> str:
