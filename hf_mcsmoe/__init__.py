@@ -33,6 +33,8 @@ from hf_mcsmoe.quantization.quantize import quantize_experts
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts
 from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.sparsity.config import SparsityConfig
+from hf_mcsmoe.sparsity.sparsify import sparsify_experts
 
 __all__ = [
     "DistillationArguments",
@@ -51,6 +53,7 @@ __all__ = [
     "RoutingStatistics",
     "SizeConfig",
     "SparsificationCallback",
+    "SparsityConfig",
     "check_weights",
     "collect_statistics",
     "compact",
@@ -62,6 +65,7 @@ __all__ = [
     "plan_merge",
     "quantize_experts",
     "repair_experts",
+    "sparsify_experts",
     "store_teacher_outputs",
 ]
 

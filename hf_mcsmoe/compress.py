@@ -1,4 +1,4 @@
-"""The story from top to bottom: statistics, plan, merge (M-SMoE), repair, low rank + sparse (MC-SMoE), few bits."""
+"""The story from top to bottom: statistics, plan, merge (M-SMoE), repair, low rank + sparse (MC-SMoE), bits, zeros."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +19,11 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
-from hf_mcsmoe.evaluation.held_out import judge_of
+from hf_mcsmoe.evaluation.held_out import Judge, judge_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
+from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
 from hf_mcsmoe.low_rank.ranks import check_low_rank
@@ -31,6 +32,7 @@ from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MIXED, MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
+from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.plan import MergePlan, check_request, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
@@ -43,6 +45,8 @@ from hf_mcsmoe.search.budget import measured_plan
 from hf_mcsmoe.search.compress import check_size, compress_to_size
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of
+from hf_mcsmoe.sparsity.config import SparsityConfig
+from hf_mcsmoe.sparsity.sparsify import check_sparsity, sparsify_layers, sparsity_step
 
 
 def compress(
@@ -53,6 +57,7 @@ def compress(
     repair: RepairConfig | None = None,
     low_rank: LoSparseConfig | None = None,
     quantization: QuantizationConfig | None = None,
+    sparsity: SparsityConfig | None = None,
     consume: bool = False,
     statistics: RoutingStatistics | None = None,
     progress: Progress | None = None,
@@ -77,14 +82,16 @@ def compress(
         low_rank: how merged experts are stored as low rank + sparse; None leaves them dense.
         quantization: in how many bits experts are stored; with a `repair`, output matrices are fitted once more to
             what W_in has become. None leaves their values as they are.
+        sparsity: which weights or hidden units inside experts, merged or not, are left out: hidden units before the
+            repair, single weights after it; these go with neither `low_rank` nor `quantization`. None for none.
         consume: see `merge_experts`; not together with `repair`, which needs the original, nor with what may be
             refused only after the merge (`LoSparseConfig(energy=...)` without `allow_dense`).
         statistics: sums that were collected before, instead of a pass over `batches`.
         progress: called as `progress(stage, done, total)` in the stages "checking" (of weights, one step),
             "statistics" (batches; the total is None for an iterator), "planning" (one step), "costs" (times that they
             are counted), "measuring" (held-out batches), "merge" and "repair" (layers), "low rank" (matrices), "second
-            repair" (of what is stored then) and "quantization" (layers). Stages overlap; each counts up from 0 to its
-            total.
+            repair" (of what is stored then), "sparsity" and "quantization" (layers). Stages overlap; each counts up
+            from 0 to its total.
         repetitions: forwards to time in each stage, of which the fastest counts; none by default.
         held_out: batches like `batches`, but of other rows: nothing is fitted to them, and the record tells each
             stage's loss on them and its divergence from the original.
@@ -107,12 +114,14 @@ def compress(
         repair=(repair, (RepairConfig, NoneType)),
         low_rank=(low_rank, (LoSparseConfig, NoneType)),
         quantization=(quantization, (QuantizationConfig, NoneType)),
+        sparsity=(sparsity, (SparsityConfig, NoneType)),
         statistics=(statistics, (RoutingStatistics, NoneType)),
     )
     config, search = config or MergeConfig(), SizeConfig.of(size)
     repair = repair if search else chosen_repair(repair)
     layers = Layers.of(model).uncompressed()
     stages: dict[str, Any] = {"repair": repair, "low_rank": low_rank, "quantization": quantization}
+    stages["sparsity"] = sparsity
     check_options(layers, config, **stages, consume=consume, size=search)
     needs = all_needs(config, search, quantization)
     check_reference(needs, base_model, statistics)
@@ -135,11 +144,12 @@ def compress(
     number = sum(not layer.is_whole for layer in plan.layers.values())
     is_merged = number > 0
     _check_repair(is_merged, **stages)
-    stored = bool(low_rank or quantization)
+    stored = bool(low_rank or quantization or sparsity)
+    is_fitted = is_merged or bool(sparsity and sparsity.is_units)
     count = in_parts("costs", tell, 2 + (stored and is_merged))
     measure = partial(_counted_costs, batch=sample, repetitions=repetitions if sample else 0, tell=count)
     costs = {"before": replace(measure(layers), bytes_on_disk=folder_bytes(layers.model.name_or_path))}
-    judged = 1 + is_merged + bool(repair and is_merged) + bool(low_rank) + bool(quantization)
+    judged = 1 + is_merged + bool(repair and is_fitted) + sum(map(bool, (low_rank, quantization, sparsity)))
     judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", tell, judged))
 
     tell("merge", 0, number)
@@ -153,9 +163,11 @@ def compress(
     if is_merged:
         judge.measure("merged", merged)
     costs |= {"merged": _measured(found, measure)} if stored and is_merged else {}
-    if repair and is_merged:
+    found = _sparse(found, sparsity, batches, tell, judge, units=True)
+    if repair and is_fitted:
         report = fit("repair")
         judge.measure("repaired", merged)
+    found = _sparse(found, sparsity, batches, tell, judge, units=False)
     if low_rank:
         found = _store(found, low_rank, batches, tell)
         if repair and repair.method == "local":  # once more, with what is stored now
@@ -170,7 +182,8 @@ def compress(
         judge.measure("quantized", merged)
     costs["compressed" if stored else "merged" if is_merged else "after"] = _measured(found, measure)
     few = None if report and report.few_rows() else few  # which is told once
-    steps = [*_repair_steps(report), *_low_rank_steps(merged, low_rank), *_quantization_steps(quantization, few)]
+    steps = [*_sparsity_steps(sparsity), *_repair_steps(report), *_low_rank_steps(merged, low_rank)]
+    steps += _quantization_steps(quantization, few)
     for step in steps:
         record = record.with_step(step)
     rows = sum(num_sequences(batch) for part in kinds.values() for batch in part)
@@ -234,6 +247,7 @@ def check_options(
     repair: RepairConfig | None,
     low_rank: LoSparseConfig | None,
     quantization: QuantizationConfig | None = None,
+    sparsity: SparsityConfig | None = None,
     consume: bool = False,
     size: SizeConfig | None = None,
 ) -> None:
@@ -246,7 +260,8 @@ def check_options(
     check_loaded(layers)
     if size:
         size.check_repair(repair)
-        _check_for_size(layers, config, size, {"low_rank": low_rank, "quantization": quantization, "consume": consume})
+        others = {"low_rank": low_rank, "quantization": quantization, "sparsity": sparsity, "consume": consume}
+        _check_for_size(layers, config, size, others)
         return
     chosen = check_request(layers, config)
     if low_rank:
@@ -259,7 +274,9 @@ def check_options(
                 "name them in `skip`."
             )
         quantization.check_layers(stored)
-    _check_repair(not merges_nothing(layers, config), repair, low_rank, quantization)
+    if sparsity:
+        _check_sparse(layers, sparsity, low_rank, quantization)
+    _check_repair(not merges_nothing(layers, config), repair, low_rank, quantization, sparsity)
     _check_normed(chosen, config, repair, is_quantized=quantization is not None)
     _check_router(config, repair)
     if consume and repair:
@@ -312,9 +329,11 @@ def _check_repair(
     repair: RepairConfig | None,
     low_rank: LoSparseConfig | None,
     quantization: QuantizationConfig | None,
+    sparsity: SparsityConfig | None,
 ) -> None:
     """Raise ValueError where a repair has nothing to do."""
-    changed = is_merged or quantization or (low_rank and repair and repair.method == "local")
+    narrower = sparsity is not None and sparsity.is_units
+    changed = is_merged or quantization or narrower or (low_rank and repair and repair.method == "local")
     if repair and not changed:
         raise ValueError(
             f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: give none. Where "
@@ -330,6 +349,54 @@ def _check_router(config: MergeConfig, repair: RepairConfig | None) -> None:
             f"router={config.router!r} gives routers new rows, and {asked} knows what the old ones pick: choose "
             "router='dominant' or 'map', or leave it out."
         )
+
+
+def _check_sparse(
+    layers: Layers,
+    sparsity: SparsityConfig,
+    low_rank: LoSparseConfig | None,
+    quantization: QuantizationConfig | None,
+) -> None:
+    """Raise ValueError where experts cannot be made sparse, or what follows would fill the zeros."""
+    check_sparsity(layers, sparsity, has_data=True)
+    later = "low_rank" if low_rank else "quantization" if quantization else None
+    if later and not sparsity.is_units:
+        raise ValueError(
+            f"{later} would make other values of the zeros that sparsity={sparsity.pattern!r} leaves: leave out one "
+            "of them, or choose the pattern 'units', of which none are left."
+        )
+
+
+def _sparse(
+    layers: Layers,
+    config: SparsityConfig | None,
+    batches: Iterable[Batch],
+    tell: Progress,
+    judge: Judge,
+    *,
+    units: bool,
+) -> Layers:
+    """Leave out what `config` says, of layers that kept all their experts too; return the layers as they are then.
+
+    Args:
+        units: whether it is the turn of hidden units, or that of single weights.
+    """
+    if config is None or config.is_units != units:
+        return layers
+    if units:  # all in the form of merged ones, which a repair takes
+        for layer in layers:
+            if not layer.merged:
+                convert_whole(layers.model, layer)
+        layers = Layers.of(layers.source)
+    done = sparsify_layers(layers, list(batches), config, _by_number("sparsity", tell))
+    write_description(done.model)
+    judge.measure("sparse", done.model)
+    return done
+
+
+def _sparsity_steps(config: SparsityConfig | None) -> list[Step]:
+    """Return what the record tells of what was left out inside experts."""
+    return [] if config is None else [sparsity_step(config)]
 
 
 def _check_normed(layers: Layers, config: MergeConfig, repair: RepairConfig | None, *, is_quantized: bool) -> None:

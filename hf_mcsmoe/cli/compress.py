@@ -17,6 +17,7 @@ from hf_mcsmoe.cli.dial import Dial
 from hf_mcsmoe.cli.display import console, cost_table, layers_table, notes, quality_table, stage_bars
 from hf_mcsmoe.cli.options import (
     BaseModel,
+    Inside,
     Loading,
     Model,
     Output,
@@ -71,6 +72,7 @@ MERGE = [
 @options_of(Dial, "dial", panel="Size")
 @options_of(MergeConfig, "merge", MERGE, panel="Merge")
 @options_of(Storage, "storage", panel="Storage")
+@options_of(Inside, "inside", panel="Storage")
 @options_of(Loading, "loading", panel="Loading")
 def compress_command(
     model: Model,
@@ -79,6 +81,7 @@ def compress_command(
     dial: Dial,
     merge: MergeConfig,
     storage: Storage,
+    inside: Inside,
     loading: Loading,
     preset: PresetName = None,
     repair: Annotated[
@@ -106,6 +109,7 @@ def compress_command(
     layers = Layers.of(empty).uncompressed()
     low_rank = None if size else storage.low_rank()  # a size has its rank among its options
     stages: dict[str, Any] = {"low_rank": low_rank, "quantization": dial.quantization(), "size": size}
+    stages["sparsity"] = inside.config(dial.skip or ())
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
@@ -132,7 +136,7 @@ def compress_command(
             sums = add_reference(sums, Layers.of(loaded), base_model)
         if sums is not None and scores and (held is None or base_model):
             sums.save(scores)
-        original = any(stages[name] for name in stages if name != "low_rank")  # it is compared with to the end
+        original = any(stages[name] for name in ("repair", "quantization", "size"))  # it is compared with to the end
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         shown["check"] = check
         merged = compress(
@@ -177,7 +181,9 @@ def _chosen(repair: str | None, layers: Layers, config: MergeConfig, stages: Map
         return asked if stages["size"] else chosen_repair(asked)
     if stages["size"]:
         return JOINT
-    if not stages["quantization"] and merges_nothing(layers, config):
+    sparsity = stages["sparsity"]
+    narrows = sparsity is not None and sparsity.is_units
+    if not (stages["quantization"] or narrows) and merges_nothing(layers, config):
         notes.print("every layer keeps all its experts, so there is nothing to repair")
         return None
     return RepairConfig()

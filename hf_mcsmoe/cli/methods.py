@@ -14,12 +14,13 @@ from hf_mcsmoe.files import write_json
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.methods.registry import Method, Registry
 from hf_mcsmoe.methods.sample import SAMPLE
+from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.quantization.nearest import ROUNDING
 from hf_mcsmoe.repair.methods import REPAIR
 
-STAGES: dict[str, Registry] = {**REGISTRIES, "repair": REPAIR, "rounding": ROUNDING}
+STAGES: dict[str, Registry] = {**REGISTRIES, "repair": REPAIR, "rounding": ROUNDING, "score of weights": SCORE}
 
 
 def methods_command(

@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from hf_mcsmoe.layers.output import Read, check_output, check_path
 from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig, help_of, option_help
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
+from hf_mcsmoe.sparsity.config import SparsityConfig
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
 BaseModel = Annotated[
@@ -166,6 +167,37 @@ class Storage:
         if self.rank is None:
             return None
         return LoSparseConfig(rank=self.rank, keep=KEEP if self.keep is None else self.keep, **options)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What is left out inside experts."""
+
+    sparsify: str | None = described(None, option_help("score", SparsityConfig))
+    pattern: str | None = described(
+        None, option_help("pattern", SparsityConfig), show_default=f"with --sparsify {SparsityConfig.pattern}"
+    )
+    sparsity: float | None = described(
+        None, option_help("share", SparsityConfig), show_default=f"with --sparsify {SparsityConfig.share}"
+    )
+
+    def config(self, skip: Sequence[str] = ()) -> SparsityConfig | None:
+        """Return what is left out inside experts; None for nothing.
+
+        Raises:
+            ValueError: a name or a share that is none, or one of them without a score.
+        """
+        given = {"pattern": self.pattern, "share": self.sparsity}
+        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if self.sparsify is None:
+            if known:
+                option = "--pattern" if "pattern" in known else "--sparsity"
+                raise ValueError(
+                    f"{option} {next(iter(known.values()))} is about weights that --sparsify leaves out: give that as "
+                    f"well, e.g. --sparsify {SparsityConfig.score}."
+                )
+            return None
+        return SparsityConfig(score=self.sparsify, skip=tuple(skip), **known)
 
 
 def options_of(

@@ -30,6 +30,7 @@ from hf_mcsmoe.distillation.teacher_outputs import (
     store_teacher_outputs,
 )
 from hf_mcsmoe.distillation.trainable import add_lora, check_trainable, choose_parameters
+from hf_mcsmoe.distillation.zeros import KeepZeros, has_zeros
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.packing import unpacked
@@ -86,12 +87,19 @@ class DistillationTrainer(CompressedModelTrainer):
             dtype, device_map = options.teacher_dtype, options.teacher_device_map
             loaded = load_teacher(cast(Any, teacher), model, kwargs.get("processing_class"), dtype, device_map)
             self._loss = DistillationLoss(options, model, loaded)
+        if options.train_parts == "lora" and has_zeros(model):
+            raise ValueError(
+                "train_parts='lora' fills the weights that were left out inside experts once adapters are merged: "
+                "train 'experts' or 'all', which keeps them zero, or 'routers'."
+            )
         if options.train_parts == "lora":
             set_seed(cast(Any, options).seed)  # the Trainer's own comes after, and adapters begin at random
             trained: Any = add_lora(model, options.lora_rank, options.lora_alpha, options.lora_targets)
         else:
             trained = choose_parameters(model, options.train_parts, options.freeze_routers)
         super().__init__(trained, *args, **kwargs)
+        if has_zeros(model):
+            self.add_callback(KeepZeros())
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"One process would train on {self.args.n_gpu} GPUs (DataParallel), which the loss is not made for: "

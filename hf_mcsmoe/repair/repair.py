@@ -178,7 +178,7 @@ def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
     number = layer.num_original if layer.expert_map is None else len(layer.expert_map)
     ours = (number, layer.hidden_size, layer.intermediate_size)
     theirs = (original.num_experts, original.hidden_size, original.intermediate_size)
-    if ours != theirs:
+    if ours[:2] != theirs[:2] or ours[2] > theirs[2]:  # hidden units may have gone
         raise ValueError(
             f"{layer.name}: (experts, width, expert width) is {ours} in the merged model and {theirs} in the "
             "original; it was made of another model."
