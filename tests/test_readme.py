@@ -63,7 +63,7 @@ def test_its_commands_run_as_typed(folder: Path, run: Run, monkeypatch: pytest.M
     monkeypatch.chdir(folder)
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-mcsmoe")]
     assert [shlex.split(line, comments=True)[1] for line in lines] == [
-        *("inspect", "plan", "compress", "compress", "distill", "evaluate", "report")
+        *("inspect", "plan", "compress", "compress", "calibrate", "compare", "distill", "evaluate", "report")
     ]
     for number, line in enumerate(lines):
         words = {"MODEL": "model", "DIR": f"out{min(number, 3)}", "DISTILLED": "distilled", "sst2": "text.jsonl"}
@@ -73,7 +73,7 @@ def test_its_commands_run_as_typed(folder: Path, run: Run, monkeypatch: pytest.M
         arguments += {"distill": ["--max-steps", "2", "--max-length", "32"]}.get(arguments[0], [])
         code, out, error = run(*arguments)
         assert code == 0, (line, error)
-        told = {"report": "report.html", "plan": "predicted KL"}
+        told = {"report": "report.html", "plan": "predicted KL", "calibrate": "scores.safetensors", "compare": "msmoe"}
         assert told.get(arguments[0], "parameters") in out, line
 
 
