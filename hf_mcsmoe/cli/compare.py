@@ -104,12 +104,17 @@ class Texts(Calibration):
         return found
 
 
+LEVELS = "0.75,0.5,0.25"
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What is compared."""
 
     methods: str = described("all", f"presets to compare, with commas, or all: {', '.join(PRESETS)}")
-    experts: str | None = described(None, "shares or numbers of experts to keep, with commas (0.5,0.25)")
+    experts: str | None = described(
+        None, "shares or numbers of experts to keep, with commas", show_default=f"{LEVELS}; with --sizes none"
+    )
     sizes: str | None = described(None, "sizes of the weight files, with commas (20GB,0.25)")
     base_model: str | None = described(None, "checkpoint that the model was trained from, for router-norm")
     bits: str | None = described(None, f"bits a weight of experts beside every method: {', '.join(map(str, BITS))}")
@@ -122,7 +127,8 @@ class Chosen:
         """
         if self.bits is not None and self.bits not in map(str, BITS):
             raise ValueError(f"--bits {self.bits} must be one of {', '.join(map(str, BITS))}.")
-        experts = [parse_experts(value) for value in _split(self.experts)]
+        levels = self.experts if self.experts is not None or self.sizes else LEVELS
+        experts = [parse_experts(value) for value in _split(levels)]
         bits = None if self.bits is None else int(self.bits)
         return Grid(_split(self.methods), experts, _split(self.sizes), bits, self.base_model)
 

@@ -66,7 +66,7 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_loaded(
     cases = [
         ([*half, "--methods", "reep"], "Unknown method 'reep'. Did you mean 'reap'?"),
         ([*half, "--methods", "reap:budget=unifrom"], "Did you mean 'uniform'?"),
-        ([], "There is nothing to compare at"),
+        (["--experts", ""], "There is nothing to compare at"),
         (["--experts", "1", "--methods", "reap"], "No method can be tried on this model. reap at experts 1"),
         (["--sizes", "0.001", "--methods", "msmoe"], "the fewest experts take"),
         (["--experts", "half"], "'half' is neither a whole number"),
