@@ -11,7 +11,8 @@ from hf_mcsmoe.report.lines import Curve, lines
 from hf_mcsmoe.report.pictures import Picture
 from hf_mcsmoe.report.words import figure, short_names, size
 
-KL, LOSS = "KL to the original (nats)", "loss (nats)"
+# Powers of ten that colours tell apart.
+POWERS = 4
 
 
 def quality_picture(rows: Sequence[Row], source: int) -> Picture:
@@ -124,6 +125,7 @@ def _layers(level: str, rows: Sequence[Row]) -> Picture:
     powers = [math.log10(value) for row in rows for value in row.cell.layers.values() if value > 0]
     low, high = (math.floor(min(powers)), math.ceil(max(powers))) if powers else (-1, 0)
     cells = [[[_coloured(row.cell.layers[name])] for name in names] for row in rows]
+    low = max(low, high - POWERS)  # what is no more than rounding leaves the others apart
     image = cell_rows(f"Errors of layers, {level}", [row.cell.method for row in rows], cells, low, max(high, low + 1))
     short = short_names(names)
     return Picture(
