@@ -10,6 +10,7 @@ from hf_mcsmoe.methods.choice import AUTO
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.registry import unknown
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.sparsity.config import SparsityConfig
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Preset:
 
     `paper` is an arXiv identifier or empty; `text` says in a sentence what it does, and `differs` where that is not
     what was published. `merge` are options of `MergeConfig`; `repair` is the method of a `RepairConfig`; `rank` and
-    `keep` are those of a `LoSparseConfig`, None where experts stay dense.
+    `keep` are those of a `LoSparseConfig`, None where experts stay dense. `sparsify` is the score by which weights
+    inside experts are left out; all experts stay then, and what else would be their share is that of the weights.
     """
 
     name: str
@@ -29,28 +31,41 @@ class Preset:
     repair: str = "none"
     rank: int | None = None
     keep: float | None = None
+    sparsify: str = ""
 
     def options(self, experts: int | float = 0.5, **others: Any) -> dict[str, Any]:
         """Return what `compress` is called with, by its arguments' names.
 
         Args:
-            experts: how many to keep; see `MergeConfig`.
+            experts: how many to keep; see `MergeConfig`. With `sparsify` the share of the weights that stays.
             others: further options of `MergeConfig`, which override the preset's.
 
         Raises:
-            ValueError: see `MergeConfig`.
+            ValueError: see `MergeConfig` and `SparsityConfig`; a number of experts where weights are left out.
         """
+        sparsity = self._sparsity(experts)
         low_rank = None if self.rank is None else LoSparseConfig(rank=self.rank, keep=self.keep or KEEP)
         return {
-            "config": MergeConfig(**{**self.merge, **others, "experts": experts}),
+            "config": MergeConfig(**{**self.merge, **others, "experts": 1.0 if sparsity else experts}),
             "repair": None if self.repair == "none" else RepairConfig(method=self.repair),
             "low_rank": low_rank,
             "quantization": None,
+            **({"sparsity": sparsity} if sparsity else {}),
         }
+
+    def _sparsity(self, share: int | float) -> SparsityConfig | None:
+        if not self.sparsify:
+            return None
+        if isinstance(share, int):
+            raise ValueError(
+                f"{self.name} keeps all experts and leaves out weights inside them: in place of {share} experts give "
+                "the share of the weights that stays (0.5)."
+            )
+        return SparsityConfig(self.sparsify, share=1 - share)
 
     def command_line(self) -> dict[str, Any]:
         """Return the options of `hf-mcsmoe compress` that say the same, by their names with underscores."""
-        stored = {"rank": self.rank, "keep": self.keep}
+        stored = {"rank": self.rank, "keep": self.keep, "sparsify": self.sparsify}
         return {**self.merge, "repair": self.repair, **{key: value for key, value in stored.items() if value}}
 
 
@@ -178,6 +193,13 @@ _ALL = [
             "budget": "uniform",
             "merging": "regression",
         },
+    ),
+    Preset(
+        "moe-pruner",
+        "leaves out weights of each row by |w| times the norm of gated inputs; zeros save no bytes; --experts 1.0",
+        paper="2410.12013",
+        differs="all layers are scored in one pass, on what the original's layers see; no tuning",
+        sparsify="moe_pruner",
     ),
     Preset(
         "frequency-prune",

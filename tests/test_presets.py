@@ -7,6 +7,7 @@ import pytest
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.sparsity.config import SparsityConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -14,7 +15,7 @@ def test_a_preset_is_made_for_any_number_of_experts(name: str) -> None:
     preset = PRESETS[name]
     assert preset.name == name
     assert 10 < len(preset.text) < 120
-    for experts in (0.25, 3):
+    for experts in () if preset.sparsify else (0.25, 3):
         options = preset.options(experts)
         assert set(options) == {"config", "repair", "low_rank", "quantization"}
         usual = MergeConfig()
@@ -31,8 +32,21 @@ def test_its_command_line_says_the_same(name: str) -> None:
     preset = PRESETS[name]
     told = preset.command_line()
     assert told["repair"] == preset.repair
-    assert (told.get("rank"), told.get("keep")) == (preset.rank, preset.keep)
-    assert {key: value for key, value in told.items() if key not in ("repair", "rank", "keep")} == preset.merge
+    stored = ("repair", "rank", "keep", "sparsify")
+    assert (told.get("rank"), told.get("keep"), told.get("sparsify", "")) == (
+        preset.rank,
+        preset.keep,
+        preset.sparsify,
+    )
+    assert {key: value for key, value in told.items() if key not in stored} == preset.merge
+
+
+def test_a_preset_that_leaves_out_weights_keeps_all_experts() -> None:
+    options = PRESETS["moe-pruner"].options(0.25)
+    assert options["config"].experts == 1.0
+    assert options["sparsity"] == SparsityConfig("moe_pruner", "unstructured", 0.75)
+    with pytest.raises(ValueError, match="in place of 8 experts give the share of the weights that stays"):
+        PRESETS["moe-pruner"].options(8)
 
 
 def test_options_beside_a_preset_override_its_own() -> None:

@@ -109,6 +109,7 @@ def _told(made_of: Mapping[str, Any]) -> str:
     stages = ("saliency", "budget") if config["reduce"] == "prune" else ("similarity", "grouping", "merging", "budget")
     told = [f"reduce: {config['reduce']}", *(f"{stage}: {config[stage]}" for stage in stages if config[stage])]
     told += [f"repair: {made_of['repair']['method']}"] if "repair" in made_of else []
+    told += [f"left out inside experts by: {made_of['sparsity']['score']}"] if "sparsity" in made_of else []
     told += [f"rank: {made_of['low_rank']['rank']}"] if "low_rank" in made_of else []
     told += [f"bits: {made_of['quantization']['bits']}"] if "quantization" in made_of else []
     return ", ".join(told) + ("; at a size, all of this is searched for." if "search" in made_of else ".")

@@ -87,7 +87,7 @@ class Task:
     @property
     def reads(self) -> bool:
         """Whether calibration text is read beside the statistics."""
-        stages = ("repair", "low_rank", "quantization", "size")
+        stages = ("repair", "low_rank", "quantization", "sparsity", "size")
         return self.needs_curves or any(self.options.get(name) for name in stages)
 
     @property
@@ -109,6 +109,8 @@ def task_of(layers: Layers, way: Way, level: Level) -> Task:
     else:
         asked = bytes_of(level.value, source_bytes(layers))
     if way.search is None:
+        if way.options().get("sparsity"):
+            raise ValueError(f"{way.name} leaves out weights, which saves no bytes: compare it at shares (experts).")
         experts = experts_within(layers, way.options(), asked, str(level.value))
         return _checked(layers, Task(way, level, way.options(experts), asked))
     size = replace(way.search, size=f"{asked}B")
@@ -122,7 +124,9 @@ def needed(tasks: Sequence[Task]) -> list[str]:
 
 
 def _checked(layers: Layers, task: Task) -> Task:
-    stages = {name: task.options[name] for name in ("repair", "low_rank", "quantization")}
+    stages: dict[str, Any] = {
+        name: task.options.get(name) for name in ("repair", "low_rank", "quantization", "sparsity")
+    }
     check_options(layers, task.options["config"], **stages)
     return task
 

@@ -244,6 +244,10 @@ def test_what_cannot_be_compared_is_refused_before_a_forward(
             "in has no rows to judge on",
         ),
         (lambda: compare(model, {0: data}, texts, Grid(["reap"], [1]), tmp_path / "x"), "No method can be tried"),
+        (
+            lambda: compare(model, {0: data}, texts, Grid(["moe-pruner"], [], [0.5]), tmp_path / "x"),
+            "leaves out weights, which saves no bytes",
+        ),
         (lambda: compare(model, {0: data}, texts, Grid(OWN, [0.5]), tmp_path / "file"), "holds no comparison"),
         (
             lambda: compare(model, {0: data}, texts, Grid(OWN, [0.5]), tmp_path / "x", statistics=other),
