@@ -1,13 +1,16 @@
 """Sums that are added to those of an earlier pass over the same data: only what is lacking is summed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.data.batches import digest
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.statistics import with_tokens
 from hf_mcsmoe.methods.view import Sums
+from hf_mcsmoe.progress import Progress, counted, silent
 
 # Sums by which the same data are known again: which experts the tokens reached.
 KNOWN_BY = ("tokens", "counts")
@@ -20,24 +23,35 @@ def lacking(statistics: RoutingStatistics | None, needs: Iterable[str]) -> list[
 
 
 def extended(
-    layers: Layers, batches: Iterable[Batch], held: RoutingStatistics | None, needs: Iterable[str]
+    layers: Layers,
+    batches: Sequence[Batch],
+    held: RoutingStatistics | None,
+    needs: Iterable[str],
+    progress: Progress = silent,
 ) -> RoutingStatistics:
     """Return statistics with all of `needs`: those that are held, and from one more pass what these lack.
 
     Args:
-        held: of an earlier pass; with what choices cost, which stays.
+        held: of an earlier pass; with what choices cost, which stays. Where they do not tell of which data they are,
+            one more pass tells.
+        progress: called as `progress("statistics", batches done, batches)`.
 
     Raises:
         ValueError: those that are held are of another model, or of other data; see `collect_statistics` as well.
     """
-    names = lacking(held, needs)
+    names, data = lacking(held, needs), digest(batches)
     if held is None:
-        return collect_statistics(layers, batches, names)
+        fresh = collect_statistics(layers, counted(batches, "statistics", progress), names)
+        return replace(fresh, data=data)
     if held.fingerprint != layers.fingerprint or held.layers.keys() != set(layers.names):
         raise ValueError("The statistics were taken from another model; collect them on this one.")
-    if not names:
+    if held.data and held.data != data:
+        raise ValueError(
+            "The statistics were taken from other data (another text, or other rows of it): collect all of them anew."
+        )
+    if not names and held.data:
         return held
-    fresh = collect_statistics(layers, batches, [*names, *KNOWN_BY])
+    fresh = collect_statistics(layers, counted(batches, "statistics", progress), [*names, *KNOWN_BY])
     for layer, sums in held.layers.items():
         if other := [name for name in KNOWN_BY if name in sums and not sums[name].equal(fresh[layer][name])]:
             raise ValueError(
@@ -45,4 +59,4 @@ def extended(
                 "added to them: collect all of them anew."
             )
     joined = {layer: Sums({**fresh[layer], **sums}) for layer, sums in held.layers.items()}
-    return RoutingStatistics(held.fingerprint, joined, held.curves, held.conditions)
+    return replace(held, layers=joined, data=data)

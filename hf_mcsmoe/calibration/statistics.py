@@ -27,14 +27,16 @@ DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 class RoutingStatistics:
     """Sums by the statistic's name, per layer, and the fingerprint of the model that they were taken from.
 
-    `curves` tell what choices for a layer cost, of layers that share experts under the first's name, and `conditions`
-    with which options that was measured; mostly there are none.
+    `data` is a hash of the batches, "" where nobody kept it. `curves` tell what choices for a layer cost, of layers
+    that share experts under the first's name, and `conditions` with which options that was measured; mostly there are
+    none.
     """
 
     fingerprint: str
     layers: dict[str, Sums] = field(default_factory=dict)
     curves: dict[str, LayerCurves] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
 
     def __getitem__(self, layer_name: str) -> Sums:
         if layer_name not in self.layers:
@@ -70,6 +72,7 @@ class RoutingStatistics:
             "format_version": str(FORMAT_VERSION),
             "fingerprint": self.fingerprint,
             "layers": json.dumps([*self.layers]),
+            "data": self.data,
         }
         if self.curves:
             metadata["curves"] = json.dumps({name: curves.to_dict() for name, curves in self.curves.items()})
@@ -93,7 +96,7 @@ class RoutingStatistics:
             told = json.loads(metadata.get("curves", "{}"))
             curves = {name: LayerCurves.from_dict(values) for name, values in told.items()}
             measured_with = dict(json.loads(metadata.get("conditions", "{}")))
-            statistics = cls(metadata["fingerprint"], layers, curves, measured_with)
+            statistics = cls(metadata["fingerprint"], layers, curves, measured_with, metadata.get("data", ""))
             statistics.check()
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and collect the statistics anew.") from None

@@ -23,7 +23,7 @@ from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.plan import FEW_TOKENS
-from hf_mcsmoe.progress import Progress, counted, one_step
+from hf_mcsmoe.progress import Progress, one_step
 from hf_mcsmoe.search.conditions import conditions, covered
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves, needs_of
@@ -71,9 +71,6 @@ def calibrate_command(
     check_reference(needs, base_model, held)
     if base_model:
         reference_norms(layers, base_model)
-    if held is not None and not lacking(held, needs) and (not curves or covered(layers, held, config, search, JOINT)):
-        notes.print(f"{escape(str(output))} holds all of it already")
-        return
     with stage_bars() as progress:
         samples, tokenizer = calibration.read(progress), load_tokenizer(loading.tokenizer or model)
         with one_step("loading", progress):
@@ -83,6 +80,10 @@ def calibrate_command(
         # What is held out judges a later `compress`.
         batches, _ = calibration.batches(samples, tokenizer, loaded, progress)
         statistics = _collected(loaded, batches, held, of_data(needs), progress)
+        is_there = statistics is held and not lacking(held, needs)
+        if is_there and (not curves or covered(layers, statistics, config, search, JOINT)):
+            notes.print(f"{escape(str(output))} holds all of it already")
+            return
         statistics = add_reference(statistics, Layers.of(loaded), base_model) if base_model else statistics
         statistics.save(output)
         if curves and not covered(Layers.of(loaded), statistics, config, search, JOINT):
@@ -98,7 +99,17 @@ def _collected(
     needs: list[str],
     progress: Progress,
 ) -> RoutingStatistics:
-    return extended(Layers.of(model), counted(batches, "statistics", progress), held, needs)
+    """Return the sums.
+
+    Raises:
+        ValueError: those that are held are of another model or of other data.
+    """
+    try:
+        return extended(Layers.of(model), batches, held, needs, progress)
+    except ValueError as error:
+        if held is None:
+            raise
+        raise ValueError(f"{error} To write them in place of those in the file pass --overwrite.") from None
 
 
 def _measure(

@@ -1,5 +1,7 @@
 """`hf-mcsmoe compare`."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,6 @@ from rich.live import Live
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.calibration.reference import reference_norms
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import Sheet, Stages, console, notes, stage_bars, unstarted_bars
 from hf_mcsmoe.cli.options import (
@@ -28,12 +29,12 @@ from hf_mcsmoe.cli.options import (
     parse_experts,
 )
 from hf_mcsmoe.cli.scores import read_scores
-from hf_mcsmoe.cli.shares import Shared
+from hf_mcsmoe.cli.shares import Shared, parsed
 from hf_mcsmoe.cli.sources import Calibration, public_names
 from hf_mcsmoe.compare.cells import Cell, rows_of
 from hf_mcsmoe.compare.journal import Journal
 from hf_mcsmoe.compare.page import ORIGINAL
-from hf_mcsmoe.compare.run import Grid, compare, planned
+from hf_mcsmoe.compare.run import Draw, Grid, compare, norms_of, planned
 from hf_mcsmoe.compare.ways import needed
 from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.data.tasks import Task, get_task, task_rows
@@ -68,8 +69,13 @@ class Texts(Calibration):
         if self.eval is None:
             raise ValueError("--eval names the text that judges: give some of the kind of --data, but other rows.")
         super().__post_init__()
-        if self.eval in self.data:
-            raise ValueError(f"--eval {self.eval} is --data as well, which methods read: name other rows.")
+        fitted = {_place(name) for name, _ in parsed(self.data)}
+        judging = [_place(name) for name, _ in parsed([self.eval, *(self.check_data or [])])]
+        for name, place in zip([self.eval, *(self.check_data or [])], judging, strict=True):
+            if place in fitted:
+                raise ValueError(f"{name} is --data as well, which methods read: name other rows to judge on.")
+            if judging.count(place) > 1:
+                raise ValueError(f"{name} is named twice among --eval and --check-data: name each text once.")
 
     @property
     def judging(self) -> dict[str, str]:
@@ -84,12 +90,12 @@ class Texts(Calibration):
 
     def drawn(
         self, data: list[Shared], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, progress: Progress
-    ) -> dict[int, Batches]:
-        """Return the calibration text as batches by the seed of their draw, the rows that are held out last."""
+    ) -> dict[int, Draw]:
+        """Return the calibration text as batches by the seed of their draw."""
         draws = {}
         for seed in range(self.seed, self.seed + self.seeds):
             fitted, held_out = replace(self, seed=seed).batches(data, tokenizer, model, progress)
-            draws[seed] = [*fitted, *held_out]
+            draws[seed] = Draw(seed, fitted, held_out)
         return draws
 
     def judges(
@@ -102,6 +108,11 @@ class Texts(Calibration):
             features = self._features(data, tokenizer, model, self.eval_samples, told, silent)
             found[name] = feature_batches(features, tokenizer, self.batch_size, by_length=False)
         return found
+
+
+def _place(name: str) -> str:
+    """Return where data lie, by which the same are known under two names."""
+    return os.path.realpath(os.path.expanduser(name)) if Path(name).expanduser().exists() else name
 
 
 LEVELS = "0.75,0.5,0.25"
@@ -169,12 +180,11 @@ def compare_command(
     held = _held(scores, layers, texts)
     tasks, refused = planned(layers, grid, held)
     _check_held(held, needed(tasks))
-    if grid.base_model:
-        reference_norms(layers, grid.base_model)
+    norms_of(layers, grid, tasks)  # which refuses one that is not read, or cannot be
     _check_output(output, overwrite, model, texts)
     for way, level, sentence in refused:
         notes.print(f"{escape(way.name)} at {escape(str(level))} cannot be made: {escape(sentence)}", highlight=False)
-    metric = None if task is None else _metric(get_task(task), data_dir, texts.batch_size)
+    metric, metric_of = (None, "") if task is None else _metric(get_task(task), data_dir, texts.batch_size)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     with stage_bars() as progress:
         samples, judging = texts.read(progress), texts.read_judging()
@@ -193,11 +203,16 @@ def compare_command(
             output,
             statistics=held,
             metric=None if metric is None else partial(metric, tokenizer=tokenizer),
+            metric_of=metric_of,
             overwrite=overwrite,
             progress=progress,
             told=told,
         )
     console.print(comparison_table(done.cells))
+    for cell in done.cells:
+        if cell.error:
+            sentence = f"{cell.method} at {cell.level}, seed {cell.seed}, failed: {cell.error}"
+            notes.print(escape(sentence), highlight=False)
     console.print(f"[bold]{escape(str(output))}[/]: report.html, compare.csv, compare.json", highlight=False)
 
 
@@ -222,8 +237,8 @@ def _check_output(output: Path, overwrite: bool, model: str, texts: Texts) -> No
     CLAIMS.enter_context(working_folder(Path(os.path.realpath(output.expanduser()))))
 
 
-def _metric(task: Task, data_dir: Path | None, batch_size: int) -> Callable[..., Mapping[str, float]]:
-    """Return what measures a task on a model.
+def _metric(task: Task, data_dir: Path | None, batch_size: int) -> tuple[Callable[..., Mapping[str, float]], str]:
+    """Return what measures a task on a model, and the task with a hash of its rows.
 
     Raises:
         ValueError: there are no usable rows.
@@ -238,7 +253,8 @@ def _metric(task: Task, data_dir: Path | None, batch_size: int) -> Callable[...,
         figures = evaluate_task(model, tokenizer, task, rows, batch_size=batch_size, by=by)
         return {f"{task.name} {name}": value for name, value in figures.items() if name != "examples"}
 
-    return measure
+    rows_hash = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return measure, f"{task.name} on {len(rows)} rows ({rows_hash})"
 
 
 @contextmanager

@@ -3,8 +3,12 @@
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.methods.registry import Method, unknown
 from hf_mcsmoe.methods.sample import SAMPLE, TOKENS
+from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.methods.statistics import STATISTICS, with_tokens
 from hf_mcsmoe.presets import PRESETS
+
+# All methods that read sums: those of a merge or pruning, and the scores of weights inside experts.
+ALL = (*REGISTRIES.values(), SCORE)
 
 
 def usual() -> list[str]:
@@ -29,9 +33,9 @@ def needs_of_names(text: str) -> list[str]:
 
 
 def _needs(name: str) -> list[str]:
-    stages = [registry for registry in REGISTRIES.values() if name in registry.methods]
+    stages = [registry for registry in ALL if name in registry.methods]
     if name not in (*PRESETS, *STATISTICS) and not stages:
-        known = dict.fromkeys([*PRESETS, *(method for stage in REGISTRIES.values() for method in stage), *STATISTICS])
+        known = dict.fromkeys([*PRESETS, *(method for stage in ALL for method in stage), *STATISTICS])
         raise ValueError(unknown("method", name, list(known)))
     found = [read for registry in stages for read in registry.needs(name)]
     found += PRESETS[name].options()["config"].needs if name in PRESETS else ()

@@ -1,5 +1,6 @@
 """One cell of a comparison: a method at a level, on one draw of the calibration text; JSON in and out."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -81,6 +82,12 @@ class Cell:
         """What the cell is found by."""
         return self.method, self.level, self.seed
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no figure is NaN or infinite."""
+        worth = [value for figures in self.texts.values() for value in (figures.kl, figures.loss)]
+        return all(math.isfinite(value) for value in [*worth, *self.layers.values()] if value is not None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the cell as JSON values; what is empty is left out."""
         return {name: value for name, value in asdict(self).items() if value not in (None, "", {}, [])}
@@ -123,7 +130,10 @@ def _row(group: Sequence[Cell]) -> Row:
         first,
         texts=texts,
         layers={name: statistics.fmean(cell.layers[name] for cell in made) for name in first.layers},
-        metrics={name: statistics.fmean(cell.metrics[name] for cell in made) for name in first.metrics},
+        metrics={
+            name: statistics.fmean(cell.metrics[name] for cell in made if name in cell.metrics)
+            for name in first.metrics
+        },
         seconds=_mean([cell.seconds for cell in made]),
         memory=max((cell.memory for cell in made if cell.memory is not None), default=None),
         parameters=_whole([cell.parameters for cell in made]),

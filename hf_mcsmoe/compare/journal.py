@@ -1,18 +1,14 @@
 """The finished cells of a comparison on disk, a JSON object a line, and what they were measured with."""
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_mcsmoe.compare.cells import Cell
 from hf_mcsmoe.files import write_text
-from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.output import check_path
 
 FILE = "cells.jsonl"
@@ -115,7 +111,7 @@ def joined(held: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What may change between runs, of which each cell is what it was then.
-FREE = ("versions", "statistics")
+FREE = ("versions",)
 
 
 def difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
@@ -137,15 +133,9 @@ def difference(held: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 
 def _words(name: str) -> str:
-    return {"texts": "text of", "draws": "calibration text of seed", "methods": "make of the method"}.get(name, name)
-
-
-def digest(batches: Sequence[Batch]) -> str:
-    """Return a hash of batches: of all their tensors, and of their names."""
-    found = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()):
-            if isinstance(value, torch.Tensor):
-                found.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-                found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+    return {
+        "texts": "text of",
+        "metric": "task",
+        "draws": "calibration text of seed",
+        "methods": "make of the method",
+    }.get(name, name)

@@ -20,21 +20,22 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import record_of
 from hf_mcsmoe.compare.bench import Bench
 from hf_mcsmoe.compare.cells import EXPERTS, SIZE, Cell, Level
-from hf_mcsmoe.compare.journal import SCORES, Journal, digest
+from hf_mcsmoe.compare.journal import SCORES, Journal
 from hf_mcsmoe.compare.memory import measured_by, peak_memory
 from hf_mcsmoe.compare.page import ORIGINAL, write_outputs
 from hf_mcsmoe.compare.ways import Task, Way, needed, task_of, ways_of
 from hf_mcsmoe.compress import compress
+from hf_mcsmoe.data.batches import digest
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
-from hf_mcsmoe.progress import Progress, counted, silent
+from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.record import public_name
 from hf_mcsmoe.search.compress import source_bytes
-from hf_mcsmoe.search.conditions import conditions
+from hf_mcsmoe.search.conditions import conditions, covered
 from hf_mcsmoe.search.config import AUTO, JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves
 from hf_mcsmoe.tables import outcome
@@ -71,7 +72,8 @@ class Grid:
     def levels(self) -> list[Level]:
         """How small results are to be."""
         given = [(EXPERTS, value) for value in self.experts] + [(SIZE, value) for value in self.sizes]
-        return list(dict.fromkeys(Level(kind, value) for kind, value in given))
+        # 1 is an expert a layer, 1.0 all of them, and the two are equal.
+        return list({str(level): level for level in (Level(kind, value) for kind, value in given)}.values())
 
     @property
     def ways(self) -> list[Way]:
@@ -89,8 +91,10 @@ class Draw:
     statistics: RoutingStatistics | None = None
 
     @classmethod
-    def of(cls, seed: int, batches: Sequence[Batch]) -> "Draw":
-        """Part the batches: the last eighth is held out, of at least two one."""
+    def of(cls, seed: int, batches: "Sequence[Batch] | Draw") -> "Draw":
+        """Part the batches, unless they are parted already: the last eighth is held out, of at least two one."""
+        if isinstance(batches, Draw):
+            return batches
         number = max(len(batches) // HELD_OUT, 1) if len(batches) > 1 else 0
         place = len(batches) - number
         return cls(seed, batches[:place], batches[place:])
@@ -107,13 +111,14 @@ class Comparison:
 
 def compare(
     model: PreTrainedModel | Layers,
-    draws: Mapping[int, Sequence[Batch]],
+    draws: Mapping[int, Sequence[Batch] | Draw],
     texts: Mapping[str, Sequence[Batch]],
     grid: Grid,
     output: str | os.PathLike,
     *,
     statistics: RoutingStatistics | None = None,
     metric: Metric | None = None,
+    metric_of: str = "",
     overwrite: bool = False,
     progress: Progress = silent,
     told: Callable[[list[Cell]], None] | None = None,
@@ -122,11 +127,13 @@ def compare(
 
     Args:
         model: the original, or its layers where they are found already; it is left as it was.
-        draws: calibration batches by the seed of their draw; statistics are collected once for each.
+        draws: calibration batches by the seed of their draw; statistics are collected once for each. Methods that are
+            random take this seed, unless they are given one.
         texts: batches that judge, by the name of their text, the calibrated kind first. Nothing is fitted to them.
         output: written are `cells.jsonl` (cell by cell), `compare.csv`, `compare.json` and `report.html`.
         statistics: of the only draw, instead of a pass.
         metric: called with each result, for figures of a task.
+        metric_of: what that measures, e.g. a task and a hash of its rows: all cells of a folder are of the same.
         overwrite: begin anew in a folder that holds a comparison.
         progress: called as `progress(stage, done, total)`, "cells" among the stages.
         told: called with all cells whenever one is finished.
@@ -138,26 +145,42 @@ def compare(
     """
     layers = Layers.of(model).uncompressed()
     _check_given(layers, draws, texts, statistics)
-    found = conditions_of(layers, draws, texts, grid)
+    parted = {seed: Draw.of(seed, batches) for seed, batches in draws.items()}
+    found = conditions_of(layers, parted, texts, grid) | {"metric": metric_of or ("a metric" if metric else None)}
     with working_folder(Path(os.path.realpath(output))):
         journal = Journal(Path(output)) if overwrite else Journal.read(output)
         journal.check(found)
         tasks, refused = planned(layers, grid, statistics)
         _check_statistics(statistics, tasks)
-        norms = reference_norms(layers, grid.base_model) if grid.base_model else None
+        norms = norms_of(layers, grid, tasks)
         journal.begin(found, anew=overwrite)
         for seed in draws:
             for way, level, sentence in refused:
                 if (way.name, str(level), seed) not in journal.cells:
                     journal.append(Cell(way.name, str(level), seed, error=sentence))
         run = _Run(layers, texts, journal, metric, progress, told, norms)
-        run.all_of(tasks, draws, statistics)
+        run.all_of(tasks, parted, statistics)
         write_outputs(journal)
         return Comparison(journal.folder, journal.conditions, list(journal.cells.values()))
 
 
+def norms_of(layers: Layers, grid: Grid, tasks: Sequence[Task]) -> dict[str, torch.Tensor] | None:
+    """Return the norms of the reference checkpoint's routers, where a method reads them.
+
+    Raises:
+        ValueError: a checkpoint is named, and no method reads it.
+    """
+    reads = any(set(task.way.needs) - set(of_data(task.way.needs)) for task in tasks)
+    if grid.base_model and not reads:
+        raise ValueError(
+            f"base_model={grid.base_model!r} is for methods that compare with it, as router-norm does, and none of "
+            "these reads it: leave it out."
+        )
+    return dict(reference_norms(layers, grid.base_model)) if grid.base_model else None
+
+
 def conditions_of(
-    layers: Layers, draws: Mapping[int, Sequence[Batch]], texts: Mapping[str, Sequence[Batch]], grid: Grid
+    layers: Layers, draws: Mapping[int, Draw], texts: Mapping[str, Sequence[Batch]], grid: Grid
 ) -> dict[str, Any]:
     """Return what the figures of cells depend on, as JSON values."""
     return {
@@ -165,9 +188,9 @@ def conditions_of(
         "fingerprint": layers.fingerprint,
         "dtype": str(layers.model.dtype).removeprefix("torch."),
         "bits": grid.bits,
-        "base_model": None if grid.base_model is None else public_name(grid.base_model),
+        **({"base_model": public_name(grid.base_model)} if grid.base_model else {}),
         "texts": {name: digest(batches) for name, batches in texts.items()},
-        "draws": {str(seed): digest(batches) for seed, batches in draws.items()},
+        "draws": {str(seed): digest([*draw.fitted, *draw.held_out]) for seed, draw in draws.items()},
         "methods": {way.name: way.told() for way in grid.ways},
         "memory": measured_by(layers.model.device),
         "versions": {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")},
@@ -209,7 +232,7 @@ def sentence_of(error: Exception) -> str:
 def _check_given(
     layers: Layers, draws: Mapping[int, Any], texts: Mapping[str, Any], statistics: RoutingStatistics | None
 ) -> None:
-    if not draws or not all(draws.values()):
+    if not draws or not all(draw.fitted if isinstance(draw, Draw) else draw for draw in draws.values()):
         raise ValueError("There is no calibration text: give at least one batch for each draw.")
     if empty := [name for name, batches in texts.items() if not batches]:
         raise ValueError(f"The text {empty[0]} has no rows to judge on.")
@@ -240,25 +263,23 @@ class _Run:
     norms: Mapping[str, torch.Tensor] | None = None
     bench: Bench | None = None
 
-    def all_of(
-        self, tasks: Sequence[Task], draws: Mapping[int, Sequence[Batch]], statistics: RoutingStatistics | None
-    ) -> None:
+    def all_of(self, tasks: Sequence[Task], draws: Mapping[int, Draw], statistics: RoutingStatistics | None) -> None:
         """Make the cells that are not there yet, or failed, draw by draw."""
         keys = [(task, seed) for seed in draws for task in tasks]
         left = [(task, seed) for task, seed in keys if self._is_open(task, seed)]
         self._tell(len(keys) - len(left), len(keys))
         done = len(keys) - len(left)
-        for seed, batches in draws.items():
+        for seed, draw in draws.items():
             own = [task for task, other in left if other == seed]
             if not own:
                 continue
             self.bench = self.bench or self._bench()
-            draw = Draw.of(seed, batches)
             draw.statistics = self._statistics(draw, own, statistics)
+            file = None if statistics else self.journal.folder / SCORES.format(seed=seed)
             # What is cheap comes first.
             for task in sorted(own, key=lambda task: task.needs_curves):
                 if task.needs_curves:
-                    self._measure_curves(draw, own)
+                    self._measure_curves(draw, own, file)
                 self.journal.append(self.cell(draw, task))
                 done += 1
                 self._tell(done, len(keys))
@@ -287,18 +308,18 @@ class _Run:
         """Return the sums that the methods read, in one pass, or what an earlier run has kept of them."""
         file = self.journal.folder / SCORES.format(seed=draw.seed)
         held = given or (RoutingStatistics.load(file) if file.exists() else None)
-        found = extended(self.layers, counted(draw.fitted, "statistics", self.progress), held, of_data(needed(tasks)))
+        found = extended(self.layers, draw.fitted, held, of_data(needed(tasks)), self.progress)
         found = found if self.norms is None else with_reference(found, self.layers, self.norms)
         if given is None and found is not held:
             found.save(file)
         return found
 
-    def _measure_curves(self, draw: Draw, tasks: Sequence[Task]) -> None:
-        """Measure once what choices cost, for all sizes that are searched for."""
+    def _measure_curves(self, draw: Draw, tasks: Sequence[Task], file: Path | None) -> None:
+        """Measure once what choices cost, for all sizes that are searched for, and keep it in `file`."""
         searches = [task.options["size"] for task in tasks if task.options.get("size")]
         statistics = draw.statistics
         measured = [task for task in tasks if task.needs_curves]
-        if not measured or statistics is None or statistics.curves:
+        if not measured or statistics is None:
             return
         reduces = {AUTO if task.options.get("size") else task.options["config"].reduce for task in measured}
         bits = [bits for search in searches for bits in search.bits]
@@ -307,6 +328,8 @@ class _Run:
             bits=tuple(sorted(set(bits), reverse=True)),
             reduce=reduces.pop() if len(reduces) == 1 else AUTO,
         )
+        if covered(self.layers, statistics, MergeConfig(), widest, JOINT):
+            return
 
         def tell(name: str, done: int, total: int) -> None:
             self.progress("curves", done, total)
@@ -318,7 +341,8 @@ class _Run:
             )
         statistics.curves = found
         statistics.conditions = conditions(MergeConfig(), widest, JOINT)
-        statistics.save(self.journal.folder / SCORES.format(seed=draw.seed))
+        if file:
+            statistics.save(file)
 
     def cell(self, draw: Draw, task: Task) -> Cell:
         """Make a result and judge it; where it cannot be made, the cell tells why."""
@@ -340,15 +364,22 @@ class _Run:
                     memory=memory,
                     **self._judged(student),
                 )
+                if not cell.is_finite:
+                    raise ValueError(
+                        f"The result overflows in {student.dtype}: load the model in bfloat16 or float32."
+                    )
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-                cell = replace(cell, error=sentence_of(error))
+                cell = Cell(cell.method, cell.level, cell.seed, asked=cell.asked, error=sentence_of(error))
         return replace(cell, notes=list(dict.fromkeys(sentence_of(item.message) for item in said)))  # type: ignore[arg-type]
 
     def _made(self, draw: Draw, task: Task) -> PreTrainedModel:
         given: dict[str, Any] = {"statistics": draw.statistics}
+        options = dict(task.options)
+        if not task.way.has_seed:
+            options["config"] = replace(options["config"], seed=draw.seed)
         if task.options.get("size"):
             given["held_out"] = draw.held_out
-        return compress(self.layers, draw.fitted if task.reads else [], **task.options, **given)
+        return compress(self.layers, draw.fitted if task.reads else [], **options, **given)
 
     def _judged(self, student: PreTrainedModel) -> dict[str, Any]:
         assert self.bench is not None

@@ -44,6 +44,11 @@ class Way:
         """What a size is searched among; None where a size only decides on the number of experts."""
         return SizeConfig() if self.preset == OURS_BITS else None
 
+    @property
+    def has_seed(self) -> bool:
+        """Whether the seed of random methods is given, and not that of the draw."""
+        return self.given is not None or "seed" in self.changes
+
     def options(self, experts: int | float = 0.5) -> dict[str, Any]:
         """Return the keyword arguments of `compress` for a number of experts.
 

@@ -1,5 +1,6 @@
 """What a user passes as batches: batches, or texts and rows of a data set that a tokenizer makes batches of."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -87,3 +88,14 @@ def _told(value: Any, *, listed: bool = False) -> str:
         "of texts, or of rows of a data set, calibration_batches(samples_of(rows, name), tokenizer, model) of "
         "hf_mcsmoe.data makes them, and so does collect_statistics(model, rows, tokenizer=tokenizer)."
     )
+
+
+def digest(batches: Iterable[Batch]) -> str:
+    """Return a hash of batches: of all their tensors, and of their names."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            if isinstance(value, torch.Tensor):
+                found.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+                found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

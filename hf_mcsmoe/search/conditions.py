@@ -11,7 +11,15 @@ from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import reduced_by
 
 # Options that make another group, or another expert of it; to prune there are no groups.
-STAGES = {"merge": (*(stage for stage in REGISTRIES if stage != "budget"), "reference"), "prune": ("saliency",)}
+STAGES = {
+    "merge": (*(stage for stage in REGISTRIES if stage != "budget"), "reference", "router", "capacity"),
+    "prune": ("saliency", "selection"),
+}
+# What files do not tell that were written before there was a choice.
+BEFORE = {
+    f"{stage} to {reduce}": str(getattr(MergeConfig(), stage))
+    for reduce, stage in (("merge", "router"), ("merge", "capacity"), ("prune", "selection"))
+}
 REPAIR = ("method", "ridges", "elsewhere", "caution")
 WAY_OUT = (
     "ask for the same again, or have it measured anew: on the command line name another --scores file, in Python "
@@ -44,7 +52,7 @@ def check_curves(
         if first.name not in statistics.curves:
             raise ValueError(f"What choices cost was not measured of the layer {first.name}: {WAY_OUT}")
     for name, asked in conditions(merge, search, repair).items():
-        held = statistics.conditions.get(name)
+        held = statistics.conditions.get(name, BEFORE.get(name))
         if not _covers(name, held, asked):
             raise ValueError(f"What choices cost was measured with {name} {held!r}, not {asked!r}: {WAY_OUT}")
     for shared in layers.selected(merge.skip).tied:
