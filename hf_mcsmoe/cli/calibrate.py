@@ -53,10 +53,10 @@ def calibrate_command(
     base_model: BaseModel = None,
     curves: Annotated[
         bool,
-        typer.Option("--curves", help="also measure what choices for a size cost", rich_help_panel="Methods"),
+        typer.Option(help="also measure what choices for a size cost", rich_help_panel="Methods"),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="begin anew where the file is there", rich_help_panel="Output")
+        bool, typer.Option(help="begin anew where the file is there", rich_help_panel="Output")
     ] = False,
 ) -> None:
     """Sum once, over calibration text, what methods read, for any number of experts: the file of `--scores`."""

@@ -12,7 +12,9 @@ from hf_mcsmoe.record import SPARSITY
 
 
 def has_zeros(model: PreTrainedModel) -> bool:
-    """Tell whether single weights inside the experts of a model were left out, as its record says."""
+    """Tell whether single weights inside the experts of a model were left out, as its record says, if it has one."""
+    if "base_model_type" not in model.config.to_dict():
+        return False
     steps = [step for step in record_of(model).steps if step.title == SPARSITY]
     return any(step.options.get("pattern") != "units" for step in steps)
 

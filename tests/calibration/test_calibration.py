@@ -214,7 +214,8 @@ def test_what_the_methods_need_is_collected_and_nothing_else() -> None:
     statistics = collect_statistics(model, data, config.needs)
     assert all(sums.keys() == {"gate_sum", "tokens"} for sums in statistics.layers.values())
     plan_merge(model, statistics, config)
-    with pytest.raises(ValueError, match=r"'counts' was not collected \(there are: gate_sum, tokens\).*--scores"):
+    missing = r"'counts' was not collected \(there are: gate_sum, tokens\).*calibrate MODEL.*--methods counts"
+    with pytest.raises(ValueError, match=missing):
         plan_merge(model, statistics, MergeConfig(similarity="random"))
 
     def mine(view: LayerView) -> torch.Tensor:
