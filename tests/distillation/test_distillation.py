@@ -40,7 +40,7 @@ def _trained(name: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("term", ["kd_weight", "hidden_weight", "expert_weight"])
+@pytest.mark.parametrize("term", ["kd_weight", pytest.param("hidden_weight", marks=pytest.mark.slow), "expert_weight"])
 def test_neither_accumulation_nor_padding_changes_a_step(name: str, term: str, tmp_path: Path) -> None:
     weights = {"kd_weight": 0.0, "hidden_weight": 0.0, "expert_weight": 0.0, term: 20.0}
     plain = {"max_steps": 1, "per_device_train_batch_size": 8, "optim": "sgd", **weights}

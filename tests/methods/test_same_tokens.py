@@ -21,6 +21,8 @@ from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView
 
 NAMES = ["mixtral", "qwen3_moe", "nemotron_h"]
+# The other layouts are among the slow tests.
+EVERY = [pytest.param(name, marks=() if name in NAMES else pytest.mark.slow) for name in LAYOUTS]
 NEEDS = [name for name, method in STATISTICS.methods.items() if method.from_data and not method.gradients]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -162,7 +164,7 @@ def _two_tokens(name: str, model: PreTrainedModel) -> list[Batch]:
     return [batch]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_criterion_bears_experts_that_no_token_reached(name: str) -> None:
     model = build(name)
     sums = collect_statistics(model, _two_tokens(name, model), NEEDS).layers

@@ -14,6 +14,8 @@ from hf_mcsmoe.methods.similarity import SIMILARITY
 from hf_mcsmoe.methods.view import Sums
 
 NAMES = ["mixtral", "qwen3_moe", "nemotron_h"]
+# The other layouts are among the slow tests.
+EVERY = [pytest.param(name, marks=() if name in NAMES else pytest.mark.slow) for name in LAYOUTS]
 
 
 def _cosines(vectors: list[torch.Tensor]) -> torch.Tensor:
@@ -27,7 +29,7 @@ def _weights(expert: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([expert[role].double().flatten() for role in sorted(expert)])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_weights_and_router_rows_are_those_of_the_model(name: str) -> None:
     model = build(name)
     layer = moe_layers(model)[0]

@@ -171,7 +171,7 @@ def test_a_merged_model_is_not_merged_again(name: str) -> None:
 
 @pytest.mark.parametrize("consume", [False, True])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers", "qwen3_vl_moe"])
-@pytest.mark.parametrize("kept_in_memory", [0.0, 0.5])
+@pytest.mark.parametrize("kept_in_memory", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_an_offloaded_model_merges_to_the_same_result(
     name: str, kept_in_memory: float, consume: bool, tmp_path: Path
 ) -> None:
