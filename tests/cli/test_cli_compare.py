@@ -73,6 +73,8 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_loaded(
         ([*half, "--bits", "5"], "--bits 5 must be one of"),
         ([*half, "--check-data", source / "text.txt"], "is --data as well"),
         ([*half, "--eval", source / "text.txt"], "is --data as well"),
+        ([*half, "--eval", source / ".." / source.name / "text.txt"], "is --data as well"),
+        ([*half, "--base-model", source / "moe", "--methods", "msmoe"], "none of these reads it"),
         ([*half, "--eval", source / "missing.txt"], "There is no file"),
         ([*half, "--eval", source / "empty.txt"], "holds no text"),
         ([*half, "--output", tmp_path / "mine"], "holds no comparison"),

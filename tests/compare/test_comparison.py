@@ -308,3 +308,52 @@ def test_the_search_for_a_size_takes_the_bytes_that_experts_take(
     assert cells["ours-bits"].asked == pytest.approx(cells["frequency-prune"].bytes, rel=0.1), "headers are counted"
     assert "bits a weight" in cells["ours-bits"].done
     assert cells["ours-bits"].texts["in"].kl < cells["frequency-prune"].texts["in"].kl
+
+
+def test_figures_of_other_data_another_task_or_another_draw_are_not_mixed(
+    model: PreTrainedModel, data: list[Any], tmp_path: Path
+) -> None:
+    needs = ["counts", "gate_sum", "logit_gram"]
+    digests = {name: replace(collect_statistics(model, own, needs), data=name) for name, own in (("x", data[4:]),)}
+    untold = collect_statistics(model, data[4:], needs)
+    for statistics in (digests["x"], untold):
+        with pytest.raises(ValueError, match="taken from other data"):
+            _compared(model, data, tmp_path / "scores", statistics=statistics)
+    own = collect_statistics(model, data[:3], needs)
+    _compared(model, data, tmp_path / "own", statistics=own)
+    assert not list((tmp_path / "own").glob("*.safetensors")), "what was given is not kept as the folder's own"
+
+    def one(_: PreTrainedModel) -> dict[str, float]:
+        return {"accuracy": 1.0}
+
+    _compared(model, data, tmp_path / "task", metric=one, metric_of="a task of 3 rows")
+    for other in ({"metric": one, "metric_of": "a task of 4 rows"}, {}):
+        with pytest.raises(ValueError, match="holds a comparison with task"):
+            _compared(model, data, tmp_path / "task", **other)
+
+
+def test_a_result_that_overflows_is_a_failed_cell_and_the_folder_stays_usable(
+    model: PreTrainedModel, data: list[Any], tmp_path: Path
+) -> None:
+    def huge(view: Any, members: list[int], shares: list[float], permutations: list[Any]) -> dict[str, torch.Tensor]:
+        return {role: torch.full_like(tensor, 3e38) for role, tensor in view.experts.expert(members[0]).items()}
+
+    grid = Grid({"huge": {"config": MergeConfig(merging=huge, alignment="none")}}, [0.5])
+    cells = _cells(_compared(model, data, tmp_path / "out", grid))
+    assert "overflows" in cells["huge"].error
+    assert not cells["huge"].texts
+    assert _cells(_compared(model, data, tmp_path / "out"))["merged"].texts["in"].kl > 0
+
+
+def test_random_methods_take_the_seed_of_their_draw(model: PreTrainedModel, data: list[Any], tmp_path: Path) -> None:
+    changes = "msmoe:saliency=random:similarity=random:grouping=random"
+    grid = Grid([changes, f"{changes}:seed=3"], [0.5])
+    draws = {0: data[:4], 1: data[:4]}  # the same text, so nothing but the seed differs
+    found = compare(model, draws, {"in": data[4:5]}, grid, tmp_path / "out").cells
+    worth = {(cell.method, cell.seed): cell.texts["in"].kl for cell in found if cell.method != "original"}
+    assert worth[changes, 0] != worth[changes, 1]
+    assert worth[f"{changes}:seed=3", 0] == worth[f"{changes}:seed=3", 1]
+
+
+def test_one_expert_and_all_of_them_are_two_levels() -> None:
+    assert [str(level) for level in Grid(OWN, [1.0, 1, 1.0]).levels] == ["experts 1.0", "experts 1"]

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.search.budget import measured_plan
+from hf_mcsmoe.search.conditions import conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 
 CONFIG = MergeConfig(experts=0.5, budget="measured")
 
@@ -122,6 +125,15 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     monkeypatch.setattr("hf_mcsmoe.search.budget.measure_curves", lambda *a, **k: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"experts=1 is \d+ experts in all, and the \d+ layers need at least"):
         compress(model, batches("qwen3_moe", model), replace(CONFIG, experts=1))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "other"),
+    [("prune", {"selection": "exhaustive"}), ("merge", {"capacity": 4}), ("merge", {"router": "mean"})],
+)
+def test_curves_are_of_the_options_that_they_were_measured_with(reduce: str, other: dict[str, Any]) -> None:
+    told = [conditions(MergeConfig(reduce=reduce, **more), SizeConfig(reduce=reduce), JOINT) for more in ({}, other)]
+    assert told[0] != told[1]
 
 
 def test_what_is_left_to_the_measured_effect_needs_the_measured_budget() -> None:
