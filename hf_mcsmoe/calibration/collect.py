@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_mcsmoe.calibration.gradients import gradients_of_experts, loss_of
+from hf_mcsmoe.calibration.gradients import check_loss, gradients_of_experts, loss_of
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, run_routed
@@ -51,6 +51,7 @@ def collect_statistics(
     layers = Layers.of(model).uncompressed()
     if not layers:
         raise ValueError("There is no layer to collect statistics of: pass the model, or some of its layers.")
+    check_loss(layers.model, names)
     batches = as_batches(batches, layers.model, tokenizer)
     statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
     late = [name for name in names if STATISTICS.find(name).gradients]
