@@ -57,8 +57,9 @@ def measured_plan(
     """
     merge = merge.resolved()
     groups = layers.selected(merge.skip).tied
-    # Behind a norm outputs of other experts do not make up for those that are gone.
-    reduce = "merge" if merge.reduce == AUTO and repair and any(x.is_normed for x, *_ in groups) else merge.reduce
+    # Behind a norm outputs do not add up: others do not make up for those that are gone, and each is fitted by itself.
+    is_normed = any(shared[0].is_normed for shared in groups)
+    reduce = "merge" if merge.reduce == AUTO and repair and is_normed else merge.reduce
     search = SizeConfig(bits=(), ranks=(), reduce=reduce, min_experts=merge.min_experts)
     total = budget_total(merge.experts, [shared[0].num_experts for shared in groups])
     ways = [_ways(shared[0], search) for shared in groups]
@@ -69,7 +70,7 @@ def measured_plan(
             f"{least}, as many in each as a token picks: raise `experts`, or take another budget."
         )
     fitted = NONE if repair is None else repair if repair.method in CLOSED_FORMS else JOINT
-    fitted = replace(fitted, sequential=False)
+    fitted = replace(fitted, sequential=False, method="refit" if is_normed and fitted == JOINT else fitted.method)
     curves = statistics.curves
     if not covered(layers, statistics, merge, search, fitted):
         curves = measure_curves(layers, statistics, batches, merge, search, repair=fitted, progress=progress)

@@ -12,7 +12,7 @@ from helpers import batches
 from merged import stored_experts
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import MergeConfig, collect_statistics, compress, merge_experts, plan_merge
+from hf_mcsmoe import MergeConfig, RepairConfig, collect_statistics, compress, merge_experts, plan_merge
 from hf_mcsmoe.calibration.curves import LayerCurves, Part
 from hf_mcsmoe.calibration.inputs import held_out_sequences
 from hf_mcsmoe.card import record_of
@@ -146,6 +146,16 @@ def test_a_router_whose_picks_cannot_be_told_is_named() -> None:
     model = build("muse_spark")
     with pytest.raises(ValueError, match="router"):
         compress(model, batches("muse_spark", model), replace(CONFIG, reduce="prune"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The repair left", "ignore:Few calibration tokens")
+def test_experts_with_a_norm_behind_them_are_compared_as_they_can_be_fitted() -> None:
+    model = build("muse_spark")
+    repair = RepairConfig(method="local", steps=2)
+    result = compress(model, batches("muse_spark", model), replace(CONFIG, reduce="auto"), repair=repair)
+    assert len(record_of(result).plan["budgets"]) > 1
+    assert sum(stored_experts(result)) == sum(layer.num_experts for layer in Layers.of(model)) // 2
 
 
 def test_statistics_alone_do_not_measure(model: PreTrainedModel) -> None:
