@@ -26,15 +26,15 @@ from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
-from hf_mcsmoe.low_rank.ranks import check_low_rank
-from hf_mcsmoe.merge import check_loaded, merge_layers
-from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
+from hf_mcsmoe.merge import merge_layers
+from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.checks import check_given
-from hf_mcsmoe.methods.config import MIXED, MergeConfig
+from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.plan import MergePlan, check_request, plan_merge
+from hf_mcsmoe.options import all_needs, check_options, check_repair, chosen_repair
+from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantization_step, quantize_layers
@@ -42,11 +42,10 @@ from hf_mcsmoe.record import Calibration, Costs, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, repair_experts
 from hf_mcsmoe.search.budget import measured_plan
-from hf_mcsmoe.search.compress import check_size, compress_to_size
+from hf_mcsmoe.search.compress import compress_to_size
 from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.sparsity.config import SparsityConfig
-from hf_mcsmoe.sparsity.sparsify import check_sparsity, sparsify_layers, sparsity_step
+from hf_mcsmoe.sparsity.sparsify import sparsify_layers, sparsity_step
 
 
 def compress(
@@ -143,7 +142,7 @@ def compress(
     plan = _planned(layers, statistics, batches, config, repair, tell)
     number = sum(not layer.is_whole for layer in plan.layers.values())
     is_merged = number > 0
-    _check_repair(is_merged, **stages)
+    check_repair(is_merged, **stages)
     stored = bool(low_rank or quantization or sparsity)
     is_fitted = is_merged or bool(sparsity and sparsity.is_units)
     count = in_parts("costs", tell, 2 + (stored and is_merged))
@@ -228,145 +227,6 @@ def _by_name(check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None) -> M
     return {"text of another kind": check}
 
 
-def all_needs(
-    config: MergeConfig, search: SizeConfig | None, quantization: QuantizationConfig | None
-) -> tuple[str, ...]:
-    """Return the statistics that the merge, or what may be chosen for a size, and bits by importance read."""
-    return (needs_of(config, search) if search else config.needs) + (quantization.needs if quantization else ())
-
-
-def chosen_repair(repair: RepairConfig | None) -> RepairConfig | None:
-    """Return the repair, or None where its method is "none"."""
-    return None if repair is None or repair.method == "none" else repair
-
-
-def check_options(
-    layers: Layers,
-    config: MergeConfig,
-    *,
-    repair: RepairConfig | None,
-    low_rank: LoSparseConfig | None,
-    quantization: QuantizationConfig | None = None,
-    sparsity: SparsityConfig | None = None,
-    consume: bool = False,
-    size: SizeConfig | None = None,
-) -> None:
-    """Check, before any forward and without weights, that all of `compress` can be done to a model of these `layers`.
-
-    Raises:
-        ValueError: see `check_request`, `check_low_rank`, `QuantizationConfig.check_layers` and `check_size`; nothing
-            to repair; `consume` together with what needs the original, or may be refused when it is used up.
-    """
-    check_loaded(layers)
-    if size:
-        size.check_repair(repair)
-        others = {"low_rank": low_rank, "quantization": quantization, "sparsity": sparsity, "consume": consume}
-        _check_for_size(layers, config, size, others)
-        return
-    chosen = check_request(layers, config)
-    if low_rank:
-        check_low_rank(chosen, low_rank)
-    if quantization:
-        stored = chosen.selected(quantization.skip)
-        if shared := next((tied for tied in stored.tied if len(tied) > 1), None):
-            raise ValueError(
-                f"{', '.join(layer.name for layer in shared)} share their experts and cannot be stored in few bits: "
-                "name them in `skip`."
-            )
-        quantization.check_layers(stored)
-    if sparsity:
-        _check_sparse(layers, sparsity, low_rank, quantization)
-    _check_repair(not merges_nothing(layers, config), repair, low_rank, quantization, sparsity)
-    _check_normed(chosen, config, repair, is_quantized=quantization is not None)
-    _check_router(config, repair)
-    if consume and repair:
-        raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
-    if consume and low_rank and low_rank.energy is not None and not low_rank.allow_dense:
-        raise ValueError(
-            f"With energy={low_rank.energy} the merged weights decide on the ranks, and consume=True leaves no model "
-            "to go back to if they are too large: pass allow_dense=True, or leave out consume."
-        )
-
-
-def _check_for_size(layers: Layers, config: MergeConfig, size: SizeConfig, others: Mapping[str, Any]) -> None:
-    """Check what can be checked of a search for a size.
-
-    Raises:
-        ValueError: see `check_size`; or what a search for a size does not go with.
-    """
-    check_request(layers, replace(config, experts=1.0, min_experts=size.min_experts))
-    check_size(layers, config, size)
-    usual = MergeConfig()
-    for name in ("experts", "budget", "reduce", "min_experts", "router"):
-        if getattr(config, name) != getattr(usual, name):
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} does nothing beside size={size.size!r}, which chooses how many "
-                "experts stay: leave it out; SizeConfig has the options of a size."
-            )
-    for name, value in others.items():
-        if value:
-            raise ValueError(
-                f"size={size.size!r} chooses what is stored, and compares with the original to the end: leave out "
-                f"{name}, or say how many experts to keep in place of a size."
-            )
-
-
-def merges_nothing(layers: Layers, config: MergeConfig) -> bool:
-    """Tell whether every layer will keep all its experts; False where that depends on their saliency.
-
-    Raises:
-        ValueError: see `check_request`.
-    """
-    layers = check_request(layers, config)
-    budget, sizes = BUDGET[config.budget], [layer.num_experts for layer, *_ in layers.tied]
-    if budget not in (uniform_budget, adaptive_budget):
-        return False
-    return budget([torch.ones(size) for size in sizes], config.experts, config.min_experts) == sizes
-
-
-def _check_repair(
-    is_merged: bool,
-    repair: RepairConfig | None,
-    low_rank: LoSparseConfig | None,
-    quantization: QuantizationConfig | None,
-    sparsity: SparsityConfig | None,
-) -> None:
-    """Raise ValueError where a repair has nothing to do."""
-    narrower = sparsity is not None and sparsity.is_units
-    changed = is_merged or quantization or narrower or (low_rank and repair and repair.method == "local")
-    if repair and not changed:
-        raise ValueError(
-            f"Every layer keeps all its experts, so repair={repair.method!r} has nothing to do: give none. Where "
-            "the experts become low rank + sparse, method 'local' repairs that; in few bits, every method."
-        )
-
-
-def _check_router(config: MergeConfig, repair: RepairConfig | None) -> None:
-    """Raise ValueError where what a new router picks is not known to what would be fitted or measured."""
-    if config.reduce != "prune" and config.router in MIXED and (repair or config.budget == MEASURED):
-        asked = f"repair={repair.method!r}" if repair else f"budget={config.budget!r}"
-        raise ValueError(
-            f"router={config.router!r} gives routers new rows, and {asked} knows what the old ones pick: choose "
-            "router='dominant' or 'map', or leave it out."
-        )
-
-
-def _check_sparse(
-    layers: Layers,
-    sparsity: SparsityConfig,
-    low_rank: LoSparseConfig | None,
-    quantization: QuantizationConfig | None,
-) -> None:
-    """Raise ValueError where experts cannot be made sparse, or what follows would fill the zeros."""
-    check_sparsity(layers, sparsity, has_data=True)
-    later = "low_rank" if low_rank else "quantization" if quantization else None
-    if later and not sparsity.is_units:
-        raise ValueError(
-            f"{later} would make other values of the zeros that sparsity={sparsity.pattern!r} leaves: leave out one "
-            "of them, or choose the pattern 'units', of which none are left."
-        )
-
-
 def _sparse(
     layers: Layers,
     config: SparsityConfig | None,
@@ -397,25 +257,6 @@ def _sparse(
 def _sparsity_steps(config: SparsityConfig | None) -> list[Step]:
     """Return what the record tells of what was left out inside experts."""
     return [] if config is None else [sparsity_step(config)]
-
-
-def _check_normed(layers: Layers, config: MergeConfig, repair: RepairConfig | None, *, is_quantized: bool) -> None:
-    """Raise ValueError where outputs that a norm follows would be fitted together."""
-    normed = next((layer.name for layer in layers if layer.is_normed), None)
-    if normed is None or repair is None or repair.method not in ("refit", "joint", "local"):
-        return
-    if config.reduce == "prune" and (repair.method != "local" or is_quantized):
-        beside = " beside few bits" if repair.method == "local" else ""
-        raise ValueError(
-            f"{normed} has a norm behind each expert, so no repair in closed form fits what a pruning left of them: "
-            f"repair={repair.method!r} cannot be done{beside}; choose 'none'"
-            + (", or 'local' without few bits." if is_quantized else " or 'local'.")
-        )
-    if repair.method == "joint":
-        raise ValueError(
-            f"{normed} has a norm behind each expert, so that their outputs do not add up: choose the repair 'refit', "
-            "which fits its experts one by one, or 'local'."
-        )
 
 
 def _sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], Batch | None]:

@@ -16,6 +16,7 @@ FLOORS = [
     ["plan", "repair", "low_rank"],
     ["merge", "distillation", "quantization", "sparsity"],
     ["search", "presets"],
+    ["options"],
     ["compress", "report"],
     ["demo", "compare"],
     ["cli"],

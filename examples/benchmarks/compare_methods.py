@@ -2,10 +2,11 @@
 
     python examples/benchmarks/compare_methods.py ../shared/data/models --output runs/methods
 
-Each model has a folder in the output, which `hf_mcsmoe.compare.run.compare` fills and goes on with where it was
-stopped; then the table of docs/results.md is printed. A seed draws calibration rows from the first halves of the texts
-beside a model. Rows of the second halves judge ("in"), and rows of texts that were not calibrated on ("out"). KL: nats
-per token that counts. Sizes are those of the weight files with such shares of the experts in every layer.
+Each model and draw has a folder in the output, which `hf_mcsmoe.compare.run.compare` fills and goes on with where it
+was stopped, so that draws may run side by side; then the table of docs/results.md is printed. A seed draws calibration
+rows from the first halves of the texts beside a model. Rows of the second halves judge ("in"), and rows of texts that
+were not calibrated on ("out"). KL: nats per token that counts. Sizes are those of the weight files with such shares of
+the experts in every layer, in `--sizes-in` bits.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 from hf_mcsmoe.compare.cells import Cell, Row
 from hf_mcsmoe.compare.cells import rows_of as means_of
-from hf_mcsmoe.compare.run import Comparison, Grid, compare
+from hf_mcsmoe.compare.run import Grid, compare
 from hf_mcsmoe.compare.sizes import bytes_with
 from hf_mcsmoe.compare.ways import ways_of
 from hf_mcsmoe.data.domains import DomainBatch
@@ -69,7 +70,7 @@ def texts_of(
         text = gzip.decompress((arguments.models / subject.other).read_bytes()).decode()[:LETTERS]
         ids, length = tokenizer(text, verbose=False)["input_ids"], subject.max_length
         found["out"] = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    drawn = {seed: random.Random(seed).sample(fit, min(arguments.rows, len(fit))) for seed in range(arguments.seeds)}
+    drawn = {seed: random.Random(seed).sample(fit, min(arguments.rows, len(fit))) for seed in arguments.seeds}
     number = arguments.judge_rows
     judging = {name: random.Random(0).sample(part, min(number, len(part))) for name, part in found.items()}
     draws = {seed: _with_domains(model, tokenizer, part) for seed, part in drawn.items()}
@@ -90,19 +91,20 @@ def _with_domains(
 
 def grid_of(model: PreTrainedModel, arguments: argparse.Namespace) -> Grid:
     """Return what is compared on a model: methods at shares of the experts, and at the bytes that shares take."""
-    way = ways_of(["frequency-prune"], arguments.bits)[0]  # whose files have the longest headers
+    way = ways_of(["frequency-prune"], arguments.sizes_in)[0]  # whose files have the longest headers
     layers = Layers.of(model)
     sizes = [f"{bytes_with(layers, way.options(), share)}B" for share in arguments.sizes]
     return Grid(arguments.methods.split(","), arguments.experts, sizes, arguments.bits)
 
 
-def compared(subject: Subject, arguments: argparse.Namespace) -> Comparison:
-    """Compare the methods on one model; what is finished already is kept."""
+def compared(subject: Subject, arguments: argparse.Namespace) -> Iterator[Cell]:
+    """Compare the methods on one model, a draw after the other, and yield the cells; what is finished is kept."""
     model, draws, judges = texts_of(subject, arguments)
-    suffix = f"-{arguments.bits}bits" if arguments.bits else ""
-    return compare(
-        model, draws, judges, grid_of(model, arguments), arguments.output / f"{subject.folder}{suffix}", told=_tell
-    )
+    model.to(arguments.device)
+    bits = f"-{arguments.bits}bits" if arguments.bits else ""
+    for seed, draw in draws.items():
+        folder = arguments.output / f"{subject.folder}{bits}-{seed}"
+        yield from compare(model, {seed: draw}, judges, grid_of(model, arguments), folder, told=_tell).cells
 
 
 def _tell(cells: list[Cell]) -> None:
@@ -145,16 +147,18 @@ def main() -> None:
     parser.add_argument("--experts", type=float, nargs="*", default=[0.75, 0.5, 0.25], help="shares of the experts")
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.5, 0.25], help="shares whose bytes are sizes")
     parser.add_argument("--bits", type=int, help="bits a weight of experts, beside every method")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration rows (default %(default)s)")
+    parser.add_argument("--sizes-in", type=int, help="bits a weight of the experts whose bytes are sizes")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="draws of rows (default %(default)s)")
     parser.add_argument("--subject", default="", help="part of the names of the models to measure (default all)")
     parser.add_argument("--rows", type=int, default=180, help="calibration rows (default %(default)s)")
     parser.add_argument("--judge-rows", type=int, default=96, help="rows of a text that judge (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the models are (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for subject in (subject for subject in SUBJECTS if arguments.subject in subject.folder):
-        found = compared(subject, arguments)
-        print("", *table(subject.folder, found.cells), sep="\n", flush=True)
+        cells = list(compared(subject, arguments))
+        print("", *table(subject.folder, cells), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

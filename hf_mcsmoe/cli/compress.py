@@ -33,13 +33,14 @@ from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
-from hf_mcsmoe.compress import check_options, chosen_repair, compress, merges_nothing
+from hf_mcsmoe.compress import compress
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
+from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing
 from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import Calibration as Calibrated

@@ -6,11 +6,11 @@ from typing import Any, get_args, get_type_hints
 
 from hf_mcsmoe.compare.cells import EXPERTS, Level
 from hf_mcsmoe.compare.sizes import bytes_with, experts_within
-from hf_mcsmoe.compress import check_options, chosen_repair
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.registry import unknown
+from hf_mcsmoe.options import check_options, chosen_repair
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig

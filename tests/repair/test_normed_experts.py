@@ -4,8 +4,8 @@ import pytest
 from families import build
 
 from hf_mcsmoe import MergeConfig, QuantizationConfig, RepairConfig
-from hf_mcsmoe.compress import check_options
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.options import check_options
 
 
 @pytest.mark.parametrize(
