@@ -32,6 +32,16 @@ LONGEST_FIRST = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the tiny models of the families, and their batches, be elsewhere."""
+    parser.addoption("--device", default="cpu", help="where the tests' models are: cpu (default), cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell the module that makes the models."""
+    os.environ["HF_MCSMOE_TEST_DEVICE"] = config.getoption("--device")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files by their length, as far as it is known."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}

@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib
 import inspect
+import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
@@ -32,6 +33,8 @@ CLASSES = {
     "qwen3_omni_moe_talker": "Qwen3OmniMoeTalkerForConditionalGeneration",
 }
 NUM_LAYERS, NUM_EXPERTS, VOCAB_SIZE, FIRST_TEXT_TOKEN = 4, 8, 128, 48
+# Where models and batches are: `pytest --device cuda`.
+DEVICE = os.environ.get("HF_MCSMOE_TEST_DEVICE", "cpu")
 EXPERT_FIELDS = frozenset(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
 TOP_K_FIELDS = frozenset(
     ["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"]
@@ -162,7 +165,7 @@ def _wrapped(source: str) -> set[str]:
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
     """Return a model of the caller's own: a copy of the tiny one of a family, which is made once in a process."""
-    return copy.deepcopy(_built(name, seed))
+    return copy.deepcopy(_built(name, seed)).to(DEVICE)
 
 
 @functools.cache
@@ -274,8 +277,9 @@ def inputs(
         batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
         batch["attention_mask"][-1, -3:] = 0
     if name == "qwen3_omni_moe_talker":
-        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
-    return batch
+        ids = batch.pop("input_ids").to(model.device)
+        batch["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+    return {key: tensor.to(DEVICE) for key, tensor in batch.items()}
 
 
 PAGE = """# Families

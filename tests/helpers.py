@@ -47,7 +47,7 @@ def state(model: PreTrainedModel) -> dict[str, Any]:
         "config": (type(model.config), model.config.to_dict()),
         "parameters": model.num_parameters(),
         "tensors": [(name, id(value), value.dtype, value.requires_grad) for name, value in tensors],
-        "bits": [hash(value.detach().flatten().view(torch.uint8).numpy().tobytes()) for _, value in tensors],
+        "bits": [hash(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()) for _, value in tensors],
         "gradients": [parameter.grad for parameter in model.parameters()],
     }
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 BENCHMARKS = {"distillation_step.py": ["--d-model", "64", "--experts", "4", "--batch-size", "2", "--length", "8"]}
 MODELS = Path(__file__).parents[3] / "shared" / "data" / "models"
-# Experts in few bits against the same in float32: a table of its own.
-RATES = {"quantized_forward.py"}
+# Experts in other forms against the same as they were: tables of their own.
+RATES = {"quantized_forward.py", "real_shapes.py"}
 SCRIPTS = ["finetune_seq2seq.py", "evaluate_seq2seq.py"]
 
 
@@ -98,7 +98,19 @@ def test_predicted_effects_stand_beside_measured_ones(tokenizer: PreTrainedToken
 @pytest.mark.slow
 @pytest.mark.skipif(not MODELS.is_dir(), reason="needs the trained models of ../shared/data/models")
 def test_methods_are_compared_on_a_trained_model(tmp_path: Path) -> None:
-    options = ["--subject", "qwen", "--methods", "msmoe,reap", "--experts", "0.5", "--sizes", "0.25", "--seeds", "2"]
+    options = [
+        "--subject",
+        "qwen",
+        "--methods",
+        "msmoe,reap",
+        "--experts",
+        "0.5",
+        "--sizes",
+        "0.25",
+        "--seeds",
+        "0",
+        "1",
+    ]
     few = ["--rows", "16", "--judge-rows", "8", "--output", tmp_path / "methods"]
     result = run("benchmarks/compare_methods.py", MODELS, *options, *few)
     assert result.returncode == 0, result.stderr
@@ -109,7 +121,7 @@ def test_methods_are_compared_on_a_trained_model(tmp_path: Path) -> None:
         kept, larger = (float(cell.split(" ± ")[0]) for cell in row[1:3])
         assert 0 < kept < larger, "fewer bytes, and nothing worse"
         assert all(" / " in cell for cell in row[1:3]), "in and out of the calibrated kind"
-    page = tmp_path / "methods" / "qwen3moe-mini-16e" / "report.html"
+    page = tmp_path / "methods" / "qwen3moe-mini-16e-1" / "report.html"
     assert page.read_text().count("<svg") >= 2
 
 
