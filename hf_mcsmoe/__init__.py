@@ -28,6 +28,7 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.auto import RegisteredConfig
 from hf_mcsmoe.modeling.modeling_mcsmoe import MergedSwitchSparseMLP
 from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.processes import together
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantize_experts
 from hf_mcsmoe.repair.methods import RepairConfig
@@ -67,6 +68,7 @@ __all__ = [
     "repair_experts",
     "sparsify_experts",
     "store_teacher_outputs",
+    "together",
 ]
 
 __version__ = version("hf_mcsmoe")

@@ -40,6 +40,7 @@ from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer, install_pruned
 from hf_mcsmoe.modeling.pruned_mcsmoe import check_cut, cut_tensors, kept_entries, set_tensor
 from hf_mcsmoe.plan import LayerPlan, MergePlan
+from hf_mcsmoe.processes import current
 
 Progress = Callable[[str, int, int], None]
 # Called with each layer of merged experts and its path in the result; it may move their weights to the meta device.
@@ -299,8 +300,10 @@ def _alignments(view: LayerView, item: LayerPlan, plan: MergePlan) -> dict[int, 
     def solve(pair: tuple[int, int]) -> torch.Tensor | None:
         return align(view, pair[1], pair[0])
 
+    processes = current()
     with ThreadPoolExecutor(max_workers=_solvers(view.experts)) as pool:
-        return dict(zip(pairs, pool.map(solve, pairs.items()), strict=True))
+        solved = list(pool.map(solve, processes.own(pairs.items())))
+    return dict(zip(pairs, processes.joined(solved), strict=True))
 
 
 def _solvers(weights: Experts) -> int:

@@ -29,6 +29,7 @@ from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.record import json_text, public_name
 
 FORMAT = "mcsmoe-plan"
@@ -255,14 +256,19 @@ def plan_merge(
     sums = [statistics.together([layer.name for layer in shared]) for shared in layers.tied]
     for layer in sums:
         layer.check(config.needs)
+    plans = current().agreed(lambda: _decided(layers, sums, config))
+    given = [method if callable(method) else None for method in (config.alignment, config.merging)]
+    return MergePlan(plans, _provenance(layers, statistics, config), *given)
+
+
+def _decided(layers: Layers, sums: list[Sums], config: MergeConfig) -> dict[str, LayerPlan]:
+    """Return the plan of each layer."""
     scores, salient = [], SALIENCY[cast(str, config.saliency)]
     for (first, *_), layer in zip(layers.tied, sums, strict=True):
         with first.view(layer, config.seed) as view:
             scores.append(salient(view))
     items = (_pruned if config.reduce == "prune" else _merged)(layers, sums, scores, config)
-    plans = {layer.name: item for shared, item in zip(layers.tied, items, strict=True) for layer in shared}
-    given = [method if callable(method) else None for method in (config.alignment, config.merging)]
-    return MergePlan(plans, _provenance(layers, statistics, config), *given)
+    return {layer.name: item for shared, item in zip(layers.tied, items, strict=True) for layer in shared}
 
 
 def _merged(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config: MergeConfig) -> Iterator[LayerPlan]:

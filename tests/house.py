@@ -8,7 +8,7 @@ import hf_mcsmoe
 ROOT = Path(hf_mcsmoe.__file__).parent
 # From the ground up; the rooms of a floor do not know each other. A room is a folder, or a file at the top.
 FLOORS = [
-    ["files", "progress"],
+    ["files", "processes", "progress"],
     ["modeling", "methods", "record"],
     ["tables"],
     ["layers", "data", "card"],

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.gradients import check_loss, gradients_of_experts, loss_of
+from hf_mcsmoe.calibration.shares import Filler, own_batches, summed
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, run_routed
@@ -29,7 +30,8 @@ def collect_statistics(
 ) -> RoutingStatistics:
     """Run a model once over `batches` and sum what its routers and experts do (paper, section 3.1).
 
-    Only tokens that count are summed: not padding (`attention_mask`, `decoder_attention_mask`), not positions outside
+    Each of several processes runs a share of the batches, see `together`, and all get the sums over all of them. Only
+    tokens that count are summed: not padding (`attention_mask`, `decoder_attention_mask`), not positions outside
     the loss (`labels` of -100), not tokens that an expert's capacity turned away. The model is left as it was.
 
     Args:
@@ -54,13 +56,25 @@ def collect_statistics(
     check_loss(layers.model, names)
     batches = as_batches(batches, layers.model, tokenizer)
     statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
+    if (own := own_batches(layers.model, batches)) is not None:
+        _collect(layers, own, statistics, names)
+    summed(statistics)
+    check_finite(statistics, layers)
+    return statistics
+
+
+def _collect(layers: Layers, batches: Iterable[Batch], statistics: RoutingStatistics, names: list[str]) -> None:
+    """Sum over the batches of this process."""
     late = [name for name in names if STATISTICS.find(name).gradients]
     if late:
         _collect_with_gradients(layers, batches, statistics, [name for name in names if name not in late], late)
-    else:
-        run_routed(layers, batches, lambda layer, routed, counted, _: _add(statistics, layer, routed, counted, names))
-    check_finite(statistics, layers)
-    return statistics
+        return
+
+    def take(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        if not isinstance(batch, Filler):
+            _add(statistics, layer, routed, counted, names)
+
+    run_routed(layers, batches, take)
 
 
 def check_collected(names: Iterable[str]) -> None:

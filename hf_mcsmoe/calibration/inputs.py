@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 
+from hf_mcsmoe.calibration.shares import Filler, own_batches
 from hf_mcsmoe.data.domains import MADE, domains_of
-from hf_mcsmoe.layers.batches import Batch, run_routed
+from hf_mcsmoe.layers.batches import Batch, each, run_routed
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.methods.routed import Routed
+from hf_mcsmoe.processes import current
 
 MEMORY_LIMIT = 2_000_000_000
 # Every fifth sequence is held out.
@@ -65,15 +69,20 @@ def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict
     """Run the model of `layers` once over `batches` and keep what their experts see, by the layers' names.
 
     Tokens count as for `collect_statistics`, but those that an expert's capacity turned away are kept, with weight 0.
-    The model is left as it was. All of it is held in memory: for many layers use `stream_inputs`.
+    The model is left as it was. All of it is held in memory: for many layers use `stream_inputs`. Each of several
+    processes runs a share of the batches, and all get all of it.
 
     Raises:
         ValueError: no batches, or activations that are not finite.
     """
+    model, processes = layers[0].model, current()
+    batches = list(apart(model, each(batches)))
+    before = [0, *accumulate(map(num_sequences, batches))]
     seen: dict[str, list[tuple[torch.Tensor, ...]]] = {layer.name: [] for layer in layers}
-    before = dict.fromkeys(seen, 0)  # sequences that came before the batch
 
     def keep(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        if isinstance(batch, Filler):
+            return
         tokens, here = len(routed.logits), num_sequences(batch)
         sequence = torch.arange(tokens) * here // max(tokens, 1)
         if counted is not None:
@@ -81,12 +90,13 @@ def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict
         rows = routed.per_input()
         sequence = sequence.repeat_interleave(len(rows.hidden) // max(len(sequence), 1))
         weights = rows.weights.masked_fill(~rows.reached, 0)
-        tensors = rows.hidden, rows.index, weights, before[layer.name] + sequence, domains_of(batch, here)[sequence]
-        before[layer.name] += here
+        number = processes.rank + len(seen[layer.name]) * processes.size
+        tensors = rows.hidden, rows.index, weights, before[number] + sequence, domains_of(batch, here)[sequence]
         seen[layer.name].append(tuple(tensor.to("cpu", copy=True) for tensor in tensors))
 
-    run_routed(layers, batches, keep)
-    return {name: _joined(name, parts, before[name]) for name, parts in seen.items()}
+    if (own := own_batches(model, batches)) is not None:
+        run_routed(layers, own, keep)
+    return {name: _joined(name, processes.joined(parts), before[-1]) for name, parts in seen.items()}
 
 
 def num_sequences(batch: Batch) -> int:

@@ -20,6 +20,7 @@ from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.examples import epilog
 from hf_mcsmoe.cli.inspect import inspect_command
+from hf_mcsmoe.cli.launched import in_processes
 from hf_mcsmoe.cli.methods import methods_command
 from hf_mcsmoe.cli.options import CLAIMS
 from hf_mcsmoe.cli.plan import plan_command
@@ -63,7 +64,7 @@ COMMANDS: dict[str, Callable] = {
     "demo": demo_command,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name, epilog=epilog(_name))(with_recipe(_name, _command))
+    app.command(_name, epilog=epilog(_name))(in_processes(_name, with_recipe(_name, _command)))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.plan import FEW_TOKENS
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, one_step
 from hf_mcsmoe.search.conditions import conditions, covered
 from hf_mcsmoe.search.config import JOINT, SizeConfig
@@ -85,11 +86,17 @@ def calibrate_command(
             notes.print(f"{escape(str(output))} holds all of it already")
             return
         statistics = add_reference(statistics, Layers.of(loaded), base_model) if base_model else statistics
-        statistics.save(output)
+        _save(statistics, output)
         if curves and not covered(Layers.of(loaded), statistics, config, search, JOINT):
             _measure(loaded, batches, statistics, config, search, progress)
-            statistics.save(output)
+            _save(statistics, output)
     _tell(statistics, output, methods)
+
+
+def _save(statistics: RoutingStatistics, output: Path) -> None:
+    """Write the file; of several processes the first one does."""
+    if current().is_first:
+        statistics.save(output)
 
 
 def _collected(

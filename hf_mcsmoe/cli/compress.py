@@ -42,6 +42,7 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing
 from hf_mcsmoe.plan import saved_parameters
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.record import Record
@@ -135,7 +136,7 @@ def compress_command(
             sums = collect_statistics(loaded, counted(batches, "statistics", progress), needs)
         if sums is not None and base_model:
             sums = add_reference(sums, Layers.of(loaded), base_model)
-        if sums is not None and scores and (held is None or base_model):
+        if sums is not None and scores and (held is None or base_model) and current().is_first:
             sums.save(scores)
         original = any(stages[name] for name in ("repair", "quantization", "size"))  # it is compared with to the end
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
@@ -150,6 +151,8 @@ def compress_command(
             base_model=None if sums else base_model,
             **shown,
         )
+    if not current().is_first:
+        return
     if size and scores and sums is not None:
         sums.save(scores)  # with what choices cost, which was measured meanwhile
     fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))

@@ -22,6 +22,7 @@ from hf_mcsmoe.layers.output import Read, check_output, check_path
 from hf_mcsmoe.low_rank.config import KEEP, LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig, help_of, option_help
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.sparsity.config import SparsityConfig
 
 Model = Annotated[str, typer.Argument(help="folder or Hub id of the model", metavar="MODEL")]
@@ -123,12 +124,16 @@ class Output:
 def claimed(output: Path, overwrite: bool, needed_bytes: int = 0, **read: Read) -> Path:
     """Return an output folder that was checked, and is kept from other runs until the command ends.
 
+    Of several processes the first one does that, which writes.
+
     Args:
         read: the folders, files and Hub ids that the command reads, by what they are called.
 
     Raises:
         ValueError: see `check_output`, or another run is writing there.
     """
+    if not current().is_first:
+        return output
     apart = {f"the {what.replace('_', ' ')}": names for what, names in read.items()}
     target = check_output(output, overwrite=overwrite, needed_bytes=needed_bytes, apart=apart)
     CLAIMS.enter_context(working_folder(Path(os.path.realpath(target))))

@@ -32,6 +32,11 @@ class Method:
     from_data: bool = True
 
 
+def adds(method: Method) -> bool:
+    """Tell whether what two shards of the tokens say is added."""
+    return method.combine is operator.add
+
+
 @dataclass
 class Registry:
     """The methods of one stage, e.g. `Registry("similarity")`."""

@@ -20,6 +20,7 @@ from hf_mcsmoe.methods.config import option
 from hf_mcsmoe.methods.options import Options
 from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.repair.elsewhere import with_elsewhere
 from hf_mcsmoe.repair.fit import (
     LayerFit,
@@ -160,24 +161,32 @@ def _lossy(layer: LayerFit) -> list[int]:
 def _per_expert(
     layer: LayerFit, config: RepairConfig, solve: Callable[[RowSource, torch.Tensor, Sequence[float]], ExpertFit]
 ) -> list[ExpertFit]:
-    """Fit each stored expert to the gated sum of its members' outputs, and store the result."""
+    """Fit each stored expert to the gated sum of its members' outputs, and store the result.
+
+    Each of several processes fits a share of the experts.
+    """
     if layer.expert_map is None:
         raise ValueError(
             f"{layer.name} is pruned, and what its experts lack was done by others: choose the repair 'joint' or "
             "'local'."
         )
-    solutions, tokens, expert_map = [], len(layer.inputs), layer.expert_map
+    tokens, expert_map, processes = len(layer.inputs), layer.expert_map, current()
     layer = with_elsewhere(layer, config.elsewhere, config.seed)
-    for expert in range(layer.experts.num_experts):
+
+    def solution(expert: int) -> ExpertFit:
         members = [m for m, target in enumerate(expert_map) if target == expert]
         seen, start = layer.tokens_of(expert)[0], output_weight(layer.experts, expert)
         fitted = int(layer.calibrates[seen[seen < tokens]].sum())
         domains = len(folds_of([layer.parts[seen]])) or 1
         targets = original_sum(layer, members, seen)
         ladder = config.ladder(start.shape[1], fitted, domains)
-        solution = solve(expert_rows(layer, expert, targets), start, ladder)
-        write_output_weight(layer.experts, expert, solution.weight)
-        solutions.append(replace(solution, tokens=fitted))
+        found = solve(expert_rows(layer, expert, targets), start, ladder)
+        return replace(found, tokens=fitted, weight=found.weight.cpu())
+
+    experts = range(layer.experts.num_experts)
+    solutions = processes.joined([solution(expert) for expert in processes.own(experts)])
+    for expert, found in zip(experts, solutions, strict=True):
+        write_output_weight(layer.experts, expert, found.weight)
     return solutions
 
 

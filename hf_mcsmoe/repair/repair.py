@@ -18,6 +18,7 @@ from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.checks import check_given
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.record import Step
 from hf_mcsmoe.repair.fit import LayerFit
 from hf_mcsmoe.repair.made import made_batches
@@ -110,6 +111,7 @@ def repair_experts(
     """Change the experts of a merged model, in place, so that each layer does what the original's layer does.
 
     One layer is worked on at a time and no gradient passes through the model; routers and all else stay as they are.
+    Of several processes, see `together`, each fits a share of the experts, or with "joint" and "local" of the layers.
 
     Args:
         student: what `merge_experts` made of `teacher`, on one device.
@@ -136,14 +138,38 @@ def repair_experts(
     total, done = sum(map(len, groups)), 0
     if progress:
         progress(groups[0][0][0].name, 0, total)
+    spread = _spread(groups, config)
     with torch.no_grad(), evaluation_mode(student.model), evaluation_mode(teacher.model):
-        for pairs, inputs, original_inputs in paired_inputs(groups, batches, config):
+        for number, (pairs, inputs, original_inputs) in enumerate(paired_inputs(groups, batches, config)):
             name = pairs[0][0].name
-            report.layers[name] = _repair_layer(pairs[0], inputs, original_inputs, config)
+            if not spread or number % current().size == current().rank:
+                report.layers[name] = _repair_layer(pairs[0], inputs, original_inputs, config)
             done += len(pairs)
             if progress:
                 progress(name, done, total)
+        if spread:
+            _share_layers([pairs[0][0] for pairs in groups], report)
     return RepairReport(report.config, report.layers, time.perf_counter() - begin, rows)
+
+
+def _spread(groups: list[list[Pair]], config: RepairConfig) -> bool:
+    """Tell whether each of several processes repairs some of the layers, and not some experts of each of them.
+
+    Those of a pruned model may have to see what became of the layers before them.
+    """
+    by_layer = config.method in ("joint", "local") and not config.sequential
+    return by_layer and current().size > 1 and all(pairs[0][0].kept is None for pairs in groups)
+
+
+def _share_layers(layers: list[MoELayer], report: RepairReport) -> None:
+    """Give all processes what became of the layers that each of them repaired."""
+    processes = current()
+    for number, layer in enumerate(layers):
+        own = {name: value.detach().cpu() for name, value in layer.container.named_parameters()}
+        found: Any = (report.layers.get(layer.name), own)
+        report.layers[layer.name], values = processes.sent(found, number % processes.size)
+        for name, parameter in layer.container.named_parameters():
+            parameter.copy_(values[name])
 
 
 def matching_layers(student: PreTrainedModel | Layers, teacher: PreTrainedModel | Layers) -> list[list[Pair]]:

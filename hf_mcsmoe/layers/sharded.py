@@ -1,0 +1,24 @@
+"""Models whose weights are split over processes (FSDP2, expert or tensor parallelism): whole tensors of parts."""
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Tell whether some of a model's weights are split over processes, all of which then take part in a forward."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of which this process may hold a part; all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_whole(model: PreTrainedModel, purpose: str) -> None:
+    """Raise ValueError where a model is split over processes, and what it is needed for needs all of it."""
+    if is_sharded(model):
+        raise ValueError(
+            f"{type(model).__name__} is split over processes (DistributedConfig), and {purpose} needs its weights "
+            "whole: load it without one, on the CPU where an accelerator is too small."
+        )

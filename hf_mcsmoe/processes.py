@@ -1,0 +1,164 @@
+"""Several processes that work together, each on its part: a launcher starts them, `together` lets them meet.
+
+All of them run the same program on the same arguments. What is split among them (batches, experts) comes together
+again in all, so that each ends with the same result and the first one writes it. Values are exchanged on the CPU.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+# Seconds that a process waits for the others.
+PATIENCE = 1800.0
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that work together: which of them this one is, from 0 on, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    store: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes and tells."""
+        return self.rank == 0
+
+    def own(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield this process's share of the items, of which all processes have the same."""
+        return islice(items, self.rank, None, self.size)
+
+    def joined(self, own: Sequence[T]) -> list[T]:
+        """Return what all processes made of their shares, see `own`, in the order of the items."""
+        if self.size == 1:
+            return list(own)
+        parts = self.gathered(own)
+        return [parts[number % self.size][number // self.size] for number in range(sum(map(len, parts)))]
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order."""
+        return [self.sent(value, rank) for rank in range(self.size)]
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """Return what the first process makes."""
+        box: Any = make() if self.is_first else None
+        return self.sent(box, 0)
+
+    def added(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor of one shape and dtype over all processes."""
+        total = tensor.detach().cpu().clone()
+        if self.size > 1:
+            self._exchange(lambda: dist.all_reduce(total, group=self.group))
+        return total
+
+    def tells(self, message: str) -> bool:
+        """Return whether this process is the first to tell a message, which several may have to."""
+        if self.store is None:
+            return True
+        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+            return self.store.add(f"told {message}", 1) == 1
+        return True
+
+    def sent(self, value: T, source: int) -> T:
+        """Return the value of one process in all of them."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        self._exchange(lambda: dist.broadcast_object_list(box, group_src=source, group=self.group))
+        return box[0]
+
+    def _exchange(self, exchange: Callable[[], Any]) -> None:
+        """Exchange something.
+
+        Raises:
+            RuntimeError: another process ended or does not answer; with what it said last.
+        """
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise RuntimeError(self._told_by_others(error)) from None
+
+    def _told_by_others(self, error: RuntimeError) -> str:
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        with contextlib.suppress(RuntimeError):
+            for rank in others:
+                if self.store.check([f"failed {rank}"]):
+                    reason = self.store.get(f"failed {rank}").decode()
+                    return f"Process {rank} of {self.size} (from 0 on) failed, so the others end as well: {reason}"
+        is_late = "imed out" in str(error) or "imeout" in str(error)
+        what = "did not answer in time" if is_late else "ended without a word (it was killed, or out of memory)"
+        return f"Another of the {self.size} processes {what}: nothing was written; start all of them again."
+
+
+ALONE = Processes()
+_CURRENT: ContextVar[Processes] = ContextVar("hf_mcsmoe_processes", default=ALONE)
+
+
+def current() -> Processes:
+    """Return the processes that this one works together with: within `together` those, else itself alone."""
+    return _CURRENT.get()
+
+
+def started() -> int:
+    """Return how many processes a launcher (torchrun, accelerate launch) has started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def together(patience: float = PATIENCE) -> Iterator[Processes]:
+    """Let the processes that `torchrun` or `accelerate launch` started work together for the time of the block.
+
+    Each runs the block with the same model and the same batches: `collect_statistics` runs a share of the batches in
+    each, a merge aligns and a repair fits a share of the experts, and all end with the same result. The first writes:
+    `with together() as processes: ...; if processes.is_first: model.save_pretrained(folder)`. Without a launcher the
+    one process does all of it.
+
+    Args:
+        patience: seconds that a process waits for the others.
+
+    Raises:
+        RuntimeError: another process failed, ended, or did not answer in time; the message tells why, if that did.
+    """
+    if started() == 1 and not dist.is_initialized():
+        yield ALONE
+        return
+    with _met(patience) as processes:
+        token = _CURRENT.set(processes)
+        try:
+            yield processes
+            processes.gathered(None)  # what the first one holds is there until all are done
+        except BaseException as error:
+            with contextlib.suppress(RuntimeError):
+                processes.store.set(f"failed {processes.rank}", " ".join(str(error).split()) or type(error).__name__)
+            raise
+        finally:
+            _CURRENT.reset(token)
+
+
+@contextlib.contextmanager
+def _met(patience: float) -> Iterator[Processes]:
+    """Yield the processes; they leave afterwards unless somebody else had let them meet."""
+    has_met = dist.is_initialized()
+    if not has_met:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(seconds=patience))
+    try:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        store = dist.PrefixStore("hf_mcsmoe", dist.distributed_c10d._get_default_store())
+        yield Processes(dist.get_rank(), dist.get_world_size(), group, store)
+    finally:
+        if not has_met:
+            dist.destroy_process_group()
