@@ -16,6 +16,7 @@ FLOORS = [
     ["plan", "repair", "low_rank"],
     ["merge", "distillation", "quantization", "sparsity"],
     ["search", "presets"],
+    ["forecast"],
     ["options"],
     ["compress", "report"],
     ["demo", "compare"],

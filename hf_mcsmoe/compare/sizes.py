@@ -1,18 +1,16 @@
 """How many experts a method keeps for a size: the most whose weight files take no more bytes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from hf_mcsmoe.forecast.result import choice_by_hand
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.budget import BUDGET, uniform_budget
-from hf_mcsmoe.methods.choice import REDUCTIONS, Choice
+from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
-from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.search.choices import choice_bytes, fixed_bytes
 from hf_mcsmoe.search.size import bytes_text
 
@@ -36,7 +34,7 @@ def experts_within(layers: Layers, options: Mapping[str, Any], limit: int, told:
 
     def taken(counts: Sequence[int]) -> int:
         pairs = zip(groups, counts, strict=True)
-        return sum(choice_bytes(shared[0], _choice(shared[0], count, options)) for shared, count in pairs)
+        return sum(choice_bytes(shared[0], _choice_of(shared[0], count, options)) for shared, count in pairs)
 
     unit, least = _limits(layers, groups, config)
     is_uniform = BUDGET[config.budget] is uniform_budget and len(set(sizes)) == 1
@@ -64,17 +62,10 @@ def _spread(total: int, sizes: Sequence[int]) -> list[int]:
     return [max(1, stop - start) for start, stop in pairwise(edges)]
 
 
-def _choice(layer: MoELayer, count: int, options: Mapping[str, Any]) -> Choice:
+def _choice_of(layer: MoELayer, count: int, options: Mapping[str, Any]) -> Choice:
     """Return what becomes of a layer with so many experts."""
-    bits: QuantizationConfig | None = options.get("quantization")
-    low_rank: LoSparseConfig | None = options.get("low_rank")
-    reduce = options["config"].reduce
-    choice = Choice(count, reduce if reduce in REDUCTIONS else "prune")  # which may take more in headers
-    if bits:
-        choice = replace(choice, w_in=bits.grid(layer.hidden_size), w_out=bits.grid(layer.intermediate_size))
-    if low_rank and low_rank.rank and count < layer.num_experts:
-        choice = replace(choice, rank=low_rank.rank, keep=low_rank.keep)
-    return choice
+    stored = {name: options.get(name) for name in ("quantization", "low_rank")}
+    return choice_by_hand(layer, count, options["config"].reduce, **stored)
 
 
 def bytes_with(layers: Layers, options: Mapping[str, Any], experts: int | float) -> int:
@@ -82,4 +73,4 @@ def bytes_with(layers: Layers, options: Mapping[str, Any], experts: int | float)
     firsts = [shared[0] for shared in layers.tied]
     counts = [experts if isinstance(experts, int) else round(experts * layer.num_experts) for layer in firsts]
     pairs = zip(firsts, counts, strict=True)
-    return fixed_bytes(layers) + sum(choice_bytes(x, _choice(x, max(1, count), options)) for x, count in pairs)
+    return fixed_bytes(layers) + sum(choice_bytes(x, _choice_of(x, max(1, count), options)) for x, count in pairs)

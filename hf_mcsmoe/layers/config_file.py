@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from hf_mcsmoe.files import read_json
+from hf_mcsmoe.layers.hub import HubFile
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 # More than these are damage: of a million layers, even empty ones, no model would ever be built.
@@ -126,16 +127,8 @@ def _ask_hub(name: str) -> None:
     except RepositoryNotFoundError:
         raise ValueError(f"{missing}a repository of that id on the Hub that may be read with your token.") from None
     except EntryNotFoundError:
-        is_adapter = _has(name, ADAPTER)
+        is_adapter = HubFile(name, ADAPTER).exists()
         raise ValueError(_adapter(name) if is_adapter else f"{name} on the Hub holds no {CONFIG}.") from None
     except Exception as error:  # whatever the network says
         told = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{missing}a Hub that can be reached ({told[0]}).") from None
-
-
-def _has(name: str, file: str) -> bool:
-    try:
-        get_hf_file_metadata(hf_hub_url(name, file))
-    except Exception:  # whatever the network says
-        return False
-    return True

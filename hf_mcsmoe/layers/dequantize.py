@@ -79,6 +79,12 @@ def quantization_method(config: PreTrainedConfig | None) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def quantization_settings(config: PreTrainedConfig | None) -> dict[str, Any]:
+    """Return what a configuration says of how weights are quantized; nothing where they are not."""
+    settings = _settings(config)
+    return {} if settings is None else dict(settings if isinstance(settings, dict) else settings.to_dict())
+
+
 def _settings(config: PreTrainedConfig | None) -> Any:
     if config is None:
         return None

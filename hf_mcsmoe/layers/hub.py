@@ -31,6 +31,14 @@ class HubFile:
         """Where it is."""
         return hf_hub_url(self.repo_id, self.name)
 
+    def exists(self) -> bool:
+        """Tell whether the repository has it; not where the Hub cannot be reached."""
+        try:
+            get_hf_file_metadata(self.url)
+        except Exception:  # whatever the network says
+            return False
+        return True
+
     @cached_property
     def size(self) -> int:
         """Its length in bytes.

@@ -103,6 +103,12 @@ class MoELayer:
         """Parameters held by the experts, of quantized ones those that they stand for."""
         return sum(parameter.numel() for _, parameter in self.parameters) + uncounted(self.container)
 
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters of the experts beside these that every token passes, by the name that families give them."""
+        beside = [module for name, module in self.block.named_children() if name.startswith("shared_")]
+        return sum(parameter.numel() for module in beside for parameter in module.parameters())
+
     @contextlib.contextmanager
     def open(self) -> Iterator[Experts]:
         """Yield the experts' tensors, there for the time of the block: writing to them writes to the model."""

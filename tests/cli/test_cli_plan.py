@@ -1,5 +1,6 @@
 """`hf-mcsmoe plan`: sizes without data, and with what choices cost from a file, before anything is written."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from hf_mcsmoe.calibration.curves import LayerCurves, Part
 from hf_mcsmoe.methods.choice import Grid
 from hf_mcsmoe.search.conditions import conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
+
+DENSE = '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1}'
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 
 
 def _share(text: str, method: str) -> float:
@@ -55,3 +59,56 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
     assert len(rows) > 1
     assert effects == sorted(effects)
     assert not list(tmp_path.glob("*.mcsmoe-work"))
+
+
+def test_plan_of_a_configuration_alone(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "plan.json"
+    code, out, error = run(
+        "plan", str(CONFIGS / "gpt-oss-120b"), "--experts", "0.5", "--bits", "4", "--json", str(file)
+    )
+    assert code == 0, error
+    assert "weights are quantized (mxfp4)" in error
+    assert "36 layers of 128 experts, top-4" in out
+    told = json.loads(file.read_text())
+    assert told["figures"]["parameters"] == 116_829_156_672
+    assert told["source"]["known_by"] == "configuration"
+    half = 36 * 64 * 3 * 2880**2
+    assert told["result"]["parameters"] == pytest.approx(116_829_156_672 - half, rel=1e-3)
+    # Half of the experts in 4 bits and a scale of 16 for each group of 64; all else in bfloat16.
+    rest = told["figures"]["parameters"] - told["figures"]["in_experts"]
+    assert told["result"]["bytes"] == pytest.approx(half * (4 + 16 / 64) / 8 + 2 * rest, rel=0.02)
+
+
+REFUSED = [
+    ("empty", [], "holds no config.json"),
+    ("dense", [], "has no Mixture-of-Experts layer"),
+    ("moe", ["--experts", "129"], "more than the 128 experts"),
+    ("moe", ["--experts", "none"], "neither a whole number (8) nor a share (0.5)"),
+    ("moe", ["--experts", "4", "--reduce", "prune"], "less than the 8 experts a layer that the routers need"),
+    ("moe", ["--reduce", "marge"], "must be one of"),
+    ("moe", ["--experts", "8", "--bits", "5"], "none of the bits"),
+    ("moe", ["--experts", "8", "--skip", "nothing"], "matches no layer"),
+    ("moe", ["--experts", "8", "--rank", "4000"], "larger than"),
+    ("moe", ["--size", "1MB"], "smallest that can be reached"),
+    ("outside", [], "which is no safetensors file in its folder"),
+    ("no/such", [], "Found no model"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "message"), REFUSED)
+def test_what_cannot_be_planned_is_one_sentence(
+    model: str, options: list[str], message: str, tmp_path: Path, run: Run
+) -> None:
+    config = (CONFIGS / "Qwen3-30B-A3B" / "config.json").read_text()
+    files = {"moe": config, "outside": config, "dense": DENSE}
+    for name in ("empty", *files):
+        (tmp_path / name).mkdir()
+        if name in files:
+            (tmp_path / name / "config.json").write_text(files[name])
+    index = {"weight_map": {"lm_head.weight": "../other.safetensors"}}
+    (tmp_path / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
+    name = model if "/" in model else str(tmp_path / model)
+    code, _, error = run("plan", name, *options)
+    assert code == 1
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error

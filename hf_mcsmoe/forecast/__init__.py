@@ -1,0 +1,1 @@
+"""What a run will take, before any weight is read: parameters, bytes, memory, disk and time."""
