@@ -29,7 +29,17 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
     SECTION,
 )
 from hf_mcsmoe.record import LOW_RANK, Base, Calibration, Record, Stored, public_name
-from hf_mcsmoe.tables import bits_of, cost_rows, done_to, layer_rows, layers_of, quality_rows, size_lines, title_of
+from hf_mcsmoe.tables import (
+    bits_of,
+    cost_rows,
+    done_to,
+    has_constants,
+    layer_rows,
+    layers_of,
+    quality_rows,
+    size_lines,
+    title_of,
+)
 
 # Auto classes by which a card loads its model, before others that serve it too, and the Hub's name of their task.
 PIPELINES = {
@@ -63,7 +73,10 @@ TEMPLATE = Template(
 its choice among the original experts to the stored ones.
 {%- elif "pruned" in done -%}
 {{ base }} with fewer experts: those of {{ layers_of("prune") }} that are missed least were pruned by
-`hf_mcsmoe`{{ version }}, and the routers cut to the others.
+`hf_mcsmoe`{{ version }}, and
+{%- if constants %} the routers left as they are: a pick of one that is gone gives a constant in its place.
+{%- else %} the routers cut to the others.
+{%- endif %}
 {%- else -%}
 {{ base }}, all of its experts kept by `hf_mcsmoe`{{ version }}
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024): none were merged.
@@ -210,6 +223,7 @@ def render(record: Record) -> str:
         dense=all(step.title != LOW_RANK for step in record.steps) and not bits_of(layers),
         auto_class=record.auto_class,
         plain=record.is_plain,
+        constants=has_constants(layers),
         trust="" if record.is_plain else ", trust_remote_code=True",
         argument="" if record.is_plain else ",trust_remote_code=True",
         model_id=MODEL_ID,

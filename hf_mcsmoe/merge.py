@@ -29,12 +29,14 @@ from hf_mcsmoe.layers.output import check_apart
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.checks import check_given
-from hf_mcsmoe.methods.config import MAP, MIXED
+from hf_mcsmoe.methods.config import CONSTANT, MAP, MIXED, SLICE, ZERO, constant_needs
 from hf_mcsmoe.methods.experts import Expert, Experts
+from hf_mcsmoe.methods.mean_output import mean_outputs
 from hf_mcsmoe.methods.merging import MERGING, merge_group
 from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
+from hf_mcsmoe.modeling.constants_mcsmoe import num_constants
 from hf_mcsmoe.modeling.convert import convert_model, write_description
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer, install_pruned
@@ -96,7 +98,8 @@ def merge_experts(
 
     Args:
         model: a model, or its layers where they are found already.
-        statistics: for methods of alignment and of merging that read sums; those of this package do not.
+        statistics: for methods of alignment and of merging that read sums, which those of this package do not, and for
+            mean outputs in the place of pruned experts.
         consume: turn `model` itself into the result, freeing each layer's experts as it goes; otherwise it stays
             usable and unchanged, and the result shares no memory with it.
         progress: called as `progress(layer name, layers done, layers)`.
@@ -141,7 +144,7 @@ def merge_layers(
         if sink:
             sink(next(path for path, module in result.named_modules() if module is experts), experts)
         for layer in others:
-            _tie(_install(layer, merged[layer.name], result, plan.config.get("router", MAP)), experts)
+            _tie(_install(layer, merged[layer.name], result, _router_of(plan)), experts)
         done += 1 + len(others)
         if progress:
             progress(first.name, done, len(merged))
@@ -167,6 +170,8 @@ def _check_plan(layers: Layers, plan: MergePlan, statistics: RoutingStatistics |
     if not fits or layers.fingerprint != plan.fingerprint:
         raise ValueError("The plan was made for another model; make one with plan_merge for this one.")
     for layer in layers:
+        if _router_of(plan) in (ZERO, CONSTANT):
+            continue
         if layer.name in plan.layers and (kept := plan.layers[layer.name].kept) is not None:
             check_cut(layers.model, layer.name, layer.num_experts, kept)
     for shared in layers.tied:
@@ -180,7 +185,7 @@ def _check_plan(layers: Layers, plan: MergePlan, statistics: RoutingStatistics |
 def _check_sums(plan: MergePlan, statistics: RoutingStatistics | None) -> None:
     """Raise ValueError where the plan's methods read sums that are not there."""
     align, merge = _methods(plan)
-    needs = [*ALIGNMENT.needs(align), *MERGING.needs(merge)]
+    needs = [*ALIGNMENT.needs(align), *MERGING.needs(merge), *constant_needs(_router_of(plan))]
     if needs and statistics is None:
         raise ValueError(f"The plan's methods read {', '.join(needs)}: pass the statistics that it was made from.")
     if statistics is not None and statistics.fingerprint != plan.fingerprint:
@@ -207,16 +212,36 @@ def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan
             detach(module, module)
     with layer.view(sums, plan.config["seed"]) as view:
         device = view.experts.expert(0)["down"].device  # the experts are open now, before others take their place
-        experts = _install(layer, item, result, plan.config.get("router", MAP))
+        experts = _install(layer, item, result, _router_of(plan))
         materialise(experts, device)
         fill_experts(experts, view, item, plan)
+        if num_constants(experts):
+            experts.approx_value.data.zero_()
+        if _router_of(plan) == CONSTANT and num_constants(experts):
+            experts.approx_value.data.copy_(mean_outputs(view)[_gone(item)])
     return experts
+
+
+def _router_of(plan: MergePlan) -> str:
+    """Return what becomes of routers: one of ROUTERS of merged layers, one of PRUNED_ROUTERS of pruned ones."""
+    option, usual = ("pruned_router", SLICE) if plan.config.get("reduce") == "prune" else ("router", MAP)
+    return plan.config.get(option, usual)
+
+
+def _gone(item: LayerPlan) -> list[int]:
+    """Return the experts that a pruning takes away, rising."""
+    return [expert for expert, group in enumerate(item.expert_map) if group < 0]
 
 
 def _install(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, router: str) -> Any:
     """Give a layer of `result` its empty experts, and its router the map, or the rows that are left."""
     if item.kept is None:
         return install_layer(result, layer.name, item.expert_map)
+    if router in (ZERO, CONSTANT):
+        gone, count = _gone(item), len(item.kept)
+        places = {expert: count + (place if router == CONSTANT else 0) for place, expert in enumerate(gone)}
+        expert_map = [places.get(expert, group) for expert, group in enumerate(item.expert_map)]
+        return install_layer(result, layer.name, expert_map, gone)
     cut = _cut_tensors(layer) if router in MIXED or isinstance(layer.source, Folder) else {}
     with _router_tensors(layer, result, cut) as read:  # or they are cut where they are
         entries = {name: _entries(read[name], axis, layer.num_experts, item, router) for name, axis in cut.items()}

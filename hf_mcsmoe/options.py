@@ -15,6 +15,7 @@ from hf_mcsmoe.methods.config import MIXED, MergeConfig
 from hf_mcsmoe.plan import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.repair.repair import SEQUENTIAL
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of
@@ -73,6 +74,7 @@ def check_options(
     check_repair(not merges_nothing(layers, config), repair, low_rank, quantization, sparsity)
     _check_normed(chosen, config, repair, is_quantized=quantization is not None)
     _check_router(config, repair)
+    _check_sequential(config, repair)
     if consume and repair:
         raise ValueError("consume=True frees the experts that `repair` compares with; leave out one of them.")
     if consume and low_rank and low_rank.energy is not None and not low_rank.allow_dense:
@@ -91,7 +93,7 @@ def _check_for_size(layers: Layers, config: MergeConfig, size: SizeConfig, other
     check_request(layers, replace(config, experts=1.0, min_experts=size.min_experts))
     check_size(layers, config, size)
     usual = MergeConfig()
-    for name in ("experts", "budget", "reduce", "min_experts", "router"):
+    for name in ("experts", "budget", "reduce", "min_experts", "router", "pruned_router"):
         if getattr(config, name) != getattr(usual, name):
             raise ValueError(
                 f"{name}={getattr(config, name)!r} does nothing beside size={size.size!r}, which chooses how many "
@@ -143,6 +145,12 @@ def _check_router(config: MergeConfig, repair: RepairConfig | None) -> None:
             f"router={config.router!r} gives routers new rows, and {asked} knows what the old ones pick: choose "
             "router='dominant' or 'map', or leave it out."
         )
+
+
+def _check_sequential(config: MergeConfig, repair: RepairConfig | None) -> None:
+    """Raise ValueError where constants stand in for experts, which a repair in sequence cannot look at."""
+    if repair and repair.sequential and config.reduce == "prune" and not config.cuts_router:
+        raise ValueError(SEQUENTIAL)
 
 
 def _check_sparse(

@@ -19,7 +19,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.budget import BUDGET, budget_total
 from hf_mcsmoe.methods.checks import check_given
-from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
+from hf_mcsmoe.methods.config import CONSTANT, REGISTRIES, SLICE, MergeConfig
 from hf_mcsmoe.methods.grouping import Groups
 from hf_mcsmoe.methods.pruning import SELECTION, keeping_order
 from hf_mcsmoe.methods.registry import method_name
@@ -43,7 +43,7 @@ class LayerPlan:
     """Groups of one layer: `expert_map` int [E] -> [G], `dominant` int [G], `weights` [E] (sum 1 in each group).
 
     Of a layer whose router is cut `kept` says whose rows stay, int [G], rising: these are `dominant`. Of one to be
-    pruned the map sends the others to -1, and their weights are 0; see `pruned`.
+    pruned the map sends the others to -1, and their weights are 0, be the router cut or not; see `pruned`.
 
     For the reader alone, where they are known: `similarity` [E] of each expert to the dominant one of its group, None
     where that is not finite, and `counts` int [E], the picks of each expert in the calibration data.
@@ -289,7 +289,7 @@ def _merged(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config
 
 def _pruned(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config: MergeConfig) -> Iterator[LayerPlan]:
     """Yield for each set of experts which of them stay: as many of each group of a router."""
-    limits = [_limits(layers, shared) for shared in layers.tied]
+    limits = [_limits(layers, shared) if config.cuts_router else (1, 1) for shared in layers.tied]
     orders = [keeping_order(saliency, groups) for saliency, (_, groups) in zip(scores, limits, strict=True)]
     units = [saliency[order].sum(1) for saliency, order in zip(scores, orders, strict=True)]
     least = max(max(-(-config.min_experts // groups), few // groups) for few, groups in limits)
@@ -338,8 +338,15 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
             raise ValueError(
                 f"experts={config.experts} is more than the {layer.num_experts} experts of {layer.name}: ask for less."
             )
+    if config.pruned_router != SLICE and config.reduce != "prune":
+        raise ValueError(
+            f"pruned_router={config.pruned_router!r} keeps the rows of experts that are pruned, and "
+            f"reduce={config.reduce!r} is no pruning: choose reduce='prune', or leave it out."
+        )
     if config.cuts_router:
         _check_pruning(layers, config)
+    elif config.reduce == "prune":
+        _check_constants(layers, config)
     total = budget_total(config.experts, [layer.num_experts for layer in layers])
     if config.min_experts * len(layers) > total or config.min_experts > min(layer.num_experts for layer in layers):
         raise ValueError(
@@ -380,12 +387,24 @@ def _check_pruning(layers: Layers, config: MergeConfig) -> None:
         )
 
 
+def _check_constants(layers: Layers, config: MergeConfig) -> None:
+    """Raise ValueError where constants cannot stand in the place of pruned experts."""
+    if shared := next((tied for tied in layers.tied if len(tied) > 1), None):
+        raise ValueError(
+            f"{', '.join(layer.name for layer in shared)} share their experts, of which none can give way to a "
+            f"constant (pruned_router={config.pruned_router!r}): choose pruned_router={SLICE!r}, or name them in "
+            "`skip`."
+        )
+
+
 def saved_parameters(layers: Layers, config: MergeConfig) -> int:
     """Return how many parameters the merge removes, up to how the layers share the experts."""
     chosen = [tied[0] for tied in layers.selected(config.skip).tied]
     sizes = [layer.num_experts for layer in chosen]
     held = sum(layer.num_parameters for layer in chosen)
-    return round(held * (1 - budget_total(config.experts, sizes) / sum(sizes)))
+    gone = sum(sizes) - budget_total(config.experts, sizes)
+    constants = gone * chosen[0].hidden_size if config.pruned_router == CONSTANT else 0
+    return round(held * gone / sum(sizes)) - constants
 
 
 def _check_counts(counts: list[int], sizes: list[int], name: str) -> None:

@@ -222,10 +222,15 @@ _ALL = [
     ),
     Preset(
         "router-norm",
-        "prunes the experts whose rows of the router grew least since a checkpoint before fine-tuning (--base-model)",
+        "lets experts give nothing whose rows of the router grew least since before fine-tuning (--base-model)",
         paper="2405.16646",
-        differs="the router is cut to the experts that stay; published, it keeps all rows and the others give nothing",
-        merge={"reduce": "prune", "saliency": "router_norm_change", "budget": "uniform"},
+        merge={"reduce": "prune", "saliency": "router_norm_change", "budget": "uniform", "pruned_router": "zero"},
+    ),
+    Preset(
+        "mone",
+        "prunes the experts that are used least and vary least; where they are picked, their mean output stands in",
+        paper="2507.00390",
+        merge={"reduce": "prune", "saliency": "fluctuation", "budget": "uniform", "pruned_router": "constant"},
     ),
     Preset(
         "ours",

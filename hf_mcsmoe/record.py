@@ -99,7 +99,8 @@ class Stored:
     """What became of one layer: its experts `before` and `after`, and how these are stored in so many `bytes`.
 
     `reduce` is "merge" or "prune" where there are fewer; `bits` of a weight, and ranks, are told by the name of the
-    weight in its container, where they apply; of bits that differ from expert to expert, the mean.
+    weight in its container, where they apply; of bits that differ from expert to expert, the mean. `constants` are
+    pruned experts in whose place the layer gives a constant.
     """
 
     before: int
@@ -108,16 +109,19 @@ class Stored:
     rank: dict[str, int] = field(default_factory=dict)
     bits: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
+    constants: int = 0
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Stored":
         """Return what the entry of a layer in `config.mcsmoe["layers"]` says."""
-        before, kept = entry["num_experts"], entry.get("kept")
+        before, kept, gone = entry["num_experts"], entry.get("kept"), entry.get("approximate_experts", ())
+        if gone:
+            kept = [expert for expert in range(before) if expert not in gone]
         after = len(set(entry["expert_map"])) if kept is None else len(kept)
         reduce = "" if after == before else "merge" if kept is None else "prune"
         rank = {weight: item["rank"] for weight, item in entry.get("low_rank", {}).items()}
         bits = {weight: _mean(item["bits"]) for weight, item in entry.get("quantized", {}).items()}
-        return cls(before, after, reduce, rank, bits)
+        return cls(before, after, reduce, rank, bits, constants=len(gone))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def layer_rows(layers: Mapping[str, Stored]) -> list[list[str]]:
     """Return a table of what became of layers, a row each; head first. What applies to no layer gets no column."""
     optional = {
         "by": [{"merge": "merging", "prune": "pruning"}.get(item.reduce, "") for item in layers.values()],
+        "constants": [str(item.constants) if item.constants else "" for item in layers.values()],
         "rank": [_distinct(item.rank) for item in layers.values()],
         "bits": [_distinct(item.bits) for item in layers.values()],
         "bytes": [f"{item.bytes:,}" if item.bytes else "" for item in layers.values()],
@@ -121,6 +122,11 @@ def layers_of(layers: Mapping[str, Stored], reduce: str) -> str:
     number = sum(item.reduce == reduce for item in layers.values())
     fewer = sum(bool(item.reduce) for item in layers.values())
     return "each layer" if number == fewer else f"{number} layers" if number > 1 else "one layer"
+
+
+def has_constants(layers: Mapping[str, Stored]) -> bool:
+    """Tell whether constants stand in the place of pruned experts."""
+    return any(item.constants for item in layers.values())
 
 
 def bits_of(layers: Mapping[str, Stored]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from families import build, inputs
 from helpers import batches
-from merged import Example, save
+from merged import Example, save, uneven
 from without_package import recorded
 
 from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, plan_merge
@@ -25,6 +25,16 @@ def pruned(name: str, budget: Callable | str = unlike) -> Example:
     config = MergeConfig(experts=0.75, reduce="prune", budget=budget)
     plan = plan_merge(base, collect_statistics(base, batches(name, base), config.needs), config)
     return Example(name, base, inputs(name, base), plan, merge_experts(base, plan))
+
+
+@functools.cache
+def substituted(name: str, kind: str = "constant") -> Example:
+    """Prune the tiny model of a family to half of its experts, with constants in the place of the others."""
+    base = build(name)
+    config = MergeConfig(reduce="prune", budget=uneven, saliency="fluctuation", pruned_router=kind)
+    statistics = collect_statistics(base, batches(name, base), config.needs)
+    plan = plan_merge(base, statistics, config)
+    return Example(name, base, inputs(name, base), plan, merge_experts(base, plan, statistics=statistics))
 
 
 def save_pruned(case: Example, folder: Path, *, generated: bool = False) -> Path:

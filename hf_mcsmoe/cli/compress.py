@@ -66,6 +66,7 @@ MERGE = [
     "merging",
     "selection",
     "router",
+    "pruned_router",
 ]
 
 

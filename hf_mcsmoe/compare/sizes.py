@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from hf_mcsmoe.forecast.result import choice_by_hand
+from hf_mcsmoe.forecast.result import choice_by_hand, constant_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.budget import BUDGET, uniform_budget
@@ -34,7 +34,10 @@ def experts_within(layers: Layers, options: Mapping[str, Any], limit: int, told:
 
     def taken(counts: Sequence[int]) -> int:
         pairs = zip(groups, counts, strict=True)
-        return sum(choice_bytes(shared[0], _choice_of(shared[0], count, options)) for shared, count in pairs)
+        return sum(
+            choice_bytes(shared[0], _choice_of(shared[0], count, options)) + constant_bytes(shared[0], count, config)
+            for shared, count in pairs
+        )
 
     unit, least = _limits(layers, groups, config)
     is_uniform = BUDGET[config.budget] is uniform_budget and len(set(sizes)) == 1
@@ -49,7 +52,7 @@ def experts_within(layers: Layers, options: Mapping[str, Any], limit: int, told:
 
 def _limits(layers: Layers, groups: Sequence[Sequence[MoELayer]], config: MergeConfig) -> tuple[int, int]:
     """Return the step of the number of experts of a layer, and the fewest that it can keep."""
-    if config.reduce != "prune":
+    if config.reduce != "prune" or not config.cuts_router:
         return 1, config.min_experts
     found = [cut_limits(layers.model, layer.name) for shared in groups for layer in shared]
     return max(unit for _, unit in found), max(config.min_experts, *(least for least, _ in found))

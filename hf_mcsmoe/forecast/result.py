@@ -12,10 +12,10 @@ from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.budget import adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.choice import REDUCTIONS, Choice
-from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.config import CONSTANT, MergeConfig
 from hf_mcsmoe.plan import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
-from hf_mcsmoe.search.choices import choice_bytes, fixed_bytes
+from hf_mcsmoe.search.choices import HEADER, choice_bytes, fixed_bytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ def result_by_hand(
     counts = expected_counts(layers, config)
     choose = partial(choice_by_hand, reduce=config.reduce, quantization=quantization, low_rank=low_rank)
     choices = {name: choose(layer, counts[name]) for name, layer in chosen.items()}
-    return result_of(layers, choices, config.skip)
+    result = result_of(layers, choices, config.skip)
+    numbers = {name: constants_by_hand(layer, counts[name], config) for name, layer in chosen.items()}
+    added = sum(numbers[name] * layer.hidden_size for name, layer in chosen.items())
+    size = result.bytes + sum(constant_bytes(layer, counts[name], config) for name, layer in chosen.items())
+    return replace(result, bytes=size, parameters=result.parameters + added)
 
 
 def result_of(layers: Layers, choices: Mapping[str, Choice], skip: tuple[str, ...] = ()) -> Result:
@@ -75,6 +79,20 @@ def expected_counts(layers: Layers, config: MergeConfig) -> dict[str, int]:
     alike = [torch.ones(shared[0].num_experts) for shared in groups]
     counts = budget(alike, config.experts, config.min_experts)
     return {shared[0].name: count for shared, count in zip(groups, counts, strict=True)}
+
+
+def constants_by_hand(layer: MoELayer, count: int, config: MergeConfig) -> int:
+    """Return how many constants stand in for pruned experts of a layer that keeps so many."""
+    gone = layer.num_experts - count
+    if config.reduce != "prune" or config.cuts_router or not gone:
+        return 0
+    return gone if config.pruned_router == CONSTANT else 1
+
+
+def constant_bytes(layer: MoELayer, count: int, config: MergeConfig) -> int:
+    """Return the bytes that constants take in the weight files, with their part of the header."""
+    number = constants_by_hand(layer, count, config)
+    return HEADER + number * layer.hidden_size * layer.model.dtype.itemsize if number else 0
 
 
 def choice_by_hand(

@@ -23,6 +23,7 @@ from hf_mcsmoe.layers.outside import (
     SwitchLayer,
 )
 from hf_mcsmoe.layers.source import Source, source_of
+from hf_mcsmoe.modeling.constants_mcsmoe import num_constants
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_of
 from hf_mcsmoe.modeling.router_mcsmoe import map_of
 
@@ -243,7 +244,8 @@ def _layer(source: Source, name: str, module: nn.Module, entry: tuple[str, dict[
             f"configuration is damaged, a token must pick 1 to {routed}, and no size may be 0."
         )
     known = told.get("num_experts", sizes[0])
-    return adapter(name, source, sizes[0], top_k, *sizes[1:], expert_map, original_name, kept, known)
+    constants = num_constants(module)
+    return adapter(name, source, sizes[0], top_k, *sizes[1:], expert_map, original_name, kept, known, constants)
 
 
 def _top_k(model: PreTrainedModel, name: str) -> int | None:

@@ -30,7 +30,8 @@ class MoELayer:
     `name` is the path of the experts container in `model.named_modules()`; `original_name` the one that it had before
     a merge. Of a merged layer `num_experts` counts the stored experts, and `expert_map` says which of them stands for
     each expert of the original, int [E] -> [G]. Of a pruned one `kept` says which of the `num_original` experts are
-    left, int [G], and the router knows no others.
+    left, int [G], and the router knows no others; or, where it knows all, the map sends those that are gone to
+    constants, of which there are `num_constants`, behind the stored ones.
     """
 
     name: str
@@ -43,6 +44,12 @@ class MoELayer:
     original_name: str = field(default="", repr=False)
     kept: tuple[int, ...] | None = field(default=None, repr=False)
     num_original: int = field(default=0, repr=False)
+    num_constants: int = field(default=0, repr=False)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether each stored expert is one of the original's, and others are gone."""
+        return self.kept is not None or self.num_constants > 0
 
     @property
     def merged(self) -> bool:

@@ -24,6 +24,8 @@ REFERENCES = ("dominant", "first")
 # What becomes of the router where experts are merged, and for which of these its rows are new ones.
 MAP, ROUTERS = "map", ("map", "dominant", "mean", "weighted")
 MIXED = ("mean", "weighted")
+# What becomes of the picks of experts that are pruned, and for which of these the router keeps all its rows.
+SLICE, ZERO, CONSTANT = PRUNED_ROUTERS = ("slice", "zero", "constant")
 
 # What is lost with an expert is another question than which of a group the others should be like.
 DEFAULT_SALIENCY = {"merge": "frequency", "prune": "contribution", AUTO: "contribution"}
@@ -91,6 +93,11 @@ class MergeConfig(Options):
         "router of merged layers: map (keeps all rows, and a map to groups), or one row for each group, as a plain "
         "checkpoint has: dominant (its dominant expert's), mean, weighted (by the members' weights)",
     )
+    pruned_router: str = option(
+        SLICE,
+        "router of pruned layers: slice (cut to the experts that stay), or whole, and the others give nothing (zero) "
+        "or their mean output over the calibration tokens (constant)",
+    )
     seed: int = option(0, "seed of the random similarity")
     reduce: str = option(
         "merge",
@@ -110,6 +117,7 @@ class MergeConfig(Options):
             raise ValueError(unknown("reference", self.reference, list(REFERENCES)))
         if self.router not in ROUTERS:
             raise ValueError(unknown("router", self.router, list(ROUTERS)))
+        self._check_pruned_router()
         is_share = isinstance(self.experts, float)
         if not 0 < self.experts <= 1 if is_share else self.experts < 1:
             raise ValueError(
@@ -131,6 +139,19 @@ class MergeConfig(Options):
                 f"{' or '.join(map(repr, REDUCTIONS))}."
             )
 
+    def _check_pruned_router(self) -> None:
+        if self.pruned_router not in PRUNED_ROUTERS:
+            raise ValueError(unknown("pruned_router", self.pruned_router, list(PRUNED_ROUTERS)))
+        if self.pruned_router == SLICE:
+            return
+        if self.budget == MEASURED or self.selection == "exhaustive":
+            name = "budget" if self.budget == MEASURED else "selection"
+            raise ValueError(
+                f"pruned_router={self.pruned_router!r} keeps the rows of experts that are pruned, and "
+                f"{name}={getattr(self, name)!r} judges routers that are cut: choose another, or "
+                f"pruned_router={SLICE!r}."
+            )
+
     def _check_capacity(self) -> None:
         if self.capacity < 1 or (isinstance(self.grouping, str) and self.grouping not in CAPPED):  # type: ignore[operator]
             raise ValueError(
@@ -149,7 +170,7 @@ class MergeConfig(Options):
     @property
     def cuts_router(self) -> bool:
         """Whether routers are left with a row for each expert that is."""
-        return self.reduce == "prune" or self.router != MAP
+        return self.pruned_router == SLICE if self.reduce == "prune" else self.router != MAP
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -157,7 +178,12 @@ class MergeConfig(Options):
         stages = ("budget", "saliency", "selection") if self.reduce == "prune" else tuple(REGISTRIES)
         methods = self.resolved()
         needs = [name for stage in stages for name in REGISTRIES[stage].needs(getattr(methods, stage))]
-        return tuple(with_tokens(needs))
+        return tuple(with_tokens([*needs, *constant_needs(self.pruned_router)]))
+
+
+def constant_needs(pruned_router: str) -> list[str]:
+    """Return the statistics that the outputs of pruned experts are taken from."""
+    return ["output_sum", "counts"] if pruned_router == CONSTANT else []
 
 
 def option_help(name: str, config: type = MergeConfig) -> str:

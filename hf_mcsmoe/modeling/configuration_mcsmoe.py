@@ -37,7 +37,8 @@ class MergedConfigMixin:
 
     `mcsmoe["layers"][name]` holds `num_experts` (E, the experts that the router knows) and `expert_map`
     (int [E] -> [G], from the router's index to the stored expert) of the experts container called `name`, or of a
-    pruned one in its place `kept` (int [G], rising, which of the E experts are left; the router has no others); of
+    pruned one in its place `kept` (int [G], rising, which of the E experts are left; the router has no others); where
+    experts gave way to constants `approximate_experts` (rising, those experts, which the map sends behind the G); of
     weights stored as low rank + sparse also `low_rank[weight]`, with `rank` and `kept_rows` (None in training form),
     and of those in few bits `quantized[weight]`, with `bits` (or a list, one number per stored expert), `group_size`,
     `symmetric` and `scale_dtype`.
@@ -129,6 +130,8 @@ def check_layer(name: str, layer: Any, num_experts: int | None = None) -> None:
     _refuse(not isinstance(layer, dict), f"The merged layer {name} must be an object, not {layer!r}.")
     known = layer.get("num_experts") if num_experts is None else num_experts
     count = _check_kept(name, layer, known) if "kept" in layer else _check_map(name, layer.get("expert_map"), known)
+    if "approximate_experts" in layer:
+        count = _check_constants(name, layer)
     low_rank = layer.get("low_rank", {})
     _refuse(not isinstance(low_rank, dict), f"`low_rank` of {name} must be an object, not {low_rank!r}.")
     for weight, entry in low_rank.items():
@@ -152,6 +155,25 @@ def _check_map(name: str, expert_map: Any, num_experts: Any) -> int:
         f"{len(set(expert_map))} different ones.",
     )
     return count
+
+
+def _check_constants(name: str, layer: dict[str, Any]) -> int:
+    """Return G of a layer whose map, which is one, sends some experts to constants behind the stored ones."""
+    gone, expert_map = layer["approximate_experts"], layer.get("expert_map")
+    _refuse(expert_map is None, f"{name} has `approximate_experts` and no map that says where these went.")
+    is_list = isinstance(gone, list) and bool(gone) and all(map(_is_count, gone))
+    _refuse(
+        not is_list or sorted(set(gone)) != gone or gone[-1] >= len(expert_map) or len(gone) == len(expert_map),
+        f"`approximate_experts` of {name} must be a rising list of some of its {len(expert_map)} experts, not "
+        f"{gone!r}.",
+    )
+    stored = {at for expert, at in enumerate(expert_map) if expert not in gone}
+    _refuse(
+        max(stored) >= len(stored) or any(expert_map[expert] < len(stored) for expert in gone),
+        f"The expert map of {name} must send its `approximate_experts` behind the {len(stored)} stored experts, and "
+        "no others.",
+    )
+    return len(stored)
 
 
 def _check_kept(name: str, layer: dict[str, Any], num_experts: Any) -> int:

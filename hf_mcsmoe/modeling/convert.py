@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe.modeling.configuration_mcsmoe import FORMAT_VERSION, config_class_for
+from hf_mcsmoe.modeling.constants_mcsmoe import num_constants
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedJetMoeMoE
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
 from hf_mcsmoe.modeling.modeling_mcsmoe import inner_experts, layer_path, merged_class, prefer_ours
@@ -73,7 +74,12 @@ def _reductions(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     for path, owner in expert_maps(model):
         expert_map = list(owner.expert_map_values)
-        layers[_container_path(model, path, owner)] = {"num_experts": len(expert_map), "expert_map": expert_map}
+        path = _container_path(model, path, owner)
+        layers[path] = {"num_experts": len(expert_map), "expert_map": expert_map}
+        number = num_constants(inner_experts(model.get_submodule(path)))
+        if number:
+            gone = [expert for expert, at in enumerate(expert_map) if at > max(expert_map) - number]
+            layers[path]["approximate_experts"] = gone
     for path, router in cut_routers(model):
         block = path.rpartition(".")[0]
         path = _container_path(model, block, model.get_submodule(block))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .constants_mcsmoe import Constants
 from .forward_mcsmoe import merged_experts_forward
 from .losparse_mcsmoe import LowRankSparse
 from .quantized_mcsmoe import Quantized
@@ -15,11 +16,11 @@ from .router_mcsmoe import ExpertMap
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class MergedExperts(LowRankSparse, Quantized):
+class MergedExperts(LowRankSparse, Quantized, Constants):
     """Stacked experts that compute as this file says: first base of those stored as low rank + sparse or in few bits.
 
-    The stacked parameters keep the names and the layout of the family, with G rows instead of E. Those stored as low
-    rank + sparse or in few bits are never transposed, whatever the layout.
+    And of those behind which constants stand. The stacked parameters keep the names and the layout of the family, with
+    G rows instead of E. Those stored as low rank + sparse or in few bits are never transposed, whatever the layout.
     """
 
     low_rank: ClassVar[dict[str, dict]] = {}
@@ -34,10 +35,14 @@ class MergedExperts(LowRankSparse, Quantized):
 
         Args:
             hidden_states: [T, D].
-            top_k_index: int [T, K], stored experts.
+            top_k_index: int [T, K], stored experts, and constants behind them.
             top_k_weights: [T, K].
         """
-        return merged_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        if not self.num_constants:
+            return merged_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        constant, index, weights = self.apart(top_k_index, top_k_weights)
+        output = merged_experts_forward(self, hidden_states, index, weights)
+        return (output + constant).to(output.dtype)
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """Return (G, out, in) of a stacked weight or a factor; (N, in) of the kept rows of S."""
@@ -144,13 +149,16 @@ class MergedDbrxExperts(StackedExperts):
 
 
 class MergedLongcatFlashExperts(StackedExperts):
-    """LongCat-Flash's experts, merged; picks from G on are its zero-computation experts, which return their input."""
+    """LongCat-Flash's experts, merged.
+
+    Picks behind experts and constants are its zero-computation experts, which return their input.
+    """
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Map `hidden_states` [T, D] to the same shape; picks and weights are [T, K]."""
-        identity = top_k_index >= self.num_experts
+        identity = top_k_index >= self.num_experts + self.num_constants
         passed = (top_k_weights * identity).sum(-1, keepdim=True) * hidden_states
         index, weights = top_k_index.masked_fill(identity, 0), top_k_weights.masked_fill(identity, 0)
         return (super().forward(hidden_states, index, weights) + passed).to(hidden_states.dtype)
@@ -210,13 +218,14 @@ def num_original(container: Any) -> int:
     return counts.get(type(container).__name__, lambda experts: experts.num_experts)(container)
 
 
-def install_experts(model: nn.Module, path: str, expert_map: list[int]) -> Any:
+def install_experts(model: nn.Module, path: str, expert_map: list[int], num_experts: int | None = None) -> Any:
     """Replace the experts container at `path` by G empty merged experts, on its device and in its dtype; returns them.
 
     Args:
-        expert_map: int [E] -> [G], onto 0 .. G-1.
+        expert_map: int [E] -> [G], onto 0 .. G-1, and behind these constants.
+        num_experts: G; None where there are no constants.
     """
-    container, num_experts = model.get_submodule(path), max(expert_map) + 1
+    container, num_experts = model.get_submodule(path), num_experts or max(expert_map) + 1
     if type(container).__name__ not in OUTSIDE:
         return _shrink(container, num_experts)
     build, whole_block = OUTSIDE[type(container).__name__]

@@ -8,7 +8,7 @@ every checkpoint: torch, transformers and its siblings only.
 import contextlib
 import copy
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from .configuration_mcsmoe import (
     check_layer,
     config_class_for,
 )
+from .constants_mcsmoe import stored_count
 from .experts_mcsmoe import (
     OUTSIDE,
     MergedExperts,
@@ -69,7 +70,7 @@ class MCSMoEModel(SavedWhole):
             if "kept" in layer:
                 experts = install_pruned(self, name, layer["num_experts"], layer["kept"])
             else:
-                experts = install_layer(self, name, layer["expert_map"])
+                experts = install_layer(self, name, layer["expert_map"], layer.get("approximate_experts", ()))
             for weight, entry in layer.get("low_rank", {}).items():
                 if weight not in low_rank_of(experts):  # else installed by the base model inside a head
                     decomposable(experts).install_low_rank(weight, entry["rank"], entry["kept_rows"])
@@ -127,6 +128,7 @@ class MCSMoEModel(SavedWhole):
         if isinstance(module, MergedExperts) and _is_own(module):
             module.init_low_rank(std)
             module.init_quantized(std)
+            module.init_constants()
         elif isinstance(module, LowRankSparse) and module.low_rank:
             module.init_low_rank(std)
         else:
@@ -156,7 +158,7 @@ class MCSMoEModel(SavedWhole):
 
 def _is_own(experts: MergedExperts) -> bool:
     """Tell whether experts hold other weights than their library class does."""
-    return bool(experts.low_rank or experts.quantized) or isinstance(experts, StackedExperts)
+    return bool(experts.low_rank or experts.quantized or experts.num_constants) or isinstance(experts, StackedExperts)
 
 
 def check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
@@ -219,8 +221,11 @@ def layer_path(model: nn.Module, name: str) -> str:
     )
 
 
-def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
+def install_layer(model: nn.Module, name: str, expert_map: list[int], approximate: Sequence[int] = ()) -> Any:
     """Give layer `name` its map and its G empty merged experts, which are returned.
+
+    Args:
+        approximate: the experts that the map sends to constants, for which the result has empty ones too.
 
     Raises:
         ValueError: the layer has no experts, or the map has not one entry for each of them.
@@ -228,8 +233,12 @@ def install_layer(model: nn.Module, name: str, expert_map: list[int]) -> Any:
     path, experts = _experts_called(model, name)
     if map_of(model, path) is not None:  # installed by the base model inside a head
         return inner_experts(experts)
-    check_layer(name, {"expert_map": expert_map}, num_original(experts))
-    experts = install_experts(model, path, expert_map)
+    told = {"expert_map": expert_map, "approximate_experts": list(approximate)}
+    check_layer(name, {key: value for key, value in told.items() if value}, num_original(experts))
+    count = stored_count(expert_map, approximate)
+    experts = install_experts(model, path, expert_map, count)
+    if approximate:
+        decomposable(experts).install_constants(max(expert_map) + 1 - count)
     if map_of(model, path) is None:
         router = unmapped(model, path)
         router.__class__ = merged_class(type(router))
@@ -286,7 +295,10 @@ def _is_experts(container: Any) -> bool:
 
 
 def decomposable(experts: Any) -> Any:
-    """Return experts, re-classed in place if they are the library's, whose weights can be factors or quantized."""
+    """Return experts, re-classed in place if they are the library's, whose weights can be factors or quantized.
+
+    And behind which constants can stand.
+    """
     # By name: a model loaded through remote code has a class of its own copy of this file.
     if all(cls.__name__ != MergedExperts.__name__ for cls in type(experts).__mro__):
         experts.__class__ = merged_class(type(experts))

@@ -10,6 +10,7 @@ from hf_mcsmoe.calibration.inputs import LayerInputs
 from hf_mcsmoe.data.domains import MADE
 from hf_mcsmoe.methods.experts import Experts
 from hf_mcsmoe.methods.view import Sums
+from hf_mcsmoe.modeling.constants_mcsmoe import constant_output, num_constants
 from hf_mcsmoe.modeling.forward_mcsmoe import eager_experts_forward, expert_hidden, merge_picks, unstacked
 from hf_mcsmoe.repair.least_squares import HELD_OUT, Rows, RowSource
 
@@ -24,10 +25,10 @@ class LayerFit:
     `original_inputs` are those of the original layer at the same tokens, with its experts as picks; `inputs`, what the
     merged experts see, with stored experts as picks, are otherwise the same unless the layers before have been changed
     too. `expert_map` int [E] -> [G] leads from the first picks to the second; None of a pruned layer, whose stored
-    experts are some of the originals, and whose picks follow from a router of its own. `given` is the original layer's
-    output, float32 [T, D] before any norm behind the experts, where somebody has computed it already. `sums` are
-    statistics of the original layer, and `members` the original experts of each stored one, where something reads
-    them.
+    experts are some of the originals, and whose picks follow from a router of its own, or are of constants. `given` is
+    the original layer's output, float32 [T, D] before any norm behind the experts, where somebody has computed it
+    already. `sums` are statistics of the original layer, and `members` the original experts of each stored one, where
+    something reads them.
     """
 
     name: str
@@ -45,6 +46,18 @@ class LayerFit:
         self.picks, self.gates = stored  # int [T, K] stored expert or G, [T, K] summed weights
         numbers: torch.Tensor = self.inputs.domain.unique(return_inverse=True)[1]
         self.parts = numbers.masked_fill(self.inputs.held_out, HELD_OUT)  # int [T]: HELD_OUT or a data set
+        self.constant = self._constant()
+
+    def _constant(self) -> torch.Tensor:
+        """Return what constants give in the place of experts, which no fit changes: [T, D], or 0 for none."""
+        if not num_constants(self.experts):
+            return torch.zeros(())
+        values = self.experts.approx_value.detach().float().cpu()
+        return constant_output(values, self.experts.num_experts, self.inputs.index, self.inputs.weights)
+
+    def constant_of(self, token: torch.Tensor) -> torch.Tensor:
+        """Return what constants give for some tokens int [n], [n, D], or 0 where there are none."""
+        return self.constant[token] if self.constant.ndim else self.constant
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +172,7 @@ def merged_output(layer: LayerFit, experts: Any, token: torch.Tensor) -> torch.T
     """Return the output [n, D] of `experts`, the layer's own or others in their place, for some tokens int [n]."""
     states = layer.inputs.hidden[token].to(layer.device).float()
     picks, gates = layer.picks[token].to(layer.device), layer.gates[token].to(layer.device).float()
-    return eager_experts_forward(experts, states, picks, gates)
+    return eager_experts_forward(experts, states, picks, gates) + layer.constant_of(token).to(states)
 
 
 def layer_error(layer: LayerFit, experts: Any, target: torch.Tensor, token: torch.Tensor) -> float:

@@ -128,7 +128,7 @@ def refit_jointly(layer: LayerFit, ridges: Sequence[float], *, memory_limit: int
     units = Units(layer, memory_limit)
     parts, target = layer.parts.to(layer.device), layer.target().to(layer.device)
     judge = parts == HELD_OUT
-    missing = target - units.output(units.start.float(), torch.ones_like(judge))
+    missing = target - layer.constant.to(target) - units.output(units.start.float(), torch.ones_like(judge))
     before, energy = (part[judge].double().square().sum().item() for part in (missing, target))
     kept = JointFit(list(units.start.split(units.widths, 1)), None, before, before, energy)
     if judge.all() or not judge.any():

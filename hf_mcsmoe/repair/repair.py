@@ -25,6 +25,12 @@ from hf_mcsmoe.repair.made import made_batches
 from hf_mcsmoe.repair.methods import REPAIR, LayerRepair, RepairConfig
 from hf_mcsmoe.repair.rows import Fitted, few_rows
 
+# Why layers with constants are not repaired one after the other.
+SEQUENTIAL = (
+    "sequential=True looks at the experts that a token reaches, of which constants are none: leave it out for experts "
+    "that were pruned with pruned_router='zero' or 'constant'."
+)
+
 Progress = Callable[[str, int, int], None]
 Pair = tuple[MoELayer, MoELayer]
 
@@ -217,7 +223,13 @@ def paired_inputs(
     batches: list[Batch],
     config: RepairConfig,
 ) -> Iterator[tuple[list[Pair], LayerInputs, LayerInputs]]:
-    """Yield the layers with what the student's experts see and what the teacher's see at the same tokens."""
+    """Yield the layers with what the student's experts see and what the teacher's see at the same tokens.
+
+    Raises:
+        ValueError: constants stand in for experts, and layers are to be fitted in sequence.
+    """
+    if config.sequential and any(pairs[0][0].num_constants for pairs in groups):
+        raise ValueError(SEQUENTIAL)
     originals = [[original for _, original in pairs] for pairs in groups]
     limit = config.memory_limit // 2 if config.sequential else config.memory_limit
     streamed = stream_inputs(originals, batches, memory_limit=limit)
@@ -248,7 +260,7 @@ def _captured(pairs: list[Pair], batches: Iterable[Batch]) -> LayerInputs:
 
 def map_of_fit(layer: MoELayer) -> list[int] | None:
     """Return the map of a merged layer as a fit takes it; None for a pruned one."""
-    return None if layer.expert_map is None else list(layer.expert_map)
+    return None if layer.expert_map is None or layer.pruned else list(layer.expert_map)
 
 
 def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:

@@ -198,7 +198,8 @@ def _map(layer: MoELayer, entry: dict[str, Any] | None) -> list[int]:
     if entry is None:
         return list(range(layer.num_experts))
     if "kept" not in entry:
-        return list(entry["expert_map"])
+        gone = entry.get("approximate_experts", ())
+        return [-1 if expert in gone else group for expert, group in enumerate(entry["expert_map"])]
     places = {expert: place for place, expert in enumerate(entry["kept"])}
     return [places.get(expert, -1) for expert in range(entry["num_experts"])]
 

@@ -293,8 +293,8 @@ def test_a_method_by_a_reference_checkpoint_needs_one(model: PreTrainedModel, da
     grid = Grid(methods, [0.5], base_model=str(tmp_path / "base"))
     found = _cells(_compared(model, data, tmp_path / "with", grid))["router-norm"]
     assert not found.error
-    config = MergeConfig(experts=0.5, reduce="prune", saliency="router_norm_change", budget="uniform")
-    student = compress(model, data[:3], config, base_model=tmp_path / "base")
+    options = {"reduce": "prune", "saliency": "router_norm_change", "budget": "uniform", "pruned_router": "zero"}
+    student = compress(model, data[:3], MergeConfig(experts=0.5, **options), base_model=tmp_path / "base")
     assert found.texts["in"].kl == pytest.approx(_divergence(model, student, data[4]), rel=1e-4)
 
 

@@ -19,11 +19,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "share": {"config": MergeConfig(experts=0.5, budget="uniform")},
     "bits": {"config": MergeConfig(experts=4), "quantization": QuantizationConfig(bits=4)},
     "prune": {"config": MergeConfig(experts=4, reduce="prune")},
+    "constants": {"config": MergeConfig(experts=4, reduce="prune", pruned_router="constant")},
 }
 # Together the layouts: gated, fused beside shared experts, transposed with biases, a class of their own.
 CASES = [
     ("qwen3_moe", "merge"),
     ("mixtral", "prune"),
+    ("mixtral", "constants"),
     ("deepseek_v3", "bits"),
     ("gpt_oss", "share"),
     ("switch_transformers", "merge"),

@@ -62,6 +62,21 @@ def test_outputs_of_experts_equal_a_loop_over_their_tokens(name: str) -> None:
                 assert similar[layer.name][i, j].item() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
+def test_fluctuation_is_the_deviation_of_outputs_times_the_gates_per_token(name: str) -> None:
+    needs = ["output_sum", "output_squares", "counts", "gate_sum", "tokens"]
+    model, sums, tokens = collected(name, needs)
+    found = answers(model, "saliency", "fluctuation", sums)
+    for layer in moe_layers(model):
+        seen = tokens[layer.name]
+        for index in range(8):
+            expert = LAYOUTS[name].before(layer.container, index)
+            outputs = [output_of(expert, x).double() for x, picks, _ in seen if index in picks]
+            gates = sum(weights[picks.index(index)] for _, picks, weights in seen if index in picks) / len(seen)
+            spread = torch.stack(outputs).std(0).norm().item() if len(outputs) > 1 else 0.0
+            assert found[layer.name][index].item() == pytest.approx(spread * gates, rel=1e-3, abs=1e-9)
+
+
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers"])
 def test_taylor_is_weights_times_gradients_of_the_loss(name: str, labels: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import build, inputs
 from merged import TESTS, Example, example, merge, run_python, save
-from pruned import pruned
+from pruned import pruned, substituted
 from quantized import by_expert, decomposed, quantize_model
 
 from hf_mcsmoe import MergeConfig
@@ -22,8 +22,9 @@ NAMES = ["mixtral", "qwen3_moe", "deepseek_v3"]
 # Whose experts no plan of the family splits: they are whole in each process.
 LOW_RANK = "mixtral, low rank"
 FEW_BITS = ["mixtral, bits by expert", "deepseek_v3, pruned, 4 bits"]
-WHOLE = {LOW_RANK, *FEW_BITS}
-OTHERS = ["mixtral, pruned", *FEW_BITS]
+CONSTANTS = "mixtral, constants"
+WHOLE = {LOW_RANK, *FEW_BITS, CONSTANTS}
+OTHERS = ["mixtral, pruned", *FEW_BITS, CONSTANTS]
 # Along which axis each splits `down_proj` [G, D, F], if any.
 EXPERTS_SPLIT = {"plain": None, "tp": 2, "fsdp": 0, "tp and ep": 0, "fsdp and ep": 0}
 LAYOUTS = list(EXPERTS_SPLIT)
@@ -59,6 +60,7 @@ def _stored_otherwise() -> Iterable[Example]:
     """Yield models that are pruned, in few bits, or both."""
     yield replace(pruned("mixtral", _by_turns), name=OTHERS[0])
     yield replace(by_expert("mixtral"), name=FEW_BITS[0])
+    yield replace(substituted("mixtral"), name=CONSTANTS)
     case = pruned("deepseek_v3", "uniform")
     yield replace(case, name=FEW_BITS[1], merged=quantize_model(copy.deepcopy(case.merged)))
 
