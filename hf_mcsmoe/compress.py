@@ -26,7 +26,7 @@ from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
-from hf_mcsmoe.merge import merge_layers
+from hf_mcsmoe.merge import check_loaded, merge_layers
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MergeConfig
@@ -121,6 +121,7 @@ def compress(
     layers = Layers.of(model).uncompressed()
     stages: dict[str, Any] = {"repair": repair, "low_rank": low_rank, "quantization": quantization}
     stages["sparsity"] = sparsity
+    check_loaded(layers)
     check_options(layers, config, **stages, consume=consume, size=search)
     needs = all_needs(config, search, quantization)
     check_reference(needs, base_model, statistics)

@@ -132,15 +132,13 @@ def merge_layers(
     check_given(plan=(plan, MergePlan), statistics=(statistics, (RoutingStatistics, NoneType)))
     if sink is None:
         check_loaded(layers)
-    _check_plan(layers, plan, statistics)
+    check_plan(layers, plan, statistics)
     merged = {name: item for name, item in plan.layers.items() if not item.is_whole}
     layers = layers.only([layer for layer in layers if layer.name in merged])
-    result, done = _prepare(layers, consume), 0
-    remember_source(result, layers.model.name_or_path or "")
-    convert_model(result)
+    result, done = prepared(layers, consume=consume), 0
     for first, *others in layers.tied:
-        sums = _sums(statistics, [first, *others])
-        experts = _merge_layer(first, merged[first.name], result, plan, sums)
+        sums = sums_of(statistics, [first, *others])
+        experts = merge_layer(first, merged[first.name], result, plan, sums)
         if sink:
             sink(next(path for path, module in result.named_modules() if module is experts), experts)
         for layer in others:
@@ -164,7 +162,8 @@ def check_loaded(layers: Layers) -> None:
         )
 
 
-def _check_plan(layers: Layers, plan: MergePlan, statistics: RoutingStatistics | None) -> None:
+def check_plan(layers: Layers, plan: MergePlan, statistics: RoutingStatistics | None) -> None:
+    """Raise ValueError where a plan is not of these layers, or its methods lack sums."""
     sizes = {layer.name: layer.num_experts for layer in layers}
     fits = all(len(item.expert_map) == sizes.get(name) for name, item in plan.layers.items())
     if not fits or layers.fingerprint != plan.fingerprint:
@@ -201,11 +200,12 @@ def _methods(plan: MergePlan) -> tuple[Callable[..., torch.Tensor | None], Calla
     return ALIGNMENT[plan.alignment or plan.config["alignment"]], MERGING[plan.merging or plan.config["merging"]]
 
 
-def _sums(statistics: RoutingStatistics | None, tied: list[MoELayer]) -> Sums:
+def sums_of(statistics: RoutingStatistics | None, tied: list[MoELayer]) -> Sums:
+    """Return the sums of layers that share their experts, empty ones without statistics."""
     return Sums() if statistics is None else statistics.together([layer.name for layer in tied])
 
 
-def _merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan, sums: Sums) -> nn.Module:
+def merge_layer(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, plan: MergePlan, sums: Sums) -> nn.Module:
     """Read one layer, align and merge its experts group by group, and write them into `result`; returns them."""
     if layer.model is result:
         for module in layer.container.modules():
@@ -339,6 +339,14 @@ def _solvers(weights: Experts) -> int:
     expert = weights.expert(0)
     layer_bytes = len(weights) * sum(tensor.nbytes for tensor in expert.values())
     return max(1, min(torch.get_num_threads(), layer_bytes // (12 * expert["up"].shape[0] ** 2)))
+
+
+def prepared(layers: Layers, *, consume: bool = False) -> PreTrainedModel:
+    """Return a model of the generated class, in which the experts of `layers` are still to be merged."""
+    result = _prepare(layers, consume)
+    remember_source(result, layers.model.name_or_path or "")
+    convert_model(result)
+    return result
 
 
 def _prepare(layers: Layers, consume: bool) -> PreTrainedModel:

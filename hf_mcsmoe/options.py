@@ -9,7 +9,6 @@ import torch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import check_low_rank
-from hf_mcsmoe.merge import check_loaded
 from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.config import MIXED, MergeConfig
 from hf_mcsmoe.plan import check_request
@@ -52,7 +51,6 @@ def check_options(
         ValueError: see `check_request`, `check_low_rank`, `QuantizationConfig.check_layers` and `check_size`; nothing
             to repair; `consume` together with what needs the original, or may be refused when it is used up.
     """
-    check_loaded(layers)
     if size:
         size.check_repair(repair)
         others = {"low_rank": low_rank, "quantization": quantization, "sparsity": sparsity, "consume": consume}

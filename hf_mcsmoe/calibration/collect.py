@@ -88,7 +88,12 @@ def _add(
     statistics: RoutingStatistics, layer: MoELayer, routed: Routed, counted: torch.Tensor | None, names: list[str]
 ) -> None:
     """Add what some statistics say of one forward to the sums of a layer."""
-    sums, routed = statistics[layer.name], counted_tokens(routed, counted)
+    add_sums(statistics[layer.name], routed, counted, names)
+
+
+def add_sums(sums: Sums, routed: Routed, counted: torch.Tensor | None, names: Iterable[str]) -> None:
+    """Add what statistics, by name, say of the tokens of one forward that count to sums."""
+    routed = counted_tokens(routed, counted)
     for name in names:
         sums.add(name, STATISTICS.find(name).function(routed).cpu())
 

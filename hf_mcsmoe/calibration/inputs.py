@@ -75,12 +75,23 @@ def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict
     Raises:
         ValueError: no batches, or activations that are not finite.
     """
-    model, processes = layers[0].model, current()
-    batches = list(apart(model, each(batches)))
-    before = [0, *accumulate(map(num_sequences, batches))]
-    seen: dict[str, list[tuple[torch.Tensor, ...]]] = {layer.name: [] for layer in layers}
+    model, batches = layers[0].model, list(apart(layers[0].model, each(batches)))
+    found = Captured([layer.name for layer in layers], batches)
+    if (own := own_batches(model, batches)) is not None:
+        run_routed(layers, own, found.keep)
+    return {layer.name: found.joined(layer.name) for layer in layers}
 
-    def keep(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+
+class Captured:
+    """What the experts of some layers see, batch after batch: the sink of a run."""
+
+    def __init__(self, names: Sequence[str], batches: Sequence[Batch]) -> None:
+        """Begin with nothing, for the layers called `names`; `batches` are all that will be run, in order."""
+        self._before = [0, *accumulate(map(num_sequences, batches))]
+        self._seen: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in names}
+
+    def keep(self, layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        """Keep one forward."""
         if isinstance(batch, Filler):
             return
         tokens, here = len(routed.logits), num_sequences(batch)
@@ -89,14 +100,19 @@ def capture_inputs(layers: Sequence[MoELayer], batches: Iterable[Batch]) -> dict
             routed, sequence = routed.where(counted), sequence[counted.cpu()]
         rows = routed.per_input()
         sequence = sequence.repeat_interleave(len(rows.hidden) // max(len(sequence), 1))
-        weights = rows.weights.masked_fill(~rows.reached, 0)
-        number = processes.rank + len(seen[layer.name]) * processes.size
-        tensors = rows.hidden, rows.index, weights, before[number] + sequence, domains_of(batch, here)[sequence]
-        seen[layer.name].append(tuple(tensor.to("cpu", copy=True) for tensor in tensors))
+        weights, processes = rows.weights.masked_fill(~rows.reached, 0), current()
+        before = self._before[processes.rank + len(self._seen[layer.name]) * processes.size]
+        tensors = rows.hidden, rows.index, weights, before + sequence, domains_of(batch, here)[sequence]
+        self._seen[layer.name].append(tuple(tensor.to("cpu", copy=True) for tensor in tensors))
 
-    if (own := own_batches(model, batches)) is not None:
-        run_routed(layers, own, keep)
-    return {name: _joined(name, processes.joined(parts), before[-1]) for name, parts in seen.items()}
+    def joined(self, name: str, number: int | None = None) -> LayerInputs:
+        """Return what a layer saw in the first `number` batches; None for all.
+
+        Raises:
+            ValueError: no token that counts, or activations that are not finite.
+        """
+        parts, sequences = self._seen[name][:number], self._before[-1 if number is None else number]
+        return _joined(name, current().joined(parts), sequences)
 
 
 def num_sequences(batch: Batch) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,42 +187,46 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 def _count(model: PreTrainedModel, found: PreTrainedModel | Layers, batch: Batch) -> tuple[int, dict[str, int]]:
     """Return the FLOPs of one forward, and those of the experts by layer name."""
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    modules = _expert_modules(found)
-    experts = dict.fromkeys(modules, 0)
-    with _observed(modules, counter, experts), counter:
+    modules, counting = _expert_modules(found), Counting()
+    counting.experts = dict.fromkeys(modules, 0)
+    with counting.watching(modules), counting.counter:
         forward(model, batch)
-    return counter.get_total_flops(), experts
+    return counting.counter.get_total_flops(), counting.experts
 
 
-@contextlib.contextmanager
-def _observed(experts: dict[str, list[nn.Module]], counter: FlopCounterMode, sums: dict[str, int]) -> Iterator[None]:
-    """Add what the counter counts while modules of experts run to `sums`, by layer name."""
+class Counting:
+    """Counts the FLOPs of a forward within `counter`, and by layer name those of experts while they are watched."""
 
-    def observe(name: str, module: nn.Module) -> None:
-        def before(*_: Any) -> None:
-            sums[name] -= counter.get_total_flops()
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        self.experts: dict[str, int] = {}
 
-        def after(*_: Any) -> None:
-            sums[name] += counter.get_total_flops()
+    @contextlib.contextmanager
+    def watching(self, experts: Mapping[str, list[nn.Module]]) -> Iterator[None]:
+        """Add what is counted while modules of experts run to the sums of their layers."""
+        with hooks() as handles:
+            for name, modules in experts.items():
+                before, after = partial(self._add, name, -1), partial(self._add, name, 1)
+                for module in modules:
+                    handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
+            yield
 
-        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after)])
-
-    with hooks() as handles:
-        for name, modules in experts.items():
-            for module in modules:
-                observe(name, module)
-        yield
+    def _add(self, name: str, sign: int, *_: Any) -> None:
+        self.experts[name] = self.experts.get(name, 0) + sign * self.counter.get_total_flops()
 
 
 def _expert_modules(model: PreTrainedModel | Layers) -> dict[str, list[nn.Module]]:
     """Return, per layer of experts, the modules that hold its parameters; nothing for a dense model."""
-    found: dict[str, list[nn.Module]] = {}
     with contextlib.suppress(ValueError):  # a dense model has no layers
-        for layer in Layers.of(model):
-            owners = dict.fromkeys(path.rpartition(".")[0] for path, _ in layer.parameters)
-            found[layer.name] = [layer.container.get_submodule(path) for path in owners]
-    return found
+        return {layer.name: expert_modules(layer) for layer in Layers.of(model)}
+    return {}
+
+
+def expert_modules(layer: MoELayer) -> list[nn.Module]:
+    """Return the modules that hold the parameters of a layer's experts."""
+    owners = dict.fromkeys(path.rpartition(".")[0] for path, _ in layer.parameters)
+    return [layer.container.get_submodule(path) for path in owners]
 
 
 def _grouped_mm_flop(

@@ -3,7 +3,7 @@
 Of the original's distributions a bounded sample is kept, so that it may be used up or changed in the meantime.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,42 +42,67 @@ class Judge:
     quality: dict[str, Quality] = field(default_factory=dict)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False)
 
+    @property
+    def all_batches(self) -> list[Batch]:
+        """The held-out batches, then those of other text."""
+        return [*self.batches, *self.check]
+
     def remember(self, model: PreTrainedModel, stage: str = "original") -> None:
         """Measure the original's loss, and keep its distributions at evenly spread positions of each batch."""
-        sums, number = (_Sums(), _Sums()), len(self.batches) + len(self.check)
-        for is_check, (logits, labels) in self._predictions(model):
-            count = max(1, self.memory_limit // (4 * logits.shape[-1] * number))
-            chosen = torch.linspace(0, len(logits) - 1, min(count, len(logits))).round().long()
-            self.kept.append((chosen, log_softmax(logits[chosen.to(logits.device)].float(), -1).cpu()))
-            sums[is_check].add_loss(logits, labels)
-            sums[is_check].compared += len(chosen)
-        if self.kept:
-            self.quality[stage] = _quality(*sums)
+        self._run(self.of_original(stage), model)
 
     def measure(self, stage: str, model: PreTrainedModel) -> None:
         """Measure a stage: its loss, and its divergence from the original where the original was kept."""
-        if not self.kept:
-            return
-        sums = _Sums(), _Sums()
-        for (chosen, expected), (is_check, (logits, labels)) in zip(self.kept, self._predictions(model), strict=True):
-            sums[is_check].add_loss(logits, labels)
-            sums[is_check].add_divergence(expected, logits[chosen.to(logits.device)])
-        self.quality[stage] = _quality(*sums)
+        if self.kept:
+            self._run(self.of_stage(stage), model)
+
+    def of_original(self, stage: str = "original") -> "Measure":
+        """Return what takes the original's predictions, batch after batch, for `remember`."""
+        return Measure(self, stage, is_original=True)
+
+    def of_stage(self, stage: str) -> "Measure":
+        """Return what takes a stage's predictions, batch after batch, for `measure`."""
+        return Measure(self, stage)
 
     @torch.no_grad()
-    def _predictions(self, model: PreTrainedModel) -> Iterator[tuple[bool, Predictions]]:
-        """Yield what the model says of each batch, and whether that is one of `check`.
-
-        Of a batch to which it says nothing that can be compared, nothing.
-        """
-        batches = [*self.batches, *self.check]
+    def _run(self, measure: "Measure", model: PreTrainedModel) -> None:
         with evaluation_mode(model):
-            for done, batch in enumerate(batches, start=1):
-                found = predictions(model, batch)
-                if self.progress:
-                    self.progress(done, len(batches))
-                if found is not None and len(found[0]):
-                    yield done > len(self.batches), found
+            for number, batch in enumerate(self.all_batches):
+                measure.take(number, predictions(model, batch))
+        measure.close()
+
+
+class Measure:
+    """The figures of one stage, of predictions that come batch after batch."""
+
+    def __init__(self, judge: Judge, stage: str, *, is_original: bool = False) -> None:
+        """Measure a stage for a judge, who keeps the original's distributions."""
+        self.judge, self.stage, self.is_original = judge, stage, is_original
+        self._sums, self._is_any, self._taken = (_Sums(), _Sums()), False, 0
+
+    def take(self, number: int, found: Predictions | None) -> None:
+        """Take what is said of the batch of a number; of one of which nothing can be compared, nothing."""
+        judge, is_check = self.judge, number >= len(self.judge.batches)
+        if judge.progress:
+            judge.progress(number + 1, len(judge.all_batches))
+        if found is None or not len(found[0]):
+            return
+        self._is_any, sums, logits = True, self._sums[is_check], found[0]
+        sums.add_loss(*found)
+        if self.is_original:
+            count = max(1, judge.memory_limit // (4 * logits.shape[-1] * len(judge.all_batches)))
+            chosen = torch.linspace(0, len(logits) - 1, min(count, len(logits))).round().long()
+            judge.kept.append((chosen, log_softmax(logits[chosen.to(logits.device)].float(), -1).cpu()))
+            sums.compared += len(chosen)
+        else:
+            chosen, expected = judge.kept[self._taken]
+            self._taken += 1
+            sums.add_divergence(expected, logits[chosen.to(logits.device)])
+
+    def close(self) -> None:
+        """Let the judge know the stage's figures, where there are any."""
+        if self._is_any:
+            self.judge.quality[self.stage] = _quality(*self._sums)
 
 
 @dataclass

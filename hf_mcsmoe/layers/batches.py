@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,22 +79,35 @@ def run_routed(
     Raises:
         ValueError: no batches, or a mask of another shape than the tokens.
     """
-    source, current = layers[0].source, threading.local()  # since a source may run batches in threads of their own
-
-    def on_forward(layer: MoELayer) -> Callable[[Routed], None]:
-        def take(routed: Routed) -> None:
-            sink(layer, routed, mask_of(layer, current.masks, len(routed.logits)), current.batch)
-
-        return take
-
-    def run(batch: Batch) -> None:
-        current.batch, current.masks = batch, token_masks(source.model, batch)
-        (step or torch.no_grad()(forward))(source.model, batch)
-
+    source = layers[0].source
+    watch = Watch(source.model, sink)
     with evaluation_mode(source.model), hooks() as handles, source.streamed() as run_all:
         for layer in layers:
-            handles.extend(layer.routed(on_forward(layer)))
-        run_all(run, apart(source.model, each(batches)))
+            handles.extend(watch.routed(layer))
+        run_all(partial(watch.run, step=step), apart(source.model, each(batches)))
+
+
+class Watch:
+    """Hands what layers of a model see to a sink, together with the batch that is under way."""
+
+    def __init__(self, model: PreTrainedModel, sink: RoutedSink) -> None:
+        """Watch forwards of `model` that are run by `run`."""
+        self.model, self.sink = model, sink
+        self._current = threading.local()  # since a source may run batches in threads of their own
+
+    def routed(self, layer: MoELayer) -> list[RemovableHandle]:
+        """Hand over what a layer sees until the returned handles are removed."""
+
+        def take(routed: Routed) -> None:
+            current = self._current
+            self.sink(layer, routed, mask_of(layer, current.masks, len(routed.logits)), current.batch)
+
+        return layer.routed(take)
+
+    def run(self, batch: Batch, step: Callable[[PreTrainedModel, Batch], Any] | None = None) -> None:
+        """Run a batch; `step` as for `run_routed`."""
+        self._current.batch, self._current.masks = batch, token_masks(self.model, batch)
+        (step or torch.no_grad()(forward))(self.model, batch)
 
 
 def token_masks(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:

@@ -57,8 +57,13 @@ def _check_modules(source: Source) -> None:
             continue
         seen.update(map(id, own))
         with source.loaded(path):
-            for name, tensor in _own_tensors(module):
-                check_tensor(f"{path}.{name}" if path else name, tensor)
+            check_own(path, module)
+
+
+def check_own(path: str, module: nn.Module) -> None:
+    """Raise ValueError where a parameter or saved buffer of a module's own, at `path` of its model, is not finite."""
+    for name, tensor in _own_tensors(module):
+        check_tensor(f"{path}.{name}" if path else name, tensor)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

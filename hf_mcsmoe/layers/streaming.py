@@ -3,10 +3,11 @@
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 T = TypeVar("T")
 R = TypeVar("R")
 THREAD = "hf_mcsmoe forward"
-CURRENT: contextvars.ContextVar["_Forward | None"] = contextvars.ContextVar("hf_mcsmoe_forward", default=None)
+CURRENT: contextvars.ContextVar["Forward | None"] = contextvars.ContextVar("hf_mcsmoe_forward", default=None)
 
 
 class Run(Protocol):
@@ -34,6 +35,17 @@ def blocks(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
         else:
             found |= blocks(child, where)
     return found
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn it is at a block: the forwards whose key `chosen` takes.
+
+    With `peeks` they run the block on what they bring, for those who watch its modules, and wait before it again.
+    """
+
+    chosen: Callable[[Any], bool]
+    peeks: bool = False
 
 
 class Turnstile:
@@ -58,7 +70,8 @@ class Turnstile:
         handles = []
         try:
             for path, block in self.blocks.items():
-                handles.append(block.register_forward_pre_hook(partial(self._enter, path), prepend=True))
+                enter = partial(self._enter, path)
+                handles.append(block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
                 handles.append(block.register_forward_hook(partial(self._leave, path), always_call=True))
             yield
         finally:
@@ -75,26 +88,21 @@ class Turnstile:
         Raises:
             Whatever a forward raises; the others are then given up.
         """
-        order = {path: number for number, path in enumerate(self.blocks)}
-        forwards = [_Forward(partial(forward, batch)) for batch in batches]
-        try:
-            for one in forwards:
-                one.resume()
-            while waiting := [one.block for one in forwards if one.block is not None]:
-                path = min(waiting, key=order.__getitem__)
-                with self.loaded(path):
-                    for one in forwards:
-                        if one.block == path:
-                            one.resume()
-            return [one.result for one in forwards]
-        finally:
-            for one in forwards:
-                one.give_up()
+        forwards = [Forward(partial(forward, batch)) for batch in batches]
 
-    def _enter(self, path: str, module: nn.Module, arguments: Any) -> None:
+        def turns(path: str) -> Iterator[Turn]:
+            with self.loaded(path):
+                yield Turn(lambda key: True)
+
+        run_in_turns(forwards, list(self.blocks), turns)
+        return [one.result for one in forwards]
+
+    def _enter(self, path: str, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
         current = CURRENT.get()
         if current is not None and current.inside is None:
-            current.wait(path)
+            while current.wait(path):
+                module.forward(*arguments, **keywords)
+                current.inside = None
             return
         # A forward outside `run`, or a block that another block calls.
         stack = contextlib.ExitStack()
@@ -109,25 +117,61 @@ class Turnstile:
             current.inside = None
 
 
+def run_in_turns(forwards: Sequence["Forward"], order: Sequence[str], turns: Callable[[str], Iterator[Turn]]) -> None:
+    """Run forwards side by side, block after block, in the turns that `turns(path)` gives at each of them.
+
+    Args:
+        forwards: of one model or of several whose blocks have the same paths.
+        order: the blocks' paths, in the order in which they are to pass.
+        turns: holds what a block needs until it ends; all that wait there must have passed by then.
+
+    Raises:
+        Whatever a forward raises; the others are then given up.
+    """
+    places = {path: number for number, path in enumerate(order)}
+    try:
+        for one in forwards:
+            one.resume()
+        while waiting := [one.block for one in forwards if one.block is not None]:
+            path = min(waiting, key=places.__getitem__)
+            with contextlib.closing(cast(Generator, turns(path))) as given:
+                for turn in given:
+                    for one in forwards:
+                        if one.block == path and turn.chosen(one.key):
+                            one.resume(peeks=turn.peeks)
+    finally:
+        for one in forwards:
+            one.give_up()
+
+
+def current_key() -> Any:
+    """Return the key of the forward that runs in this thread; None where it is none of `run_in_turns`."""
+    current = CURRENT.get()
+    return None if current is None else current.key
+
+
 class _GivenUp(BaseException):
     """Ends the thread of a forward that nobody waits for any more."""
 
 
-class _Forward:
+class Forward:
     """A forward in a thread of its own that runs only while another thread is in `resume`."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], key: Hashable = None) -> None:
+        """Take what is to be called, and by what it is told from others."""
+        self.key = key
         self.block: str | None = None  # at which it waits
         self.inside: str | None = None  # the block that it passes
         self.result: Any = None
         self._error: BaseException | None = None
-        self._given_up = False
+        self._given_up = self._peeks = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         run = partial(contextvars.copy_context().run, self._run, call, _modes())
         self._thread = threading.Thread(target=run, name=THREAD, daemon=True)
 
-    def resume(self) -> None:
-        """Let it run until it waits at its next block or ends; raises what it raised."""
+    def resume(self, *, peeks: bool = False) -> None:
+        """Let it run until it waits at its next block or ends; raises what it raised. See `Turn` for `peeks`."""
+        self._peeks = peeks
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -143,14 +187,15 @@ class _Forward:
             self._go.release()
             self._thread.join()
 
-    def wait(self, block: str) -> None:
-        """Stop at a block until it is resumed; called by its own thread."""
+    def wait(self, block: str) -> bool:
+        """Stop at a block until it is resumed; called by its own thread. Returns whether it only peeks."""
         self.block = block
         self._stopped.release()
         self._go.acquire()
         if self._given_up:
             raise _GivenUp
         self.block, self.inside = None, block
+        return self._peeks
 
     def _run(self, call: Callable[[], Any], modes: list[AbstractContextManager[object]]) -> None:
         CURRENT.set(self)

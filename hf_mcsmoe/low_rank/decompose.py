@@ -157,9 +157,15 @@ def decompose_container(experts: Any, rank: int, keep: float, inputs: LayerInput
         experts: a container of dense experts.
         inputs: what they see, with stored experts as picks.
     """
-    config = LoSparseConfig(rank=rank, keep=keep)
-    _decompose_layer(experts, {"W_in": rank, "W_out": rank}, config, inputs, True, iter)
-    compact_layers(experts)
+    decompose_compactly(experts, {"W_in": rank, "W_out": rank}, LoSparseConfig(rank=rank, keep=keep), inputs)
+
+
+@torch.no_grad()
+def decompose_compactly(experts: Any, ranks: dict[str, int], config: LoSparseConfig, inputs: LayerInputs) -> None:
+    """Do what `decompose_container` does, with ranks of "W_in" and "W_out"; what has none stays dense."""
+    _decompose_layer(experts, ranks, config, inputs, True, iter)
+    if ranks:
+        compact_layers(experts)
 
 
 def low_rank_step(model: PreTrainedModel, config: LoSparseConfig) -> Step | None:

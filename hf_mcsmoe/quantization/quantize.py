@@ -185,11 +185,18 @@ def _quantized(
         return
     fits = _own_fits(layers, batches) if teacher is None else _fits(layers, teacher, batches, repair)
     for layer, fit in fits:
-        fit.sums, fit.members = sums[layer.original_name], layer.members
-        codes = quantize_layer(fit, *_grids(layer, config, fit), repair, config.method)
-        seen = Fitted.of(fit)  # before all but the codes is gone
-        _store(layer, codes)
-        yield layer, seen
+        yield layer, quantize_fit(layer, fit, config, repair, sums[layer.original_name])
+
+
+def quantize_fit(
+    layer: MoELayer, fit: LayerFit, config: QuantizationConfig, repair: RepairConfig | None, sums: Sums
+) -> Fitted:
+    """Quantize and store one layer that calibration data were run through; returns what it was fitted to."""
+    fit.sums, fit.members = sums, layer.members
+    codes = quantize_layer(fit, *_grids(layer, config, fit), repair, config.method)
+    seen = Fitted.of(fit)  # before all but the codes is gone
+    _store(layer, codes)
+    return seen
 
 
 def _own_fits(layers: Layers, batches: Sequence[Batch]) -> Iterator[tuple[MoELayer, LayerFit]]:

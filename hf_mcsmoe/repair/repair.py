@@ -149,7 +149,7 @@ def repair_experts(
         for number, (pairs, inputs, original_inputs) in enumerate(paired_inputs(groups, batches, config)):
             name = pairs[0][0].name
             if not spread or number % current().size == current().rank:
-                report.layers[name] = _repair_layer(pairs[0], inputs, original_inputs, config)
+                report.layers[name] = repair_layer(pairs[0], inputs, original_inputs, config)
             done += len(pairs)
             if progress:
                 progress(name, done, total)
@@ -194,13 +194,18 @@ def matching_layers(student: PreTrainedModel | Layers, teacher: PreTrainedModel 
         raise ValueError(f"{kinds[0]} is no compressed {kinds[1]}: it was made of another model.")
     groups = []
     for shared in merged.tied:
-        groups.append([(layer, _original(layer, originals)) for layer in shared])
+        groups.append([(layer, original_of(layer, originals)) for layer in shared])
         if any(parameter.is_meta for _, parameter in shared[0].parameters):
             raise ValueError(f"The experts of {shared[0].name} are offloaded; load the merged model onto one device.")
     return groups
 
 
-def _original(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
+def original_of(layer: MoELayer, originals: dict[str, MoELayer]) -> MoELayer:
+    """Return what a merged layer was made of, of the original's layers by name.
+
+    Raises:
+        ValueError: none of them, or one of other sizes.
+    """
     original = originals.get(layer.original_name)
     if original is None:
         raise ValueError(
@@ -244,13 +249,19 @@ def student_inputs(pairs: list[Pair], inputs: LayerInputs, batches: Iterable[Bat
     Where nobody can tell from them what the router of a pruned layer picks, it is what the student's layers see, after
     those before them have been changed.
     """
+    known = known_inputs(pairs, inputs)
+    return _captured(pairs, batches) if known is None else known
+
+
+def known_inputs(pairs: list[Pair], inputs: LayerInputs) -> LayerInputs | None:
+    """Return what the student's experts see, as far as the teacher's `inputs` tell it; None where they do not."""
     (layer, original), *others = pairs
     if layer.kept is None:
         return inputs.mapped(layer.expert_map or ())
     if not others:
         with contextlib.suppress(ValueError):
             return pruned_inputs(original, layer.kept, inputs)
-    return _captured(pairs, batches)
+    return None
 
 
 def _captured(pairs: list[Pair], batches: Iterable[Batch]) -> LayerInputs:
@@ -263,7 +274,8 @@ def map_of_fit(layer: MoELayer) -> list[int] | None:
     return None if layer.expert_map is None or layer.pruned else list(layer.expert_map)
 
 
-def _repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
+def repair_layer(pair: Pair, inputs: LayerInputs, original_inputs: LayerInputs, config: RepairConfig) -> LayerRepair:
+    """Repair one layer against its original, in place, with what each sees of the same tokens."""
     begin, (layer, original) = time.perf_counter(), pair
     with original.open() as weights:
         layer_fit = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, map_of_fit(layer))

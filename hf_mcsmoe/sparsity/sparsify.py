@@ -6,7 +6,7 @@ from types import NoneType
 import torch
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.calibration.collect import counted_tokens
+from hf_mcsmoe.calibration.collect import add_sums
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
@@ -16,9 +16,7 @@ from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.experts import Expert, permute
-from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.sparsity import PATTERN, SCORE, kept_units
-from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
@@ -100,15 +98,11 @@ def sparsify_layers(
     sums = collect_sums(chosen, batches, needs) if needs else {layer.name: Sums() for layer in chosen}
     if progress:
         progress(chosen[0].name, 0, len(chosen))
-    if config.is_units:
-        key, narrower = narrow_model(layers, width_of(layers[0], config))
+    key, narrower = narrow_model(layers, width_of(layers[0], config)) if config.is_units else ("", None)
     done = 0
     for shared in chosen.tied:
         together = sum((sums[layer.name] for layer in shared[1:]), sums[shared[0].name])
-        if config.is_units:
-            _narrow(shared, together, config, narrower)
-        else:
-            _zero(shared[0], together, config)
+        sparsify_shared(shared, together, config, narrower)
         done += len(shared)
         if progress:
             progress(shared[0].name, done, len(chosen))
@@ -117,16 +111,24 @@ def sparsify_layers(
     return Layers.of(layers.source)
 
 
+def sparsify_shared(
+    shared: Sequence[MoELayer], sums: Sums, config: SparsityConfig, narrower: PreTrainedModel | None
+) -> None:
+    """Leave out what scores least inside the experts that some layers share.
+
+    Args:
+        narrower: a model without weights with the width that is left; None where single weights go.
+    """
+    if narrower is None:
+        _zero(shared[0], sums, config)
+    else:
+        _narrow(shared, sums, config, narrower)
+
+
 def collect_sums(layers: Layers, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Sums]:
     """Return sums over batches of what the stored experts of some layers see, compressed ones included."""
     sums = {layer.name: Sums() for layer in layers}
-
-    def add(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, _: Batch) -> None:
-        routed = counted_tokens(routed, counted)
-        for name in names:
-            sums[layer.name].add(name, STATISTICS.find(name).function(routed).cpu())
-
-    run_routed(layers, batches, add)
+    run_routed(layers, batches, lambda layer, routed, counted, _: add_sums(sums[layer.name], routed, counted, names))
     return sums
 
 
