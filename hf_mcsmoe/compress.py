@@ -38,7 +38,7 @@ from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantization_step, quantize_layers
-from hf_mcsmoe.record import Calibration, Costs, Step
+from hf_mcsmoe.record import Calibration, Costs, Record, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, repair_experts
 from hf_mcsmoe.search.budget import measured_plan
@@ -130,7 +130,7 @@ def compress(
     tell = progress or silent
     with one_step("checking", tell):
         check_weights(layers.source)
-    kinds = {name: list(part) for name, part in _by_name(check).items()}
+    kinds = {name: list(part) for name, part in by_name(check).items()}
     take = partial(_statistics, layers, needs=needs, held=statistics, norms=norms, tell=tell)
     if search:
         batches = list(batches)
@@ -138,7 +138,7 @@ def compress(
         options: dict[str, Any] = {"statistics": sums, "progress": tell, "repetitions": repetitions}
         options |= {"repair": repair, "held_out": held_out or (), "check": kinds}
         return compress_to_size(layers, batches, config, search, **options)
-    batches, sample = _sampled(batches, keep=config.budget == MEASURED or any(stages.values()))
+    batches, sample = sampled(batches, keep=config.budget == MEASURED or any(stages.values()))
     statistics = take(batches)
     plan = _planned(layers, statistics, batches, config, repair, tell)
     number = sum(not layer.is_whole for layer in plan.layers.values())
@@ -153,12 +153,12 @@ def compress(
     judge = judge_of(layers.model, held_out, chain(*kinds.values()), in_parts("measuring", tell, judged))
 
     tell("merge", 0, number)
-    merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=_by_number("merge", tell))
+    merged = merge_layers(layers, plan, statistics=statistics, consume=consume, progress=by_number("merge", tell))
     found = Layers.of(merged)
     record, report, few = new_record(merged, plan.to_dict()), None, None
 
     def fit(stage: str) -> RepairReport:
-        return repair_experts(found, layers, batches, repair, progress=_by_number(stage, tell))
+        return repair_experts(found, layers, batches, repair, progress=by_number(stage, tell))
 
     if is_merged:
         judge.measure("merged", merged)
@@ -175,21 +175,43 @@ def compress(
         judge.measure("low rank", merged)
     if quantization:
         original = None if consume else layers
-        told = _by_number("quantization", tell)
+        told = by_number("quantization", tell)
         found, few = quantize_layers(
             found, original, batches, quantization, repair=repair, progress=told, statistics=statistics
         )
         judge.measure("quantized", merged)
     costs["compressed" if stored else "merged" if is_merged else "after"] = _measured(found, measure)
-    few = None if report and report.few_rows() else few  # which is told once
-    steps = [*_sparsity_steps(sparsity), *_repair_steps(report), *_low_rank_steps(merged, low_rank)]
-    steps += _quantization_steps(quantization, few)
-    for step in steps:
-        record = record.with_step(step)
-    rows = sum(num_sequences(batch) for part in kinds.values() for batch in part)
-    record = replace(record, costs=costs, calibration=Calibration(check=list(kinds), check_rows=rows))
+    record = with_steps(record, merged, report, low_rank, quantization, sparsity, few)
+    record = replace(record, costs=costs, calibration=checked_on(kinds))
     attach_record(merged, record.with_quality(judge.quality))
     return merged
+
+
+def with_steps(
+    record: Record,
+    merged: PreTrainedModel,
+    report: RepairReport | None,
+    low_rank: LoSparseConfig | None,
+    quantization: QuantizationConfig | None,
+    sparsity: SparsityConfig | None,
+    few: str | None,
+) -> Record:
+    """Return a record with what was done after the merge; what could not be done is a warning as well.
+
+    Args:
+        merged: the result.
+        few: tells of too few rows for the repair of quantized experts.
+    """
+    few = None if report and report.few_rows() else few  # which is told once
+    steps = [*_sparsity_steps(sparsity), *_repair_steps(report), *_low_rank_steps(merged, low_rank)]
+    for step in [*steps, *_quantization_steps(quantization, few)]:
+        record = record.with_step(step)
+    return record
+
+
+def checked_on(kinds: Mapping[str, Sequence[Batch]]) -> Calibration:
+    """Return what a record tells of text of other kinds."""
+    return Calibration(check=list(kinds), check_rows=sum(num_sequences(x) for part in kinds.values() for x in part))
 
 
 def _statistics(
@@ -216,12 +238,12 @@ def _planned(
     tell: Progress,
 ) -> MergePlan:
     if config.budget == MEASURED:
-        return measured_plan(layers, statistics, list(batches), config, repair, _by_number("curves", tell))
+        return measured_plan(layers, statistics, list(batches), config, repair, by_number("curves", tell))
     with one_step("planning", tell):
         return plan_merge(layers, statistics, config)
 
 
-def _by_name(check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None) -> Mapping[str, Iterable[Batch]]:
+def by_name(check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None) -> Mapping[str, Iterable[Batch]]:
     """Return batches of other kinds of text by their names."""
     if check is None or isinstance(check, Mapping):
         return check or {}
@@ -249,7 +271,7 @@ def _sparse(
             if not layer.merged:
                 convert_whole(layers.model, layer)
         layers = Layers.of(layers.source)
-    done = sparsify_layers(layers, list(batches), config, _by_number("sparsity", tell))
+    done = sparsify_layers(layers, list(batches), config, by_number("sparsity", tell))
     write_description(done.model)
     judge.measure("sparse", done.model)
     return done
@@ -260,7 +282,7 @@ def _sparsity_steps(config: SparsityConfig | None) -> list[Step]:
     return [] if config is None else [sparsity_step(config)]
 
 
-def _sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], Batch | None]:
+def sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], Batch | None]:
     """Return the batches, as a list to read more than once with `keep`, and one of them to measure costs on.
 
     Raises:
@@ -281,7 +303,7 @@ def _sampled(batches: Iterable[Batch], *, keep: bool) -> tuple[Iterable[Batch], 
     return [*first, *batches] if keep else chain(first, batches), sample
 
 
-def _by_number(stage: str, progress: Progress) -> Callable[[str, int, int], None]:
+def by_number(stage: str, progress: Progress) -> Callable[[str, int, int], None]:
     """Return what tells of a stage's layers, by their number."""
     return lambda name, done, total: progress(stage, done, total)
 
@@ -298,7 +320,7 @@ def _counted_costs(
 
 def _store(layers: Layers, config: LoSparseConfig, batches: Iterable[Batch], progress: Progress) -> Layers:
     """Store the experts as low rank + sparse, in the compact form; return the layers as they are then."""
-    layers = decompose_layers(layers, config, batches, prune=True, progress=_by_number("low rank", progress))
+    layers = decompose_layers(layers, config, batches, prune=True, progress=by_number("low rank", progress))
     if sparse_parts(layers.model):  # or all of it was to stay dense
         compact_layers(layers.model)
     return layers
@@ -313,7 +335,7 @@ def _repair_steps(report: RepairReport | None) -> list[Step]:
     if report is None:
         return []
     if shortfall := report.shortfall():
-        warnings.warn(f"{shortfall} Calibrate on more text, or leave them so.", stacklevel=3)
+        warnings.warn(f"{shortfall} Calibrate on more text, or leave them so.", stacklevel=4)
     return [report.step()]
 
 
@@ -325,7 +347,7 @@ def _low_rank_steps(merged: PreTrainedModel, config: LoSparseConfig | None) -> l
     if step is None:
         warnings.warn(
             f"keep={config.keep} and the ranks asked for make no expert smaller, so all stay dense: lower them.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return [] if step is None else [step]
 

@@ -19,7 +19,7 @@ FLOORS = [
     ["forecast"],
     ["options"],
     ["compress", "report"],
-    ["demo", "compare"],
+    ["demo", "compare", "streamed"],
     ["cli"],
     ["__main__"],
 ]

@@ -4,6 +4,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,19 @@ def account(
         return Costs(model.num_parameters(), held, on_disk)
     (batch,) = as_batches([batch], model)
     batch = unpacked(batch, encoder_decoder=model.config.is_encoder_decoder)
-    tokens = _positions(model, batch)
     with torch.no_grad(), evaluation_mode(model), _frozen(model):
         flops, experts = _count(model, found, batch)
         seconds = min((_seconds(model, batch) for _ in range(repetitions)), default=None)
+    speed = None if seconds is None else _positions(model, batch) / seconds
+    costs = Costs(model.num_parameters(), held, on_disk, tokens_per_second=speed)
+    return with_flops(costs, model, batch, flops, experts)
+
+
+def with_flops(costs: Costs, model: PreTrainedModel, batch: Batch, flops: int, experts: Mapping[str, int]) -> Costs:
+    """Return the costs with what a forward of a batch executes, and by layer name its experts, per position."""
+    tokens = _positions(model, batch)
     macs = {name: count / 2 / tokens for name, count in experts.items()}
-    speed = None if seconds is None else tokens / seconds
-    return Costs(model.num_parameters(), held, on_disk, flops / tokens, macs, speed)
+    return replace(costs, flops_per_token=flops / tokens, expert_macs_per_token=macs)
 
 
 def bytes_on_disk(folder: str | Path) -> int:
@@ -194,12 +201,25 @@ def _count(model: PreTrainedModel, found: PreTrainedModel | Layers, batch: Batch
     return counting.counter.get_total_flops(), counting.experts
 
 
+class _Untracked:
+    """In place of what tells the counter which modules run: that follows those of other threads as well."""
+
+    parents = frozenset(["Global"])
+
+    def __enter__(self) -> "_Untracked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave all as it is."""
+
+
 class Counting:
     """Counts the FLOPs of a forward within `counter`, and by layer name those of experts while they are watched."""
 
     def __init__(self) -> None:
         """Begin with none."""
         self.counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        self.counter.mod_tracker = _Untracked()  # type: ignore[assignment]
         self.experts: dict[str, int] = {}
 
     @contextlib.contextmanager

@@ -96,11 +96,13 @@ class Watch:
         self._current = threading.local()  # since a source may run batches in threads of their own
 
     def routed(self, layer: MoELayer) -> list[RemovableHandle]:
-        """Hand over what a layer sees until the returned handles are removed."""
+        """Hand over what a layer sees in runs of this until the returned handles are removed."""
 
         def take(routed: Routed) -> None:
-            current = self._current
-            self.sink(layer, routed, mask_of(layer, current.masks, len(routed.logits)), current.batch)
+            current = vars(self._current)
+            if current:  # else another runs the model
+                mask = mask_of(layer, current["masks"], len(routed.logits))
+                self.sink(layer, routed, mask, current["batch"])
 
         return layer.routed(take)
 

@@ -80,11 +80,16 @@ class Folder:
         Pass `use_cache=False` in the batches, or each keeps the keys and values of all blocks. Gradients reach no
         weight, since it is gone after the forward.
         """
-        of_model = blocks(self.model)
-        turnstile = Turnstile(of_model, self.loaded)
-        inside = tuple(f"{path}." for path in of_model)
-        with self._held(name for name in self._places if not name.startswith(inside)), turnstile.installed():
+        turnstile = Turnstile(blocks(self.model), self.loaded)
+        with self.loaded_outside(), turnstile.installed():
             yield turnstile.run
+
+    @contextlib.contextmanager
+    def loaded_outside(self) -> Iterator[None]:
+        """Hold the weights that lie outside the model's blocks."""
+        inside = tuple(f"{path}." for path in blocks(self.model))
+        with self._held(name for name in self._places if not name.startswith(inside)):
+            yield
 
     @contextlib.contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,6 +38,15 @@ class ShardWriter:
         for name, parameter in list(module.named_parameters(recurse=False)):
             empty = torch.empty_like(parameter, device="meta")
             setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
+
+    def write_all(self, path: str, module: nn.Module, stored: Mapping[str, str]) -> None:
+        """Write all that a checkpoint holds of the model's module `path`, as one shard.
+
+        Args:
+            stored: of weights that are one, the name under which they are stored, by each of their names.
+        """
+        named = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+        self._write({name: tensor for name, tensor in named.items() if stored.get(name, name) == name})
 
     def write_rest(self, model: PreTrainedModel) -> None:
         """Write all that `model` has beyond what was written: what it holds, and what it lacks from the source.

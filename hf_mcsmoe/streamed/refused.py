@@ -1,0 +1,48 @@
+"""What needs all of a model at once, and is refused where it is read block by block."""
+
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.streaming import blocks
+from hf_mcsmoe.methods.budget import MEASURED
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.statistics import STATISTICS, of_data
+from hf_mcsmoe.options import all_needs
+from hf_mcsmoe.processes import current
+from hf_mcsmoe.streamed.chain import Asked
+
+
+def check_streamed(layers: Layers, config: MergeConfig, asked: Asked, statistics: RoutingStatistics | None) -> None:
+    """Check, without weights, that a compression can be done block by block.
+
+    Raises:
+        ValueError: it cannot; the message says what needs all of the model.
+    """
+    if current().size > 1:
+        raise ValueError("A model is read block by block in one process: start one, or load the model (--no-stream).")
+    if config.budget == MEASURED:
+        raise ValueError(
+            f"budget={MEASURED!r} tries every size of every layer, for which the model is loaded: choose another "
+            "budget, or leave out streaming (--no-stream)."
+        )
+    for shared in layers.tied:
+        if len(shared) > 1:
+            raise ValueError(
+                f"{', '.join(layer.name for layer in shared)} share their experts, which lie in several blocks and "
+                "cannot be merged block by block: load the model (--no-stream)."
+            )
+    paths = tuple(f"{path}." for path in blocks(layers.model))
+    if outside := [layer.name for layer in layers if not layer.name.startswith(paths)]:
+        raise ValueError(f"{outside[0]} lies in no block of {type(layers.model).__name__}: load it (--no-stream).")
+    if asked.low_rank and asked.low_rank.scope == "global":
+        raise ValueError(
+            "Ranks that compete (scope='global') are chosen with all merged experts at hand: choose scope='layer', or "
+            "load the model (--no-stream)."
+        )
+    if asked.sparsity:
+        raise ValueError("Zeros or fewer hidden units inside experts are not made block by block: load the model.")
+    late = [name for name in of_data(all_needs(config, None, asked.quantization)) if STATISTICS.find(name).gradients]
+    if late and statistics is None:
+        raise ValueError(
+            f"{late[0]} is summed after a backward pass, for which the model is loaded: collect it with `hf-mcsmoe "
+            "calibrate` where that fits, and pass the file (--scores), or choose other methods."
+        )

@@ -1,0 +1,182 @@
+"""One sweep over the blocks of a checkpoint, in which original and student pass each block side by side.
+
+At each block the original's forwards pass first; then the student's block is made stage by stage, and after each stage
+the forwards of the model as it is then pass it. So every stage sees what it would see in memory, where all layers are
+at one stage before any is at the next.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_mcsmoe.calibration.inputs import Captured
+from hf_mcsmoe.evaluation.costs import Counting, expert_modules
+from hf_mcsmoe.evaluation.held_out import Judge, Measure, predictions
+from hf_mcsmoe.layers.batches import Batch, RoutedSink, Watch, evaluation_mode, forward, hooks
+from hf_mcsmoe.layers.finite import check_own
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, current_key, run_in_turns
+from hf_mcsmoe.methods.routed import Routed
+from hf_mcsmoe.streamed.parts import FITTED, JUDGED, MADE, ORIGINAL, SAMPLE, Block, Key, Rows, Stage
+from hf_mcsmoe.streamed.student import Student
+
+
+class Sweep:
+    """Passes all blocks once, and makes the student's."""
+
+    def __init__(self, folder: Folder, student: Student, stages: Sequence[Stage], rows: Rows, judge: Judge) -> None:
+        """Take the stages in their order, of which the first merges, and what passes."""
+        self.folder, self.student, self.stages, self.rows, self.judge = folder, student, stages, rows, judge
+        self.counts: dict[str, Counting] = {}
+        self.passed: list[str] = []  # blocks that are done
+        self._measures: dict[str, Measure] = {}
+        self._sinks: list[tuple[Callable[[Key], bool], RoutedSink]] = []
+        self._watches = {model: Watch(model, self._dispatch) for model in (folder.model, student.model)}
+
+    def run(self, write: Callable[[str, Any], None]) -> None:
+        """Pass all blocks, and measure all stages.
+
+        Args:
+            write: called with each block's path and its module in the student when that is done.
+        """
+        of_model = blocks(self.folder.model)
+        theirs = Turnstile(of_model, self.folder.loaded)
+        ours = Turnstile(blocks(self.student.model), lambda path: contextlib.nullcontext())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for model in self._watches:
+                stack.enter_context(evaluation_mode(model))
+            for held in (self.folder.loaded_outside(), self.student.borrowed_outside()):
+                stack.enter_context(held)
+            for turnstile in (theirs, ours):
+                stack.enter_context(turnstile.installed())
+            turns = partial(self._turns, write)
+            run_in_turns(self._forwards(), list(of_model), turns)
+            for path in of_model:  # those that no forward passes
+                if path not in self.passed and any(_is_in(name, path) for name in self.student.plan.layers):
+                    deque(turns(path), maxlen=0)
+        for measure in self._measures.values():
+            measure.close()
+
+    def _forwards(self) -> list[Forward]:
+        forwards = []
+        for stream, judged, kinds in self._streams():
+            if JUDGED in kinds:
+                self._measures[stream] = self.judge.of_stage(judged) if judged else self.judge.of_original()
+            if SAMPLE in kinds:
+                self.counts[stream] = Counting()
+            for kind, batches in self._batches(kinds):
+                for number, batch in enumerate(batches):
+                    key = Key(stream, kind, number)
+                    forwards.append(Forward(partial(self._run, key, batch), key))
+        return forwards
+
+    def _streams(self) -> Iterator[tuple[str, str, set[str]]]:
+        """Yield the streams in their order: name, what the record calls the stage, and which forwards it has."""
+        every = {FITTED, MADE, JUDGED, SAMPLE}
+        yield ORIGINAL, "", every if len(self.stages) > 1 else {JUDGED, SAMPLE}
+        for number, stage in enumerate(self.stages):
+            is_read = stage.reads_itself or any(other.reads_before for other in self.stages[number + 1 : number + 2])
+            wanted = {FITTED: is_read, MADE: is_read, JUDGED: bool(stage.judged), SAMPLE: stage.is_counted}
+            yield stage.stream, stage.judged, {kind for kind, is_wanted in wanted.items() if is_wanted}
+
+    def _batches(self, kinds: set[str]) -> Iterator[tuple[str, Sequence[Batch]]]:
+        given = {kind: self.rows.of((kind,)) for kind in (FITTED, MADE, SAMPLE)} | {JUDGED: self.judge.all_batches}
+        yield from ((kind, batches) for kind, batches in given.items() if kind in kinds)
+
+    def _run(self, key: Key, batch: Batch) -> None:
+        watch = self._watches[self.folder.model if key.stream == ORIGINAL else self.student.model]
+        if key.kind == JUDGED:
+            self._measures[key.stream].take(key.number, predictions(watch.model, batch))
+        elif key.kind == SAMPLE:
+            with self.counts[key.stream].counter:
+                forward(watch.model, batch)
+        else:
+            watch.run(batch)
+
+    def _dispatch(self, layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        for chosen, sink in self._sinks:
+            if chosen(current_key()):
+                sink(layer, routed, counted, batch)
+
+    @contextlib.contextmanager
+    def _watching(self, layers: Sequence[MoELayer], chosen: Callable[[Key], bool], sink: RoutedSink) -> Iterator[None]:
+        """Hand what layers see in the forwards that `chosen` takes to `sink`."""
+        entry = chosen, sink
+        self._sinks.append(entry)
+        try:
+            with hooks() as handles:
+                for layer in layers:
+                    handles.extend(self._watches[layer.model].routed(layer))
+                yield
+        finally:
+            self._sinks.remove(entry)
+
+    def _turns(self, write: Callable[[str, Any], None], path: str) -> Iterator[Turn]:
+        with self.folder.loaded(path) as module:
+            for name, child in module.named_modules():
+                check_own(f"{path}.{name}" if name else path, child)
+            originals = {name: layer for name, layer in self.student.originals.items() if _is_in(name, path)}
+            seen = Captured(list(originals), self.rows.of((FITTED, MADE)))
+            block = Block(path, self.student, originals, seen, self.rows, self._peek)
+            merge, *stages = self.stages
+            yield from merge.work(block)  # before any forward has cast a router
+            with self.student.borrowed(path) as ours:
+                with evaluation_mode(ours):
+                    layers = [*originals.values()] if stages else []
+                    yield from self._pass(ORIGINAL, layers, originals, block.seen.keep, (FITTED, MADE))
+                    for stage, after in zip(self.stages, [*stages, None], strict=True):
+                        if stage is not merge:
+                            yield from stage.work(block)
+                        yield from self._pass_to(stage, after, block)
+                write(path, ours)
+        self.passed.append(path)
+
+    def _pass_to(self, stage: Stage, after: Stage | None, block: Block) -> Iterator[Turn]:
+        """Yield the turn in which the stream of a stage passes the block, for the stage after it to see."""
+        watched: list[MoELayer] = []
+        if after is not None and after.reads_before:
+            after.begin(block)
+            watched = after.chosen(block)
+        see = stage.see if after is None else after.see
+        yield from self._pass(stage.stream, watched, block.layers, see, (FITTED,))
+
+    def _pass(
+        self,
+        stream: str,
+        watched: Sequence[MoELayer],
+        layers: dict[str, MoELayer],
+        sink: RoutedSink,
+        kinds: tuple[str, ...],
+    ) -> Iterator[Turn]:
+        """Yield the turn in which a stream's forwards pass the block, and those of `kinds` show what layers see."""
+
+        def fitted(key: Key) -> bool:
+            return key.stream == stream and key.kind in kinds
+
+        counting = self.counts.get(stream)
+        experts = {} if counting is None else {layer.name: expert_modules(layer) for layer in layers.values()}
+        with self._watching(watched, fitted, sink), counting.watching(experts) if counting else _nothing():
+            yield Turn(lambda key: key.stream == stream)
+
+    def _peek(self, stream: str, layer: MoELayer, kinds: tuple[str, ...], found: Captured) -> Iterator[Turn]:
+        """Yield the turn in which a stream's forwards show what a layer of the block would see of them now."""
+
+        def chosen(key: Key) -> bool:
+            return key.stream == stream and key.kind in kinds
+
+        with self._watching([layer], chosen, found.keep):
+            yield Turn(chosen, peeks=True)
+
+
+def _is_in(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.")
+
+
+def _nothing() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()

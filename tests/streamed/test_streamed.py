@@ -1,0 +1,81 @@
+"""A compression from folder to folder is bit for bit the one in memory, whatever is asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from helpers import batches
+from safetensors.torch import load_file
+
+from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, compress
+from hf_mcsmoe.streamed.compress import compress_folder
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The repair left"),
+    pytest.mark.filterwarnings("ignore:Few calibration tokens"),
+]
+INDEX = "model.safetensors.index.json"
+REFIT, LOCAL = RepairConfig(), RepairConfig(method="local", steps=30, batch_tokens=64)
+IN_TURN = RepairConfig(method="joint", sequential=True)
+BITS, RANK = QuantizationConfig(bits=4, group_size=8), LoSparseConfig(rank=2, keep=0.25)
+WAYS: dict[str, dict[str, Any]] = {
+    "merge": {},
+    "refit": {"repair": REFIT},
+    "local": {"repair": LOCAL},
+    "in turn": {"repair": IN_TURN},
+    "low rank": {"repair": REFIT, "low_rank": RANK},
+    "low rank, local": {"repair": LOCAL, "low_rank": RANK},
+    "bits": {"repair": REFIT, "quantization": BITS},
+    "all": {"repair": IN_TURN, "low_rank": RANK, "quantization": BITS},
+}
+KINDS = {"mixtral": MergeConfig(experts=4), "switch_transformers": MergeConfig(experts=4)}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def documents(folder: Path) -> dict[str, Any]:
+    """Return the contents of all that is not weights; bytes on disk, headers included, differ."""
+    found: dict[str, Any] = {}
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors" or file.name == INDEX:
+            continue
+        lines = file.read_text().splitlines()
+        found[file.name] = [line for line in lines if "bytes on disk" not in line and "bytes_on_disk" not in line]
+    return found
+
+
+def assert_alike(ours: Path, theirs: Path) -> None:
+    """Check that two folders hold the same."""
+    streamed, expected = weights(ours), weights(theirs)
+    assert streamed.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(streamed[name], tensor), name
+        assert streamed[name].dtype == tensor.dtype
+    assert documents(ours) == documents(theirs)
+
+
+def both(name: str, config: MergeConfig, folder: Path, **options: Any) -> tuple[Path, Path]:
+    """Compress a model of a family in memory and from folder to folder; returns both results."""
+    model = build(name)
+    model.save_pretrained(folder / "source")
+    rows, held_out, other = batches(name, model, 2), batches(name, model, 4)[2:3], batches(name, model, 4)[3:]
+    given = {"held_out": held_out, "check": {"other": other}, **options}
+    compress_folder(folder / "source", folder / "a" / "out", rows, config, **given)
+    loaded = type(model).from_pretrained(folder / "source")
+    compress(loaded, rows, config, **given).save_pretrained(folder / "b" / "out")
+    return folder / "a" / "out", folder / "b" / "out"
+
+
+QUICK = [("mixtral", "all"), ("switch_transformers", "refit")]
+CASES = [
+    pytest.param(name, way, marks=() if (name, way) in QUICK else pytest.mark.slow) for name in KINDS for way in WAYS
+]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_bit_for_bit(name: str, way: str, tmp_path: Path) -> None:
+    assert_alike(*both(name, KINDS[name], tmp_path, **WAYS[way]))
