@@ -28,6 +28,7 @@ from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_
 from hf_mcsmoe.layers.output import check_apart
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
+from hf_mcsmoe.methods.assignment import assignment_bytes
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import CONSTANT, MAP, MIXED, SLICE, ZERO, constant_needs
 from hf_mcsmoe.methods.experts import Expert, Experts
@@ -334,11 +335,11 @@ def _alignments(view: LayerView, item: LayerPlan, plan: MergePlan) -> dict[int, 
 def _solvers(weights: Experts) -> int:
     """Return how many assignments to solve side by side: one a core, while their matrices fit the memory of a layer.
 
-    The solver releases the interpreter, and holds the costs [F, F] in float32 and once more in float64.
+    The solver releases the interpreter.
     """
     expert = weights.expert(0)
     layer_bytes = len(weights) * sum(tensor.nbytes for tensor in expert.values())
-    return max(1, min(torch.get_num_threads(), layer_bytes // (12 * expert["up"].shape[0] ** 2)))
+    return max(1, min(torch.get_num_threads(), layer_bytes // assignment_bytes(expert["up"].shape[0])))
 
 
 def prepared(layers: Layers, *, consume: bool = False) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from house import FILES, FLOOR, FLOORS, PAGE, ROOT, imported, page, room, rooms_
 
 TESTS = Path(__file__).parent
 # What the numeric core may import besides itself and the standard library.
-NUMERIC = {"torch", "scipy"}
+NUMERIC = {"torch", "scipy", "lap"}
 # What a file that travels finds wherever Transformers is.
 TRAVELS_WITH = {"torch", "transformers", "huggingface_hub"}
 

@@ -1,9 +1,9 @@
 """Bringing hidden neurons into order by what they are for the same tokens."""
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from hf_mcsmoe.methods.alignment import ALIGNMENT
+from hf_mcsmoe.methods.assignment import assigned
 from hf_mcsmoe.methods.units import standardised, tokens_of, units_of
 from hf_mcsmoe.methods.view import LayerView
 
@@ -15,7 +15,7 @@ def activation_matching(view: LayerView, reference: int, expert: int) -> torch.T
     They are those of the hidden states of both experts over the tokens of the sample that reached either, or over all
     of it where these are few (Git Re-Basin, section 3.1).
     """
-    return _assigned(_correlations(view, reference, expert))
+    return assigned(_correlations(view, reference, expert).neg_())
 
 
 @ALIGNMENT.register("activation_weight_matching", paper="2604.04356", needs=["sample"])
@@ -28,7 +28,7 @@ def activation_weight_matching(view: LayerView, reference: int, expert: int) -> 
     hidden = tokens_of(view, [reference, expert])
     states = [view.experts.hidden(number, hidden).T for number in (reference, expert)]
     weights = [_rows(view, number) for number in (reference, expert)]
-    return _assigned(-_distances(states) - _distances(weights))
+    return assigned(_distances(states).add_(_distances(weights)))
 
 
 def _rows(view: LayerView, number: int) -> torch.Tensor:
@@ -46,8 +46,3 @@ def _correlations(view: LayerView, reference: int, expert: int) -> torch.Tensor:
     hidden = tokens_of(view, [reference, expert])
     one, other = (standardised(view.experts.hidden(number, hidden)) for number in (reference, expert))
     return one.T @ other
-
-
-def _assigned(gains: torch.Tensor) -> torch.Tensor:
-    """Return for each row of gains [F, F] its column in the assignment of the largest sum, int [F]."""
-    return torch.from_numpy(linear_sum_assignment(-gains.cpu().numpy())[1])

@@ -1,8 +1,8 @@
 """Bringing the hidden neurons of an expert into the order of another's before their weights are averaged."""
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
+from hf_mcsmoe.methods.assignment import assigned
 from hf_mcsmoe.methods.experts import HIDDEN_AXES, Expert
 from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.methods.view import LayerView
@@ -28,12 +28,15 @@ def none(view: LayerView, reference: int, expert: int) -> torch.Tensor | None:
 
 def best_permutation(reference: Expert, expert: Expert) -> torch.Tensor:
     """Return the permutation int [F] of the neurons of `expert` with the largest inner product with `reference`."""
+    return assigned(matching_cost(reference, expert))
+
+
+def matching_cost(reference: Expert, expert: Expert) -> torch.Tensor:
+    """Return the negative inner products of the weights of all pairs of neurons, float32 [F, F], summed in place."""
     width, device = reference["up"].shape[0], reference["up"].device
     cost = torch.zeros(width, width, device=device)
     for role, axis in HIDDEN_AXES.items():
         if role in reference and axis is not None:
             rows = [side[role].float().movedim(axis, 0).reshape(width, -1) for side in (reference, expert)]
             cost.addmm_(rows[0], rows[1].T, alpha=-1)
-    # A cost to minimise: for a gain to maximise SciPy would make a negated copy.
-    columns = linear_sum_assignment(cost.cpu().numpy())[1]
-    return torch.from_numpy(columns)
+    return cost
