@@ -164,8 +164,11 @@ def aligned(expert: Expert, reference: Expert) -> Expert:
         reference[role].double().movedim(AXES[role], 0) @ expert[role].double().movedim(AXES[role], 0).T
         for role in expert
     )
-    _, order = linear_sum_assignment(gain.numpy(), maximize=True)
-    return {role: matrix.index_select(AXES[role], torch.from_numpy(order)) for role, matrix in expert.items()}
+    _, order = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
+    return {
+        role: matrix.index_select(AXES[role], torch.from_numpy(order).to(matrix.device))
+        for role, matrix in expert.items()
+    }
 
 
 def merged(experts: list[Expert], members: list[int], dominant: int, counts: list[int]) -> Expert:

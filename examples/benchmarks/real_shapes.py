@@ -80,7 +80,8 @@ def rows_of(name: str, arguments: argparse.Namespace) -> Iterator[str]:
             for tokens, time, first in zip(TOKENS, times, base, strict=True)
         ]
         held = sum(tensor.nbytes for tensor in [*block.parameters(), *block.buffers()])
-        yield f"| {name}, {form} | {' | '.join(speeds)} | {held / 1e6:,.0f} MB | {peak(block, arguments)} |"
+        beside = peak(block, original.config.hidden_size, arguments)
+        yield f"| {name}, {form} | {' | '.join(speeds)} | {held / 1e6:,.0f} MB | {beside} |"
 
 
 def inputs(hidden_size: int, tokens: int, arguments: argparse.Namespace) -> torch.Tensor:
@@ -103,11 +104,11 @@ def time_of(block: nn.Module, hidden_size: int, tokens: int, arguments: argparse
     return statistics.median(seconds(call) for _ in range(arguments.repetitions))
 
 
-def peak(block: nn.Module, arguments: argparse.Namespace) -> str:
+def peak(block: nn.Module, hidden_size: int, arguments: argparse.Namespace) -> str:
     """Return what a forward of the most tokens takes beyond what is held, where the device counts it."""
     if not arguments.device.startswith("cuda"):
         return "-"
-    hidden = inputs(next(block.parameters()).shape[-1], TOKENS[-1], arguments)
+    hidden = inputs(hidden_size, TOKENS[-1], arguments)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     block(hidden)

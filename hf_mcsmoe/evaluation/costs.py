@@ -3,7 +3,7 @@
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.data.batches import as_batches
@@ -263,9 +263,14 @@ def _grouped_mm_flop(
 _grouped_mm_flop._get_raw = True  # type: ignore[attr-defined]
 
 
-def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Return the FLOPs of attention by the shapes [B, H, S, d] of its inputs; like PyTorch's, as if not causal."""
-    return sdpa_flop_count(query, key, value)
+def _attention_flop(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of attention by the shapes [B, H, S, d] of its inputs, as if it were not causal.
+
+    Keys and values may have fewer heads, each of which serves several of the queries' (PyTorch's own count has refused
+    that in some versions).
+    """
+    batch, heads, length, size = query
+    return 2 * batch * heads * length * key[-2] * (size + value[-1])
 
 
 def _addmm_flop(added: Any, first: Any, second: Any, **kwargs: Any) -> int:
@@ -279,4 +284,7 @@ FORMULAS = {
     torch.ops.aten._grouped_mm: _grouped_mm_flop,
     torch.ops.transformers.grouped_mm_fallback: _grouped_mm_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention_flop,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flop,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flop,
 }

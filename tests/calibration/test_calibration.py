@@ -156,7 +156,7 @@ def test_router_noise_and_dropout_are_off(name: str) -> None:
 def _failing(name: str, model: PreTrainedModel) -> Iterator[Batch]:
     good = inputs(name, model)
     yield good
-    yield {**good, "input_ids": torch.full_like(good["input_ids"], 10**6)}
+    yield {**good, "input_ids": good["input_ids"].float()}
 
 
 @pytest.mark.parametrize("name", ["switch_transformers", "mixtral", "jetmoe", "dbrx"])
@@ -169,7 +169,7 @@ def test_the_model_is_left_as_it_was_also_when_a_forward_raises(name: str, dtype
     before = state(model)
     collect_statistics(model, [inputs(name, model)])
     assert state(model) == before
-    with pytest.raises(IndexError):
+    with pytest.raises(RuntimeError, match="scalar type"):
         collect_statistics(model, _failing(name, model))
     assert state(model) == before
 

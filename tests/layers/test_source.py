@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, families, inputs
+from families import DEVICE, build, families, inputs
 from helpers import batches, logits, state
 from offloaded import OFFLOADED
 from safetensors.torch import load_file, save_file
@@ -61,7 +61,7 @@ def test_a_folder_gives_the_experts_and_the_logits_of_the_model(name: str, tmp_p
     model = build(name)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    source = Folder(tmp_path)
+    source = Folder(tmp_path, device=DEVICE)
     assert type(source.model) is type(model)
     assert not _here(source.model)
     _assert_same_experts(model, source)
@@ -78,7 +78,7 @@ def test_a_folder_gives_the_experts_and_the_logits_of_the_model(name: str, tmp_p
 def test_families_left_out_are_refused(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="names no model type"):
-        Folder(tmp_path)
+        Folder(tmp_path, device=DEVICE)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def mixtral(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
 @pytest.mark.parametrize("name", ["mixtral", "switch_transformers"])
 def test_never_more_than_one_block_is_in_memory(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path)
-    source = Folder(tmp_path)
+    source = Folder(tmp_path, device=DEVICE)
     of_model = blocks(source.model)
     seen: dict[str, int] = {}
 
@@ -114,7 +114,7 @@ def test_never_more_than_one_block_is_in_memory(name: str, tmp_path: Path) -> No
 
 
 def test_weights_are_there_while_any_block_asks_for_them_and_then_their_memory_goes(mixtral: tuple) -> None:
-    source = Folder(mixtral[1])
+    source = Folder(mixtral[1], device=DEVICE)
     empty = dict(source.model.named_parameters())
     with source.loaded("model.layers.0") as block, source.loaded("model.layers.0.mlp") as inner:
         assert block.mlp is inner
@@ -128,7 +128,7 @@ def test_weights_are_there_while_any_block_asks_for_them_and_then_their_memory_g
 
 
 def test_no_file_stays_open(mixtral: tuple) -> None:
-    source = Folder(mixtral[1])
+    source = Folder(mixtral[1], device=DEVICE)
 
     def opened() -> bool:
         links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
@@ -141,7 +141,7 @@ def test_no_file_stays_open(mixtral: tuple) -> None:
 
 
 def test_a_block_that_fails_frees_its_weights(mixtral: tuple) -> None:
-    source = Folder(mixtral[1])
+    source = Folder(mixtral[1], device=DEVICE)
     for manager in (source.loaded("model.layers.0"), source.streamed()):
         with pytest.raises(KeyError), manager:
             raise KeyError
@@ -151,7 +151,7 @@ def test_a_block_that_fails_frees_its_weights(mixtral: tuple) -> None:
 
 
 def test_parameters_keep_what_was_said_of_them(mixtral: tuple) -> None:
-    source = Folder(mixtral[1])
+    source = Folder(mixtral[1], device=DEVICE)
     source.model.model.layers[0].requires_grad_(False)
     with source.loaded("model.layers.0"), source.loaded("model.layers.1"):
         assert not any(parameter.requires_grad for parameter in source.model.model.layers[0].parameters())
@@ -167,7 +167,7 @@ def test_dtypes_are_those_of_from_pretrained(
     name: str, saved: torch.dtype, dtype: str | torch.dtype, tmp_path: Path
 ) -> None:
     build(name).to(saved).save_pretrained(tmp_path)
-    source = Folder(tmp_path, dtype=dtype)
+    source = Folder(tmp_path, dtype=dtype, device=DEVICE)
     loaded = type(source.model).from_pretrained(tmp_path, dtype=dtype)
     with source.loaded("") as whole:
         tensors = whole.state_dict(keep_vars=True) | dict(whole.named_buffers())
@@ -181,7 +181,7 @@ def test_dtypes_are_those_of_from_pretrained(
 
 def test_tied_weights_are_one_and_untied_ones_are_not(tmp_path: Path) -> None:
     build("switch_transformers").save_pretrained(tmp_path)
-    source = Folder(tmp_path)
+    source = Folder(tmp_path, device=DEVICE)
     for path in ("shared", "lm_head", ""):
         with source.loaded(path):
             model = source.model
@@ -192,7 +192,7 @@ def test_tied_weights_are_one_and_untied_ones_are_not(tmp_path: Path) -> None:
     for factor, is_tied in ((1, True), (2, False)):
         both = weights | {"lm_head.weight": factor * weights["shared.weight"]}
         save_file(both, tmp_path / "model.safetensors", {"format": "pt"})
-        source = Folder(tmp_path)
+        source = Folder(tmp_path, device=DEVICE)
         with source.loaded(""):
             assert (source.model.lm_head.weight is source.model.shared.weight) == is_tied
             assert torch.equal(source.model.lm_head.weight, both["lm_head.weight"])
@@ -211,7 +211,7 @@ def _merged(folder: Path) -> PreTrainedModel:
 
 def test_a_merged_checkpoint_is_a_source_too(tmp_path: Path) -> None:
     merged = _merged(tmp_path)
-    source, text = Folder(tmp_path), batches("qwen3_moe", merged)
+    source, text = Folder(tmp_path, device=DEVICE), batches("qwen3_moe", merged)
     _assert_same_experts(merged, source)
     with source.streamed() as run:
         streamed = run(lambda batch: logits(source.model, batch), text)
