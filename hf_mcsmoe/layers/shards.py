@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.layers.checkpoint import INDEX
+from hf_mcsmoe.layers.checkpoint import INDEX, tensors_of_file
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import blocks
 
@@ -39,14 +40,19 @@ class ShardWriter:
             empty = torch.empty_like(parameter, device="meta")
             setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
 
-    def write_all(self, path: str, module: nn.Module, stored: Mapping[str, str]) -> None:
-        """Write all that a checkpoint holds of the model's module `path`, as one shard.
+    def take(self, file: Path) -> None:
+        """Take a shard that was written before, as the next one."""
+        self._shards[file] = {name: tensor.empty for name, tensor in tensors_of_file(file).items()}
+
+    def write_all(self, path: str, module: nn.Module, stored: Mapping[str, str]) -> Path:
+        """Write all that a checkpoint holds of the model's module `path`, as one shard; returns its file.
 
         Args:
             stored: of weights that are one, the name under which they are stored, by each of their names.
         """
         named = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
         self._write({name: tensor for name, tensor in named.items() if stored.get(name, name) == name})
+        return next(reversed(self._shards))
 
     def write_rest(self, model: PreTrainedModel) -> None:
         """Write all that `model` has beyond what was written: what it holds, and what it lacks from the source.
@@ -76,12 +82,16 @@ class ShardWriter:
             with self.source.tensors([name for name, tensor in tensors.items() if tensor.is_meta]) as read:
                 self._write(tensors | read)
 
-    def close(self) -> None:
-        """Give the shards their names and write the index; the folder is then complete."""
-        weight_map: dict[str, str] = {}
+    def close(self, target: Path | None = None) -> None:
+        """Give the shards their names and write the index; the folder is then complete.
+
+        Args:
+            target: another folder to put them into, in which case they stay where they are as well; None for here.
+        """
+        place, weight_map = target or self.folder, dict[str, str]()
         for number, (file, tensors) in enumerate(self._shards.items(), start=1):
             name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            os.replace(file, self.folder / name)
+            _put(file, place / name, stays=target is not None)
             weight_map |= dict.fromkeys(tensors, name)
         written = [tensor for tensors in self._shards.values() for tensor in tensors.values()]
         metadata = {
@@ -89,9 +99,9 @@ class ShardWriter:
             "total_size": sum(tensor.nbytes for tensor in written),
         }
         text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-        partial = self.folder / f"{INDEX}.partial"
+        partial = place / f"{INDEX}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / INDEX)
+        os.replace(partial, place / INDEX)
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         if tensors:
@@ -100,5 +110,18 @@ class ShardWriter:
             save_file(
                 {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"}
             )
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
             os.replace(partial, file)
             self._shards[file] = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def _put(file: Path, place: Path, *, stays: bool) -> None:
+    """Move a file, or give it a second name where it stays; a copy where the disk has no second names."""
+    if not stays:
+        os.replace(file, place)
+        return
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)

@@ -150,6 +150,12 @@ def current_key() -> Any:
     return None if current is None else current.key
 
 
+def is_between_blocks() -> bool:
+    """Tell whether the forward that runs in this thread is in none of its blocks."""
+    current = CURRENT.get()
+    return current is not None and current.inside is None
+
+
 class _GivenUp(BaseException):
     """Ends the thread of a forward that nobody waits for any more."""
 

@@ -66,17 +66,7 @@ class MCSMoEModel(SavedWhole):
             layer_path(self, name)
         if len({layer_path(self, name) for name in layers}) < len(layers):
             raise ValueError(f"The configuration names a merged layer twice, with and without prefix: {list(layers)}.")
-        for name, layer in layers.items():
-            if "kept" in layer:
-                experts = install_pruned(self, name, layer["num_experts"], layer["kept"])
-            else:
-                experts = install_layer(self, name, layer["expert_map"], layer.get("approximate_experts", ()))
-            for weight, entry in layer.get("low_rank", {}).items():
-                if weight not in low_rank_of(experts):  # else installed by the base model inside a head
-                    decomposable(experts).install_low_rank(weight, entry["rank"], entry["kept_rows"])
-            for weight, entry in layer.get("quantized", {}).items():
-                if weight not in quantized_of(experts):
-                    decomposable(experts).install_quantized(weight, entry)
+        install_described(self, layers)
         adopt_inner_models(self)
         self.init_weights()  # of the new experts, and their ties
 
@@ -154,6 +144,21 @@ class MCSMoEModel(SavedWhole):
                     state |= {f"{path}.{name}_s": values, f"{path}.{name}_rows": rows}
                     entry["kept_rows"] = counts
         return state, mcsmoe
+
+
+def install_described(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Give a model the empty experts, and the routers, that a configuration describes by the layers' names."""
+    for name, layer in layers.items():
+        if "kept" in layer:
+            experts = install_pruned(model, name, layer["num_experts"], layer["kept"])
+        else:
+            experts = install_layer(model, name, layer["expert_map"], layer.get("approximate_experts", ()))
+        for weight, entry in layer.get("low_rank", {}).items():
+            if weight not in low_rank_of(experts):  # else installed by the base model inside a head
+                decomposable(experts).install_low_rank(weight, entry["rank"], entry["kept_rows"])
+        for weight, entry in layer.get("quantized", {}).items():
+            if weight not in quantized_of(experts):
+                decomposable(experts).install_quantized(weight, entry)
 
 
 def _is_own(experts: MergedExperts) -> bool:

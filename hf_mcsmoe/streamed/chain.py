@@ -15,7 +15,6 @@ from hf_mcsmoe.repair.rows import Fitted
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.parts import Stage
 from hf_mcsmoe.streamed.stages import Converting, Decomposing, Merging, Quantizing, Repairing
-from hf_mcsmoe.streamed.student import Student
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Chain:
         options |= {"bits": config, "repair": self.asked.repair, "statistics": self.statistics}
         self.stages.append(Quantizing("quantized", names, "quantized", **options))
 
-    def begin(self, student: Student, batches: int) -> None:
+    def begin(self, batches: int) -> None:
         """Begin, with so many batches that are fitted to."""
         for stage in self.stages:
             if isinstance(stage, Quantizing):

@@ -74,6 +74,11 @@ class Stage:
     told: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def reads_original(self) -> bool:
+        """Whether it reads what the original's layers see."""
+        return False
+
+    @property
     def reads_itself(self) -> bool:
         """Whether it reads what its own stream brings, the layers before having passed this stage."""
         return False

@@ -67,6 +67,11 @@ class Fitting(Stage):
     may_be_cut: bool = False  # whether a layer's router may be cut, of which the original's inputs may not tell
 
     @property
+    def reads_original(self) -> bool:
+        """Whether it reads what the original's layers see: always."""
+        return True
+
+    @property
     def reads_itself(self) -> bool:
         """Whether the inputs that it reads are, or may be, the student's own."""
         return self.config.sequential or self.may_be_cut

@@ -19,7 +19,7 @@ from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.merge import merge_layer, prepared, sums_of
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.convert import write_description
-from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer, install_pruned
+from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_described
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.record import Costs
 
@@ -50,6 +50,13 @@ class Student:
     def in_block(self, path: str) -> dict[str, MoELayer]:
         """Return the layers of the block at `path` as they are now, by the names that they had before."""
         return {layer.original_name: layer for layer in self.layers if layer.name.startswith(f"{path}.")}
+
+    def resume(self, description: dict[str, Any]) -> None:
+        """Give it, without weights, all that `config.mcsmoe` said when some of its blocks were done."""
+        with torch.device("meta"):
+            install_described(self.model, description["layers"])
+        self.model.config.mcsmoe = description
+        self.model.requires_grad_(False)
 
     def merge(self, layers: Iterable[MoELayer], statistics: RoutingStatistics | None) -> None:
         """Merge those of the teacher's layers that the plan merges."""
@@ -126,13 +133,12 @@ def _stored_names(model: nn.Module) -> dict[str, str]:
 
 def merged_costs(teacher: Layers, plan: MergePlan) -> Costs:
     """Return what the merged model holds before anything else is done, from sizes alone."""
-    student = Student(teacher, plan)
+    student, layers = Student(teacher, plan), dict[str, Any]()
     for name, item in plan.layers.items():
-        if item.is_whole:
-            continue
-        if item.kept is None:
-            install_layer(student.model, name, item.expert_map)
-        else:
-            install_pruned(student.model, name, len(item.expert_map), item.kept)
+        reduced = {"kept": item.kept} if item.kept is not None else {"expert_map": item.expert_map}
+        if not item.is_whole:
+            layers[name] = {"num_experts": len(item.expert_map), **reduced}
+    with torch.device("meta"):
+        install_described(student.model, layers)
     write_description(student.model)
     return replace(account(student.model), bytes_on_disk=saved_costs(student.model).bytes_on_disk)

@@ -20,9 +20,10 @@ from hf_mcsmoe.layers.batches import Batch, RoutedSink, Watch, evaluation_mode, 
 from hf_mcsmoe.layers.finite import check_own
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.layer import MoELayer
-from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, current_key, run_in_turns
+from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, current_key, is_between_blocks, run_in_turns
 from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.streamed.parts import FITTED, JUDGED, MADE, ORIGINAL, SAMPLE, Block, Key, Rows, Stage
+from hf_mcsmoe.streamed.states import States
 from hf_mcsmoe.streamed.student import Student
 
 
@@ -34,27 +35,42 @@ class Sweep:
         self.folder, self.student, self.stages, self.rows, self.judge = folder, student, stages, rows, judge
         self.counts: dict[str, Counting] = {}
         self.passed: list[str] = []  # blocks that are done
+        self.finished: Sequence[str] = ()  # those that were when it began
+        self._before: dict[str, int] = {}
+        self._experts: dict[str, dict[str, int]] = {}
+        self.inside: dict[str, dict[str, int]] = {}  # FLOPs inside of blocks, by stream and the block's path
         self._measures: dict[str, Measure] = {}
         self._sinks: list[tuple[Callable[[Key], bool], RoutedSink]] = []
         self._watches = {model: Watch(model, self._dispatch) for model in (folder.model, student.model)}
 
-    def run(self, write: Callable[[str, Any], None]) -> None:
+    def run(self, states: States, finished: Sequence[str], write: Callable[[str, Any], None]) -> None:
         """Pass all blocks, and measure all stages.
 
         Args:
+            states: keeps what blocks return.
+            finished: the paths of blocks that are done already.
             write: called with each block's path and its module in the student when that is done.
         """
-        of_model = blocks(self.folder.model)
-        theirs = Turnstile(of_model, self.folder.loaded)
-        ours = Turnstile(blocks(self.student.model), lambda path: contextlib.nullcontext())
+        of_model, of_student = (
+            {path: block for path, block in blocks(model).items() if path not in finished} for model in self._watches
+        )
+        self.finished = finished
+        self.passed, turnstiles = (
+            [*finished],
+            [Turnstile(of_model, self.folder.loaded), Turnstile(of_student, _nothing)],
+        )
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for model in self._watches:
                 stack.enter_context(evaluation_mode(model))
             for held in (self.folder.loaded_outside(), self.student.borrowed_outside()):
                 stack.enter_context(held)
-            for turnstile in (theirs, ours):
+            for turnstile, model in zip(turnstiles, self._watches, strict=True):
                 stack.enter_context(turnstile.installed())
+                handles = stack.enter_context(hooks())
+                for path, block in turnstile.blocks.items():
+                    handles.append(block.register_forward_hook(partial(self._left, path)))
+                stack.enter_context(states.kept(model, finished))
             turns = partial(self._turns, write)
             run_in_turns(self._forwards(), list(of_model), turns)
             for path in of_model:  # those that no forward passes
@@ -63,6 +79,10 @@ class Sweep:
         for measure in self._measures.values():
             measure.close()
 
+    def resume(self, inside: dict[str, dict[str, int]], experts: dict[str, dict[str, int]]) -> None:
+        """Take the FLOPs that were counted in finished blocks, by stream and block, and by stream and layer."""
+        self.inside, self._experts = inside, experts
+
     def _forwards(self) -> list[Forward]:
         forwards = []
         for stream, judged, kinds in self._streams():
@@ -70,6 +90,7 @@ class Sweep:
                 self._measures[stream] = self.judge.of_stage(judged) if judged else self.judge.of_original()
             if SAMPLE in kinds:
                 self.counts[stream] = Counting()
+                self.counts[stream].experts = self._experts.get(stream, {})
             for kind, batches in self._batches(kinds):
                 for number, batch in enumerate(batches):
                     key = Key(stream, kind, number)
@@ -79,7 +100,7 @@ class Sweep:
     def _streams(self) -> Iterator[tuple[str, str, set[str]]]:
         """Yield the streams in their order: name, what the record calls the stage, and which forwards it has."""
         every = {FITTED, MADE, JUDGED, SAMPLE}
-        yield ORIGINAL, "", every if len(self.stages) > 1 else {JUDGED, SAMPLE}
+        yield ORIGINAL, "", every if any(stage.reads_original for stage in self.stages) else {JUDGED, SAMPLE}
         for number, stage in enumerate(self.stages):
             is_read = stage.reads_itself or any(other.reads_before for other in self.stages[number + 1 : number + 2])
             wanted = {FITTED: is_read, MADE: is_read, JUDGED: bool(stage.judged), SAMPLE: stage.is_counted}
@@ -98,6 +119,18 @@ class Sweep:
                 forward(watch.model, batch)
         else:
             watch.run(batch)
+
+    def _left(self, path: str, *_: Any) -> None:
+        """Keep what a forward that is counted took inside of a block."""
+        key = current_key()
+        if isinstance(key, Key) and key.kind == SAMPLE and is_between_blocks():
+            flops = self.counts[key.stream].counter.get_total_flops()
+            self.inside.setdefault(key.stream, {})[path] = flops - self._before[key.stream]
+
+    def flops(self, stream: str) -> int:
+        """Return the FLOPs of a stream's counted forward, of which blocks that were finished before count as then."""
+        inside = self.inside.get(stream, {})
+        return self.counts[stream].counter.get_total_flops() + sum(inside[path] for path in self.finished)
 
     def _dispatch(self, layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
         for chosen, sink in self._sinks:
@@ -128,7 +161,7 @@ class Sweep:
             yield from merge.work(block)  # before any forward has cast a router
             with self.student.borrowed(path) as ours:
                 with evaluation_mode(ours):
-                    layers = [*originals.values()] if stages else []
+                    layers = [*originals.values()] if any(stage.reads_original for stage in stages) else []
                     yield from self._pass(ORIGINAL, layers, originals, block.seen.keep, (FITTED, MADE))
                     for stage, after in zip(self.stages, [*stages, None], strict=True):
                         if stage is not merge:
@@ -161,6 +194,7 @@ class Sweep:
 
         counting = self.counts.get(stream)
         experts = {} if counting is None else {layer.name: expert_modules(layer) for layer in layers.values()}
+        self._before[stream] = counting.counter.get_total_flops() if counting else 0
         with self._watching(watched, fitted, sink), counting.watching(experts) if counting else _nothing():
             yield Turn(lambda key: key.stream == stream)
 
@@ -178,5 +212,5 @@ def _is_in(name: str, path: str) -> bool:
     return name.startswith(f"{path}.")
 
 
-def _nothing() -> contextlib.AbstractContextManager[None]:
+def _nothing(*_: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()

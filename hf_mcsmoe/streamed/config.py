@@ -1,0 +1,58 @@
+"""How a checkpoint is read block by block."""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.streaming import blocks
+
+# Of the memory that is free at the start, so much is taken unless told otherwise.
+SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Memory of a streamed run, and whether it begins anew.
+
+    `memory` are bytes for the block in work and for hidden states; None for most of what is free. Hidden states that
+    do not fit are mapped from the disk.
+    """
+
+    memory: int | None = None
+    restart: bool = False
+
+    def check(self, folder: Folder, hidden_bytes: int) -> bool:
+        """Return whether hidden states are to be mapped from the disk.
+
+        Raises:
+            ValueError: the memory is too small for a block.
+        """
+        name, block = largest_block(folder)
+        # The block with what it is converted from, and the student's beside it.
+        needed, memory = 2 * block, int(SHARE * available_memory())
+        memory = memory if self.memory is None else self.memory
+        if memory < needed:
+            raise ValueError(
+                f"memory={memory / 1e9:.2f} GB is too small for one block: {name} takes {needed / 1e9:.2f} GB with "
+                "what is made of it."
+            )
+        return hidden_bytes > memory - needed
+
+
+def largest_block(folder: Folder) -> tuple[str, int]:
+    """Return the path of the model's largest block, and its bytes."""
+    state, sizes = folder.model.state_dict(), dict.fromkeys(["", *blocks(folder.model)], 0)
+    for name, tensor in state.items():
+        path = next((path for path in sizes if path and name.startswith(f"{path}.")), "")
+        sizes[path] += tensor.nbytes
+    return max(sizes.items(), key=lambda item: item[1])
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are free, or can be freed; where nobody says, all that there might be."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return sys.maxsize

@@ -1,0 +1,119 @@
+"""What a streamed run has finished, on disk, so that the same command goes on where it was killed."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_mcsmoe.files import read_json, write_json
+from hf_mcsmoe.layers.checkpoint import INDEX
+from hf_mcsmoe.layers.folder import Folder
+
+# Inside of the working folder beside the output.
+PLACE, FILE = "streamed", "journal.json"
+VERSION = 1
+# The states of a run: it takes statistics, makes block after block, or puts the result in its place.
+STATISTICS, BLOCKS, RESULT = "statistics", "blocks", "result"
+AGAIN = "--restart (restart=True) begins anew"
+
+
+class Journal:
+    """The journal of one run. A block is finished once it is in here."""
+
+    def __init__(self, work: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
+        """Open the journal in a working folder, or begin one.
+
+        Args:
+            run: what decides on the result, by name.
+            restart: whether to remove what an earlier run has finished.
+
+        Raises:
+            ValueError: the earlier run was another one, or of another version; the message says what has changed.
+        """
+        self.folder = work / PLACE
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)
+        told = json.loads(json.dumps(run))
+        self.content: dict[str, Any] = {
+            "version": VERSION,
+            "run": told,
+            "state": STATISTICS,
+            STATISTICS: [],
+            BLOCKS: {},
+        }
+        if (self.folder / FILE).is_file():
+            held = read_json(self.folder / FILE, AGAIN)
+            self._check(held, told)
+            self.content = held
+        else:
+            self.save()
+
+    def _check(self, held: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+        if held.get("version") != VERSION:
+            raise ValueError(
+                f"{self.folder / FILE} was written by another version of hf_mcsmoe (its format is "
+                f"{held.get('version')!r}, this one's {VERSION}): go on with that one, or {AGAIN}."
+            )
+        if changed := difference(held["run"], told):
+            raise ValueError(
+                f"A run that was interrupted is to go on, and {changed}: ask for the same again, or {AGAIN}."
+            )
+
+    @property
+    def state(self) -> str:
+        """Which state the run is in."""
+        return self.content["state"]
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self.content["state"] = state
+        self.save()
+
+    def save(self) -> None:
+        """Write it, whole or not at all."""
+        write_json(self.folder / FILE, self.content)
+
+    def remove(self) -> None:
+        """Remove all that the run has kept."""
+        shutil.rmtree(self.folder)
+
+
+def difference(held: Any, asked: Any, name: str = "") -> str:
+    """Say in what two descriptions of a run differ first; "" where they do not."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        for key in [*held, *(key for key in asked if key not in held)]:
+            if told := difference(held.get(key), asked.get(key), f"{name} {key}".strip()):
+                return told
+        return ""
+    return "" if held == asked else f"{name} was {_shown(held)}, and is {_shown(asked)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:50]} ..."
+
+
+def source_of_run(folder: Folder) -> dict[str, Any]:
+    """Return what tells a checkpoint from any other: its files' sizes and times, and what describes them."""
+    place = Path(str(folder.model.name_or_path))
+    files = sorted({tensor.file for tensor in folder.stored.values() if isinstance(tensor.file, Path)})
+    found: dict[str, Any] = {file.name: stamp(file) for file in files}
+    for name in ("config.json", INDEX):
+        if (place / name).is_file():
+            found[name] = hashlib.sha256((place / name).read_bytes()).hexdigest()[:16]
+    return found
+
+
+def stamp(file: Path) -> list[int]:
+    """Return size and time of a file, which change with it."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def sha256_of(file: Path) -> str:
+    """Return the hash of a file's contents."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,227 @@
+"""One run from folder to folder, which goes on from what its journal says is finished."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.calibration.inputs import num_sequences
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.card import new_record
+from hf_mcsmoe.compress import with_steps
+from hf_mcsmoe.data.batches import digest
+from hf_mcsmoe.data.domains import domains_of
+from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs, with_flops
+from hf_mcsmoe.evaluation.held_out import Judge
+from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.packing import apart, unpacked
+from hf_mcsmoe.layers.shards import ShardWriter
+from hf_mcsmoe.layers.streaming import blocks
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.statistics import of_data
+from hf_mcsmoe.modeling.convert import write_description
+from hf_mcsmoe.options import check_repair
+from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.progress import Progress, in_parts, one_step
+from hf_mcsmoe.record import Costs, Record
+from hf_mcsmoe.repair.made import made_batches
+from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.repair.rows import few_rows
+from hf_mcsmoe.streamed.chain import Asked, Chain
+from hf_mcsmoe.streamed.journal import BLOCKS, STATISTICS, Journal, sha256_of, source_of_run
+from hf_mcsmoe.streamed.parts import ORIGINAL, Rows
+from hf_mcsmoe.streamed.states import States
+from hf_mcsmoe.streamed.statistics import collect_by_blocks
+from hf_mcsmoe.streamed.student import Student, merged_costs
+from hf_mcsmoe.streamed.sweep import Sweep
+
+SUMS, PLAN = "statistics.safetensors", "plan.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The calibration batches of a model, one of them to measure costs on, and the repair that makes rows of them."""
+
+    model: PreTrainedModel
+    batches: Sequence[Batch]
+    sample: Batch | None
+    repair: RepairConfig | None
+
+    def rows(self) -> Rows:
+        """Return what passes the blocks."""
+        repair, encoder_decoder = self.repair, self.model.config.is_encoder_decoder
+        made = made_batches(self.model, self.batches, repair.made, repair.seed) if repair else []
+        sample = self.sample and unpacked(self.sample, encoder_decoder=encoder_decoder)
+        return Rows(list(apart(self.model, self.batches)), list(apart(self.model, made)), sample)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences are fitted to."""
+        return sum(map(num_sequences, self.batches))
+
+    def hidden_bytes(self, asked: Asked, judge: Judge) -> int:
+        """Return about how many bytes of hidden states wait at a block."""
+        streams = 1 + sum(map(bool, (asked.repair, asked.low_rank, asked.quantization)))
+        tokens = sum(_tokens(batch) for batch in self.batches) * (2 if asked.repair else 1)
+        tokens += (1 + streams) * sum(map(_tokens, judge.all_batches))
+        return tokens * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+
+
+def _tokens(batch: Batch) -> int:
+    return max((x.shape[:2].numel() for x in batch.values() if isinstance(x, torch.Tensor)), default=0)
+
+
+def description_of(
+    folder: Folder,
+    config: MergeConfig,
+    asked: Asked,
+    data: Sequence[Sequence[Batch]],
+    statistics: RoutingStatistics | None,
+) -> dict[str, Any]:
+    """Return what decides on the bytes of a result, as JSON values."""
+    options = {name: None if value is None else value.to_dict() for name, value in vars(asked).items()}
+    held = None if statistics is None else digest(list(statistics.layers.values()))
+    return {
+        "source": source_of_run(folder),
+        "options": {"merge": config.to_dict(), **options, "dtype": str(folder.model.dtype)},
+        "data": [digest(part) + digest([_domains(batch) for batch in part]) for part in data],
+        "statistics": held,
+        "packages": {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _domains(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"domain": domains_of(batch, num_sequences(batch))}
+
+
+class Run:
+    """A run, and its journal."""
+
+    def __init__(
+        self, layers: Layers, config: MergeConfig, asked: Asked, data: Data, journal: Journal, *, is_mapped: bool
+    ) -> None:
+        """Begin, or go on."""
+        self.layers, self.config, self.asked, self.data, self.journal = layers, config, asked, data, journal
+        self.folder = cast(Folder, layers.source)
+        self.folder.model.requires_grad_(False)
+        self.rows = data.rows()
+        self.states = States(journal.folder, list(blocks(self.folder.model)), mapped=is_mapped)
+        self.writer = ShardWriter(journal.folder, self.folder)
+
+    def check_source(self) -> None:
+        """Raise ValueError where the source has changed since the run began."""
+        held, found = self.journal.content["run"]["source"], source_of_run(self.folder)
+        if other := [name for name in held if held[name] != found.get(name)]:
+            raise ValueError(
+                f"{other[0]} of {self.folder.model.name_or_path} has changed while it was read: begin anew when "
+                "nobody writes to it (--restart)."
+            )
+
+    def statistics(self, given: RoutingStatistics | None, needs: Sequence[str], tell: Progress) -> RoutingStatistics:
+        """Return the statistics that are given, or those of the first sweep."""
+        file = self.journal.folder / SUMS
+        if given is None and self.journal.state != STATISTICS:
+            return RoutingStatistics.load(file)
+        if given is None:
+            number = len(blocks(self.folder.model))
+
+            def done() -> None:
+                self.check_source()
+                tell(STATISTICS, len(self.journal.content[STATISTICS]) + 1, number)
+
+            tell(STATISTICS, len(self.journal.content[STATISTICS]), number)
+            names = of_data(needs)
+            given = collect_by_blocks(self.layers, self.rows.fitted, names, self.states, self.journal, done)
+            given.save(file)
+        return given
+
+    def plan(self, statistics: RoutingStatistics, tell: Progress) -> MergePlan:
+        """Return the plan of the statistics."""
+        file = self.journal.folder / PLAN
+        if self.journal.state == STATISTICS:
+            with one_step("planning", tell):
+                plan_merge(self.layers, statistics, self.config).save(file)
+            self.journal.state = BLOCKS
+        methods = [method if callable(method) else None for method in (self.config.alignment, self.config.merging)]
+        return replace(MergePlan.load(file), alignment=methods[0], merging=methods[1])
+
+    def blocks(
+        self, statistics: RoutingStatistics, plan: MergePlan, judge: Judge, tell: Progress
+    ) -> tuple[PreTrainedModel, Record]:
+        """Make what is not finished, and return the student without weights and its record, but for the quality."""
+        is_merged = any(not item.is_whole for item in plan.layers.values())
+        check_repair(is_merged, **vars(self.asked))
+        student, chain = Student(self.layers, plan), Chain(self.layers, plan, statistics, self.asked)
+        chain.begin(len(self.rows.fitted))
+        if self.asked.low_rank:
+            write_description(student.model, keep=self.asked.low_rank.keep)
+        judge.progress = in_parts("measuring", tell, 1 + sum(bool(stage.judged) for stage in chain.stages))
+        sweep = Sweep(self.folder, student, chain.stages, self.rows, judge)
+        finished = self._resumed(sweep)
+        number = len(blocks(self.folder.model))
+        tell(BLOCKS, len(finished), number)
+
+        def write(path: str, module: Any) -> None:
+            file = self.writer.write_all(path, module, student.names)
+            write_description(student.model)
+            self.check_source()
+            self._finish(path, [file.name, sha256_of(file)], sweep)
+            tell(BLOCKS, len(self.journal.content[BLOCKS]), number)
+
+        sweep.run(self.states, finished, write)
+        record = replace(new_record(student.model, plan.to_dict()), costs=self._costs(sweep, chain, is_merged))
+        few, asked = few_rows(chain.refitted, self.data.sequences), self.asked
+        report, stored = chain.report(self.data.sequences), (asked.low_rank, asked.quantization, asked.sparsity)
+        return student.model, with_steps(record, student.model, report, *stored, few)
+
+    def _finish(self, path: str, shard: list[str], sweep: Sweep) -> None:
+        content = self.journal.content
+        content[BLOCKS][path] = shard
+        content["description"] = sweep.student.model.config.mcsmoe
+        content["told"] = [stage.told for stage in sweep.stages]
+        content["inside"] = sweep.inside
+        content["experts"] = {stream: counting.experts for stream, counting in sweep.counts.items()}
+        self.journal.save()
+        self.states.forget(path)
+
+    def _resumed(self, sweep: Sweep) -> list[str]:
+        """Give a sweep what the journal knows of finished blocks, whose paths are returned."""
+        content, finished = self.journal.content, list(self.journal.content[BLOCKS])
+        if not finished:
+            self.states.clear()  # of the first sweep
+            return []
+        for name, digest_of_file in content[BLOCKS].values():
+            file = self.journal.folder / name
+            if not file.is_file() or sha256_of(file) != digest_of_file:
+                raise ValueError(f"{file} is not what the run has written: begin anew (--restart).")
+            self.writer.take(file)
+        for stage, told in zip(sweep.stages, content["told"], strict=True):
+            stage.told = told
+        sweep.resume(content["inside"], content["experts"])
+        sweep.student.resume(content["description"])
+        return finished
+
+    def write_rest(self, student: PreTrainedModel) -> None:
+        """Write what lies outside of the blocks that were made."""
+        self.writer.write_rest(student)
+
+    def _costs(self, sweep: Sweep, chain: Chain, is_merged: bool) -> dict[str, Costs]:
+        """Return what the original, the merged model and the result cost."""
+        model, streams = sweep.student.model, {"before": ORIGINAL}
+        before = replace(account(self.layers), bytes_on_disk=folder_bytes(self.layers.model.name_or_path))
+        costs = {"before": before}
+        if self.asked.is_stored and is_merged:
+            costs["merged"], streams["merged"] = merged_costs(self.layers, sweep.student.plan), chain.stages[0].stream
+        name = "compressed" if self.asked.is_stored else "merged" if is_merged else "after"
+        costs[name] = replace(account(model), bytes_on_disk=saved_costs(model).bytes_on_disk)
+        streams[name] = chain.stages[-1].stream
+        if (sample := self.rows.sample) is None:
+            return costs
+        flops = {name: (sweep.flops(stream), sweep.counts[stream].experts) for name, stream in streams.items()}
+        return {name: with_flops(value, self.layers.model, sample, *flops[name]) for name, value in costs.items()}

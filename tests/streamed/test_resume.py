@@ -1,0 +1,96 @@
+"""A streamed run that was interrupted goes on where it was, and ends with the bytes that it would have had."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import build
+from helpers import batches
+
+from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.streamed.compress import compress_folder
+from hf_mcsmoe.streamed.config import StreamConfig, largest_block
+from hf_mcsmoe.streamed.journal import Journal
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The repair left"),
+    pytest.mark.filterwarnings("ignore:Few calibration tokens"),
+]
+ALL = {
+    "repair": RepairConfig(method="joint", sequential=True),
+    "low_rank": LoSparseConfig(rank=2, keep=0.25),
+    "quantization": QuantizationConfig(bits=4, group_size=8),
+}
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing after it is done."""
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def source(name: str, folder: Path) -> dict[str, Any]:
+    """Save a model; returns the arguments of `compress_folder` but for output and options."""
+    model = build(name)
+    model.save_pretrained(folder / "source")
+    rows, held_out = batches(name, model, 2), batches(name, model, 3)[2:]
+    return {
+        "source": folder / "source", "batches": rows, "config": MergeConfig(experts=4), "held_out": held_out
+    }  # fmt: skip
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, save: int, *, after: bool) -> None:
+    """Let the journal's n-th save end the run, before or after it has been written."""
+    count, write = iter(range(1, 1000)), Journal.save
+
+    def watched(self: Journal) -> None:
+        number = next(count)
+        if number == save and not after:
+            raise Killed
+        write(self)
+        if number == save:
+            raise Killed
+
+    monkeypatch.setattr(Journal, "save", watched)
+
+
+def _interrupted(
+    given: dict[str, Any], output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> Iterator[int]:
+    """Begin a run again and again, each ended one save later than the last; yields the saves of each."""
+    for save in range(1, 100):
+        with monkeypatch.context() as patch:
+            killed_at(patch, 2, after=save % 2 == 0)
+            try:
+                compress_folder(output=output, **given, **options)
+                return
+            except Killed:
+                yield save
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_mapped"),
+    [
+        ("mixtral", ALL, True),
+        pytest.param("switch_transformers", {"repair": RepairConfig()}, True, marks=pytest.mark.slow),
+        pytest.param("switch_transformers", ALL, False, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", {"repair": RepairConfig()}, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
+    name: str, options: dict[str, Any], is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = source(name, tmp_path)
+    compress_folder(output=tmp_path / "whole" / "out", **given, **options)
+    if is_mapped:  # no byte is left for hidden states
+        given["stream"] = StreamConfig(memory=2 * largest_block(Folder(tmp_path / "source"))[1])
+    (tmp_path / "parts").mkdir()
+    ends = list(_interrupted(given, tmp_path / "parts" / "out", monkeypatch, **options))
+    assert len(ends) > 5
+    assert hashes(tmp_path / "parts" / "out") == hashes(tmp_path / "whole" / "out")
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["out"]
