@@ -28,7 +28,7 @@ from hf_mcsmoe.modeling.saving_mcsmoe import (
     SAVED,
     SECTION,
 )
-from hf_mcsmoe.record import LOW_RANK, Base, Calibration, Record, Stored, public_name
+from hf_mcsmoe.record import DROPPED, LOW_RANK, Base, Calibration, Record, Step, Stored, public_name
 from hf_mcsmoe.tables import (
     bits_of,
     cost_rows,
@@ -358,7 +358,19 @@ def new_record(model: PreTrainedModel, plan: dict[str, Any]) -> Record:
     declared = declared_by(source)
     licence = {key: value for key, value in declared.items() if key in LICENCE}
     base = Base(public_name(source), model.config.base_model_type, licence, _languages(declared.get("language")))
-    return Record(base, loading_class(model), plan)
+    return Record(base, loading_class(model), plan, _dropped(model.config.mcsmoe.get("dropped", [])))
+
+
+def _dropped(blocks: list[str]) -> tuple[Step, ...]:
+    """Return the step that tells of the blocks that are not in the result; none where all are."""
+    if not blocks:
+        return ()
+    names, are = ", ".join(f"`{path}`" for path in blocks), "are" if len(blocks) > 1 else "is"
+    told = (
+        f"{names} of the original {are} not in this model: Transformers does not load them, and they would have kept "
+        "all their experts. Where they are layers that predict further tokens, engines decode without speculation."
+    )
+    return (Step(DROPPED, {"blocks": blocks}, [told]),)
 
 
 def record_of(model: PreTrainedModel) -> Record:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
+from hf_mcsmoe.layers.extra import extra_blocks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.folder import Folder
@@ -38,7 +39,7 @@ from hf_mcsmoe.methods.view import LayerView, Sums
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
 from hf_mcsmoe.modeling.constants_mcsmoe import num_constants
-from hf_mcsmoe.modeling.convert import convert_model, write_description
+from hf_mcsmoe.modeling.convert import convert_model, drop_blocks, write_description
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_layer, install_pruned
 from hf_mcsmoe.modeling.pruned_mcsmoe import check_cut, cut_tensors, kept_entries, set_tensor
@@ -343,10 +344,15 @@ def _solvers(weights: Experts) -> int:
 
 
 def prepared(layers: Layers, *, consume: bool = False) -> PreTrainedModel:
-    """Return a model of the generated class, in which the experts of `layers` are still to be merged."""
+    """Return a model of the generated class, in which the experts of `layers` are still to be merged.
+
+    Blocks that the source holds beside it, which would keep their experts, are left out.
+    """
+    extra = extra_blocks(layers.source)
     result = _prepare(layers, consume)
     remember_source(result, layers.model.name_or_path or "")
     convert_model(result)
+    drop_blocks(result, extra)
     return result
 
 

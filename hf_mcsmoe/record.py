@@ -35,6 +35,10 @@ class Base:
 SPARSITY = "Sparsity"
 
 
+# The title of the step that tells of blocks which the source held and the result does not.
+DROPPED = "Left out"
+
+
 @dataclass(frozen=True)
 class Step:
     """What was done after the merge: a title, the options it was done with, and lines of Markdown that tell of it.

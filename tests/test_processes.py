@@ -71,7 +71,7 @@ def _without_seconds(report: RepairReport) -> dict[str, LayerRepair]:
     return {name: replace(layer, seconds=0.0) for name, layer in report.layers.items()}
 
 
-def _results() -> dict[str, Any]:
+def _results(repairs: list[str]) -> dict[str, Any]:
     model, given, counted = build("mixtral"), batches("mixtral", build("mixtral")), []
     config = mc.MergeConfig(experts=0.5, alignment=_aligned(counted))
     plan = mc.plan_merge(model, mc.collect_statistics(model, given), config)
@@ -81,7 +81,7 @@ def _results() -> dict[str, Any]:
     with mc.together():
         found["merged"] = _equal(merged, mc.merge_experts(model, plan))
     found["together"] = len(counted)
-    for method in REPAIRS:
+    for method in repairs:
         fit = mc.RepairConfig(method=method, steps=3)
         one, two = copy.deepcopy(merged), copy.deepcopy(merged)
         report = mc.repair_experts(one, model, given, fit)
@@ -107,13 +107,14 @@ def test_sums_and_inputs_are_those_of_one_process(name: str, needs: list[str], t
         assert found["3"] < 1e-12
 
 
+@pytest.mark.parametrize("repairs", [["refit"], pytest.param(REPAIRS, marks=pytest.mark.slow)], ids=["refit", "all"])
 @pytest.mark.filterwarnings("ignore:Few calibration tokens")
-def test_experts_are_aligned_and_repaired_in_shares_as_by_one(tmp_path: Path) -> None:
-    first, second = in_two_processes(lambda rank: _results(), tmp_path)
+def test_experts_are_aligned_and_repaired_in_shares_as_by_one(repairs: list[str], tmp_path: Path) -> None:
+    first, second = in_two_processes(lambda rank: _results(repairs), tmp_path)
     assert first["together"] + second["together"] == first["alone"]
     assert abs(first["together"] - second["together"]) <= 2  # of two layers
     for found in (first, second):
-        assert all(found[name] for name in ("merged", *REPAIRS)), found
+        assert all(found[name] for name in ("merged", *repairs)), found
 
 
 def _one_ends(end: Callable[[], None]) -> str:

@@ -44,8 +44,8 @@ from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing
 from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import counted, one_step
+from hf_mcsmoe.record import DROPPED, Record
 from hf_mcsmoe.record import Calibration as Calibrated
-from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
@@ -209,8 +209,9 @@ def _show(record: Record, output: Path) -> None:
     elif data.rows:
         console.print(f"{_unmeasured(data)}: neither loss nor KL to the original is known")
     console.print(cost_table(costs))
-    for few in filter(None, (step.figures.get("few_rows") for step in record.steps)):
-        notes.print(few, highlight=False, soft_wrap=True)
+    told = [line for step in record.steps if step.title == DROPPED for line in step.lines]
+    for line in [*told, *filter(None, (step.figures.get("few_rows") for step in record.steps))]:
+        notes.print(escape(line), highlight=False, soft_wrap=True)
     if record.size:
         console.print()
         for line in size_lines(record.size, record.quality[record.judged].kl if record.judged else None):

@@ -15,6 +15,9 @@ from hf_mcsmoe.modeling.pruned_mcsmoe import cut_routers
 from hf_mcsmoe.modeling.quantized_mcsmoe import quantized_of
 from hf_mcsmoe.modeling.router_mcsmoe import expert_maps
 
+# What families call the number of layers that predict further tokens, which no model of Transformers holds.
+MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
 
 def convert_model(model: PreTrainedModel) -> None:
     """Turn a base model, in place, into the generated class; its layers are still to be installed, and described."""
@@ -37,6 +40,17 @@ def _convert_config(config: PreTrainedConfig) -> None:
     config.base_model_type = base_model_type
 
 
+def drop_blocks(model: PreTrainedModel, paths: Sequence[str]) -> None:
+    """Let the configuration say that a result lacks these blocks of its source, and count no layers for them."""
+    if not paths:
+        return
+    model.config.mcsmoe = {**model.config.mcsmoe, "dropped": list(paths)}
+    for config in (model.config, model.config.get_text_config()):
+        for name in MTP_FIELDS:
+            if getattr(config, name, None):
+                setattr(config, name, 0)
+
+
 def write_description(model: nn.Module, *, keep: float | None = None, whole: Sequence[str] | None = None) -> None:
     """Let `config.mcsmoe` say what the model's modules hold; nothing else writes it.
 
@@ -51,8 +65,9 @@ def write_description(model: nn.Module, *, keep: float | None = None, whole: Seq
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return `config.mcsmoe` as the model's modules have it.
 
-    `keep`, the share of rows of S that is to be left, and `whole`, the layers of which all experts were kept, are no
-    modules' business: they stay as the configuration has them.
+    `keep`, the share of rows of S that is to be left, `whole`, the layers of which all experts were kept, and
+    `dropped`, the blocks that the model's class does not read, are no modules' business: they stay as the
+    configuration has them.
     """
     old = model.config.mcsmoe or {"layers": {}}
     # A bare model and one with a head call the same layer by two names; either is read (see `layer_path`).
@@ -65,7 +80,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if quantized := quantized_of(experts):
             layer["quantized"] = {weight: dict(entry) for weight, entry in quantized.items()}
         layers[names.get(path, path)] = layer
-    kept = {key: old[key] for key in ("keep", "whole") if key in old}
+    kept = {key: old[key] for key in ("keep", "whole", "dropped") if key in old}
     return {"format_version": FORMAT_VERSION, "layers": layers, **kept}
 
 
