@@ -15,6 +15,8 @@ from hf_mcsmoe.distillation import (
     MCSMoEDistillationTrainer,
     store_teacher_outputs,
 )
+from hf_mcsmoe.distillation.expert_pruning import ExpertPruningCallback
+from hf_mcsmoe.distillation.pruned_students import prepare_pruning
 from hf_mcsmoe.layers.find import moe_layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.layer import MoELayer
@@ -42,6 +44,7 @@ __all__ = [
     "DistillationSeq2SeqArguments",
     "DistillationSeq2SeqTrainer",
     "DistillationTrainer",
+    "ExpertPruningCallback",
     "LoSparseConfig",
     "LoSparseLinear",
     "MCSMoEDistillationTrainer",
@@ -64,6 +67,7 @@ __all__ = [
     "merge_experts",
     "moe_layers",
     "plan_merge",
+    "prepare_pruning",
     "quantize_experts",
     "repair_experts",
     "sparsify_experts",

@@ -258,7 +258,8 @@ def plan_merge(
         layer.check(config.needs)
     plans = current().agreed(lambda: _decided(layers, sums, config))
     given = [method if callable(method) else None for method in (config.alignment, config.merging)]
-    return MergePlan(plans, _provenance(layers, statistics, config), *given)
+    tokens = {name: int(layer.tokens) for name, layer in statistics.layers.items()}
+    return MergePlan(plans, provenance(layers, tokens, config), *given)
 
 
 def _decided(layers: Layers, sums: list[Sums], config: MergeConfig) -> dict[str, LayerPlan]:
@@ -428,13 +429,18 @@ def _warn_if_few_tokens(layers: Layers, statistics: RoutingStatistics) -> None:
         )
 
 
-def _provenance(layers: Layers, statistics: RoutingStatistics, config: MergeConfig) -> dict[str, Any]:
+def provenance(layers: Layers, tokens: dict[str, int], config: MergeConfig) -> dict[str, Any]:
+    """Return where a plan comes from, as JSON values.
+
+    Args:
+        tokens: that the plan was made from, by the layer's name.
+    """
     model = layers.model
     return {
         "model": public_name(model.name_or_path),
         "model_type": model.config.model_type,
         "fingerprint": layers.fingerprint,
-        "tokens": {name: int(layer.tokens) for name, layer in statistics.layers.items()},
+        "tokens": tokens,
         "versions": {package: version(package) for package in ("hf_mcsmoe", "transformers", "torch")},
         "config": config.to_dict(),
     }

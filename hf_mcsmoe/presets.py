@@ -69,11 +69,43 @@ class Preset:
         return {**self.merge, "repair": self.repair, **{key: value for key, value in stored.items() if value}}
 
 
+@dataclass(frozen=True)
+class TrainedPreset:
+    """A combination that trains: `options` are those of `hf-mcsmoe distill`; the others as in `Preset`."""
+
+    name: str
+    text: str
+    paper: str
+    differs: str
+    options: Mapping[str, Any]
+
+
+TRAINED = {
+    "task-specific": TrainedPreset(
+        "task-specific",
+        "prunes the experts that training batches use least, one after the other while the model is fine-tuned",
+        "2206.00277",
+        "experts go by a cubic schedule, as many in each layer; routers are cut to those that stay, nothing is masked",
+        {"kd_weight": 0.0, "freeze_routers": False},
+    )
+}
+
+
 class Presets(dict[str, Preset]):
     """Presets by name; a name that none has is a ValueError that says what was meant."""
 
     def __missing__(self, name: str) -> NoReturn:
-        raise ValueError(unknown("preset", name, list(self)))
+        check_untrained(name)
+        raise ValueError(unknown("preset", name, [*self, *TRAINED]))
+
+
+def check_untrained(name: str) -> None:
+    """Raise ValueError where a preset trains, which `hf-mcsmoe distill` does, and nothing else."""
+    if name in TRAINED:
+        raise ValueError(
+            f"{name} prunes a model while that is trained, which takes a task and its steps: run `hf-mcsmoe distill "
+            f"MODEL --teacher MODEL --preset {name} --experts 0.5`."
+        )
 
 
 _ALL = [

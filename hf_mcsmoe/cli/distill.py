@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table, notes, stage_bars
+from hf_mcsmoe.cli.fewer import Fewer, as_student, check_together
 from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, check_device_map, described, itemsize, options_of
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
@@ -36,6 +37,7 @@ from hf_mcsmoe.distillation import (
     DistillationTrainer,
 )
 from hf_mcsmoe.distillation.checkpoints import check_run
+from hf_mcsmoe.distillation.expert_pruning import ExpertPruningCallback
 from hf_mcsmoe.distillation.fingerprints import sample_fingerprint
 from hf_mcsmoe.distillation.teacher import check_kind, check_tokenizer, check_vocabulary, vocabulary_size
 from hf_mcsmoe.distillation.trainable import check_trainable
@@ -51,7 +53,7 @@ from hf_mcsmoe.methods.config import option_help
 from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
-from hf_mcsmoe.modeling.saving_mcsmoe import RECORD_FILE
+from hf_mcsmoe.plan import check_request
 from hf_mcsmoe.progress import Progress, counted, one_step
 from hf_mcsmoe.record import LOW_RANK, Costs, Step
 
@@ -78,18 +80,21 @@ class Pruning(Storage):
     """How experts are stored as low rank + sparse while they learn."""
 
     factorisation: str = described("weighted_svd", option_help("factorisation", LoSparseConfig))
-    start: float = described(0.04, "share of the steps before the first row of S is pruned")
+    start: float = described(0.04, "share of the steps before the first row of S, or expert, is pruned")
     end: float = described(0.16, "share of the steps after the last one was")
     importance: str = described("sensitivity", "score of a row of S: sensitivity or magnitude")
 
-    def check(self, name: str, student: PreTrainedModel) -> LoSparseConfig | None:
+    def check(self, name: str, student: PreTrainedModel, *, scheduled: bool = False) -> LoSparseConfig | None:
         """Return how the experts of a student, without weights, are to be decomposed; None where they are not.
+
+        Args:
+            scheduled: whether start and end are of another schedule.
 
         Raises:
             ValueError: it is decomposed already, the rank does not fit, or options that do nothing without one.
         """
         if self.rank is None:
-            self._check_without_rank(name, student)
+            self._check_without_rank(name, student, {"start", "end"} if scheduled else set())
             return None
         if any(low_rank_modules(student)):
             raise ValueError(f"{name} is decomposed already: leave out --rank, or name the merged model.")
@@ -99,8 +104,8 @@ class Pruning(Storage):
         check_low_rank(layers.only([layer for layer in layers if layer.merged or layer.name in whole]), config)
         return config
 
-    def _check_without_rank(self, name: str, student: PreTrainedModel) -> None:
-        unused = {"factorisation"} if sparse_parts(student) else {item.name for item in fields(self)}
+    def _check_without_rank(self, name: str, student: PreTrainedModel, used: set[str]) -> None:
+        unused = {"factorisation"} if sparse_parts(student) else {item.name for item in fields(self)} - used
         values = asdict(self)
         given = [
             f"--{item.name} {values[item.name]}"
@@ -147,6 +152,7 @@ class Run:
     arguments: Any
     low_rank: LoSparseConfig | None
     pruning: SparsificationCallback | None
+    fewer: ExpertPruningCallback | None
     dtype: str
     saved_dtype: torch.dtype
 
@@ -160,6 +166,7 @@ class Run:
 @options_of(TrainedOutput, "target", panel="Output")
 @options_of(Source, "source", panel="Data")
 @options_of(Training, "training", panel="Training")
+@options_of(Fewer, "fewer", panel="Merge")
 @options_of(Pruning, "pruning", panel="Storage")
 @options_of(DistillationOptions, "distillation", DISTILLATION, panel="Training")
 def distill_command(
@@ -170,6 +177,7 @@ def distill_command(
     training: Training,
     distillation: DistillationOptions,
     pruning: Pruning,
+    fewer: Fewer,
     tokenizer: Tokenizer = None,
     dtype: Annotated[
         str, typer.Option(help="dtype to train in; the result is saved in the student's", rich_help_panel="Loading")
@@ -183,11 +191,11 @@ def distill_command(
     started = time.perf_counter()
     output = target.claimed(student=student, teacher=teacher, data=source.data, data_dir=source.data_dir)
     folder = training_folder(output)
-    parts = [asdict(part) for part in (source, training, pruning, distillation)]
+    parts = [asdict(part) for part in (source, training, pruning, fewer, distillation)]
     asked = {name: str(value) if isinstance(value, Path) else value for part in parts for name, value in part.items()}
     asked |= {"student": student, "teacher": teacher, "tokenizer": tokenizer, "dtype": dtype}
     checkpoint = check_working_folder(folder, asked, resume=target.resume, overwrite=target.overwrite)
-    run = _check(student, teacher, source, training, pruning, distillation, tokenizer, dtype, folder)
+    run = _check(student, teacher, source, training, pruning, fewer, distillation, tokenizer, dtype, folder)
     if checkpoint:
         data = sample_fingerprint(run.features, empty_model(student))
         check_run(checkpoint, {"data": data}, {})
@@ -211,6 +219,7 @@ def _check(
     source: Source,
     training: Training,
     pruning: Pruning,
+    fewer: Fewer,
     distillation: DistillationOptions,
     tokenizer_name: str | None,
     dtype: str,
@@ -223,11 +232,13 @@ def _check(
     """
     distillation.check()
     check_device_map(distillation.teacher_device_map, "--teacher-device-map")
+    check_together(fewer, pruning.rank, distillation)
     ours, theirs = empty_model(student), empty_model(teacher)
+    ours = as_student(student, ours, is_original=fewer.preset is not None)
     check_pair(student, ours, theirs)
     check_trainable(ours, distillation.train_parts)
     itemsize(distillation.teacher_dtype, theirs, "--teacher-dtype")
-    low_rank = pruning.check(student, ours)
+    low_rank = pruning.check(student, ours, scheduled=fewer.preset is not None)
     # The result, and three checkpoints with the two moments of the optimiser: a new one is written before one goes.
     needed = ours.num_parameters() * (ours.dtype.itemsize + 3 * (itemsize(dtype, ours) + 8))
     check_output(folder, overwrite=True, needed_bytes=needed)
@@ -241,6 +252,9 @@ def _check(
     settings = training.arguments(contents.task, len(features), folder)
     kind = DistillationSeq2SeqArguments if ours.config.is_encoder_decoder else DistillationArguments
     arguments = kind(**settings, **vars(distillation))
+    going = fewer.callback(pruning.start, pruning.end, settings["max_steps"])
+    if going:
+        check_request(Layers.of(theirs), going.config)
     callback = None
     if low_rank or sparse_parts(ours):
         if distillation.train_parts in ("lora", "routers"):
@@ -251,17 +265,12 @@ def _check(
         given = pruning.keep if low_rank is None else low_rank.keep
         keep = ours.config.mcsmoe.get("keep", KEEP) if given is None else given
         callback = pruning.callback(keep, settings["max_steps"])
-    return Run(student, teacher, tokenizer, features, arguments, low_rank, callback, dtype, ours.dtype)
+    return Run(student, teacher, tokenizer, features, arguments, low_rank, callback, going, dtype, ours.dtype)
 
 
 def check_pair(name: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError where a model is not one that `teacher` can teach; neither needs weights."""
     if not compression(student):
-        if (Path(name) / RECORD_FILE).is_file():
-            raise ValueError(
-                f"{name} is pruned to one count of experts and so an ordinary model of its family, which any trainer "
-                "trains: in Python take DistillationTrainer with allow_uncompressed=True."
-            )
         raise ValueError(f"{name} is not compressed: merge its experts first, with hf-mcsmoe compress.")
     if not type(student).can_generate():
         raise ValueError(f"{name} is a {type(student).__name__}, which writes no text; it cannot be distilled.")
@@ -276,7 +285,7 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
     measure = partial(account, batch=batch, repetitions=REPETITIONS)
     with stage_bars() as progress:
         progress("loading", 0, 2)
-        model = load_model(run.student, dtype=run.dtype)
+        model = as_student(run.student, load_model(run.student, dtype=run.dtype), is_original=run.fewer is not None)
         progress("loading", 1, 2)
         teacher = load_model(run.teacher, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
         progress("loading", 2, 2)
@@ -288,7 +297,7 @@ def _train(run: Run, checkpoint: Path | None) -> tuple[PreTrainedModel, dict[str
             _decompose(model, run.low_rank, batches, checkpoint, progress)
     kind = DistillationSeq2SeqTrainer if model.config.is_encoder_decoder else DistillationTrainer
     with training_progress() as shown:
-        callbacks = [*([run.pruning] if run.pruning else []), shown]
+        callbacks = [*(part for part in (run.pruning, run.fewer) if part), shown]
         trainer = kind(
             model,
             args=options,

@@ -16,7 +16,7 @@ from hf_mcsmoe.methods.registry import Method, Registry
 from hf_mcsmoe.methods.sample import SAMPLE
 from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.methods.statistics import STATISTICS
-from hf_mcsmoe.presets import PRESETS
+from hf_mcsmoe.presets import PRESETS, TRAINED
 from hf_mcsmoe.quantization.nearest import ROUNDING
 from hf_mcsmoe.repair.methods import REPAIR
 
@@ -49,6 +49,14 @@ def _presets() -> Iterator[dict[str, Any]]:
             "text": preset.text,
             "differs": preset.differs,
             "options": preset.command_line(),
+        }
+    for trained in TRAINED.values():
+        yield {
+            "name": trained.name,
+            "paper": trained.paper,
+            "text": trained.text,
+            "differs": f"{trained.differs}; a preset of `hf-mcsmoe distill`",
+            "options": dict(trained.options),
         }
 
 

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from hf_mcsmoe.presets import PRESETS
+from hf_mcsmoe.methods.registry import unknown
+from hf_mcsmoe.presets import PRESETS, TRAINED
 
 
 def _load(context: typer.Context, name: str | None) -> str | None:
@@ -27,6 +28,23 @@ PresetName = Annotated[
         rich_help_panel="Merge",
     ),
 ]
+
+
+def load_trained(context: typer.Context, name: str | None) -> str | None:
+    """Do the same of the presets of `hf-mcsmoe distill`.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if name is None:
+        return None
+    if name not in TRAINED:
+        told = f" {name} is one of `hf-mcsmoe compress`." if name in PRESETS else ""
+        raise ValueError(unknown("preset", name, list(TRAINED)) + told)
+    given, source = dict(context.default_map or {}), context.get_parameter_source("preset")
+    preset = dict(TRAINED[name].options)
+    context.default_map = given | preset if source and source.name == "COMMANDLINE" else preset | given
+    return name
 
 
 def check_preset(name: str | None, *, is_by_hand: bool) -> None:

@@ -11,7 +11,7 @@ from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.registry import unknown
 from hf_mcsmoe.options import check_options, chosen_repair
-from hf_mcsmoe.presets import PRESETS
+from hf_mcsmoe.presets import PRESETS, check_untrained
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.compress import check_size, source_bytes
@@ -163,6 +163,7 @@ def _way(name: str, bits: int | None) -> Way:
     preset, *changes = name.split(":")
     if preset == OURS_BITS and changes:
         raise ValueError(f"{name}: {OURS_BITS} is a search, to which no option is given; change {OURS} in its place.")
+    check_untrained(preset)
     if preset not in (*PRESETS, OURS_BITS):
         raise ValueError(unknown("method", preset, [*PRESETS, OURS_BITS, ALL]))
     return Way(name, preset, dict(_change(name, change) for change in changes), bits=bits)

@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_mcsmoe.distillation.checkpoints import check_checkpoint, check_pruning, is_checkpoint, last_checkpoint
+from hf_mcsmoe.distillation.expert_pruning import ExpertPruningCallback
 from hf_mcsmoe.distillation.fingerprints import weights_fingerprint
 from hf_mcsmoe.distillation.resumable_trainer import ResumableTrainer
 from hf_mcsmoe.distillation.trainable import merged_state, student_of
@@ -50,6 +51,9 @@ class CompressedModelTrainer(ResumableTrainer):
         Raises:
             ValueError: it is of another model, another run, or one that prunes what this one would not.
         """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExpertPruningCallback):
+                callback.take_up(folder, self.student)
         check_checkpoint(folder, self.accelerator.unwrap_model(self.model))
         check_pruning(folder, self.callback_handler.callbacks)
         super().check_resumed(folder)

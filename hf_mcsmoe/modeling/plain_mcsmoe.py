@@ -80,11 +80,14 @@ def _fewer(kind: type[PreTrainedConfig], config: PreTrainedConfig, before: int, 
     """Return the family's own configuration, in whose text part the experts are `after` in place of `before`."""
     ours = ("auto_map", "mcsmoe", "base_model_type", "model_type", "architectures")
     plain = kind.from_dict({key: value for key, value in config.to_dict().items() if key not in ours})
-    for part in _parts(plain.get_text_config()):
-        for name in EXPERT_FIELDS:
-            if vars(part).get(name) == before:
-                setattr(part, name, after)
+    for part, name in expert_fields(plain.get_text_config(), before):
+        setattr(part, name, after)
     return plain
+
+
+def expert_fields(config: PreTrainedConfig, number: int) -> list[tuple[PreTrainedConfig, str]]:
+    """Return the parts of a text configuration, and their fields, that say that there are so many experts."""
+    return [(part, name) for part in _parts(config) for name in EXPERT_FIELDS if vars(part).get(name) == number]
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -25,7 +25,7 @@ PANELS = {
     "calibrate": {"Data", "Methods", "Loading", "Output"},
     "compare": {"Data", "Methods", "Loading", "Output"},
     "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output"},
-    "distill": {"Data", "Training", "Storage", "Loading", "Output"},
+    "distill": {"Data", "Training", "Merge", "Storage", "Loading", "Output"},
     "evaluate": {"Data", "Loading", "Output"},
     "report": {"Data", "Output"},
     "methods": {"Output"},

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
-from hf_mcsmoe.presets import PRESETS
+from hf_mcsmoe.presets import PRESETS, TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_methods_lists_all_that_there_is(run: Run, tmp_path: Path) -> None:
     code, out, err = run("methods", "--json", tmp_path / "methods.json")
     assert code == 0, err
     found = json.loads((tmp_path / "methods.json").read_text())
-    assert [row["name"] for row in found["presets"]] == list(PRESETS)
+    assert [row["name"] for row in found["presets"]] == [*PRESETS, *TRAINED]
     for stage, registry in REGISTRIES.items():
         assert [row["name"] for row in found[stage]] == list(registry)
         assert all(row["text"].endswith((".", ":")) or len(row["text"]) > 20 for row in found[stage])
