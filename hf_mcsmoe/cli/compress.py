@@ -33,8 +33,10 @@ from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
+from hf_mcsmoe.cli.streaming import Streaming, opened, push_folder
 from hf_mcsmoe.compress import compress
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
+from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.budget import MEASURED
@@ -51,6 +53,9 @@ from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import needs_of
+from hf_mcsmoe.streamed.compress import compress_folder
+from hf_mcsmoe.streamed.config import Saving
+from hf_mcsmoe.streamed.journal import is_placing
 from hf_mcsmoe.tables import size_lines
 
 MERGE = [
@@ -77,6 +82,7 @@ MERGE = [
 @options_of(Storage, "storage", panel="Storage")
 @options_of(Inside, "inside", panel="Storage")
 @options_of(Loading, "loading", panel="Loading")
+@options_of(Streaming, "streaming", panel="Streaming")
 def compress_command(
     model: Model,
     calibration: Calibration,
@@ -86,6 +92,7 @@ def compress_command(
     storage: Storage,
     inside: Inside,
     loading: Loading,
+    streaming: Streaming,
     preset: PresetName = None,
     repair: Annotated[
         str | None,
@@ -116,32 +123,58 @@ def compress_command(
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
-    output = target.claimed(needed, model=model, **read)
+    is_streamed = streaming.is_chosen(layers, config, stages, held)
+    claims = replace(target, overwrite=True) if is_streamed and is_placing(target.output) else target
+    output = claims.claimed(needed, model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or config.budget == MEASURED or any(stages.values())
     started = time.perf_counter()
     with stage_bars() as progress:
         samples, other = calibration.read(progress) if reads else [], calibration.read_check()
         with one_step("loading", progress):
-            loaded = load_model(
-                model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize
-            )
+            folder = opened(model, loading) if is_streamed else None
+            loaded = folder.model if folder else load_model(model, **_how(loading))
         batches, held_out = calibration.batches(samples, tokenizer, loaded, progress) if reads else ([], [])
         check = calibration.check_batches(other, tokenizer, loaded)
+        told = _calibrated(calibration, batches, held_out, check)
+        done = {"repair": stages["repair"].method if stages["repair"] else "none"}
+        done |= {"size": str(size.size)} if size else {}
+        done |= {} if held is not None else {"scores": None}  # which others can take anew
+        text = recipe_text("compress", {**(recipe or {}), **done})
+        own = tokenizer if loading.tokenizer else None
         sums = held
         if held is not None:
             unused = "" if batches else "; --data is not used" + ("" if check else ", and nothing is measured")
             notes.print(f"statistics read from {escape(str(scores))}{unused}")
-        elif scores:
+        elif scores and not folder:
             needs = of_data(_needs(config, size))
             sums = collect_statistics(loaded, counted(batches, "statistics", progress), needs)
-        if sums is not None and base_model:
+        if sums is not None and base_model and not folder:
             sums = add_reference(sums, Layers.of(loaded), base_model)
-        if sums is not None and scores and (held is None or base_model) and current().is_first:
+        if sums is not None and scores and (held is None or base_model) and current().is_first and not folder:
             sums.save(scores)
         original = any(stages[name] for name in ("repair", "quantization", "size"))  # it is compared with to the end
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         shown["check"] = check
+        if folder:
+            saving = Saving(own, lambda record: replace(record, calibration=told, recipe=text), draw, scores)
+            record = compress_folder(
+                folder,
+                output,
+                batches,
+                config,
+                **{name: value for name, value in stages.items() if name != "size"},
+                statistics=held,
+                base_model=base_model,
+                progress=progress,
+                held_out=held_out,
+                check=check,
+                stream=streaming.config(),
+                saving=saving,
+            )
+            _finish(record, output, started)
+            push_folder(target, output)
+            return
         merged = compress(
             loaded,
             batches,
@@ -156,27 +189,31 @@ def compress_command(
         return
     if size and scores and sums is not None:
         sums.save(scores)  # with what choices cost, which was measured meanwhile
-    fitted, judging = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out))
-    checked = sum(len(batch["input_ids"]) for batch in check)
-    told = Calibrated(
-        calibration.names if batches else [],
-        fitted + judging,
-        judging,
-        calibration.check_names if check else [],
-        checked,
-    )
-    done = {"repair": stages["repair"].method if stages["repair"] else "none"}
-    done |= {"size": str(size.size)} if size else {}
-    done |= {} if held is not None else {"scores": None}  # which others can take anew
-    text = recipe_text("compress", {**(recipe or {}), **done})
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
-    own = tokenizer if loading.tokenizer else None
     with stage_bars() as progress, one_step("saving", progress):
         merged.save_pretrained(output, tokenizer=own)
         draw(output)
-    _show(record_of(merged), output)
-    console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
+    _finish(record_of(merged), output, started)
     target.push(merged, own)
+
+
+def _how(loading: Loading) -> dict[str, Any]:
+    return {"dtype": loading.dtype, "device_map": loading.device_map, "dequantize": loading.dequantize}
+
+
+def _calibrated(
+    calibration: Calibration, batches: Sequence[Batch], held_out: Sequence[Batch], check: Sequence[Batch]
+) -> Calibrated:
+    """Return what the record tells of the data."""
+    fitted, judging, checked = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out, check))
+    names, others = calibration.names if batches else [], calibration.check_names if check else []
+    return Calibrated(names, fitted + judging, judging, others, checked)
+
+
+def _finish(record: Record, output: Path, started: float) -> None:
+    """Print what was done, and how long it took."""
+    _show(record, output)
+    console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
 
 
 def _chosen(repair: str | None, layers: Layers, config: MergeConfig, stages: Mapping[str, Any]) -> RepairConfig | None:

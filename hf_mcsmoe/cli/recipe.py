@@ -17,8 +17,8 @@ from hf_mcsmoe.record import is_repo_id, public_name
 
 FORMAT, FORMAT_VERSION = "mcsmoe-recipe", 1
 HEAD = ("format", "format_version", "command", "hf_mcsmoe")
-# Where results go, and what is to become of what lies there, is nobody else's business.
-UNTOLD = ("output", "overwrite", "push_to_hub", "resume", "json")
+# Where results go, what is to become of what lies there, and the memory of a machine are nobody else's business.
+UNTOLD = ("output", "overwrite", "push_to_hub", "resume", "json", "stream", "memory", "restart")
 # What is named by a path or an id.
 NAMES = (
     "model",

@@ -82,16 +82,20 @@ class ShardWriter:
             with self.source.tensors([name for name, tensor in tensors.items() if tensor.is_meta]) as read:
                 self._write(tensors | read)
 
-    def close(self, target: Path | None = None) -> None:
-        """Give the shards their names and write the index; the folder is then complete.
+    def placed(self, folder: Path) -> "ShardWriter":
+        """Return what goes on in another folder, in which the shards lie as well from now on."""
+        writer = ShardWriter(folder, self.source)
+        for file, tensors in self._shards.items():
+            _put(file, folder / file.name)
+            writer._shards[folder / file.name] = tensors
+        return writer
 
-        Args:
-            target: another folder to put them into, in which case they stay where they are as well; None for here.
-        """
-        place, weight_map = target or self.folder, dict[str, str]()
+    def close(self) -> None:
+        """Give the shards their names and write the index; the folder is then complete."""
+        weight_map: dict[str, str] = {}
         for number, (file, tensors) in enumerate(self._shards.items(), start=1):
             name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            _put(file, place / name, stays=target is not None)
+            os.replace(file, self.folder / name)
             weight_map |= dict.fromkeys(tensors, name)
         written = [tensor for tensors in self._shards.values() for tensor in tensors.values()]
         metadata = {
@@ -99,9 +103,9 @@ class ShardWriter:
             "total_size": sum(tensor.nbytes for tensor in written),
         }
         text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-        partial = place / f"{INDEX}.partial"
+        partial = self.folder / f"{INDEX}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, place / INDEX)
+        os.replace(partial, self.folder / INDEX)
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         if tensors:
@@ -116,11 +120,8 @@ class ShardWriter:
             self._shards[file] = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 
 
-def _put(file: Path, place: Path, *, stays: bool) -> None:
-    """Move a file, or give it a second name where it stays; a copy where the disk has no second names."""
-    if not stays:
-        os.replace(file, place)
-        return
+def _put(file: Path, place: Path) -> None:
+    """Give a file a second name, or a copy where the disk has no second names."""
     try:
         os.link(file, place)
     except OSError:

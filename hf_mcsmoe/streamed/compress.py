@@ -1,12 +1,10 @@
 """The story from folder to folder: statistics, plan, and one sweep that merges, repairs and stores block by block."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-
-from transformers import PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.reference import check_reference, reference_norms, with_reference
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
@@ -28,8 +26,8 @@ from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.chain import Asked
-from hf_mcsmoe.streamed.config import StreamConfig
-from hf_mcsmoe.streamed.journal import Journal
+from hf_mcsmoe.streamed.config import Saving, StreamConfig
+from hf_mcsmoe.streamed.journal import RESULT, Journal
 from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.run import Data, Run, description_of
 
@@ -50,8 +48,7 @@ def compress_folder(
     check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None,
     base_model: str | Path | None = None,
     stream: StreamConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    told: Callable[[Record], Record] | None = None,
+    saving: Saving | None = None,
 ) -> Record:
     """Write the folder that `compress` and `save_pretrained` would, with no more than one block in memory.
 
@@ -61,10 +58,9 @@ def compress_folder(
     Args:
         source: the checkpoint to be compressed.
         output: the folder to be written; it is complete or not there.
-        batches: as for `compress`, and so are all further options but the last three.
+        batches: as for `compress`, and so are all further options but the last two.
         stream: how much memory there is for hidden states, and whether to begin anew.
-        tokenizer: to be saved in place of the source's.
-        told: makes of the record of the run that which is saved.
+        saving: what is saved beside the weights.
 
     Returns:
         The record that was saved.
@@ -74,6 +70,7 @@ def compress_folder(
             source or lies in it; an earlier run on the output that was asked for something else.
     """
     folder, stream = source if isinstance(source, Folder) else Folder(source), stream or StreamConfig()
+    saving = saving or Saving()
     path = Path(os.path.realpath(output))
     check_apart(path, {"the model": folder.model.name_or_path})
     layers, config = Layers.of(folder).uncompressed(), config or MergeConfig()
@@ -96,11 +93,15 @@ def compress_folder(
         found = found if norms is None else with_reference(found, layers, norms)
         student, record = run.blocks(found, run.plan(found, tell), judge, tell)
         record = replace(record, calibration=checked_on(kinds)).with_quality(judge.quality)
-        record = record if told is None else told(record)
-        attach_record(student, record)
+        attach_record(student, saving.told(record))
+        run.write_rest(student)
+        journal.state = RESULT
         with completed_folder(path) as target:
-            run.write_rest(student)
-            cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=tokenizer)
-            run.writer.close(target)
+            writer = run.writer.placed(target)
+            cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
+            writer.close()
+        if statistics is None and saving.scores:
+            found.save(saving.scores)
+        saving.after(path)
         journal.remove()
     return cast(Any, student).mcsmoe_record

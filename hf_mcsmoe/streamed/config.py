@@ -2,11 +2,15 @@
 
 import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import blocks
+from hf_mcsmoe.record import Record
 
 # Of the memory that is free at the start, so much is taken unless told otherwise.
 SHARE = 0.8
@@ -39,6 +43,21 @@ class StreamConfig:
                 "what is made of it."
             )
         return hidden_bytes > memory - needed
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What is saved beside the weights, and when.
+
+    `tokenizer` in place of the source's; `told` makes of the record of the run that which is saved; `after` is called
+    with the folder once it is complete, before the run counts as finished; `scores` is a file to write the statistics
+    to, where none were given.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    told: Callable[[Record], Record] = lambda record: record
+    after: Callable[[Path], object] = lambda folder: None
+    scores: Path | None = None
 
 
 def largest_block(folder: Folder) -> tuple[str, int]:

@@ -1,7 +1,9 @@
 """What a streamed run has finished, on disk, so that the same command goes on where it was killed."""
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from hf_mcsmoe.files import read_json, write_json
 from hf_mcsmoe.layers.checkpoint import INDEX
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.modeling.folders_mcsmoe import work_place
 
 # Inside of the working folder beside the output.
 PLACE, FILE = "streamed", "journal.json"
@@ -79,6 +82,14 @@ class Journal:
     def remove(self) -> None:
         """Remove all that the run has kept."""
         shutil.rmtree(self.folder)
+
+
+def is_placing(output: str | os.PathLike) -> bool:
+    """Tell whether a run was interrupted while its result took its place, which it may have done in part."""
+    file = work_place(Path(os.path.realpath(output))) / PLACE / FILE
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads(file.read_text(encoding="utf-8")).get("state") == RESULT
+    return False
 
 
 def difference(held: Any, asked: Any, name: str = "") -> str:

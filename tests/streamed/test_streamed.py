@@ -1,5 +1,6 @@
 """A compression from folder to folder is bit for bit the one in memory, whatever is asked for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def assert_alike(ours: Path, theirs: Path) -> None:
         assert torch.equal(streamed[name], tensor), name
         assert streamed[name].dtype == tensor.dtype
     assert documents(ours) == documents(theirs)
+    size = sum(file.stat().st_size for file in ours.glob("*.safetensors"))
+    *_, last = json.loads((ours / "mcsmoe_record.json").read_text())["costs"].values()
+    assert last["bytes_on_disk"] == size
+    index = json.loads((ours / INDEX).read_text())
+    assert index["weight_map"].keys() == streamed.keys()
 
 
 def both(name: str, config: MergeConfig, folder: Path, **options: Any) -> tuple[Path, Path]:
