@@ -25,7 +25,6 @@ class Streaming:
     stream: bool | None = described(
         None,
         "read and write block by block, one of them in memory; a run that was killed goes on when asked for again",
-        names=("--stream/--no-stream",),
         show_default="where the model does not fit into memory",
     )
     memory: str | None = described(

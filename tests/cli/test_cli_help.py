@@ -24,7 +24,7 @@ PANELS = {
     "plan": {"Data", "Size", "Loading"},
     "calibrate": {"Data", "Methods", "Loading", "Output"},
     "compare": {"Data", "Methods", "Loading", "Output"},
-    "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output"},
+    "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output", "Streaming"},
     "distill": {"Data", "Training", "Merge", "Storage", "Loading", "Output"},
     "evaluate": {"Data", "Loading", "Output"},
     "report": {"Data", "Output"},
