@@ -377,6 +377,11 @@ def _check_pruning(layers: Layers, config: MergeConfig) -> None:
             f"experts={config.experts} cannot be shared alike by the {groups} groups that the routers pick among: "
             f"keep a multiple of {groups}."
         )
+    if config.selection == "exhaustive" and (scaled := next((x.name for x in layers if x.scales_inputs), None)):
+        raise ValueError(
+            f"selection='exhaustive' does not know routers that scale inputs, as that of {scaled} does: choose "
+            "selection='salient'."
+        )
     if config.selection == "exhaustive":  # or with as many in each layer
         for size in sizes:
             share = config.experts if isinstance(config.experts, int) else round(config.experts * size)

@@ -38,7 +38,7 @@ def demo_command(
     if files is not None:
         folder = claimed(files, overwrite)
         shutil.copytree(ASSETS, folder, dirs_exist_ok=True)
-        write_recipes(folder, files)
+        write_recipes(folder, files, parse_experts(experts))
         console.print(f"[bold]{escape(str(files))}[/] holds model, calibration.jsonl and evaluation.jsonl")
         return
 

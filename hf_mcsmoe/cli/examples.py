@@ -31,13 +31,13 @@ def epilog(command: str) -> str:
     return "\n".join([f"Example{first}:", *lines])
 
 
-def write_recipes(folder: Path, named: Path) -> None:
-    """Write the recipes of the examples into a folder that the user calls `named`."""
+def write_recipes(folder: Path, named: Path, experts: int | float) -> None:
+    """Write the recipes of the examples, with so many experts, into a folder that the user calls `named`."""
     data = {"data": str(named / "calibration.jsonl"), "target_column": "target"}
     recipes = {
         "calibrate": {"model": str(named / "model"), **data, "methods": "reap,msmoe"},
-        "compare": {**data, "eval": str(named / "evaluation.jsonl"), "methods": "msmoe,average", "experts": 0.5},
-        "compress": {**data, "experts": 0.5},
+        "compare": {**data, "eval": str(named / "evaluation.jsonl"), "methods": "msmoe,average", "experts": experts},
+        "compress": {**data, "experts": experts},
         "distill": {"teacher": str(named / "model"), **data, "max_steps": 20},
         "evaluate": {**data, "data": str(named / "evaluation.jsonl")},
     }

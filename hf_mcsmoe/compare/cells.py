@@ -54,12 +54,12 @@ class Figures:
 class Cell:
     """What one method gave at one level, from one draw (`seed`) of the calibration text.
 
-    `done` says in words what became of the experts; `bytes` are those of the weight files as they would be saved,
-    `asked` those that a size stands for; `seconds` and `memory` (bytes, the peak of the process) what making it took,
-    without the statistics, which all methods of a draw share. `texts` tells by the name of a text what the result is
-    worth there, `layers` the squared error of each layer's output over the squared output, at inputs of the original
-    model that are held out; `metrics` are figures of a task. A cell that could not be made has an `error` and nothing
-    else; `notes` are warnings.
+    `done` says in words what became of the experts; `bytes` are those of the tensors that would be saved, of the
+    original as well, without the files' headers; `asked` those that a size stands for, with headers; `seconds` and
+    `memory` (bytes, the peak of the process) what making it took, without the statistics, which all methods of a draw
+    share. `texts` tells by the name of a text what the result is worth there, `layers` the squared error of each
+    layer's output over the squared output, at inputs of the original model that are held out; `metrics` are figures of
+    a task. A cell that could not be made has an `error` and nothing else; `notes` are warnings.
     """
 
     method: str

@@ -25,7 +25,7 @@ def quality_picture(rows: Sequence[Row], source: int) -> Picture:
     if not known:
         return Picture(title, "No cell tells the divergence from the original.")
     caption = (
-        "KL to the original in nats per position, a step for each power of ten, against the bytes of the weight files "
+        "KL to the original in nats per position, a step for each power of ten, against the bytes of the weights "
         f"({size(source)} before). Each line is a method; lower and further left is better."
     )
     return Picture(title, caption, known, quality_table(made))

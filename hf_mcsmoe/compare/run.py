@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from hf_mcsmoe.compare.page import ORIGINAL, write_outputs
 from hf_mcsmoe.compare.ways import Task, Way, needed, task_of, ways_of
 from hf_mcsmoe.compress import compress
 from hf_mcsmoe.data.batches import digest
-from hf_mcsmoe.evaluation.costs import saved_costs
+from hf_mcsmoe.evaluation.costs import saved_bytes, saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import MergeConfig
@@ -34,7 +35,6 @@ from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.record import public_name
-from hf_mcsmoe.search.compress import source_bytes
 from hf_mcsmoe.search.conditions import conditions, covered
 from hf_mcsmoe.search.config import AUTO, JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves
@@ -42,6 +42,8 @@ from hf_mcsmoe.tables import outcome
 
 # One batch of so many is held out of what the methods read, for those that choose among results.
 HELD_OUT = 8
+# What of one method is told in its cells, and leaves the others alone.
+FAILURES = (ValueError, TypeError, RuntimeError, NotImplementedError)
 Metric = Callable[[PreTrainedModel], Mapping[str, float]]
 
 
@@ -229,6 +231,11 @@ def sentence_of(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _failed(task: Task, seed: int, error: str) -> Cell:
+    """Return the cell of a method that could not be tried."""
+    return Cell(task.way.name, str(task.level), seed, asked=task.asked, error=error)
+
+
 def _check_given(
     layers: Layers, draws: Mapping[int, Any], texts: Mapping[str, Any], statistics: RoutingStatistics | None
 ) -> None:
@@ -274,22 +281,21 @@ class _Run:
             if not own:
                 continue
             self.bench = self.bench or self._bench()
-            draw.statistics = self._statistics(draw, own, statistics)
+            failed = self._collected(draw, own, statistics)
             file = None if statistics else self.journal.folder / SCORES.format(seed=seed)
             # What is cheap comes first.
             for task in sorted(own, key=lambda task: task.needs_curves):
-                if task.needs_curves:
-                    self._measure_curves(draw, own, file)
-                self.journal.append(self.cell(draw, task))
+                why = failed.get(task.way.name)
+                known = [other for other in own if other.way.name not in failed]
+                measure = partial(self._measure_curves, draw, known, file)
+                self.journal.append(_failed(task, seed, why) if why else self.cell(draw, task, measure))
                 done += 1
                 self._tell(done, len(keys))
 
     def _bench(self) -> Bench:
         """Return what judges, and tell what the original is worth."""
         bench, model = Bench(self.layers, self.texts, self.progress), self.layers.model
-        cell = Cell(
-            ORIGINAL, "as it is", 0, "", model.num_parameters(), source_bytes(self.layers), texts=bench.original
-        )
+        cell = Cell(ORIGINAL, "as it is", 0, "", model.num_parameters(), saved_bytes(model), texts=bench.original)
         if cell.key not in self.journal.cells:
             self.journal.append(cell)
         return bench
@@ -304,10 +310,30 @@ class _Run:
         if self.told:
             self.told(list(self.journal.cells.values()))
 
+    def _collected(self, draw: Draw, tasks: Sequence[Task], given: RoutingStatistics | None) -> dict[str, str]:
+        """Give a draw the sums that methods read; return why some have none, by the method's name.
+
+        They are collected together, and only where that fails method by method. Those that are given must do.
+        """
+        try:
+            draw.statistics = self._statistics(draw, tasks, given)
+        except FAILURES:
+            if given is not None:
+                raise
+        else:
+            return {}
+        failed = {}
+        for task in {task.way.name: task for task in tasks}.values():
+            try:
+                draw.statistics = self._statistics(draw, [task], given)
+            except FAILURES as error:
+                failed[task.way.name] = sentence_of(error)
+        return failed
+
     def _statistics(self, draw: Draw, tasks: Sequence[Task], given: RoutingStatistics | None) -> RoutingStatistics:
         """Return the sums that the methods read, in one pass, or what an earlier run has kept of them."""
         file = self.journal.folder / SCORES.format(seed=draw.seed)
-        held = given or (RoutingStatistics.load(file) if file.exists() else None)
+        held = draw.statistics or given or (RoutingStatistics.load(file) if file.exists() else None)
         found = extended(self.layers, draw.fitted, held, of_data(needed(tasks)), self.progress)
         found = found if self.norms is None else with_reference(found, self.layers, self.norms)
         if given is None and found is not held:
@@ -344,14 +370,20 @@ class _Run:
         if file:
             statistics.save(file)
 
-    def cell(self, draw: Draw, task: Task) -> Cell:
-        """Make a result and judge it; where it cannot be made, the cell tells why."""
+    def cell(self, draw: Draw, task: Task, measure_curves: Callable[[], None]) -> Cell:
+        """Make a result and judge it; where it cannot be made, the cell tells why.
+
+        Args:
+            measure_curves: measures what choices cost, for a method that needs to know.
+        """
         cell = Cell(task.way.name, str(task.level), draw.seed, asked=task.asked)
-        begin = time.perf_counter()
         with warnings.catch_warnings(record=True) as said, ExitStack() as stack:
             warnings.simplefilter("always")
-            peak = stack.enter_context(peak_memory(self.layers.model.device))
             try:
+                if task.needs_curves:
+                    measure_curves()
+                begin = time.perf_counter()
+                peak = stack.enter_context(peak_memory(self.layers.model.device))
                 student = self._made(draw, task)
                 seconds, memory = time.perf_counter() - begin, peak()
                 costs = saved_costs(student)
@@ -368,8 +400,8 @@ class _Run:
                     raise ValueError(
                         f"The result overflows in {student.dtype}: load the model in bfloat16 or float32."
                     )
-            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-                cell = Cell(cell.method, cell.level, cell.seed, asked=cell.asked, error=sentence_of(error))
+            except FAILURES as error:
+                cell = _failed(task, draw.seed, sentence_of(error))
         return replace(cell, notes=list(dict.fromkeys(sentence_of(item.message) for item in said)))  # type: ignore[arg-type]
 
     def _made(self, draw: Draw, task: Task) -> PreTrainedModel:

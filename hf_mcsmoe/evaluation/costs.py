@@ -88,6 +88,13 @@ def folder_bytes(model: str | Path | None) -> int | None:
     return bytes_on_disk(model) if model and any(Path(model).glob("*.safetensors")) else None
 
 
+def saved_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the tensors that a model is saved with as it is, shared ones once, without headers."""
+    saved = model.state_dict().keys()
+    buffers = [tensor for name, tensor in model.named_buffers() if name in saved]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *buffers])
+
+
 def saved_costs(model: PreTrainedModel) -> Costs:
     """Return what a compressed model holds as it will be saved: S compact, without adapters. Runs no forward."""
     own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]

@@ -86,6 +86,11 @@ class MoELayer:
         return bool(getattr(self.container, "has_post_expert_norm", False))
 
     @property
+    def scales_inputs(self) -> bool:
+        """Whether routers scale the inputs of experts, not their outputs."""
+        return False
+
+    @property
     def block(self) -> Any:
         """The module that holds the experts container."""
         return self.model.get_submodule(self.name.rpartition(".")[0])

@@ -30,6 +30,10 @@ class Llama4Layer(MoELayer):
     def output_name(self) -> str:
         return self.name.rpartition(".")[0]
 
+    @property
+    def scales_inputs(self) -> bool:
+        return True
+
     def read(self) -> Experts:
         experts = self.container
         gate, up = experts.gate_up_proj.detach().mT.chunk(2, dim=1)

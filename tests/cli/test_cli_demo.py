@@ -49,3 +49,7 @@ def test_the_next_step_that_it_names_can_be_taken(
     assert steps == ["demo --files demo", "compress --help"]
     assert all(run(*shlex.split(step))[0] == 0 for step in steps)
     assert {"model", "calibration.jsonl", "compress.yaml"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+    assert "experts: 0.5" in (tmp_path / "demo" / "compress.yaml").read_text()
+    assert run("demo", "--files", "fewer", "--experts", "0.25")[0] == 0
+    for command in ("compress", "compare"):
+        assert "experts: 0.25" in (tmp_path / "fewer" / f"{command}.yaml").read_text()

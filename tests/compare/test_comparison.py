@@ -15,11 +15,13 @@ from families import build
 from helpers import batches, logits
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import MergeConfig, RepairConfig, collect_statistics, compress
+from hf_mcsmoe import MergeConfig, QuantizationConfig, RepairConfig, collect_statistics, compress
 from hf_mcsmoe.compare import run
 from hf_mcsmoe.compare.cells import Cell
 from hf_mcsmoe.compare.run import Comparison, Grid, compare
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.methods.statistics import STATISTICS
+from hf_mcsmoe.search.compress import source_bytes
 
 OWN = {
     "merged": {"config": MergeConfig(budget="uniform")},
@@ -97,6 +99,7 @@ def test_figures_are_those_of_the_results_themselves(model: PreTrainedModel, dat
             assert error == pytest.approx(_output_error(model, student, layer.rpartition(".")[0], data[4]), rel=1e-3)
         assert cell.seconds > 0
         assert cell.memory > 10_000_000
+    assert cells["original"].bytes == _file_bytes(_saved(model, tmp_path / "whole"))
     assert cells["merged"].done == "4 of 8 experts, merged"
     assert cells["pruned"].done == "4 of 8 experts, pruned"
 
@@ -110,7 +113,7 @@ def test_a_size_is_the_most_experts_that_fit(model: PreTrainedModel, data: list[
     found = _compared(model, data, tmp_path / "out", Grid(OWN, sizes=[0.7]))
     for cell in (cell for cell in found.cells if cell.method in OWN):
         experts = int(cell.done.split()[0])
-        assert cell.bytes <= cell.asked == int(0.7 * _cells(found)["original"].bytes)
+        assert cell.bytes <= cell.asked == int(0.7 * source_bytes(Layers.of(model)))
         larger = compress(model, data[:3], replace(OWN[cell.method]["config"], experts=experts + 1))
         assert (_saved(larger, tmp_path / cell.method) / "model.safetensors").stat().st_size > cell.asked
 
@@ -343,6 +346,60 @@ def test_a_result_that_overflows_is_a_failed_cell_and_the_folder_stays_usable(
     assert "overflows" in cells["huge"].error
     assert not cells["huge"].texts
     assert _cells(_compared(model, data, tmp_path / "out"))["merged"].texts["in"].kl > 0
+
+
+def test_a_sum_that_cannot_be_taken_is_told_in_the_cells_of_its_method_alone(
+    model: PreTrainedModel, data: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(routed: Any) -> torch.Tensor:
+        raise RuntimeError("no memory for this sum")
+
+    monkeypatch.setitem(STATISTICS.methods, "contribution", replace(STATISTICS.find("contribution"), function=broken))
+    grid = Grid(["reap", "frequency-prune", "msmoe"], [0.5, 0.25])
+    found = _compared(model, data, tmp_path / "out", grid)
+    told = {(cell.method, cell.level): cell.error for cell in found.cells if cell.method != "original"}
+    assert {key for key, error in told.items() if error == "no memory for this sum"} == {
+        ("reap", "experts 0.5"),
+        ("reap", "experts 0.25"),
+    }
+    assert sum(not error for error in told.values()) == 4
+    monkeypatch.undo()
+    assert not any(cell.error for cell in _compared(model, data, tmp_path / "out", grid).cells)
+
+
+@pytest.mark.slow
+def test_curves_that_cannot_be_measured_are_told_in_their_cell(
+    model: PreTrainedModel, data: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory for curves")
+
+    monkeypatch.setattr(run, "measure_curves", broken)
+    cells = _cells(_compared(model, data, tmp_path, Grid(["frequency-prune", "ours"], [0.5])))
+    assert cells["ours"].error == "no memory for curves"
+    assert not cells["frequency-prune"].error
+
+
+@pytest.mark.slow
+def test_bits_and_a_tasks_value_are_those_of_the_result(
+    model: PreTrainedModel, data: list[Any], tmp_path: Path
+) -> None:
+    def largest(student: PreTrainedModel) -> dict[str, float]:
+        return {"largest": float(logits(student, data[5]).abs().max())}
+
+    grid = Grid(["frequency-prune"], [0.5], bits=4)
+    cell = _cells(_compared(model, data, tmp_path / "out", grid, metric=largest, metric_of="one batch"))[
+        "frequency-prune"
+    ]
+    config = MergeConfig(experts=0.5, reduce="prune", saliency="frequency", budget="uniform")
+    student = compress(model, data[:3], config, quantization=QuantizationConfig(bits=4))
+    assert cell.metrics == largest(student)
+    assert cell.bytes == _file_bytes(_saved(student, tmp_path / "student"))
+    assert "4 bits a weight" in cell.done
+    dense = _cells(_compared(model, data, tmp_path / "dense", Grid(["frequency-prune"], [0.5])))["frequency-prune"]
+    assert cell.bytes < 0.6 * dense.bytes
+    with pytest.raises(ValueError, match="bits"):
+        _compared(model, data, tmp_path / "out", Grid(["frequency-prune"], [0.5], bits=8))
 
 
 def test_random_methods_take_the_seed_of_their_draw(model: PreTrainedModel, data: list[Any], tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from helpers import Batch, batches
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, MergePlan, collect_statistics, compress, merge_experts, moe_layers, plan_merge
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.subsets import check_subsets
-from hf_mcsmoe.plan import LayerPlan
+from hf_mcsmoe.plan import LayerPlan, check_request
 
 # Softmax over the picks; over all, not renormalised.
 FAMILIES = ["mixtral", "olmoe"]
@@ -74,3 +75,9 @@ def test_weights_that_follow_from_no_rule_are_refused() -> None:
     table[:, -3:-2] = table[:, -3:-2].square()  # a weight of each token
     with pytest.raises(ValueError, match="follow from no rule that is known: choose selection='salient'"):
         plan_merge(model, statistics, config)
+
+
+def test_routers_that_scale_inputs_are_refused_before_any_forward() -> None:
+    config = MergeConfig(reduce="prune", selection="exhaustive", budget="uniform")
+    with pytest.raises(ValueError, match="does not know routers that scale inputs"):
+        check_request(Layers.of(build("llama4_text")), config)
