@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_mcsmoe.layers.checkpoint import Conversion, Part, StoredTensor, find_tensors
 from hf_mcsmoe.layers.dequantize import check_not_quantized, dequantized
 from hf_mcsmoe.layers.loading import load_config, model_class
+from hf_mcsmoe.layers.memory import return_freed_memory
 from hf_mcsmoe.layers.streaming import Run, Turnstile, blocks
 
 
@@ -52,6 +53,7 @@ class Folder:
         config = load_config(str(folder))
         quantizer = dequantized(config, str(folder)) if dequantize else None
         check_not_quantized(config, str(folder))
+        return_freed_memory()
         self.stored = find_tensors(folder)
         self.device = torch.device(device)
         dtype = _dtype(dtype, config, self.stored)

@@ -1,0 +1,48 @@
+"""Blocks of a folder take what their weights take, and give it back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import construct
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+from hf_mcsmoe.layers.folder import Folder
+
+torch.set_num_threads(1)
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+folder = Folder(sys.argv[1])
+before, found = held(), []
+for number in (0, 1, 0):
+    with folder.loaded(f"model.layers.{number}"):
+        found.append(held() - before)
+    found.append(held() - before)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells of memory otherwise")
+def test_a_block_takes_what_its_weights_take_and_gives_it_back(tmp_path: Path) -> None:
+    given = construct("qwen3_moe").config.to_dict()
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 64, "num_hidden_layers": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**given | sizes | {"layer_types": None}))
+    model.save_pretrained(tmp_path)
+    block = sum(tensor.nbytes for tensor in model.model.layers[0].parameters())
+    assert block > 90e6
+    command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for loaded, freed in zip(*[iter(json.loads(done.stdout))] * 2, strict=True):
+        assert block <= loaded <= 1.1 * block
+        assert freed <= 0.1 * block
