@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -201,6 +202,13 @@ class Conversion:
             return tuple(name for name in names if name in state), pattern is None
 
         return target
+
+
+def converted_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Return which weights of a model its family's checkpoints hold as something else, such as experts one by one."""
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    targets = [re.compile(pattern.lstrip("^.")) for entry in converters for pattern in entry.target_patterns]
+    return [name for name in names if any(target.search(name) for target in targets)]
 
 
 @contextlib.contextmanager

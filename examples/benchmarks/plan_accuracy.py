@@ -1,0 +1,154 @@
+"""What `hf-mcsmoe plan` says beforehand, against what a run then takes: bytes of the result, and memory.
+
+Each family gets a checkpoint of some hundred megabytes, of random weights; each way runs in a process of its own, and
+the largest resident set of that (VmHWM, Linux) counts, pages of mapped files included. Half of the experts are merged.
+
+python examples/benchmarks/plan_accuracy.py --families qwen3_moe,mixtral --repair refit
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_mcsmoe import MergeConfig, RepairConfig, compress, compress_folder
+from hf_mcsmoe.evaluation.costs import bytes_on_disk
+from hf_mcsmoe.forecast.machine import resident
+from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED, Needs, needs_of
+from hf_mcsmoe.forecast.result import Result, result_by_hand
+from hf_mcsmoe.forecast.run import run_of
+from hf_mcsmoe.forecast.sizes import sizes_of
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.loading import empty_model, load_model
+
+ROWS, LENGTH, BATCH = 8, 64, 4
+VOCABULARY, D, EXPERTS = 8192, 1024, 64
+COMMON: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": D, "num_attention_heads": 8, "num_key_value_heads": 4},
+    **{"num_hidden_layers": 3, "head_dim": 128, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2},
+}
+FINE: dict[str, Any] = {"moe_intermediate_size": 256, "intermediate_size": 2048, "num_experts_per_tok": 8}
+SHARED: dict[str, Any] = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+# By family: the class of the model, its dtype and sizes.
+FAMILIES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", torch.float32, {**COMMON, **FINE, "num_experts": EXPERTS}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        torch.float32,
+        {**COMMON, "intermediate_size": 1024, "num_local_experts": 16, "num_experts_per_tok": 2},
+    ),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        torch.float32,
+        {**COMMON, "intermediate_size": 256, "num_experts": EXPERTS, "num_experts_per_tok": 8},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        torch.float32,
+        {**COMMON, **FINE, **SHARED, **LATENT, "num_key_value_heads": 8, "n_group": 8, "topk_group": 4},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        torch.bfloat16,
+        {**COMMON, "intermediate_size": 512, "num_local_experts": EXPERTS, "num_experts_per_tok": 4},
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", torch.float32, {**COMMON, **FINE, **SHARED, "n_group": 1, "topk_group": 1}),
+    "switch_transformers": (
+        "SwitchTransformersForConditionalGeneration",
+        torch.float32,
+        {
+            **{"vocab_size": VOCABULARY, "d_model": 768, "d_ff": 1024, "d_kv": 64, "num_heads": 12},
+            **{"num_experts": 32, "num_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 0},
+            **{"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        },
+    ),
+}
+
+
+def main() -> None:
+    """Print a table with three rows per family, or, as the process that is measured, one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES), help="default: %(default)s")
+    parser.add_argument("--repair", choices=("none", "refit", "joint"), default="none")
+    parser.add_argument("--way", choices=(IN_MEMORY, STREAMED), help="run it in this process, and print its memory")
+    parser.add_argument("--folder", type=Path, help="with --way: the model, and below it the result")
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(run(arguments.folder, arguments.way, arguments.repair)))
+    else:
+        print("| family | what | predicted, MB | measured, MB | predicted / measured |\n|---|---|---:|---:|---:|")
+        for name in arguments.families.split(","):
+            compare(name, arguments.repair)
+
+
+def compare(name: str, repair: str) -> None:
+    """Print prediction and measurement of a family: the bytes of the result, and memory both ways."""
+    with tempfile.TemporaryDirectory() as folder:
+        make(name, Path(folder))
+        result, predicted = predict(Path(folder), repair)
+        told = {"bytes": result.bytes}
+        for way, needs in predicted.items():
+            command = [sys.executable, __file__, "--way", way, "--folder", folder, "--repair", repair]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            measured = json.loads(output.splitlines()[-1])
+            for what, value in [*told.items(), (f"memory {way} ({needs.peak})", needs.memory)]:
+                found = measured["bytes" if what == "bytes" else "memory"]
+                ratio = value / found
+                print(f"| {name} | {what} | {value / 1e6:.0f} | {found / 1e6:.0f} | {ratio:.3f} |", flush=True)
+            told = {}
+
+
+def predict(folder: Path, repair: str) -> tuple[Result, dict[str, Needs]]:
+    """Return what is known beforehand, from the configuration and the length of the files."""
+    layers = Layers.of(empty_model(str(folder)))
+    config = MergeConfig(experts=0.5)
+    result = result_by_hand(layers, config)
+    judged = {"rows": ROWS, "judged": 0, "length": LENGTH, "batch_size": BATCH}
+    wanted = run_of(layers, result, config, repair=repair, **judged)
+    return result, needs_of(sizes_of(layers), wanted, bytes_on_disk(folder), base=resident() or 0)
+
+
+def make(name: str, folder: Path) -> None:
+    """Write the checkpoint of a family."""
+    kind, dtype, sizes = FAMILIES[name]
+    model_class: type[PreTrainedModel] = getattr(transformers, kind)
+    config: PreTrainedConfig = model_class.config_class(**sizes)
+    with torch.device("meta"):
+        model = model_class(config).to(dtype)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 0.0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+        for buffer in model.buffers():
+            buffer.zero_()
+    model.save_pretrained(folder)
+
+
+def run(folder: Path, way: str, repair: str) -> dict[str, int]:
+    """Compress a folder, and return the memory that this process took at most, and the bytes of the result."""
+    warnings.simplefilter("ignore")  # so few tokens that the groups mean nothing
+    torch.set_num_threads(1)
+    generator, config, target = torch.Generator().manual_seed(0), MergeConfig(experts=0.5), folder / "result"
+    rows = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(BATCH)]
+    if empty_model(str(folder)).config.is_encoder_decoder:
+        batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    wanted = None if repair == "none" else RepairConfig(method=repair)
+    if way == IN_MEMORY:
+        compress(load_model(str(folder)), batches, config, repair=wanted).save_pretrained(target)
+    else:
+        compress_folder(folder, target, batches, config, repair=wanted)
+    return {"memory": resident("VmHWM") or 0, "bytes": bytes_on_disk(target)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What this machine has: memory that is free, what this process holds, and how fast it multiplies and reads."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+STATUS, MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
+LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+# Bytes of the file that is read where there is none of the model's; seconds that each measurement takes at most.
+PROBE, SECONDS = 256 * 2**20, 2.0
+# The largest width of the assignment and of the decomposition that are timed.
+WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a machine is: operations a second in a dtype, bytes read a second, and seconds of what a layer takes.
+
+    `assignment` of one alignment and `decomposition` of one symmetric matrix, each of `width`.
+    """
+
+    products: float
+    reading: float
+    assignment: float
+    decomposition: float
+    width: int
+
+
+def resident(field: str = "VmRSS") -> int | None:
+    """Return the bytes that this process holds, or held at most (`VmHWM`); None where nobody tells."""
+    return _kilobytes(STATUS, field)
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that this process may still take: the system's, or its control group's if less."""
+    known = _kilobytes(MEMORY, "MemAvailable")
+    if known is None:
+        known = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # there is no such group, or no limit ("max")
+        known = min(known, int(LIMIT.read_text()) - int(USED.read_text()))
+    return max(known, 0)
+
+
+def _kilobytes(file: Path, field: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def measure_pace(tokens: int, hidden_size: int, width: int, dtype: torch.dtype, folder: Path | None = None) -> Pace:
+    """Measure this machine for less than ten seconds.
+
+    Args:
+        tokens: that an expert sees at a time; products are of the shapes that experts have.
+        folder: of the model, one of whose weight files is read; without, a file is written and read.
+    """
+    states, weight = torch.randn(tokens, hidden_size).to(dtype), torch.randn(hidden_size, width).to(dtype)
+    seconds = _fastest(lambda: states @ weight)
+    size = min(width, WIDTH)
+    costs = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    symmetric = costs @ costs.T
+    return Pace(
+        products=2 * tokens * hidden_size * width / seconds,
+        reading=_reading(folder),
+        assignment=_fastest(lambda: linear_sum_assignment(costs.numpy())),
+        decomposition=_fastest(lambda: torch.linalg.eigh(symmetric)),
+        width=size,
+    )
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of several calls, once each is warm."""
+    call()
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - begin)
+    return best if best < float("inf") else SECONDS
+
+
+def _reading(folder: Path | None) -> float:
+    """Return the bytes a second at which a weight file is read that the system does not hold in memory."""
+    files = sorted((folder or Path("/nonexistent")).glob("*.safetensors"))
+    if files:
+        return _rate(files[-1])
+    with tempfile.NamedTemporaryFile(dir=Path.cwd() if os.access(Path.cwd(), os.W_OK) else None) as file:
+        file.write(os.urandom(2**20) * (PROBE // 2**20))
+        file.flush()
+        os.fsync(file.fileno())
+        return _rate(Path(file.name))
+
+
+def _rate(file: Path) -> float:
+    done, begin = 0, time.perf_counter()
+    with file.open("rb", buffering=0) as opened:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while time.perf_counter() - begin < SECONDS and (part := opened.read(2**24)):
+            done += len(part)
+    return max(done, 1) / max(time.perf_counter() - begin, 1e-6)

@@ -1,0 +1,189 @@
+"""What a compression takes in memory, on disk and in bytes read: a sum of named parts for each of its phases."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hf_mcsmoe.calibration.inputs import MEMORY_LIMIT
+from hf_mcsmoe.evaluation.held_out import MEMORY_LIMIT as JUDGED
+from hf_mcsmoe.forecast.sizes import Sizes
+from hf_mcsmoe.repair.elsewhere import MOST_ROWS
+
+# What a process that has imported the package holds, and what kernels and the heap add once it works (measured).
+BASE, WORKING = 520_000_000, 110_000_000
+# Copies of what is joined while it is made: what was read, the stacks, and the weight itself.
+COPIES = 3
+IN_MEMORY, STREAMED = "in memory", "streamed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A compression as far as memory depends on it.
+
+    `rows` of `length` tokens in batches of `batch_size`, of which `judged` rows are held out; `result` bytes as saved,
+    `merged` bytes of all layers' experts when they are merged and not yet in few bits, `kept` experts of a layer;
+    `repair` by method, "none" for none; whether experts are `aligned`, and the original is used up (`consume`);
+    `sums` bytes of statistics; `threads` that solve assignments; `hidden_limit` bytes of hidden states in memory.
+    """
+
+    result: int
+    merged: int
+    kept: int
+    rows: int = 256
+    judged: int = 32
+    length: int = 512
+    batch_size: int = 8
+    repair: str = "none"
+    aligned: bool = True
+    consume: bool = False
+    sums: int = 0
+    threads: int = 1
+    hidden_limit: int | None = None
+
+    @property
+    def fitted(self) -> int:
+        """The tokens that a fit sees: those of the calibration, and as many of made rows where there is a repair."""
+        return (self.rows - self.judged) * self.length * (1 if self.repair == "none" else 2)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one way of a run takes: bytes of memory by phase and part, bytes on disk and read."""
+
+    phases: Mapping[str, Mapping[str, int]]
+    disk: int
+    read: int
+
+    @property
+    def peak(self) -> str:
+        """The phase that takes most memory."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def memory(self) -> int:
+        """Bytes resident at most, pages of mapped files among them."""
+        return sum(self.phases[self.peak].values())
+
+    @property
+    def needed(self) -> int:
+        """Bytes of memory without which it does not work: what a file maps can be read again."""
+        return max(sum(parts.values()) - parts.get("mapped files", 0) for parts in self.phases.values())
+
+
+def needs_of(sizes: Sizes, run: Run, stored: int, *, base: int = BASE) -> dict[str, Needs]:
+    """Return what a run takes by way: in memory, and streamed from folder to folder.
+
+    Args:
+        stored: bytes of the source's weight files.
+        base: bytes that the process holds before it does anything.
+    """
+    return {
+        IN_MEMORY: Needs(_in_memory(sizes, run, stored, base + WORKING), run.result, stored),
+        STREAMED: Needs(_streamed(sizes, run, base + WORKING), run.result + _spilled(sizes, run), 2 * stored),
+    }
+
+
+def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict[str, int]]:
+    """Return the parts of each phase where the model is loaded.
+
+    What is made of stored tensors lies beside the mapped files that it was read from; other weights are these files.
+    """
+    held = {"process": base, "weights": sizes.converted, "mapped files": max(stored, sizes.weights - sizes.converted)}
+    result = {} if run.consume else {"result": sizes.weights - sizes.experts * sizes.layers + run.merged}
+    own = {"merged layer": run.merged // sizes.layers} if run.consume else {}
+    phases = {
+        "loading": held | {"conversion": sizes.joined},
+        "statistics": held | {"sums": run.sums} | _flight(sizes, run) | _judged(sizes, run),
+        "merging": held | {"sums": run.sums} | result | own | _alignment(sizes, run) | _judged(sizes, run),
+        "saving": held | result | _judged(sizes, run),
+    }
+    if run.repair != "none":
+        seen = min(MEMORY_LIMIT, sizes.layers * _inputs(sizes, run)) + _inputs(sizes, run)
+        fit = {"inputs of layers": seen} | _equations(sizes, run) | _judged(sizes, run)
+        phases["repair"] = held | {"sums": run.sums} | result | fit
+    return phases
+
+
+def _streamed(sizes: Sizes, run: Run, base: int) -> dict[str, dict[str, int]]:
+    """Return the parts of each phase where one block is in memory."""
+    held = {"process": base, "outside the blocks": sizes.outside, "sums": run.sums}
+    streams = 1 if run.repair == "none" else 3
+    hidden = _hidden(sizes, run)
+    merged = {"merged layer": run.merged // sizes.layers}
+    block, seen = {"block": sizes.block}, {"hidden states": hidden}
+    conversion, several = {"conversion": _conversion(sizes)}, {"hidden states": streams * hidden}
+    phases = {
+        "loading": held | block | conversion | several,
+        "statistics": held | block | seen | _flight(sizes, run),
+        "merging": held | block | several | merged | _alignment(sizes, run),
+        "writing": held | {"shard": max(sizes.outside, sizes.block - sizes.experts + run.merged // sizes.layers)},
+    }
+    if run.repair != "none":
+        fit = {"inputs of layers": 2 * _inputs(sizes, run)} | _equations(sizes, run) | _judged(sizes, run)
+        phases["repair"] = held | block | several | merged | fit
+    return phases
+
+
+def _conversion(sizes: Sizes) -> int:
+    """Return the bytes that making a block's weights takes beside the block.
+
+    While the largest weight is joined, the others of the block's experts are not there yet.
+    """
+    return max(0, COPIES * sizes.joined - sizes.experts) if sizes.joined else 0
+
+
+def _hidden(sizes: Sizes, run: Run) -> int:
+    """Return the bytes of hidden states [rows, T, D] that wait between blocks, and of their masks [rows, T, T]."""
+    total = _waiting(sizes, run)
+    return total if run.hidden_limit is None else min(total, run.hidden_limit)
+
+
+def _waiting(sizes: Sizes, run: Run) -> int:
+    return run.rows * run.length * (sizes.hidden_size * sizes.itemsize + run.length)
+
+
+def _spilled(sizes: Sizes, run: Run) -> int:
+    return _waiting(sizes, run) - _hidden(sizes, run)
+
+
+def _flight(sizes: Sizes, run: Run) -> dict[str, int]:
+    """Return what a batch in flight takes: its picks in the experts, and its logits with a copy in float32."""
+    tokens = run.batch_size * run.length
+    picks = tokens * sizes.top_k * (2 * sizes.hidden_size + 4 * sizes.intermediate_size) * sizes.itemsize
+    return {"experts at work": picks, "logits": tokens * sizes.vocabulary * (sizes.itemsize + 4)}
+
+
+def _judged(sizes: Sizes, run: Run) -> dict[str, int]:
+    """Return the bytes of the original's distributions [positions, V] in float32."""
+    kept = min(JUDGED, 4 * run.judged * run.length * sizes.vocabulary)
+    return {"distributions": kept} if kept else {}
+
+
+def _alignment(sizes: Sizes, run: Run) -> dict[str, int]:
+    """Return the bytes of costs [F, F], in float32 and once more in float64, of assignments solved side by side."""
+    if not run.aligned or run.kept >= sizes.num_experts:
+        return {}
+    one = 12 * sizes.intermediate_size**2
+    return {"alignment": one * max(1, min(run.threads, sizes.experts // max(1, one)))}
+
+
+def _inputs(sizes: Sizes, run: Run) -> int:
+    """Return the bytes of what one layer's experts see: hidden states, picks and weights."""
+    return run.fitted * (sizes.hidden_size * sizes.itemsize + 12 * sizes.top_k)
+
+
+def _equations(sizes: Sizes, run: Run) -> dict[str, int]:
+    """Return what fitting a layer takes: its rows, the solutions, and normal equations of one expert or, jointly, all.
+
+    Rows beside the calibration's are those routed elsewhere: their inputs in three copies and targets in two. In float64
+    are the solutions [D, F] of all experts, and the equations: six matrices [F, F], jointly four, and four [D, F], or
+    less where they do not fit.
+    """
+    added = run.kept * min(MOST_ROWS, 2 * sizes.intermediate_size)
+    unknowns = sizes.intermediate_size * (run.kept if run.repair == "joint" else 1)
+    square = 8 * unknowns**2 * (4 if run.repair == "joint" else 6)
+    return {
+        "targets": 4 * run.fitted * sizes.hidden_size,
+        "rows routed elsewhere": added * sizes.hidden_size * (3 * sizes.itemsize + 8),
+        "solutions": 8 * run.kept * sizes.hidden_size * sizes.intermediate_size,
+        "normal equations": min(MEMORY_LIMIT, square + 32 * unknowns * sizes.hidden_size),
+    }
