@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_mcsmoe import MergeConfig, RepairConfig, compress, compress_folder
+from hf_mcsmoe import MergeConfig, RepairConfig, compress
 from hf_mcsmoe.evaluation.costs import bytes_on_disk
 from hf_mcsmoe.forecast.machine import resident
 from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED, Needs, needs_of
@@ -28,6 +28,7 @@ from hf_mcsmoe.forecast.run import run_of
 from hf_mcsmoe.forecast.sizes import sizes_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model
+from hf_mcsmoe.streamed.compress import compress_folder
 
 ROWS, LENGTH, BATCH = 8, 64, 4
 VOCABULARY, D, EXPERTS = 8192, 1024, 64
@@ -54,7 +55,16 @@ FAMILIES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         torch.float32,
-        {**COMMON, **FINE, **SHARED, **LATENT, "num_key_value_heads": 8, "n_group": 8, "topk_group": 4},
+        {
+            **COMMON,
+            **FINE,
+            **SHARED,
+            **LATENT,
+            "head_dim": 32,
+            "num_key_value_heads": 8,
+            "n_group": 8,
+            "topk_group": 4,
+        },
     ),
     "gpt_oss": (
         "GptOssForCausalLM",
@@ -92,12 +102,13 @@ def main() -> None:
 
 def compare(name: str, repair: str) -> None:
     """Print prediction and measurement of a family: the bytes of the result, and memory both ways."""
-    with tempfile.TemporaryDirectory() as folder:
-        make(name, Path(folder))
-        result, predicted = predict(Path(folder), repair)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        make(name, folder)
+        result, predicted = predict(folder, repair)
         told = {"bytes": result.bytes}
         for way, needs in predicted.items():
-            command = [sys.executable, __file__, "--way", way, "--folder", folder, "--repair", repair]
+            command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--repair", repair]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             measured = json.loads(output.splitlines()[-1])
             for what, value in [*told.items(), (f"memory {way} ({needs.peak})", needs.memory)]:
@@ -137,14 +148,16 @@ def run(folder: Path, way: str, repair: str) -> dict[str, int]:
     """Compress a folder, and return the memory that this process took at most, and the bytes of the result."""
     warnings.simplefilter("ignore")  # so few tokens that the groups mean nothing
     torch.set_num_threads(1)
-    generator, config, target = torch.Generator().manual_seed(0), MergeConfig(experts=0.5), folder / "result"
+    generator, config, target = torch.Generator().manual_seed(0), MergeConfig(experts=0.5), folder.parent / way
     rows = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=generator)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(BATCH)]
     if empty_model(str(folder)).config.is_encoder_decoder:
         batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
     wanted = None if repair == "none" else RepairConfig(method=repair)
     if way == IN_MEMORY:
-        compress(load_model(str(folder)), batches, config, repair=wanted).save_pretrained(target)
+        compress(load_model(str(folder)), batches, config, repair=wanted, consume=wanted is None).save_pretrained(
+            target
+        )
     else:
         compress_folder(folder, target, batches, config, repair=wanted)
     return {"memory": resident("VmHWM") or 0, "bytes": bytes_on_disk(target)}

@@ -1,14 +1,21 @@
 """What `hf-mcsmoe plan` prints."""
 
+from collections.abc import Mapping, Sequence
+
 from rich.markup import escape
 
 from hf_mcsmoe.cli.display import Sheet
 from hf_mcsmoe.forecast.figures import Figures
+from hf_mcsmoe.forecast.needs import Needs
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.stored import BY_CONFIG, BY_INDEX, FILES, Stored
 from hf_mcsmoe.search.ladder import Rung
 from hf_mcsmoe.search.size import bytes_text
 
+# The KL in nats per position that a safe size keeps to: about a hundredth of perplexity.
+SAFE = 0.01
+# Parts of memory below one in so many are not shown.
+SHOWN = 200
 # How the bytes of the source are known, in words.
 KNOWN = {FILES: "", BY_INDEX: ", says their index", BY_CONFIG: ", by the configuration: no file was found"}
 
@@ -26,6 +33,54 @@ def figure_lines(layers: Layers, figures: Figures, stored: Stored) -> list[str]:
         f"({figures.in_experts / figures.parameters:.1%}){shared}, active per token {figures.active:,}",
         f"the weight files take {bytes_text(stored.bytes)}{KNOWN[stored.known_by]}",
     ]
+
+
+def needs_table(needs: Mapping[str, Needs], seconds: Mapping[str, Mapping[str, float]]) -> Sheet:
+    """Return a table of what a run takes: a column each way, and the parts of memory in the phase that takes most.
+
+    Args:
+        seconds: estimated, by way and part; empty where nothing was measured.
+    """
+    sheet, found = Sheet("", *needs), list(needs.items())
+    sheet.add_row("memory", *(bytes_text(item.memory) for _, item in found))
+    sheet.add_row("  most while", *(item.peak for _, item in found))
+    parts = [item.phases[item.peak] for _, item in found]
+    for name in dict.fromkeys(name for own in parts for name in own):
+        shown = [own.get(name, 0) for own in parts]
+        if max(shown) * SHOWN > max(item.memory for _, item in found):
+            sheet.add_row(f"  {name}", *(bytes_text(size) if size else "" for size in shown))
+    sheet.add_row("disk", *(bytes_text(item.disk) for _, item in found))
+    sheet.add_row("read", *(bytes_text(item.read) for _, item in found))
+    if seconds:
+        sheet.add_row("time, an estimate", *(_duration(sum(seconds[name].values())) for name in needs))
+        for part in seconds[found[0][0]]:
+            sheet.add_row(f"  {part}", *(_duration(seconds[name][part]) for name in needs))
+    return sheet
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def safe_rung(rungs: Sequence[Rung]) -> Rung | None:
+    """Return the smallest of the sizes whose predicted effect, and that of all larger ones, stays below `SAFE`."""
+    effects = [(rung.chosen.bytes, rung) for rung in rungs if rung.effect is not None]
+    found = None
+    for _, rung in sorted(effects, key=lambda item: -item[0]):
+        if (rung.effect or 0.0) > SAFE:
+            break
+        found = rung
+    return found
+
+
+def safe_line(rung: Rung) -> str:
+    """Return the sentence that names a safe size."""
+    return (
+        f"a safe size: {bytes_text(rung.chosen.bytes)}, the smallest of these with a predicted KL of at most {SAFE} "
+        "nats on text like that which was measured"
+    )
 
 
 def rung_table(rungs: list[Rung], source: int) -> Sheet:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import nn
 
 STATUS, MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
 LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -63,8 +64,8 @@ def measure_pace(tokens: int, hidden_size: int, width: int, dtype: torch.dtype, 
         tokens: that an expert sees at a time; products are of the shapes that experts have.
         folder: of the model, one of whose weight files is read; without, a file is written and read.
     """
-    states, weight = torch.randn(tokens, hidden_size).to(dtype), torch.randn(hidden_size, width).to(dtype)
-    seconds = _fastest(lambda: states @ weight)
+    states, weight = torch.randn(tokens, hidden_size).to(dtype), torch.randn(width, hidden_size).to(dtype)
+    seconds = _fastest(lambda: nn.functional.linear(states, weight))
     size = min(width, WIDTH)
     costs = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     symmetric = costs @ costs.T

@@ -109,10 +109,11 @@ def _streamed(sizes: Sizes, run: Run, base: int) -> dict[str, dict[str, int]]:
     streams = 1 if run.repair == "none" else 3
     hidden = _hidden(sizes, run)
     merged = {"merged layer": run.merged // sizes.layers}
-    block, seen = {"block": sizes.block}, {"hidden states": hidden}
-    conversion, several = {"conversion": _conversion(sizes)}, {"hidden states": streams * hidden}
+    # What conversions took the heap keeps: most of it was small pieces, an expert's matrix each.
+    block, seen = {"block": sizes.block, "conversion": _conversion(sizes)}, {"hidden states": hidden}
+    several = {"hidden states": streams * hidden}
     phases = {
-        "loading": held | block | conversion | several,
+        "loading": held | block | several,
         "statistics": held | block | seen | _flight(sizes, run),
         "merging": held | block | several | merged | _alignment(sizes, run),
         "writing": held | {"shard": max(sizes.outside, sizes.block - sizes.experts + run.merged // sizes.layers)},
@@ -174,9 +175,9 @@ def _inputs(sizes: Sizes, run: Run) -> int:
 def _equations(sizes: Sizes, run: Run) -> dict[str, int]:
     """Return what fitting a layer takes: its rows, the solutions, and normal equations of one expert or, jointly, all.
 
-    Rows beside the calibration's are those routed elsewhere: their inputs in three copies and targets in two. In float64
-    are the solutions [D, F] of all experts, and the equations: six matrices [F, F], jointly four, and four [D, F], or
-    less where they do not fit.
+    Rows beside the calibration's are those routed elsewhere: their inputs in three copies and targets in two. The
+    solutions [D, F] of all experts are float64, and so are the equations: six matrices [F, F], jointly four, and four
+    [D, F], or less where they do not fit.
     """
     added = run.kept * min(MOST_ROWS, 2 * sizes.intermediate_size)
     unknowns = sizes.intermediate_size * (run.kept if run.repair == "joint" else 1)

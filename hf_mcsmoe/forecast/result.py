@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.forecast.figures import figures_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
@@ -67,6 +68,14 @@ def result_of(layers: Layers, choices: Mapping[str, Choice], skip: tuple[str, ..
     taken = sum(choice_bytes(layer, choices[name]) for name, layer in chosen.items())
     size = fixed_bytes(layers, skip) + taken
     return Result(dict(choices), size, figures.parameters - fewer, figures.active - idle)
+
+
+def predicted_effect(curves: Mapping[str, LayerCurves], result: Result) -> float | None:
+    """Return the effect of a result on the model in nats per position, by curves; None where they lack one of it."""
+    try:
+        return sum(curves[name].effect(choice) for name, choice in result.choices.items())
+    except (KeyError, ValueError):
+        return None
 
 
 def expected_counts(layers: Layers, config: MergeConfig) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """A matrix in a few bits: codes, and a scale for each group of them."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -66,5 +67,6 @@ def group_size_for(width: int, wanted: int) -> int:
     )
 
 
+@functools.cache
 def _divisors(width: int) -> list[int]:
     return [size for size in range(1, width + 1) if width % size == 0]

@@ -21,7 +21,7 @@ from hf_mcsmoe.record import Costs, Quality, Stored
 
 PANELS = {
     "inspect": {"Merge", "Data", "Loading"},
-    "plan": {"Data", "Size", "Loading"},
+    "plan": {"Size", "Merge", "Storage", "Run", "Data", "Loading", "Output"},
     "calibrate": {"Data", "Methods", "Loading", "Output"},
     "compare": {"Data", "Methods", "Loading", "Output"},
     "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output", "Streaming"},

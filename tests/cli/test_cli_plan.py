@@ -58,6 +58,14 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
     effects = [float(row[-1]) for row in rows]
     assert len(rows) > 1
     assert effects == sorted(effects)
+    safe = [row for row, effect in zip(rows, effects, strict=True) if effect <= 0.01][-1]
+    assert f"a safe size: {' '.join(safe[1:3])}," in out
+    code, out, error = run(
+        "plan", str(folder), "--scores", str(scores), "--experts", "4", "--json", str(tmp_path / "a")
+    )
+    assert code == 0, error
+    told = json.loads((tmp_path / "a").read_text())["result"]
+    assert told["predicted_kl"] == pytest.approx(len(statistics.layers) / 4)
     assert not list(tmp_path.glob("*.mcsmoe-work"))
 
 
@@ -76,6 +84,9 @@ def test_plan_of_a_configuration_alone(tmp_path: Path, run: Run) -> None:
     assert told["result"]["parameters"] == pytest.approx(116_829_156_672 - half, rel=1e-3)
     # Half of the experts in 4 bits and a scale of 16 for each group of 64; all else in bfloat16.
     rest = told["figures"]["parameters"] - told["figures"]["in_experts"]
+    assert told["needs"]["streamed"]["memory"] < told["needs"]["in memory"]["memory"]
+    assert told["needs"]["streamed"]["read"] == 2 * told["source"]["bytes"]
+    assert f"here: {told['way']['name']}" in out
     assert told["result"]["bytes"] == pytest.approx(half * (4 + 16 / 64) / 8 + 2 * rest, rel=0.02)
 
 
@@ -90,6 +101,7 @@ REFUSED = [
     ("moe", ["--experts", "8", "--skip", "nothing"], "matches no layer"),
     ("moe", ["--experts", "8", "--rank", "4000"], "larger than"),
     ("moe", ["--size", "1MB"], "smallest that can be reached"),
+    ("moe", ["--experts", "8", "--repair", "refits"], "Did you mean 'refit'?"),
     ("outside", [], "which is no safetensors file in its folder"),
     ("no/such", [], "Found no model"),
 ]
@@ -99,7 +111,8 @@ REFUSED = [
 def test_what_cannot_be_planned_is_one_sentence(
     model: str, options: list[str], message: str, tmp_path: Path, run: Run
 ) -> None:
-    config = (CONFIGS / "Qwen3-30B-A3B" / "config.json").read_text()
+    whole = json.loads((CONFIGS / "Qwen3-30B-A3B" / "config.json").read_text())
+    config = json.dumps(whole | {"num_hidden_layers": 2, "vocab_size": 1000})
     files = {"moe": config, "outside": config, "dense": DENSE}
     for name in ("empty", *files):
         (tmp_path / name).mkdir()

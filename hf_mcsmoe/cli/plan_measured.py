@@ -1,0 +1,71 @@
+"""What `hf-mcsmoe plan` knows of what choices cost: from a file of statistics, or measured on text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.cli.options import Loading, check_file, described
+from hf_mcsmoe.cli.sources import Calibration
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.loading import load_model, load_tokenizer
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.progress import Progress, counted, one_step
+from hf_mcsmoe.search.conditions import conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
+from hf_mcsmoe.search.curves import measure_curves, needs_of
+
+
+@dataclass(frozen=True)
+class Planning(Calibration):
+    """The text that choices are measured on; without any, only sizes are told."""
+
+    data: list[str] | None = described(  # type: ignore[assignment]
+        None, "calibration text that choices are measured on; without it and --scores only sizes are told"
+    )
+
+    def __post_init__(self) -> None:
+        """Take no data as none; see `Calibration`."""
+        object.__setattr__(self, "data", list(self.data or []))
+        super().__post_init__()
+
+
+def read_curves(file: Path, layers: Layers) -> RoutingStatistics | None:
+    """Return statistics with curves; None where there is no file yet.
+
+    Raises:
+        ValueError: it is damaged, of another model, or tells nothing of choices.
+    """
+    if not file.is_file():
+        check_file(file, "--scores")
+        return None
+    statistics = RoutingStatistics.load(file)
+    statistics.check({layer.name: layer.sizes for layer in layers})
+    if statistics.layers.keys() != set(layers.names):
+        raise ValueError(f"--scores {file} was taken from another model, of other layers.")
+    if not statistics.curves:
+        raise ValueError(
+            f"--scores {file} holds routing statistics, and not what choices cost: name another file and --data, and "
+            "it is measured."
+        )
+    return statistics
+
+
+def measured(
+    model: str, calibration: Planning, loading: Loading, config: MergeConfig, search: SizeConfig, progress: Progress
+) -> tuple[Layers, RoutingStatistics]:
+    """Load the model, and measure what choices cost on the calibration text."""
+    tokenizer = load_tokenizer(loading.tokenizer or model)
+    samples = calibration.read(progress)
+    with one_step("loading", progress):
+        loaded = load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
+    rows, _ = calibration.batches(samples, tokenizer, loaded, progress)  # what is held out judges a later `compress`
+    layers = Layers.of(loaded)
+    statistics = collect_statistics(layers, counted(rows, "statistics", progress), needs_of(config, search))
+
+    def tell(name: str, done: int, total: int) -> None:
+        progress("curves", done, total)
+
+    statistics.curves = measure_curves(layers, statistics, rows, config, search, progress=tell)
+    statistics.conditions = conditions(config, search, JOINT)
+    return layers, statistics
