@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from families import construct
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 PROCESS = """
 import json, sys
@@ -34,9 +34,10 @@ print(json.dumps(found))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system tells of memory otherwise")
 def test_a_block_takes_what_its_weights_take_and_gives_it_back(tmp_path: Path) -> None:
-    given = construct("qwen3_moe").config.to_dict()
-    sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 64, "num_hidden_layers": 2}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**given | sizes | {"layer_types": None}))
+    config = construct("qwen3_moe").config
+    config.hidden_size, config.moe_intermediate_size, config.num_experts = 256, 512, 64
+    config.num_hidden_layers, config.layer_types = 2, None
+    model = Qwen3MoeForCausalLM(config)
     model.save_pretrained(tmp_path)
     block = sum(tensor.nbytes for tensor in model.model.layers[0].parameters())
     assert block > 90e6
@@ -44,5 +45,5 @@ def test_a_block_takes_what_its_weights_take_and_gives_it_back(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for loaded, freed in zip(*[iter(json.loads(done.stdout))] * 2, strict=True):
-        assert block <= loaded <= 1.1 * block
+        assert 0.95 * block <= loaded <= 1.1 * block
         assert freed <= 0.1 * block
