@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
+from families import DEVICE, build
 from helpers import batches
 from safetensors.torch import load_file
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, compress
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.streamed.compress import compress_folder
 
 pytestmark = [
@@ -70,8 +71,8 @@ def both(name: str, config: MergeConfig, folder: Path, **options: Any) -> tuple[
     model.save_pretrained(folder / "source")
     rows, held_out, other = batches(name, model, 2), batches(name, model, 4)[2:3], batches(name, model, 4)[3:]
     given = {"held_out": held_out, "check": {"other": other}, **options}
-    compress_folder(folder / "source", folder / "a" / "out", rows, config, **given)
-    loaded = type(model).from_pretrained(folder / "source")
+    compress_folder(Folder(folder / "source", device=DEVICE), folder / "a" / "out", rows, config, **given)
+    loaded = type(model).from_pretrained(folder / "source").to(DEVICE)
     compress(loaded, rows, config, **given).save_pretrained(folder / "b" / "out")
     return folder / "a" / "out", folder / "b" / "out"
 
