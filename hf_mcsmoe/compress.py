@@ -33,7 +33,7 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.options import all_needs, check_options, check_repair, chosen_repair
+from hf_mcsmoe.options import all_needs, check_options, check_repair, chosen_repair, sparsity_needs
 from hf_mcsmoe.plan import MergePlan, plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
@@ -123,7 +123,7 @@ def compress(
     stages["sparsity"] = sparsity
     check_loaded(layers)
     check_options(layers, config, **stages, consume=consume, size=search)
-    needs = all_needs(config, search, quantization)
+    needs = (*all_needs(config, search, quantization), *sparsity_needs(layers, config, sparsity))
     check_reference(needs, base_model, statistics)
     norms = None if base_model is None else reference_norms(layers, base_model)
     batches = as_batches(batches, layers.model)
@@ -163,11 +163,11 @@ def compress(
     if is_merged:
         judge.measure("merged", merged)
     costs |= {"merged": _measured(found, measure)} if stored and is_merged else {}
-    found = _sparse(found, sparsity, batches, tell, judge, units=True)
+    found = _sparse(found, sparsity, batches, tell, judge, statistics, units=True)
     if repair and is_fitted:
         report = fit("repair")
         judge.measure("repaired", merged)
-    found = _sparse(found, sparsity, batches, tell, judge, units=False)
+    found = _sparse(found, sparsity, batches, tell, judge, statistics, units=False)
     if low_rank:
         found = _store(found, low_rank, batches, tell)
         if repair and repair.method == "local":  # once more, with what is stored now
@@ -256,6 +256,7 @@ def _sparse(
     batches: Iterable[Batch],
     tell: Progress,
     judge: Judge,
+    statistics: RoutingStatistics,
     *,
     units: bool,
 ) -> Layers:
@@ -271,7 +272,7 @@ def _sparse(
             if not layer.merged:
                 convert_whole(layers.model, layer)
         layers = Layers.of(layers.source)
-    done = sparsify_layers(layers, list(batches), config, by_number("sparsity", tell))
+    done = sparsify_layers(layers, list(batches), config, by_number("sparsity", tell), statistics)
     write_description(done.model)
     judge.measure("sparse", done.model)
     return done

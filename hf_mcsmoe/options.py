@@ -11,6 +11,7 @@ from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.config import MIXED, MergeConfig
+from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.plan import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
@@ -27,6 +28,14 @@ def all_needs(
 ) -> tuple[str, ...]:
     """Return the statistics that the merge, or what may be chosen for a size, and bits by importance read."""
     return (needs_of(config, search) if search else config.needs) + (quantization.needs if quantization else ())
+
+
+def sparsity_needs(layers: Layers, config: MergeConfig, sparsity: SparsityConfig | None) -> tuple[str, ...]:
+    """Return the statistics of the original that tell what to leave out inside experts, where all of these stay.
+
+    Of merged or pruned layers a pass of its own tells it.
+    """
+    return tuple(SCORE.needs(sparsity.score)) if sparsity and merges_nothing(layers, config) else ()
 
 
 def chosen_repair(repair: RepairConfig | None) -> RepairConfig | None:

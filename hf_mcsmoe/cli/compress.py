@@ -42,7 +42,7 @@ from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
-from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing
+from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing, sparsity_needs
 from hf_mcsmoe.plan import saved_parameters
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import counted, one_step
@@ -51,7 +51,7 @@ from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
-from hf_mcsmoe.search.config import JOINT, SizeConfig
+from hf_mcsmoe.search.config import JOINT
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving
@@ -147,7 +147,7 @@ def compress_command(
             unused = "" if batches else "; --data is not used" + ("" if check else ", and nothing is measured")
             notes.print(f"statistics read from {escape(str(scores))}{unused}")
         elif scores and not folder:
-            needs = of_data(_needs(config, size))
+            needs = of_data(_needs(layers, config, stages))
             sums = collect_statistics(loaded, counted(batches, "statistics", progress), needs)
         if sums is not None and base_model and not folder:
             sums = add_reference(sums, Layers.of(loaded), base_model)
@@ -271,7 +271,7 @@ def _check(
 ) -> tuple[int, RoutingStatistics | None]:
     """Check all that can be checked before weights are loaded; returns the bytes to write and what a file holds."""
     check_options(layers, config, **stages)
-    needs = _needs(config, stages["size"])
+    needs = _needs(layers, config, stages)
     held = _read(scores, layers, of_data(needs) if base_model else needs) if scores else None
     check_reference(needs, base_model, held)
     if base_model:
@@ -284,9 +284,11 @@ def _check(
     return parameters * itemsize(dtype, layers.model), held
 
 
-def _needs(config: MergeConfig, size: SizeConfig | None) -> tuple[str, ...]:
-    """Return the statistics that the merge, or what may be chosen for a size, reads."""
-    return needs_of(config, size) if size else config.needs
+def _needs(layers: Layers, config: MergeConfig, stages: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the statistics that the merge, or what may be chosen for a size, and zeros inside experts read."""
+    if stages["size"]:
+        return needs_of(config, stages["size"])
+    return (*config.needs, *sparsity_needs(layers, config, stages["sparsity"]))
 
 
 def _read(file: Path, layers: Layers, needs: Sequence[str]) -> RoutingStatistics | None:

@@ -38,7 +38,9 @@ def _needs(name: str) -> list[str]:
         known = dict.fromkeys([*PRESETS, *(method for stage in ALL for method in stage), *STATISTICS])
         raise ValueError(unknown("method", name, list(known)))
     found = [read for registry in stages for read in registry.needs(name)]
-    found += PRESETS[name].options()["config"].needs if name in PRESETS else ()
+    if name in PRESETS:
+        found += PRESETS[name].options()["config"].needs
+        found += SCORE.needs(PRESETS[name].sparsify) if PRESETS[name].sparsify else ()
     return [*found, *([name] if name in STATISTICS.methods else [])]
 
 

@@ -10,6 +10,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.registry import unknown
+from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.options import check_options, chosen_repair
 from hf_mcsmoe.presets import PRESETS, check_untrained
 from hf_mcsmoe.quantization.config import QuantizationConfig
@@ -70,7 +71,11 @@ class Way:
     @property
     def needs(self) -> tuple[str, ...]:
         """The statistics that the method reads."""
-        return needs_of(MergeConfig(), self.search) if self.search else self.options()["config"].needs
+        if self.search:
+            return needs_of(MergeConfig(), self.search)
+        options = self.options()
+        sparsity = options.get("sparsity")
+        return (*options["config"].needs, *(SCORE.needs(sparsity.score) if sparsity else ()))
 
     def told(self) -> dict[str, Any]:
         """Return all that the method is made of, as JSON values."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from types import NoneType
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.calibration.collect import add_sums
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
@@ -91,11 +93,20 @@ def width_of(layer: MoELayer, config: SparsityConfig) -> int:
 
 @torch.no_grad()
 def sparsify_layers(
-    layers: Layers, batches: Sequence[Batch], config: SparsityConfig, progress: Progress | None = None
+    layers: Layers,
+    batches: Sequence[Batch],
+    config: SparsityConfig,
+    progress: Progress | None = None,
+    statistics: RoutingStatistics | None = None,
 ) -> Layers:
-    """Do what `sparsify_experts` does to what was checked, but for the record; returns the layers as they are then."""
+    """Do what `sparsify_experts` does to what was checked, but for the record; returns the layers as they are then.
+
+    Args:
+        statistics: of the original, in place of a pass over the batches where they hold what the score reads and all
+            experts are still there.
+    """
     chosen, needs = layers.selected(config.skip), SCORE.needs(config.score)
-    sums = collect_sums(chosen, batches, needs) if needs else {layer.name: Sums() for layer in chosen}
+    sums = known_sums(chosen, statistics, needs) or collect_sums(chosen, batches, needs)
     if progress:
         progress(chosen[0].name, 0, len(chosen))
     key, narrower = narrow_model(layers, width_of(layers[0], config)) if config.is_units else ("", None)
@@ -123,6 +134,18 @@ def sparsify_shared(
         _zero(shared[0], sums, config)
     else:
         _narrow(shared, sums, config, narrower)
+
+
+def known_sums(layers: Layers, statistics: RoutingStatistics | None, names: Sequence[str]) -> dict[str, Sums] | None:
+    """Return what statistics of the original tell of layers that kept all experts; None where they lack something."""
+    if not names:
+        return {layer.name: Sums() for layer in layers}
+    for layer in layers:
+        is_whole = not layer.merged or layer.expert_map == tuple(range(layer.num_experts))
+        held = Sums() if statistics is None else statistics.layers.get(layer.original_name, Sums())
+        if not is_whole or any(name not in held for name in names):
+            return None
+    return {layer.name: Sums(cast(RoutingStatistics, statistics)[layer.original_name]) for layer in layers}
 
 
 def collect_sums(layers: Layers, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Sums]:

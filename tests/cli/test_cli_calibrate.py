@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_mcsmoe import MergeConfig, RoutingStatistics, collect_statistics
+from hf_mcsmoe.cli.needs import needs_of_names
 from hf_mcsmoe.methods.router_norm import CHANGE
 from hf_mcsmoe.methods.statistics import STATISTICS
 
@@ -130,6 +131,11 @@ def test_what_cannot_be_collected_is_refused_before_weights_are_loaded(
 
 def _ids() -> torch.Tensor:
     return torch.arange(2, 98).reshape(8, 12)
+
+
+def test_a_preset_that_leaves_out_weights_names_what_its_score_reads() -> None:
+    assert {"gated_inputs_squared", "gated_units_squared", "counts"} <= set(needs_of_names("moe-pruner"))
+    assert {"output_sum", "output_squares", "gate_sum"} <= set(needs_of_names("mone"))
 
 
 def test_sums_of_other_data_or_of_another_model_are_not_mixed(source: Path, tmp_path: Path, run: Run) -> None:
