@@ -27,6 +27,7 @@ from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.offloading import detach, detach_all, is_hooked, unhooked_copies
 from hf_mcsmoe.layers.output import check_apart
+from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.methods.alignment import ALIGNMENT
 from hf_mcsmoe.methods.assignment import assignment_bytes
@@ -348,6 +349,7 @@ def prepared(layers: Layers, *, consume: bool = False) -> PreTrainedModel:
 
     Blocks that the source holds beside it, which would keep their experts, are left out.
     """
+    check_whole(layers.model, "a merge")
     extra = extra_blocks(layers.source)
     result = _prepare(layers, consume)
     remember_source(result, layers.model.name_or_path or "")

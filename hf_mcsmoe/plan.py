@@ -17,6 +17,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.files import damage, read_json, write_text
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.methods.budget import BUDGET, budget_total
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import CONSTANT, REGISTRIES, SLICE, MergeConfig
@@ -247,7 +248,9 @@ def plan_merge(
     """
     check_given(statistics=(statistics, RoutingStatistics), config=(config, (MergeConfig, NoneType)))
     config = (config or MergeConfig()).resolved()
-    layers = check_request(Layers.of(model).uncompressed(), config)
+    layers = Layers.of(model).uncompressed()
+    check_whole(layers.model, "a plan")
+    layers = check_request(layers, config)
     if statistics.fingerprint != layers.fingerprint:
         raise ValueError("The statistics were taken from another model; run collect_statistics on this one.")
     check_finite(statistics)

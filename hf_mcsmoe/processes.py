@@ -4,6 +4,7 @@ All of them run the same program on the same arguments. What is split among them
 again in all, so that each ends with the same result and the first one writes it. Values are exchanged on the CPU.
 """
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,32 +134,35 @@ def together(patience: float = PATIENCE) -> Iterator[Processes]:
     if started() == 1 and not dist.is_initialized():
         yield ALONE
         return
-    with _met(patience) as processes:
-        token = _CURRENT.set(processes)
-        try:
-            yield processes
-            processes.gathered(None)  # what the first one holds is there until all are done
-        except BaseException as error:
-            with contextlib.suppress(RuntimeError):
-                processes.store.set(f"failed {processes.rank}", " ".join(str(error).split()) or type(error).__name__)
-            raise
-        finally:
-            _CURRENT.reset(token)
+    processes = _met(patience)
+    token = _CURRENT.set(processes)
+    try:
+        yield processes
+        processes.gathered(None)  # what the first one holds is there until all are done
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):
+            processes.store.set(f"failed {processes.rank}", " ".join(str(error).split()) or type(error).__name__)
+        raise
+    finally:
+        _CURRENT.reset(token)
 
 
-@contextlib.contextmanager
-def _met(patience: float) -> Iterator[Processes]:
-    """Yield the processes; they leave afterwards unless somebody else had let them meet."""
-    has_met = dist.is_initialized()
-    if not has_met:
+def _met(patience: float) -> Processes:
+    """Let the processes meet, unless somebody had them meet before; they stay together until the interpreter ends.
+
+    Those that met and left at once might else meet again where some have not left yet.
+    """
+    if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, timeout=timedelta(seconds=patience))
-    try:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
-        store = dist.PrefixStore("hf_mcsmoe", dist.distributed_c10d._get_default_store())
-        yield Processes(dist.get_rank(), dist.get_world_size(), group, store)
-    finally:
-        if not has_met:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+    store = dist.PrefixStore("hf_mcsmoe", dist.distributed_c10d._get_default_store())
+    return Processes(dist.get_rank(), dist.get_world_size(), group, store)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

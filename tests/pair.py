@@ -32,7 +32,7 @@ def _run(rank: int, port: int, work: Callable[[int], Found], folder: Path) -> No
     os._exit(0)  # without what the tests' own process would do at its end
 
 
-def in_two_processes(work: Callable[[int], Found], folder: Path, timeout: float = 300.0) -> list[Found]:
+def in_two_processes(work: Callable[[int], Found], folder: Path, timeout: float = 120.0) -> list[Found]:
     """Return what `work(rank)` finds in each of two processes; None of one that ended by itself."""
     context, port = multiprocessing.get_context("fork"), free_port()
     with warnings.catch_warnings():

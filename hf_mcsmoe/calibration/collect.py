@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.calibration.gradients import check_loss, gradients_of_experts, loss_of
-from hf_mcsmoe.calibration.shares import Filler, own_batches, summed
+from hf_mcsmoe.calibration.shares import Filler, check_layout, own_batches, summed
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, run_routed
@@ -54,6 +54,7 @@ def collect_statistics(
     if not layers:
         raise ValueError("There is no layer to collect statistics of: pass the model, or some of its layers.")
     check_loss(layers.model, names)
+    check_layout(layers.model, names)
     batches = as_batches(batches, layers.model, tokenizer)
     statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
     if (own := own_batches(layers.model, batches)) is not None:

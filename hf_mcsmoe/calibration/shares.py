@@ -10,11 +10,31 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.packing import apart
-from hf_mcsmoe.layers.sharded import is_sharded
+from hf_mcsmoe.layers.sharded import is_sharded, layout
 from hf_mcsmoe.methods.registry import adds
 from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.processes import Processes, current
+
+
+def check_layout(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raise ValueError where a model is split over processes in a way that hides what statistics read."""
+    tensors, experts = layout(model)
+    methods = [STATISTICS.find(name) for name in names]
+    late = next((method.name for method in methods if method.gradients), None)
+    computed = next((method.name for method in methods if method.products), None)
+    reason = None
+    if tensors > 1:
+        reason = f"tp_size={tensors} leaves each process a part of every token's picks"
+    elif late and is_sharded(model):
+        reason = f"{late} reads gradients of whole experts"
+    elif computed and experts > 1:
+        reason = f"{computed} runs experts that other processes hold (ep_size={experts})"
+    if reason:
+        raise ValueError(
+            f"{type(model).__name__} is split over processes so that it cannot be calibrated: {reason}. Load it with "
+            "DistributedConfig(fsdp_size=...) alone, or whole" + (", for that statistic." if late else ".")
+        )
 
 
 class Filler(dict[str, Any]):

@@ -22,6 +22,7 @@ from hf_mcsmoe.layers.outside import (
     MergedSwitchLayer,
     SwitchLayer,
 )
+from hf_mcsmoe.layers.sharded import whole
 from hf_mcsmoe.layers.source import Source, source_of
 from hf_mcsmoe.modeling.constants_mcsmoe import num_constants
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_of
@@ -145,7 +146,7 @@ class Layers(Sequence[MoELayer]):
     def _add_weights(self, digest: Any, path: str) -> None:
         with self.source.loaded(path) as module:
             for parameter in module.parameters():
-                values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+                values = whole(parameter.detach()).to("cpu", torch.bfloat16).contiguous()
                 digest.update(values.view(torch.int16).numpy().tobytes())
 
     @property

@@ -3,6 +3,7 @@
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
@@ -22,3 +23,9 @@ def check_whole(model: PreTrainedModel, purpose: str) -> None:
             f"{type(model).__name__} is split over processes (DistributedConfig), and {purpose} needs its weights "
             "whole: load it without one, on the CPU where an accelerator is too small."
         )
+
+
+def layout(model: PreTrainedModel) -> tuple[int, int]:
+    """Return over how many processes tensors, and over how many experts, are split by Transformers (tp, ep)."""
+    config = getattr(model.config, "distributed_config", None)
+    return (config.tp_size or 1, config.ep_size or 1) if isinstance(config, DistributedConfig) else (1, 1)
