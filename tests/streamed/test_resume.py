@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from families import build
 from helpers import batches
+from scripts import run
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig
 from hf_mcsmoe.layers.folder import Folder
@@ -76,7 +77,8 @@ def _interrupted(
 @pytest.mark.parametrize(
     ("name", "options", "is_mapped"),
     [
-        ("mixtral", ALL, True),
+        ("mixtral", {"repair": RepairConfig()}, True),
+        pytest.param("mixtral", ALL, True, marks=pytest.mark.slow),
         pytest.param("switch_transformers", {"repair": RepairConfig()}, True, marks=pytest.mark.slow),
         pytest.param("switch_transformers", ALL, False, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", {"repair": RepairConfig()}, False, marks=pytest.mark.slow),
@@ -94,3 +96,10 @@ def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     assert len(ends) > 5
     assert hashes(tmp_path / "parts" / "out") == hashes(tmp_path / "whole" / "out")
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments() -> None:
+    done = run("benchmarks/kill_and_resume.py", "--runs", "12")
+    assert done.returncode == 0, done.stderr
+    assert "12 of 12 runs ended with the same bytes and left nothing behind" in done.stdout

@@ -9,6 +9,7 @@ import torch
 from families import DEVICE, build
 from helpers import batches
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, compress
 from hf_mcsmoe.layers.folder import Folder
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The repair left"),
     pytest.mark.filterwarnings("ignore:Few calibration tokens"),
 ]
+MODELS = Path(__file__).parents[3] / "shared" / "data" / "models"
 INDEX = "model.safetensors.index.json"
 REFIT, LOCAL = RepairConfig(), RepairConfig(method="local", steps=30, batch_tokens=64)
 IN_TURN = RepairConfig(method="joint", sequential=True)
@@ -32,7 +34,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "bits": {"repair": REFIT, "quantization": BITS},
     "all": {"repair": IN_TURN, "low_rank": RANK, "quantization": BITS},
 }
-KINDS = {"mixtral": MergeConfig(experts=4), "switch_transformers": MergeConfig(experts=4)}
+HALF, WHOLE = MergeConfig(experts=4), MergeConfig(experts=1.0)
+# A family, what is merged, and what else is done; those of the first list are quick.
+QUICK: list[Any] = [("switch_transformers", HALF, WAYS["refit"])]
+SLOW: list[Any] = [
+    *(("mixtral", HALF, way) for way in WAYS.values()),
+    *(("switch_transformers", HALF, way) for way in WAYS.values()),
+    ("deepseek_v3", HALF, WAYS["refit"]),
+    ("gpt_oss", HALF, WAYS["bits"]),
+    ("switch_transformers", WHOLE, {"quantization": BITS}),
+    ("switch_transformers", WHOLE, {"repair": LOCAL, "low_rank": RANK, "quantization": BITS}),
+    ("mixtral", MergeConfig(experts=4, reduce="prune"), WAYS["bits"]),
+]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,12 +90,24 @@ def both(name: str, config: MergeConfig, folder: Path, **options: Any) -> tuple[
     return folder / "a" / "out", folder / "b" / "out"
 
 
-QUICK = [("mixtral", "all"), ("switch_transformers", "refit")]
-CASES = [
-    pytest.param(name, way, marks=() if (name, way) in QUICK else pytest.mark.slow) for name in KINDS for way in WAYS
-]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
-@pytest.mark.parametrize(("name", "way"), CASES)
-def test_bit_for_bit(name: str, way: str, tmp_path: Path) -> None:
-    assert_alike(*both(name, KINDS[name], tmp_path, **WAYS[way]))
+@pytest.mark.parametrize(("name", "config", "options"), CASES)
+def test_bit_for_bit(name: str, config: MergeConfig, options: dict[str, Any], tmp_path: Path) -> None:
+    assert_alike(*both(name, config, tmp_path, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3moe-mini-16e"])
+@pytest.mark.parametrize("way", ["refit", "low rank", "bits"])
+def test_trained_models_bit_for_bit(name: str, way: str, tmp_path: Path) -> None:
+    place = MODELS / name
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    lines = [line for line in (place / "validation.txt").read_text().splitlines() if len(line) > 200][:12]
+    rows = [dict(tokenizer(line, return_tensors="pt", truncation=True, max_length=64)) for line in lines]
+    options = {**WAYS[way], "held_out": rows[8:]}
+    compress_folder(place, tmp_path / "a" / "out", rows[:8], MergeConfig(experts=8), **options)
+    model = AutoModelForCausalLM.from_pretrained(place)
+    compress(model, rows[:8], MergeConfig(experts=8), **options).save_pretrained(tmp_path / "b" / "out")
+    assert_alike(tmp_path / "a" / "out", tmp_path / "b" / "out")
