@@ -24,7 +24,7 @@ def apart(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield the batches; of one with packed rows these rows beside each other, in batches of no more positions.
 
     Rows are packed where `position_ids` [batch, length] restart, `attention_mask` numbers the rows, or `cu_seq_lens_q`
-    or `seq_idx` say where they begin. Their order stays.
+    or `seq_idx` say where they begin. Their order stays, and so does of which data set each is.
 
     Raises:
         ValueError: see `packed_rows`.
@@ -33,8 +33,12 @@ def apart(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[Batch]:
         rows = packed_rows(batch, encoder_decoder=_has_encoder(model))
         if rows is None:
             yield batch
-        else:
-            yield from map(side_by_side, _groups(rows, _inputs(batch).shape[:2].numel()))
+            continue
+        first, domains = 0, _domains(batch)
+        for group in _groups(rows, _inputs(batch).shape[:2].numel()):
+            own = None if domains is None else domains[first : first + len(group)]
+            yield _of_domains(batch, side_by_side(group), own)
+            first += len(group)
 
 
 def unpacked(batch: Batch, *, encoder_decoder: bool) -> Batch:
@@ -44,7 +48,21 @@ def unpacked(batch: Batch, *, encoder_decoder: bool) -> Batch:
         ValueError: see `packed_rows`.
     """
     rows = packed_rows(batch, encoder_decoder=encoder_decoder)
-    return batch if rows is None else side_by_side(rows)
+    return batch if rows is None else _of_domains(batch, side_by_side(rows), _domains(batch))
+
+
+def _domains(batch: Batch) -> torch.Tensor | None:
+    """Return the data set of each packed row, int [rows]: that of its line; None where the batch does not know."""
+    domain = getattr(batch, "domain", None)  # of a `DomainBatch`
+    if domain is None:
+        return None
+    lines = len(_inputs(batch))
+    return domain.cpu().flatten().expand(lines).repeat_interleave(_begins(batch).sum(1))
+
+
+def _of_domains(batch: Any, rows: Row, domains: torch.Tensor | None) -> Batch:
+    """Return rows of a batch as one of its kind, which knows of which data sets they are, where that one does."""
+    return rows if domains is None else type(batch)(rows, domains)
 
 
 def packed_rows(batch: Batch, *, encoder_decoder: bool) -> list[Row] | None:

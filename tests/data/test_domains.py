@@ -60,3 +60,18 @@ def test_each_token_of_a_layer_is_of_the_data_set_of_its_row() -> None:
     assert (seen + seen).domain.tolist() == seen.domain.tolist() * 2
     with pytest.raises(ValueError, match="the data sets of 2 rows, and the batch has 3"):
         capture_inputs([layer], [DomainBatch(batch, torch.tensor([0, 1]))])
+
+
+def test_packed_rows_are_of_the_data_set_of_their_line() -> None:
+    """Two lines of two texts each: taken apart they are four rows, of one data set by two."""
+    model = build("mixtral")
+    layer = moe_layers(model)[0]
+    ids = torch.randint(50, 100, (2, 6), generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]])
+    batch = {"input_ids": ids, "position_ids": places}
+    seen = capture_inputs([layer], [DomainBatch(batch, torch.tensor([7, 9]))])[layer.name]
+    plain = capture_inputs([layer], [batch])[layer.name]
+    assert torch.equal(seen.hidden, plain.hidden)
+    assert seen.domain.tolist() == [7] * 6 + [9] * 6
+    assert capture_inputs([layer], [DomainBatch(batch, 4)])[layer.name].domain.tolist() == [4] * 12
+    assert plain.domain.tolist() == [-1] * 12
