@@ -38,6 +38,8 @@ from hf_mcsmoe.repair.repair import repair_experts
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.sparsity.sparsify import sparsify_experts
+from hf_mcsmoe.streamed.compress import compress_folder
+from hf_mcsmoe.streamed.config import StreamConfig
 
 __all__ = [
     "DistillationArguments",
@@ -58,10 +60,12 @@ __all__ = [
     "SizeConfig",
     "SparsificationCallback",
     "SparsityConfig",
+    "StreamConfig",
     "check_weights",
     "collect_statistics",
     "compact",
     "compress",
+    "compress_folder",
     "decompose_experts",
     "lora_targets",
     "merge_experts",
