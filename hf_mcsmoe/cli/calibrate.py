@@ -17,11 +17,12 @@ from hf_mcsmoe.cli.needs import costs, needs_of_names, usual
 from hf_mcsmoe.cli.options import BaseModel, Loading, Model, check_device_map, check_dtype, check_file, options_of
 from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
+from hf_mcsmoe.cli.streaming import opened
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.methods.statistics import of_data
+from hf_mcsmoe.methods.statistics import STATISTICS, of_data
 from hf_mcsmoe.plan import FEW_TOKENS
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, one_step
@@ -56,6 +57,12 @@ def calibrate_command(
         bool,
         typer.Option(help="also measure what choices for a size cost", rich_help_panel="Methods"),
     ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="read a folder block by block, one of them in memory", rich_help_panel="Loading"
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option(help="begin anew where the file is there", rich_help_panel="Output")
     ] = False,
@@ -68,6 +75,8 @@ def calibrate_command(
     check_file(output, "--output")
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
     check_loss(layers.model, needs)
+    if stream:
+        _check_streamed(needs, curves)
     held = read_scores(output, layers) if output.is_file() and not overwrite else None
     check_reference(needs, base_model, held)
     if base_model:
@@ -75,19 +84,17 @@ def calibrate_command(
     with stage_bars() as progress:
         samples, tokenizer = calibration.read(progress), load_tokenizer(loading.tokenizer or model)
         with one_step("loading", progress):
-            loaded = load_model(
-                model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize
-            )
+            loaded = Layers.of(opened(model, loading) if stream else _loaded(model, loading))
         # What is held out judges a later `compress`.
-        batches, _ = calibration.batches(samples, tokenizer, loaded, progress)
+        batches, _ = calibration.batches(samples, tokenizer, loaded.model, progress)
         statistics = _collected(loaded, batches, held, of_data(needs), progress)
         is_there = statistics is held and not lacking(held, needs)
         if is_there and (not curves or covered(layers, statistics, config, search, JOINT)):
             notes.print(f"{escape(str(output))} holds all of it already")
             return
-        statistics = add_reference(statistics, Layers.of(loaded), base_model) if base_model else statistics
+        statistics = add_reference(statistics, loaded, base_model) if base_model else statistics
         _save(statistics, output)
-        if curves and not covered(Layers.of(loaded), statistics, config, search, JOINT):
+        if curves and not covered(loaded, statistics, config, search, JOINT):
             _measure(loaded, batches, statistics, config, search, progress)
             _save(statistics, output)
     _tell(statistics, output, methods)
@@ -99,8 +106,23 @@ def _save(statistics: RoutingStatistics, output: Path) -> None:
         statistics.save(output)
 
 
+def _loaded(model: str, loading: Loading) -> PreTrainedModel:
+    return load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
+
+
+def _check_streamed(needs: Sequence[str], curves: bool) -> None:
+    """Raise ValueError where what is asked for needs all of the model at once."""
+    if curves:
+        raise ValueError("--curves tries choices in the whole model: leave out --stream.")
+    if late := [name for name in of_data(needs) if STATISTICS.find(name).gradients]:
+        raise ValueError(
+            f"{late[0]} is summed after a backward pass, for which the model is loaded: leave out --stream, or the "
+            "methods that read it."
+        )
+
+
 def _collected(
-    model: PreTrainedModel,
+    layers: Layers,
     batches: Sequence[Batch],
     held: RoutingStatistics | None,
     needs: list[str],
@@ -112,7 +134,7 @@ def _collected(
         ValueError: those that are held are of another model or of other data.
     """
     try:
-        return extended(Layers.of(model), batches, held, needs, progress)
+        return extended(layers, batches, held, needs, progress)
     except ValueError as error:
         if held is None:
             raise
@@ -120,7 +142,7 @@ def _collected(
 
 
 def _measure(
-    model: PreTrainedModel,
+    layers: Layers,
     batches: Sequence[Batch],
     statistics: RoutingStatistics,
     config: MergeConfig,
@@ -132,7 +154,7 @@ def _measure(
     def tell(name: str, done: int, total: int) -> None:
         progress("curves", done, total)
 
-    statistics.curves = measure_curves(Layers.of(model), statistics, batches, config, search, progress=tell)
+    statistics.curves = measure_curves(layers, statistics, batches, config, search, progress=tell)
     statistics.conditions = conditions(config, search, JOINT)
 
 

@@ -172,3 +172,29 @@ def test_curves_spare_plan_and_compress_their_measuring(
     assert "chosen" in out
     code, _, err = run("compress", *_given(source), "--size", "0.6", "--scores", file, "--output", tmp_path / "out")
     assert code == 0, err
+
+
+@pytest.mark.slow
+def test_a_folder_read_block_by_block_gives_the_same_file(source: Path, tmp_path: Path, run: Run) -> None:
+    every = ",".join(
+        name for name in STATISTICS if STATISTICS.find(name).from_data and not STATISTICS.find(name).gradients
+    )
+    files = [tmp_path / "memory.safetensors", tmp_path / "stream.safetensors"]
+    for file, more in zip(files, ([], ["--stream"]), strict=True):
+        code, _, err = run("calibrate", *_given(source), "--methods", every, "--output", file, *more)
+        assert code == 0, err
+    one, two = (RoutingStatistics.load(file) for file in files)
+    assert (one.fingerprint, one.data, one.layers.keys()) == (two.fingerprint, two.data, two.layers.keys())
+    for name, sums in one.layers.items():
+        assert sums.keys() == two[name].keys() == {*every.split(","), "tokens"}
+        assert all(two[name][key].equal(value) for key, value in sums.items())
+
+
+@pytest.mark.parametrize(("more", "told"), [(["--curves"], "--curves"), (["--methods", "taylor"], "taylor is summed")])
+def test_what_needs_all_of_the_model_is_not_streamed(
+    more: list[str], told: str, source: Path, tmp_path: Path, run: Run
+) -> None:
+    code, _, err = run("calibrate", *_given(source), "--output", tmp_path / "no", "--stream", *more)
+    assert code == 1
+    assert told in err
+    assert "leave out --stream" in err
