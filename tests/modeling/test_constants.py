@@ -2,14 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import families
+from families import inputs
 from helpers import batches, logits
-from merged import REFUSED, Example, Reports, check_without_package, save
+from layouts import LAYOUTS
+from merged import Example, Reports, check_without_package, save
 from pruned import substituted
 from transformers import AutoModelForCausalLM
 
@@ -38,7 +40,9 @@ from hf_mcsmoe.plan import check_request
 FAST = ["mixtral"]
 # Whose encoder and decoder share their experts.
 TIED = "diffusion_gemma"
-SUPPORTED = [family.name for family in families() if family.name not in {*REFUSED, TIED}]
+# One of each layout, and routers with groups, biases, hashes and identities; the others go the same ways.
+# In the tiny Zaya no token picks an expert that is gone.
+SUPPORTED = [*sorted({*LAYOUTS} - {"zaya"}), "deepseek_v3", "deepseek_v4", "gemma4", "qwen3_vl_moe"]
 
 
 def _by_speed(names: list[str]) -> list[Any]:
@@ -113,6 +117,7 @@ def _first_output(case: Example) -> torch.Tensor:
 @pytest.mark.parametrize("name", _by_speed(SUPPORTED))
 def test_a_pick_of_an_expert_that_is_gone_gives_its_weight_times_the_mean_output(name: str) -> None:
     case = substituted(name)
+    case = replace(case, batch=inputs(name, case.base, batch_size=4, seed=5))
     layer = moe_layers(case.base)[0]
     kept = case.plan.layers[layer.name].kept or []
     assert 0 < len(kept) < layer.num_experts
