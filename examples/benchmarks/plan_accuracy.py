@@ -39,22 +39,19 @@ COMMON: dict[str, Any] = {
 FINE: dict[str, Any] = {"moe_intermediate_size": 256, "intermediate_size": 2048, "num_experts_per_tok": 8}
 SHARED: dict[str, Any] = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
 LATENT = {"q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
-# By family: the class of the model, its dtype and sizes.
-FAMILIES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
-    "qwen3_moe": ("Qwen3MoeForCausalLM", torch.float32, {**COMMON, **FINE, "num_experts": EXPERTS}),
+# By family: the class of the model, and its sizes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**COMMON, **FINE, "num_experts": EXPERTS}),
     "mixtral": (
         "MixtralForCausalLM",
-        torch.float32,
         {**COMMON, "intermediate_size": 1024, "num_local_experts": 16, "num_experts_per_tok": 2},
     ),
     "olmoe": (
         "OlmoeForCausalLM",
-        torch.float32,
         {**COMMON, "intermediate_size": 256, "num_experts": EXPERTS, "num_experts_per_tok": 8},
     ),
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
-        torch.float32,
         {
             **COMMON,
             **FINE,
@@ -68,13 +65,11 @@ FAMILIES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     ),
     "gpt_oss": (
         "GptOssForCausalLM",
-        torch.bfloat16,
-        {**COMMON, "intermediate_size": 512, "num_local_experts": EXPERTS, "num_experts_per_tok": 4},
+        {**COMMON, "intermediate_size": 512, "num_local_experts": 32, "num_experts_per_tok": 4},
     ),
-    "glm4_moe": ("Glm4MoeForCausalLM", torch.float32, {**COMMON, **FINE, **SHARED, "n_group": 1, "topk_group": 1}),
+    "glm4_moe": ("Glm4MoeForCausalLM", {**COMMON, **FINE, **SHARED, "n_group": 1, "topk_group": 1}),
     "switch_transformers": (
         "SwitchTransformersForConditionalGeneration",
-        torch.float32,
         {
             **{"vocab_size": VOCABULARY, "d_model": 768, "d_ff": 1024, "d_kv": 64, "num_heads": 12},
             **{"num_experts": 32, "num_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 0},
@@ -130,12 +125,13 @@ def predict(folder: Path, repair: str) -> tuple[Result, dict[str, Needs]]:
 
 def make(name: str, folder: Path) -> None:
     """Write the checkpoint of a family."""
-    kind, dtype, sizes = FAMILIES[name]
+    kind, sizes = FAMILIES[name]
     model_class: type[PreTrainedModel] = getattr(transformers, kind)
     config: PreTrainedConfig = model_class.config_class(**sizes)
     with torch.device("meta"):
-        model = model_class(config).to(dtype)
+        model = model_class(config).to(torch.float32)
     model.to_empty(device="cpu")
+    model.tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0.0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)

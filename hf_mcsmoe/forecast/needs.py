@@ -87,7 +87,8 @@ def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict
 
     What is made of stored tensors lies beside the mapped files that it was read from; other weights are these files.
     """
-    held = {"process": base, "weights": sizes.converted, "mapped files": max(stored, sizes.weights - sizes.converted)}
+    read = max(0, stored - (sizes.weights - sizes.converted))
+    held = {"process": base, "weights": sizes.weights, "mapped files": read}
     result = {} if run.consume else {"result": sizes.weights - sizes.experts * sizes.layers + run.merged}
     own = {"merged layer": run.merged // sizes.layers} if run.consume else {}
     phases = {
@@ -109,11 +110,9 @@ def _streamed(sizes: Sizes, run: Run, base: int) -> dict[str, dict[str, int]]:
     streams = 1 if run.repair == "none" else 3
     hidden = _hidden(sizes, run)
     merged = {"merged layer": run.merged // sizes.layers}
-    # What conversions took the heap keeps: most of it was small pieces, an expert's matrix each.
-    block, seen = {"block": sizes.block, "conversion": _conversion(sizes)}, {"hidden states": hidden}
-    several = {"hidden states": streams * hidden}
+    block, seen, several = {"block": sizes.block}, {"hidden states": hidden}, {"hidden states": streams * hidden}
     phases = {
-        "loading": held | block | several,
+        "loading": held | block | {"conversion": _conversion(sizes)} | several,
         "statistics": held | block | seen | _flight(sizes, run),
         "merging": held | block | several | merged | _alignment(sizes, run),
         "writing": held | {"shard": max(sizes.outside, sizes.block - sizes.experts + run.merged // sizes.layers)},
