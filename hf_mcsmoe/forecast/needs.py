@@ -9,9 +9,9 @@ from hf_mcsmoe.forecast.sizes import Sizes
 from hf_mcsmoe.repair.elsewhere import MOST_ROWS
 
 # What a process that has imported the package holds, and what kernels and the heap add once it works (measured).
-BASE, WORKING = 520_000_000, 110_000_000
-# Copies of what is joined while it is made: what was read, the stacks, and the weight itself.
-COPIES = 3
+BASE, WORKING = 520_000_000, 90_000_000
+# Copies of what is joined while it is made: stacks of what was read, and the weight itself.
+COPIES = 2
 IN_MEMORY, STREAMED = "in memory", "streamed"
 
 
@@ -76,9 +76,10 @@ def needs_of(sizes: Sizes, run: Run, stored: int, *, base: int = BASE) -> dict[s
         stored: bytes of the source's weight files.
         base: bytes that the process holds before it does anything.
     """
+    kept = _streams(run) * _waiting(sizes, run)  # hidden states, from which a run that was killed goes on
     return {
         IN_MEMORY: Needs(_in_memory(sizes, run, stored, base + WORKING), run.result, stored),
-        STREAMED: Needs(_streamed(sizes, run, base + WORKING), run.result + _spilled(sizes, run), 2 * stored),
+        STREAMED: Needs(_streamed(sizes, run, base + WORKING), run.result + kept, 2 * stored),
     }
 
 
@@ -90,9 +91,11 @@ def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict
     read = max(0, stored - (sizes.weights - sizes.converted))
     held = {"process": base, "weights": sizes.weights, "mapped files": read}
     result = {} if run.consume else {"result": sizes.weights - sizes.experts * sizes.layers + run.merged}
-    own = {"merged layer": run.merged // sizes.layers} if run.consume else {}
+    # What was made of stored tensors is freed layer by layer; pages of a file stay while any of its weights is in use.
+    merged = run.merged // sizes.layers if sizes.joined else run.merged
+    own = {"merged layers": merged} if run.consume else {}
     phases = {
-        "loading": held | {"conversion": sizes.joined},
+        "loading": held | {"weights": sizes.converted, "conversion": sizes.joined},  # others are mapped when touched
         "statistics": held | {"sums": run.sums} | _flight(sizes, run) | _judged(sizes, run),
         "merging": held | {"sums": run.sums} | result | own | _alignment(sizes, run) | _judged(sizes, run),
         "saving": held | result | _judged(sizes, run),
@@ -107,10 +110,9 @@ def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict
 def _streamed(sizes: Sizes, run: Run, base: int) -> dict[str, dict[str, int]]:
     """Return the parts of each phase where one block is in memory."""
     held = {"process": base, "outside the blocks": sizes.outside, "sums": run.sums}
-    streams = 1 if run.repair == "none" else 3
     hidden = _hidden(sizes, run)
     merged = {"merged layer": run.merged // sizes.layers}
-    block, seen, several = {"block": sizes.block}, {"hidden states": hidden}, {"hidden states": streams * hidden}
+    block, seen, several = {"block": sizes.block}, {"hidden states": hidden}, {"hidden states": _streams(run) * hidden}
     phases = {
         "loading": held | block | {"conversion": _conversion(sizes)} | several,
         "statistics": held | block | seen | _flight(sizes, run),
@@ -141,8 +143,9 @@ def _waiting(sizes: Sizes, run: Run) -> int:
     return run.rows * run.length * (sizes.hidden_size * sizes.itemsize + run.length)
 
 
-def _spilled(sizes: Sizes, run: Run) -> int:
-    return _waiting(sizes, run) - _hidden(sizes, run)
+def _streams(run: Run) -> int:
+    """Return how many models pass the blocks side by side: the original, and with a repair the merged and repaired."""
+    return 1 if run.repair == "none" else 3
 
 
 def _flight(sizes: Sizes, run: Run) -> dict[str, int]:
