@@ -59,9 +59,7 @@ def calibrate_command(
     ] = False,
     stream: Annotated[
         bool,
-        typer.Option(
-            "--stream", help="read a folder block by block, one of them in memory", rich_help_panel="Loading"
-        ),
+        typer.Option(help="read a folder block by block, one of them in memory", rich_help_panel="Loading"),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option(help="begin anew where the file is there", rich_help_panel="Output")
