@@ -7,19 +7,22 @@ again in all, so that each ends with the same result and the first one writes it
 import atexit
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
+from itertools import count, islice
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-# Seconds that a process waits for the others.
-PATIENCE = 1800.0
+# Seconds that a process waits for the others to take part, between two looks at whether the first is done, and that
+# the first stays for the others to look.
+PATIENCE, POLL, GOODBYE = 1800.0, 0.2, 60.0
+_MEETINGS = count()
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,34 @@ class Processes:
                     return f"Process {rank} of {self.size} (from 0 on) failed, so the others end as well: {reason}"
         is_late = "imed out" in str(error) or "imeout" in str(error)
         what = "did not answer in time" if is_late else "ended without a word (it was killed, or out of memory)"
-        return f"Another of the {self.size} processes {what}: nothing was written; start all of them again."
+        return (
+            f"Another of the {self.size} processes {what}: what was still to be written is missing; start all of them "
+            "again."
+        )
+
+    def finish(self) -> None:
+        """Wait, as long as it takes, until the first process is done; that waits a while until the others know.
+
+        Raises:
+            RuntimeError: the first process failed.
+        """
+        if self.size == 1:
+            return
+        if not self.is_first:
+            try:
+                while not self.store.check(["done"]):
+                    if self.store.check(["failed 0"]):
+                        raise RuntimeError("failed")
+                    time.sleep(POLL)
+                self.store.add("left", 1)
+            except RuntimeError as error:
+                raise RuntimeError(self._told_by_others(error)) from None
+            return
+        with contextlib.suppress(RuntimeError):  # what it made is complete, whatever becomes of the others
+            self.store.set("done", "1")
+            begin = time.monotonic()
+            while self.store.add("left", 0) < self.size - 1 and time.monotonic() - begin < GOODBYE:
+                time.sleep(POLL)
 
 
 ALONE = Processes()
@@ -112,8 +142,18 @@ def current() -> Processes:
 
 
 def started() -> int:
-    """Return how many processes a launcher (torchrun, accelerate launch) has started, or 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes a launcher (torchrun, accelerate launch) has started, or 1.
+
+    Raises:
+        ValueError: the variable in which launchers tell it is no number.
+    """
+    told = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if not told.isdecimal() or int(told) < 1:
+        raise ValueError(
+            f"WORLD_SIZE={told!r} in the environment is no number of processes: start with torchrun or accelerate "
+            "launch, which set it, or unset it."
+        )
+    return int(told)
 
 
 @contextlib.contextmanager
@@ -126,9 +166,11 @@ def together(patience: float = PATIENCE) -> Iterator[Processes]:
     one process does all of it.
 
     Args:
-        patience: seconds that a process waits for the others.
+        patience: seconds that a process waits for the others to take part in what they do together. For the first one
+            to come to the end of the block, which may write for hours, they wait as long as it takes.
 
     Raises:
+        ValueError: see `started`; or a launcher's other variables are missing.
         RuntimeError: another process failed, ended, or did not answer in time; the message tells why, if that did.
     """
     if started() == 1 and not dist.is_initialized():
@@ -138,10 +180,11 @@ def together(patience: float = PATIENCE) -> Iterator[Processes]:
     token = _CURRENT.set(processes)
     try:
         yield processes
-        processes.gathered(None)  # what the first one holds is there until all are done
+        processes.finish()
     except BaseException as error:
+        reason = error.__cause__ or error  # of an exit, why
         with contextlib.suppress(RuntimeError):
-            processes.store.set(f"failed {processes.rank}", " ".join(str(error).split()) or type(error).__name__)
+            processes.store.set(f"failed {processes.rank}", " ".join(str(reason).split()) or type(reason).__name__)
         raise
     finally:
         _CURRENT.reset(token)
@@ -153,13 +196,18 @@ def _met(patience: float) -> Processes:
     Those that met and left at once might else meet again where some have not left yet.
     """
     if not dist.is_initialized():
+        if lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise ValueError(
+                f"WORLD_SIZE={started()} in the environment, and no {lacking[0]}: start with torchrun or accelerate "
+                "launch, which set both, or unset WORLD_SIZE."
+            )
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, timeout=timedelta(seconds=patience))
         atexit.register(_leave)
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
-    store = dist.PrefixStore("hf_mcsmoe", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(f"hf_mcsmoe {next(_MEETINGS)}", dist.distributed_c10d._get_default_store())
     return Processes(dist.get_rank(), dist.get_world_size(), group, store)
 
 

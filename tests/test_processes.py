@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from hf_mcsmoe.methods.alignment import weight_matching
 from hf_mcsmoe.methods.sample import SAMPLE
 from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView
-from hf_mcsmoe.processes import current
+from hf_mcsmoe.processes import current, started
 from hf_mcsmoe.repair.methods import LayerRepair
 from hf_mcsmoe.repair.repair import RepairReport
 
@@ -148,3 +149,37 @@ def test_the_others_end_where_one_was_killed(tmp_path: Path) -> None:
     assert own is None
     assert "ended without a word" in told
     assert "start all of them again" in told
+
+
+def _first_writes_long(rank: int) -> float:
+    """Return for how long this process was kept, where the first one writes for longer than the others' patience."""
+    begin = time.monotonic()
+    with mc.together(patience=1) as processes:
+        processes.gathered(rank)
+        if processes.is_first:
+            time.sleep(3)
+    return time.monotonic() - begin
+
+
+def test_the_others_wait_until_the_first_has_written(tmp_path: Path) -> None:
+    assert min(in_two_processes(_first_writes_long, tmp_path)) >= 3
+
+
+@pytest.mark.parametrize(("told", "number"), [(None, 1), ("", 1), ("1", 1), ("4", 4)])
+def test_a_launcher_tells_how_many_were_started(
+    told: str | None, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if told is not None:
+        monkeypatch.setenv("WORLD_SIZE", told)
+    assert started() == number
+
+
+@pytest.mark.parametrize(
+    ("told", "message"), [("two", "no number of processes"), ("0", "no number"), ("2", "no RANK")]
+)
+def test_half_of_what_a_launcher_sets_is_refused(told: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", told)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=message), mc.together():
+        pytest.fail("nobody else is there")

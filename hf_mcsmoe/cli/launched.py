@@ -1,7 +1,6 @@
 """Commands that `torchrun` or `accelerate launch` starts several times: the first process alone writes and tells."""
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +34,7 @@ def in_processes(name: str, command: Callable) -> Callable:
                     command(*arguments, **given)
                 except Exception as error:
                     if not processes.tells(str(error)):
-                        sys.exit(1)
+                        raise SystemExit(1) from error
                     raise
 
     return run
