@@ -112,7 +112,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
     generator, begin = torch.Generator().manual_seed(0), time.perf_counter()
     rows = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
-    batches = [{"input_ids": part} for part in rows.split(4)]
+    batches = [{"input_ids": rows}]
     config = MergeConfig(experts=0.5, budget="uniform", alignment=arguments.alignment)
     repair = None if arguments.repair == "none" else RepairConfig(method=arguments.repair)
     base = status("status", "VmHWM") * 1024

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.card import attach_record, new_record
+from hf_mcsmoe.layers.extra import extra_blocks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.fused import fused_views
 from hf_mcsmoe.methods.experts import Expert
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
-from hf_mcsmoe.modeling.convert import convert_model, write_description
+from hf_mcsmoe.modeling.convert import convert_model, drop_blocks, write_description
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_pruned
 from hf_mcsmoe.modeling.plain_mcsmoe import expert_fields
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_of, cut_router, kept_entries
@@ -42,8 +43,10 @@ def prepare_pruning(model: PreTrainedModel, skip: Sequence[str] = ()) -> PreTrai
         names = ", ".join(layer.name for layer in shared)
         raise ValueError(f"{names} share their experts, which are not pruned while they learn: name them in `skip`.")
     whole = [layer.name for layer in layers if layer.name not in chosen.names]
+    extra = extra_blocks(layers.source)
     remember_source(model, model.name_or_path or "")
     convert_model(model)
+    drop_blocks(model, extra)
     for layer in chosen:
         experts = [_copied(expert) for expert in map(layer.read().expert, range(layer.num_experts))]
         target = fused_views(install_pruned(model, layer.name, layer.num_experts, list(range(layer.num_experts))))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import hf_mcsmoe as mc
 from hf_mcsmoe.card import record_of
+from hf_mcsmoe.distillation.pruned_students import prepare_pruning
 from hf_mcsmoe.files import read_json
 from hf_mcsmoe.layers.extra import extra_blocks
 from hf_mcsmoe.layers.folder import Folder
@@ -85,6 +86,12 @@ def test_a_plain_result_counts_none(name: str, tmp_path: Path) -> None:
     assert config.model_type == name
     assert not getattr(config, "num_nextn_predict_layers", 0)
     assert type(build(name)).from_pretrained(tmp_path / "pruned").config.model_type == name
+
+
+def test_a_model_whose_experts_are_pruned_while_it_learns_counts_none(tmp_path: Path) -> None:
+    student = prepare_pruning(_loaded(_write("glm4_moe", tmp_path / "glm4_moe")))
+    student.save_pretrained(tmp_path / "student")
+    _check_result(tmp_path / "student", "glm4_moe")
 
 
 def test_models_that_hold_all_of_their_files_say_nothing(tmp_path: Path) -> None:
