@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.checkpoint import find_tensors
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.source import Source, source_of
+from hf_mcsmoe.layers.streaming import blocks
 
 
 def check_weights(model: PreTrainedModel | Source | str | Path) -> None:
@@ -57,6 +58,20 @@ def _check_modules(source: Source) -> None:
             continue
         seen.update(map(id, own))
         with source.loaded(path):
+            check_own(path, module)
+
+
+def check_all(path: str, module: nn.Module) -> None:
+    """Raise ValueError where a weight of a module at `path` of its model, or of one in it, is not finite."""
+    for name, child in module.named_modules():
+        check_own(f"{path}.{name}" if name else path, child)
+
+
+def check_outside(model: PreTrainedModel) -> None:
+    """Raise ValueError where a weight that lies in no block of a model is not finite; those on meta are left out."""
+    inside = tuple(f"{path}." for path in blocks(model))
+    for path, module in model.named_modules():
+        if not f"{path}.".startswith(inside):
             check_own(path, module)
 
 

@@ -80,13 +80,14 @@ def compress_folder(
     needs = all_needs(config, None, quantization)
     check_reference(needs, base_model, statistics)
     norms = None if base_model is None else reference_norms(layers, base_model)
-    given, sample = sampled(as_batches(batches, layers.model), keep=True)
+    reads = statistics is None or any(vars(asked).values())
+    given, sample = sampled(as_batches(batches, layers.model), keep=reads)
     kinds = {name: list(part) for name, part in by_name(check).items()}
     judge = Judge(list(held_out or ()), [batch for part in kinds.values() for batch in part])
     data, tell = Data(layers.model, list(given), sample, asked.repair), progress or silent
     check_memory = stream.check(folder, data.hidden_bytes(asked, judge))
     with working_folder(path) as work:
-        wanted = description_of(folder, config, asked, [data.batches, judge.batches, judge.check], statistics)
+        wanted = description_of(folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms)
         journal = Journal(work, wanted, restart=stream.restart)
         run = Run(layers, config, asked, data, journal, is_mapped=check_memory)
         found = run.statistics(statistics, needs, tell)
@@ -100,8 +101,8 @@ def compress_folder(
             writer = run.writer.placed(target)
             cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
             writer.close()
-        if statistics is None and saving.scores:
-            found.save(saving.scores)
         saving.after(path)
         journal.remove()
+        if statistics is None and saving.scores:
+            found.save(saving.scores)  # last: a run that goes on would read it, and be another one
     return cast(Any, student).mcsmoe_record

@@ -82,8 +82,9 @@ def description_of(
     asked: Asked,
     data: Sequence[Sequence[Batch]],
     statistics: RoutingStatistics | None,
+    norms: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Return what decides on the bytes of a result, as JSON values."""
+    """Return what decides on the bytes of a result, as JSON values; `norms` are those of a reference's routers."""
     options = {name: None if value is None else value.to_dict() for name, value in vars(asked).items()}
     held = None if statistics is None else digest(list(statistics.layers.values()))
     return {
@@ -91,6 +92,8 @@ def description_of(
         "options": {"merge": config.to_dict(), **options, "dtype": str(folder.model.dtype)},
         "data": [digest(part) + digest([_domains(batch) for batch in part]) for part in data],
         "statistics": held,
+        "base_model": None if norms is None else digest([norms]),
+        "device": str(folder.device),
         "packages": {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")},
         "threads": torch.get_num_threads(),
     }
@@ -210,6 +213,7 @@ class Run:
     def write_rest(self, student: PreTrainedModel) -> None:
         """Write what lies outside of the blocks that were made."""
         self.writer.write_rest(student)
+        self.check_source()
 
     def _costs(self, sweep: Sweep, chain: Chain, is_merged: bool) -> dict[str, Costs]:
         """Return what the original, the merged model and the result cost."""

@@ -8,7 +8,7 @@ from hf_mcsmoe.calibration.collect import add_sums, check_collected, check_finit
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, Watch, evaluation_mode, hooks
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.finite import check_own
+from hf_mcsmoe.layers.finite import check_all, check_outside
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, run_in_turns
 from hf_mcsmoe.methods.statistics import with_tokens
@@ -47,8 +47,7 @@ def collect_by_blocks(
     def turns(path: str) -> Iterator[Turn]:
         here = [layer for layer in layers if layer.name.startswith(f"{path}.")]
         with folder.loaded(path) as module, hooks() as handles:
-            for name, child in module.named_modules():
-                check_own(f"{path}.{name}" if name else path, child)
+            check_all(path, module)
             for layer in here:
                 handles.extend(watch.routed(layer))
             yield Turn(lambda key: True)
@@ -66,6 +65,7 @@ def collect_by_blocks(
     turnstile = Turnstile(left, folder.loaded)
     modes = evaluation_mode(folder.model), folder.loaded_outside(), turnstile.installed()
     with modes[0], modes[1], modes[2], states.kept(folder.model, finished):
+        check_outside(folder.model)
         run_in_turns(forwards, list(left), turns)
     check_finite(found, layers)
     return found

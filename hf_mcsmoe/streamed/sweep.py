@@ -17,7 +17,7 @@ from hf_mcsmoe.calibration.inputs import Captured
 from hf_mcsmoe.evaluation.costs import Counting, expert_modules
 from hf_mcsmoe.evaluation.held_out import Judge, Measure, predictions
 from hf_mcsmoe.layers.batches import Batch, RoutedSink, Watch, evaluation_mode, forward, hooks
-from hf_mcsmoe.layers.finite import check_own
+from hf_mcsmoe.layers.finite import check_all, check_outside
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, current_key, is_between_blocks, run_in_turns
@@ -65,6 +65,7 @@ class Sweep:
                 stack.enter_context(evaluation_mode(model))
             for held in (self.folder.loaded_outside(), self.student.borrowed_outside()):
                 stack.enter_context(held)
+            check_outside(self.folder.model)
             for turnstile, model in zip(turnstiles, self._watches, strict=True):
                 stack.enter_context(turnstile.installed())
                 handles = stack.enter_context(hooks())
@@ -76,6 +77,9 @@ class Sweep:
             for path in of_model:  # those that no forward passes
                 if path not in self.passed and any(_is_in(name, path) for name in self.student.plan.layers):
                     deque(turns(path), maxlen=0)
+                elif path not in self.passed:
+                    with self.folder.loaded(path) as module:
+                        check_all(path, module)
         for measure in self._measures.values():
             measure.close()
 
@@ -152,8 +156,7 @@ class Sweep:
 
     def _turns(self, write: Callable[[str, Any], None], path: str) -> Iterator[Turn]:
         with self.folder.loaded(path) as module:
-            for name, child in module.named_modules():
-                check_own(f"{path}.{name}" if name else path, child)
+            check_all(path, module)
             originals = {name: layer for name, layer in self.student.originals.items() if _is_in(name, path)}
             seen = Captured(list(originals), self.rows.of((FITTED, MADE)))
             block = Block(path, self.student, originals, seen, self.rows, self._peek)

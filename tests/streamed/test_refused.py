@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from helpers import batches
+from helpers import batches, logits
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig
+from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics, compress
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.streamed.compress import compress_folder
-from hf_mcsmoe.streamed.config import StreamConfig
+from hf_mcsmoe.streamed.config import Saving, StreamConfig
 from hf_mcsmoe.streamed.journal import FILE, PLACE, Journal
 from hf_mcsmoe.streamed.states import read_nest, write_nest
 
@@ -50,7 +53,9 @@ def test_what_needs_all_of_the_model(
     assert not list(tmp_path.iterdir())
 
 
-def _interrupted(given: dict[str, Any], output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _interrupted(
+    given: dict[str, Any], output: Path, monkeypatch: pytest.MonkeyPatch, config: MergeConfig = HALF
+) -> Path:
     """Leave a run that was killed after its first block; returns its folder."""
     saves = iter(range(2))
 
@@ -63,7 +68,7 @@ def _interrupted(given: dict[str, Any], output: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "save", save)
         with pytest.raises(Killed):
-            compress_folder(**given, output=output, config=HALF)
+            compress_folder(**given, output=output, config=config)
     return next(output.parent.glob(".*")) / PLACE
 
 
@@ -98,6 +103,25 @@ def test_a_run_goes_on_with_the_same_only(
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
+def test_a_run_goes_on_with_the_same_reference_and_device_only(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = build("mixtral")
+    with torch.no_grad():
+        other.get_parameter("model.layers.1.mlp.gate.weight").mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    output, config = tmp_path / "there" / "out", MergeConfig(experts=4, saliency="router_norm_change")
+    output.parent.mkdir()
+    begun = {**given, "base_model": given["source"]}
+    kept = _interrupted(begun, output, monkeypatch, config)
+    with pytest.raises(ValueError, match="base_model was"):
+        compress_folder(**{**begun, "base_model": tmp_path / "other"}, output=output, config=config)
+    journal = json.loads((kept / FILE).read_text())
+    (kept / FILE).write_text(json.dumps({**journal, "run": {**journal["run"], "device": "cuda"}}))
+    with pytest.raises(ValueError, match='device was "cuda", and is "cpu"'):
+        compress_folder(**begun, output=output, config=config)
+
+
 def test_a_source_that_changes_while_it_is_read(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +136,69 @@ def test_a_source_that_changes_while_it_is_read(
     monkeypatch.setattr(Journal, "save", save)
     with pytest.raises(ValueError, match=r"config\.json of .* has changed while it was read"):
         compress_folder(source, tmp_path / "out", given["batches"], HALF)
+
+
+def test_a_source_that_changes_after_the_last_block(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(given["source"], source)
+
+    def write_rest(self: ShardWriter, model: PreTrainedModel) -> None:
+        write(self, model)
+        (source / "config.json").write_text((source / "config.json").read_text() + " ")
+
+    write = ShardWriter.write_rest
+    monkeypatch.setattr(ShardWriter, "write_rest", write_rest)
+    with pytest.raises(ValueError, match=r"config\.json of .* has changed while it was read"):
+        compress_folder(source, tmp_path / "out", given["batches"], HALF)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "is_measured"),
+    [
+        ("mixtral", "model.norm.weight", False),  # in no block
+        ("mixtral", "lm_head.weight", True),
+        ("deepseek_v3", "model.layers.0.mlp.up_proj.weight", True),  # in a block without experts
+    ],
+)
+def test_a_weight_that_is_not_finite(family: str, name: str, is_measured: bool, tmp_path: Path) -> None:
+    model = build(family)
+    rows, statistics = batches(family, model), None
+    if is_measured:
+        statistics, rows = collect_statistics(model, rows, HALF.needs), []
+    with torch.no_grad():
+        model.get_parameter(name)[3] = torch.nan
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=f"The weight {name} is nan"):
+        compress_folder(tmp_path / "source", tmp_path / "out", rows, HALF, statistics=statistics)
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_are_saved_once_nothing_is_to_go_on(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, remove = tmp_path / "scores.safetensors", Journal.remove
+
+    def watched(self: Journal) -> None:
+        assert not scores.exists()
+        remove(self)
+
+    monkeypatch.setattr(Journal, "remove", watched)
+    compress_folder(**given, output=tmp_path / "out", config=HALF, saving=Saving(scores=scores))
+    assert RoutingStatistics.load(scores).layers
+
+
+def test_without_data_where_nothing_reads_them(given: dict[str, Any], tmp_path: Path) -> None:
+    statistics = collect_statistics(build("mixtral"), given["batches"], HALF.needs)
+    compress_folder(given["source"], tmp_path / "out", [], HALF, statistics=statistics)
+    expected = compress(build("mixtral"), [], HALF, statistics=statistics)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(found, given["batches"][0]), logits(expected, given["batches"][0]))
+    for more in ({"statistics": None}, {"statistics": statistics, "repair": RepairConfig()}):
+        with pytest.raises(ValueError, match="The calibration set is empty"):
+            compress_folder(given["source"], tmp_path / "no", [], HALF, **more)
 
 
 def test_stored_outputs_come_back(tmp_path: Path) -> None:
