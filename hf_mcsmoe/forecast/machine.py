@@ -1,6 +1,5 @@
-"""What this machine has: memory that is free, what this process holds, and how fast it multiplies and reads."""
+"""What this process holds, and how fast this machine multiplies and reads."""
 
-import contextlib
 import os
 import tempfile
 import time
@@ -12,8 +11,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-STATUS, MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
-LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+from hf_mcsmoe.forecast.memory import bytes_of_field
+
+STATUS = Path("/proc/self/status")
 # Bytes of the file that is read where there is none of the model's; seconds that each measurement takes at most.
 PROBE, SECONDS = 256 * 2**20, 2.0
 # The largest width of the assignment and of the decomposition that are timed.
@@ -36,25 +36,7 @@ class Pace:
 
 def resident(field: str = "VmRSS") -> int | None:
     """Return the bytes that this process holds, or held at most (`VmHWM`); None where nobody tells."""
-    return _kilobytes(STATUS, field)
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that this process may still take: the system's, or its control group's if less."""
-    known = _kilobytes(MEMORY, "MemAvailable")
-    if known is None:
-        known = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # there is no such group, or no limit ("max")
-        known = min(known, int(LIMIT.read_text()) - int(USED.read_text()))
-    return max(known, 0)
-
-
-def _kilobytes(file: Path, field: str) -> int | None:
-    with contextlib.suppress(OSError):
-        for line in file.read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return None
+    return bytes_of_field(STATUS, field)
 
 
 def measure_pace(tokens: int, hidden_size: int, width: int, dtype: torch.dtype, folder: Path | None = None) -> Pace:

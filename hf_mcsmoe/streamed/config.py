@@ -1,13 +1,12 @@
 """How a checkpoint is read block by block."""
 
-import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_mcsmoe.forecast.memory import free_memory
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.record import Record
@@ -35,7 +34,7 @@ class StreamConfig:
         """
         name, block = largest_block(folder)
         # The block with what it is converted from, and the student's beside it.
-        needed, memory = 2 * block, int(SHARE * available_memory())
+        needed, memory = 2 * block, int(SHARE * free_memory())
         memory = memory if self.memory is None else self.memory
         if memory < needed:
             raise ValueError(
@@ -67,11 +66,3 @@ def largest_block(folder: Folder) -> tuple[str, int]:
         path = next((path for path in sizes if path and name.startswith(f"{path}.")), "")
         sizes[path] += tensor.nbytes
     return max(sizes.items(), key=lambda item: item[1])
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that are free, or can be freed; where nobody says, all that there might be."""
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return sys.maxsize

@@ -10,7 +10,8 @@ from families import build
 from hf_mcsmoe import MergeConfig
 from hf_mcsmoe.forecast.duration import seconds_of
 from hf_mcsmoe.forecast.figures import figures_of
-from hf_mcsmoe.forecast.machine import Pace, free_memory, measure_pace, resident
+from hf_mcsmoe.forecast.machine import Pace, measure_pace, resident
+from hf_mcsmoe.forecast.memory import free_memory
 from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED, WORKING, Run, needs_of
 from hf_mcsmoe.forecast.result import result_by_hand
 from hf_mcsmoe.forecast.run import run_of
