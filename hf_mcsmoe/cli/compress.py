@@ -123,7 +123,7 @@ def compress_command(
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
-    is_streamed = streaming.is_chosen(layers, config, stages, held)
+    is_streamed = streaming.is_chosen(layers, config, stages, held, calibration)
     claims = replace(target, overwrite=True) if is_streamed and is_placing(target.output) else target
     output = claims.claimed(needed, model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)

@@ -88,8 +88,7 @@ def plan_command(
         effect = None if statistics is None or result is None else predicted_effect(statistics.curves, result)
         told["result"] = None if result is None else _told(result, effect)
         console.print(_result_line(dial, result, effect, asked, stored), highlight=False, soft_wrap=True)
-        is_quantized = quantization_method(load_config(model)) is not None
-        told |= told_of_run(model, layers, asked, result, stored, calibration, estimate, is_quantized=is_quantized)
+        told |= told_of_run(model, layers, asked, result, stored, calibration, estimate, statistics)
     if target is not None:
         write_json(target, told)
 

@@ -1,9 +1,12 @@
 """What `hf-mcsmoe plan` tells of a run: what options lead to, what that takes, and which way it goes here."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from rich.markup import escape
 
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.dial import Dial
@@ -11,15 +14,13 @@ from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import Storage, described
 from hf_mcsmoe.cli.plan_measured import Planning
 from hf_mcsmoe.cli.plan_tables import needs_table
-from hf_mcsmoe.data.features import HELD_OUT
+from hf_mcsmoe.cli.way import judged, refusal, run_for, stream_config
 from hf_mcsmoe.forecast.duration import seconds_of
 from hf_mcsmoe.forecast.figures import figures_of
-from hf_mcsmoe.forecast.machine import free_memory, measure_pace, resident
-from hf_mcsmoe.forecast.needs import BASE, Needs, Run, needs_of
+from hf_mcsmoe.forecast.machine import measure_pace
+from hf_mcsmoe.forecast.needs import Needs, Run
 from hf_mcsmoe.forecast.result import Result, result_by_hand, result_of
-from hf_mcsmoe.forecast.run import run_of
-from hf_mcsmoe.forecast.sizes import Sizes, sizes_of
-from hf_mcsmoe.forecast.way import way_for
+from hf_mcsmoe.forecast.sizes import sizes_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.stored import Stored
 from hf_mcsmoe.low_rank.config import LoSparseConfig
@@ -59,6 +60,11 @@ class Asked:
         if self.low_rank:
             check_low_rank(layers, replace(self.low_rank, skip=self.config.skip))
 
+    def refusal(self, layers: Layers, statistics: RoutingStatistics | None) -> str | None:
+        """Return why it cannot be done block by block; None where it can."""
+        stages = {"low_rank": self.low_rank, "quantization": self.quantization, "size": self.search}
+        return refusal(layers, self.config, stages, statistics)
+
     def result(self, layers: Layers, statistics: RoutingStatistics | None, source: int) -> Result | None:
         """Return the result; None for a size that nobody measured, which is shared out when text is at hand.
 
@@ -82,10 +88,16 @@ class Estimate:
     repair: str | None = described(
         None, f"how merged layers will be fitted: {', '.join(REPAIR)}", show_default="refit; with --size joint"
     )
+    memory: str | None = described(
+        None,
+        "memory for a block and hidden states (8GB), which else lie on disk, of a run block by block",
+        show_default="most of what is free",
+    )
     time: bool = described(False, "measure this machine for ten seconds, and estimate how long a run takes")
 
     def __post_init__(self) -> None:
-        """Raise ValueError where no repair has this name."""
+        """Raise ValueError where no repair has this name, or the memory is none."""
+        stream_config(self.memory)
         if self.repair is not None:
             REPAIR.check(self.repair)
 
@@ -97,21 +109,21 @@ def told_of_run(
     result: Result | None,
     stored: Stored,
     calibration: Planning,
-    estimate: "Estimate",
-    *,
-    is_quantized: bool,
+    estimate: Estimate,
+    statistics: RoutingStatistics | None,
 ) -> dict[str, Any]:
     """Print what a run takes, and return it as JSON values."""
-    sizes = sizes_of(layers, is_quantized=is_quantized)
     run = _run(layers, asked, result, stored, estimate, calibration)
-    needs = needs_of(sizes, run, stored.bytes, base=resident() or BASE)
-    free, disk = free_memory() + (resident() or 0), shutil.disk_usage(Path.cwd()).free
-    way = way_for(needs, free, disk)
-    seconds = _seconds(model, layers, sizes, run, needs) if estimate.time else {}
+    disk, refused = shutil.disk_usage(Path.cwd()).free, asked.refusal(layers, statistics)
+    found = judged(layers, run, stored.bytes, stream_config(estimate.memory), refused=refused, disk=disk)
+    needs, way = found.needs, found.way
+    seconds = _seconds(model, layers, run, needs) if estimate.time else {}
     rows = f"{run.rows} rows of {run.length} tokens, repair {run.repair}"
     console.print(f"\nwhat a run takes on the CPU ({rows}):", highlight=False, soft_wrap=True)
     console.print(needs_table(needs, seconds))
     console.print(f"here: {way.name} ({way.reason})", highlight=False, soft_wrap=True)
+    if found.refused:
+        console.print(f"not block by block: {escape(found.refused)}", highlight=False, soft_wrap=True)
     ways = {
         name: {
             **{"memory": item.memory, "needed": item.needed, "phases": item.phases},
@@ -119,13 +131,18 @@ def told_of_run(
         }
         for name, item in needs.items()
     }
-    return {"run": asdict(run), "needs": ways, "way": asdict(way), "memory_free": free}
+    return {
+        "run": asdict(run),
+        "needs": ways,
+        "way": asdict(way),
+        "not_streamed": found.refused,
+        "memory_free": found.memory,
+    }
 
 
-def _seconds(
-    model: str, layers: Layers, sizes: Sizes, run: Run, needs: dict[str, Needs]
-) -> dict[str, dict[str, float]]:
+def _seconds(model: str, layers: Layers, run: Run, needs: Mapping[str, Needs]) -> dict[str, dict[str, float]]:
     """Return the seconds of each part, by way, after measuring this machine."""
+    sizes = sizes_of(layers)
     folder = Path(model) if Path(model).is_dir() else None
     tokens = max(1, run.batch_size * run.length * sizes.top_k // sizes.num_experts)
     pace = measure_pace(tokens, sizes.hidden_size, sizes.intermediate_size, layers.model.dtype, folder)
@@ -148,15 +165,9 @@ def _run(
         size = asked.search.size if asked.search else 1.0
         result = replace(result_by_hand(layers, config), bytes=bytes_of(size, stored.bytes))
     fewer = any(result.choices[x.name].experts < x.num_experts for x in layers if x.name in result.choices)
-    stores = bool(asked.search or asked.quantization or asked.low_rank)
-    return run_of(
-        layers,
-        result,
-        config,
-        repair=repair if fewer or stores else "none",
-        stores=stores,
-        rows=calibration.num_samples,
-        judged=calibration.num_samples // HELD_OUT,
-        length=calibration.max_length,
-        batch_size=calibration.batch_size,
+    stores, is_compared = (
+        bool(asked.search or asked.quantization or asked.low_rank),
+        asked.search or asked.quantization,
     )
+    repair = repair if fewer or stores else "none"
+    return run_for(layers, result, config, repair, calibration, is_compared=bool(is_compared))

@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import console, notes
 from hf_mcsmoe.cli.options import SPREAD, Loading, Output, described
+from hf_mcsmoe.cli.sources import Calibration
+from hf_mcsmoe.cli.way import asked_of, judged, refusal, run_by_hand, stream_config
+from hf_mcsmoe.forecast.needs import IN_MEMORY
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.loading import load_config
+from hf_mcsmoe.layers.stored import configured_bytes, stored_bytes
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.search.size import parse_size
-from hf_mcsmoe.streamed.chain import Asked
-from hf_mcsmoe.streamed.config import SHARE, StreamConfig, available_memory
+from hf_mcsmoe.search.size import bytes_text
+from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.refused import check_streamed
 
 
@@ -38,38 +43,48 @@ class Streaming:
         Raises:
             ValueError: a memory that is none.
         """
-        memory = None if self.memory is None else parse_size(self.memory)
-        if isinstance(memory, float):
-            raise ValueError(f"--memory {self.memory} is a share; say how much it is (8GB).")
-        return StreamConfig(memory, self.restart)
+        return stream_config(self.memory, restart=self.restart)
 
-    def is_chosen(self, layers: Layers, config: MergeConfig, stages: dict[str, Any], held: Any) -> bool:
+    def is_chosen(
+        self,
+        layers: Layers,
+        config: MergeConfig,
+        stages: dict[str, Any],
+        held: RoutingStatistics | None,
+        calibration: Calibration,
+    ) -> bool:
         """Tell whether to stream, and note it where nobody asked.
 
         Raises:
-            ValueError: it is asked for, and cannot be done.
+            ValueError: it is asked for, and cannot be done; or it cannot, and the model does not fit otherwise.
         """
-        asked = Asked(**{name: value for name, value in stages.items() if name != "size"})
-        if stages["size"] is not None:
-            if self.stream:
-                raise ValueError(
-                    "--stream makes what is said, and --size (the default) tries what is best for so many bytes, for "
-                    "which the model is loaded: give --experts or --bits with --experts, or leave out --stream."
-                )
+        if stages["size"] is not None or self.stream is not None:
+            return self._asked(layers, config, stages, held)
+        folder = str(layers.model.name_or_path)
+        if not Path(folder).is_dir():
             return False
-        if self.stream is not None:
-            if self.stream:
-                check_streamed(layers, config, asked, held)
-            return self.stream
-        size = sum(tensor.numel() for tensor in layers.model.parameters()) * layers.model.dtype.itemsize
-        if size <= SHARE * available_memory() or not Path(str(layers.model.name_or_path)).is_dir():
+        refused = refusal(layers, config, stages, held)
+        source = stored_bytes(folder) or configured_bytes(layers.model, load_config(folder))
+        run = run_by_hand(layers, config, stages, calibration)
+        found = judged(layers, run, source.bytes, self.config(), refused=refused)
+        if found.way.name == IN_MEMORY:
             return False
-        check_streamed(layers, config, asked, held)
+        check_streamed(layers, config, asked_of(stages), held)
         notes.print(
-            f"{size / 1e9:.0f} GB of weights do not fit into the memory that is free: block by block (--no-stream "
-            "loads all of them)"
+            f"in memory it takes {bytes_text(found.needs[IN_MEMORY].needed)}, of which there are "
+            f"{bytes_text(found.memory)}: block by block (--no-stream loads all of it)"
         )
         return True
+
+    def _asked(self, layers: Layers, config: MergeConfig, stages: dict[str, Any], held: Any) -> bool:
+        """Return whether to stream where options say it.
+
+        Raises:
+            ValueError: they ask for what cannot be done.
+        """
+        if self.stream and (refused := refusal(layers, config, stages, held)):
+            raise ValueError(refused)
+        return bool(self.stream)
 
 
 def opened(model: str, loading: Loading) -> Folder:

@@ -44,6 +44,11 @@ class Run:
         """The tokens that a fit sees: those of the calibration, and as many of made rows where there is a repair."""
         return (self.rows - self.judged) * self.length * (1 if self.repair == "none" else 2)
 
+    @property
+    def waiting(self) -> int:
+        """The tokens whose hidden states wait at a block: those of a fit, and in each model those that are judged."""
+        return self.fitted + self.judged * self.length * (2 if self.repair == "none" else 3)
+
 
 @dataclass(frozen=True)
 class Needs:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.forecast.memory import free_memory
 from hf_mcsmoe.layers.folder import Folder
@@ -32,16 +32,23 @@ class StreamConfig:
         Raises:
             ValueError: the memory is too small for a block.
         """
-        name, block = largest_block(folder)
+        return hidden_bytes > self.room(folder.model)
+
+    def room(self, model: PreTrainedModel) -> int:
+        """Return the bytes that there are for hidden states beside the largest block of a model (on meta).
+
+        Raises:
+            ValueError: the memory is too small for a block.
+        """
+        name, block = largest_block(model)
         # The block with what it is converted from, and the student's beside it.
-        needed, memory = 2 * block, int(SHARE * free_memory())
-        memory = memory if self.memory is None else self.memory
+        needed, memory = 2 * block, int(SHARE * free_memory()) if self.memory is None else self.memory
         if memory < needed:
             raise ValueError(
                 f"memory={memory / 1e9:.2f} GB is too small for one block: {name} takes {needed / 1e9:.2f} GB with "
                 "what is made of it."
             )
-        return hidden_bytes > memory - needed
+        return memory - needed
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,9 @@ class Saving:
     scores: Path | None = None
 
 
-def largest_block(folder: Folder) -> tuple[str, int]:
-    """Return the path of the model's largest block, and its bytes."""
-    state, sizes = folder.model.state_dict(), dict.fromkeys(["", *blocks(folder.model)], 0)
+def largest_block(model: PreTrainedModel) -> tuple[str, int]:
+    """Return the path of a model's largest block, and its bytes."""
+    state, sizes = model.state_dict(), dict.fromkeys(["", *blocks(model)], 0)
     for name, tensor in state.items():
         path = next((path for path in sizes if path and name.startswith(f"{path}.")), "")
         sizes[path] += tensor.nbytes

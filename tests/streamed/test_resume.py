@@ -90,7 +90,7 @@ def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     given = source(name, tmp_path)
     compress_folder(output=tmp_path / "whole" / "out", **given, **options)
     if is_mapped:  # no byte is left for hidden states
-        given["stream"] = StreamConfig(memory=2 * largest_block(Folder(tmp_path / "source"))[1])
+        given["stream"] = StreamConfig(memory=2 * largest_block(Folder(tmp_path / "source").model)[1])
     (tmp_path / "parts").mkdir()
     ends = list(_interrupted(given, tmp_path / "parts" / "out", monkeypatch, **options))
     assert len(ends) > 5

@@ -1,0 +1,128 @@
+"""Which way a compression goes here, as `plan` tells it and `compress` takes it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.cli.sources import Calibration
+from hf_mcsmoe.data.features import HELD_OUT
+from hf_mcsmoe.forecast.machine import resident
+from hf_mcsmoe.forecast.memory import free_memory
+from hf_mcsmoe.forecast.needs import BASE, IN_MEMORY, Needs, Run, needs_of
+from hf_mcsmoe.forecast.result import Result, result_by_hand
+from hf_mcsmoe.forecast.run import run_of
+from hf_mcsmoe.forecast.sizes import sizes_of
+from hf_mcsmoe.forecast.way import Way, way_for
+from hf_mcsmoe.layers.dequantize import quantization_method
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.loading import load_config
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.search.size import parse_size
+from hf_mcsmoe.streamed.chain import Asked
+from hf_mcsmoe.streamed.config import StreamConfig
+from hf_mcsmoe.streamed.refused import check_streamed
+
+SIZED = (
+    "--size (the default) tries what is best for so many bytes, for which the model is loaded: block by block, give "
+    "--experts, or --experts with --bits."
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a run takes by each way that it can go, which of them fits here, and why it cannot be streamed, if so."""
+
+    needs: Mapping[str, Needs]
+    way: Way
+    memory: int
+    refused: str | None = None
+
+
+def run_for(
+    layers: Layers, result: Result, config: MergeConfig, repair: str, calibration: Calibration, *, is_compared: bool
+) -> Run:
+    """Return the run that ends with `result`; where it is compared with the original to the end, that stays."""
+    return run_of(
+        layers,
+        result,
+        config,
+        repair=repair,
+        stores=is_compared,
+        rows=calibration.num_samples,
+        judged=calibration.num_samples // HELD_OUT,
+        length=calibration.max_length,
+        batch_size=calibration.batch_size,
+    )
+
+
+def run_by_hand(layers: Layers, config: MergeConfig, stages: Mapping[str, Any], calibration: Calibration) -> Run:
+    """Return the run of a compression by options, from its stages."""
+    quantization, low_rank, repair = stages["quantization"], stages["low_rank"], stages["repair"]
+    result = result_by_hand(layers, config, quantization=quantization, low_rank=low_rank)
+    method = repair.method if repair else "none"
+    return run_for(layers, result, config, method, calibration, is_compared=quantization is not None)
+
+
+def judged(
+    layers: Layers,
+    run: Run,
+    source: int,
+    stream: StreamConfig,
+    *,
+    refused: str | None = None,
+    disk: int | None = None,
+) -> Judgement:
+    """Return which way a run goes on this machine.
+
+    Args:
+        source: bytes of the weight files.
+        stream: how it would be read block by block; hidden states that do not fit then lie on disk alone.
+        refused: why it cannot be; None where it can.
+        disk: bytes that are free where the result goes; None where somebody else looks after them.
+    """
+    model, held = layers.model, resident()
+    is_quantized = quantization_method(load_config(str(model.name_or_path))) is not None
+    sizes, small = sizes_of(layers, is_quantized=is_quantized), None
+    try:
+        is_mapped = run.waiting * sizes.hidden_size * sizes.itemsize > stream.room(model)
+    except ValueError as error:
+        is_mapped, small = True, str(error)
+    needs = needs_of(sizes, replace(run, hidden_limit=0 if is_mapped else None), source, base=held or BASE)
+    alone, memory = {IN_MEMORY: needs[IN_MEMORY]}, free_memory() + (held or 0)
+    way = way_for(alone if refused or small else needs, memory, disk)
+    return Judgement(alone if refused else needs, way, memory, refused or small)
+
+
+def refusal(
+    layers: Layers, config: MergeConfig, stages: Mapping[str, Any], held: RoutingStatistics | None
+) -> str | None:
+    """Return why a compression cannot be done block by block; None where it can.
+
+    Args:
+        stages: what is asked for beside the merge, by the names of `Asked`, and a size.
+    """
+    if stages["size"] is not None:
+        return SIZED
+    try:
+        check_streamed(layers, config, asked_of(stages), held)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def asked_of(stages: Mapping[str, Any]) -> Asked:
+    """Return what is asked for beside the merge, a size left out."""
+    return Asked(**{name: value for name, value in stages.items() if name != "size"})
+
+
+def stream_config(memory: str | None, *, restart: bool = False) -> StreamConfig:
+    """Return how to stream with what `--memory` says.
+
+    Raises:
+        ValueError: a memory that is none.
+    """
+    size = None if memory is None else parse_size(memory)
+    if isinstance(size, float):
+        raise ValueError(f"--memory {memory} is a share; say how much it is (8GB).")
+    return StreamConfig(size, restart)

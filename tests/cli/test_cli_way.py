@@ -1,0 +1,90 @@
+"""Which way a compression goes: `plan` tells what `compress` does, and says why something is not streamed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import build
+from helpers import Run
+
+from hf_mcsmoe import MergeConfig, RepairConfig
+from hf_mcsmoe.cli.sources import Calibration
+from hf_mcsmoe.cli.streaming import Streaming
+from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED
+from hf_mcsmoe.forecast.way import NO_WAY
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.loading import empty_model
+
+HALF = ["--experts", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a small model's folder."""
+    path = tmp_path_factory.mktemp("source")
+    build("mixtral").save_pretrained(path)
+    return path
+
+
+def _plan(run: Run, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """Return what `plan` writes and prints."""
+    file = folder.parent / f"{folder.name}.json"
+    code, out, error = run("plan", str(folder), *options, "--json", str(file))
+    assert code == 0, error
+    return json.loads(file.read_text()), " ".join(out.split())
+
+
+def _has(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    """Let this machine have so much memory free, and the process hold a known size."""
+    monkeypatch.setattr("hf_mcsmoe.cli.way.free_memory", lambda: memory)
+    monkeypatch.setattr("hf_mcsmoe.streamed.config.free_memory", lambda: memory)
+    monkeypatch.setattr("hf_mcsmoe.cli.way.resident", lambda: 10**6)
+
+
+@pytest.mark.parametrize("repair", ["none", "refit"])
+def test_plan_tells_what_compress_does(repair: str, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, config = Layers.of(empty_model(str(folder))), MergeConfig(experts=0.5)
+    stages = {"repair": None if repair == "none" else RepairConfig(), "quantization": None, "low_rank": None}
+    stages |= {"sparsity": None, "size": None}
+    given = [*HALF, "--repair", repair, "--num-samples", "8", "--max-length", "8"]
+    _has(monkeypatch, 10**12)
+    needed = {name: way["needed"] for name, way in _plan(run, folder, *given)[0]["needs"].items()}
+    assert needed[STREAMED] < needed[IN_MEMORY], "the margin that is between them is what is looked at"
+    for memory, name in [(needed[IN_MEMORY], IN_MEMORY), (needed[IN_MEMORY] - 1, STREAMED)]:
+        _has(monkeypatch, memory - 10**6)
+        told, _ = _plan(run, folder, *given)
+        assert told["way"]["name"] == name
+        chosen = Streaming().is_chosen(
+            layers, config, stages, None, Calibration(["text.jsonl"], num_samples=8, max_length=8)
+        )
+        assert chosen == (name == STREAMED)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [(["--size", "0.8"], "--size (the default) tries"), ([*HALF, "--memory", "1kB"], "too small for one block")],
+)
+def test_what_is_not_streamed_is_judged_in_memory(
+    options: list[str], sentence: str, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _has(monkeypatch, 10**12)
+    needed = _plan(run, folder, *options)[0]["needs"][IN_MEMORY]["needed"]
+    _has(monkeypatch, needed - 10**6 - 1)
+    told, out = _plan(run, folder, *options)
+    assert told["way"]["name"] == NO_WAY
+    assert told["way"]["reason"].startswith("in memory it takes")
+    assert sentence in told["not_streamed"]
+    assert f"not block by block: {told['not_streamed']}" in out
+
+
+def test_hidden_states_that_do_not_fit_lie_on_disk(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _has(monkeypatch, 10**12)
+    streamed = [_plan(run, folder, *HALF, "--memory", memory)[0]["needs"][STREAMED] for memory in ("100GB", "1MB")]
+    held, mapped = ({**way["phases"]["merging"]} for way in streamed)
+    assert held.pop("hidden states") > 10**6
+    assert mapped.pop("hidden states") == 0
+    assert held == mapped
+    # Of the original, the merged and the repaired model, 256 rows of 512 tokens.
+    width, itemsize = json.loads((folder / "config.json").read_text())["hidden_size"], 4
+    assert streamed[1]["disk"] > 3 * 256 * 512 * width * itemsize
