@@ -33,7 +33,7 @@ from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
-from hf_mcsmoe.cli.streaming import Streaming, opened, push_folder
+from hf_mcsmoe.cli.streaming import Streaming, forget_interrupted, opened, push_folder, telling_what_is_kept
 from hf_mcsmoe.compress import compress
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
 from hf_mcsmoe.layers.batches import Batch
@@ -123,8 +123,12 @@ def compress_command(
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
+    streaming = streaming.going_on(target.output, is_by_hand=size is None)
     is_streamed = streaming.is_chosen(layers, config, stages, held, calibration)
-    claims = replace(target, overwrite=True) if is_streamed and is_placing(target.output) else target
+    if not is_streamed:
+        streaming.tell_unused()
+    goes_on = is_streamed and not streaming.restart
+    claims = replace(target, overwrite=True) if goes_on and is_placing(target.output) else target
     output = claims.claimed(needed, model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or config.budget == MEASURED or any(stages.values())
@@ -158,20 +162,21 @@ def compress_command(
         shown["check"] = check
         if folder:
             saving = Saving(own, lambda record: replace(record, calibration=told, recipe=text), draw, scores)
-            record = compress_folder(
-                folder,
-                output,
-                batches,
-                config,
-                **{name: value for name, value in stages.items() if name != "size"},
-                statistics=held,
-                base_model=base_model,
-                progress=progress,
-                held_out=held_out,
-                check=check,
-                stream=streaming.config(),
-                saving=saving,
-            )
+            with telling_what_is_kept(output):
+                record = compress_folder(
+                    folder,
+                    output,
+                    batches,
+                    config,
+                    **{name: value for name, value in stages.items() if name != "size"},
+                    statistics=held,
+                    base_model=base_model,
+                    progress=progress,
+                    held_out=held_out,
+                    check=check,
+                    stream=streaming.config(),
+                    saving=saving,
+                )
             _finish(record, output, started)
             push_folder(target, output)
             return
@@ -193,6 +198,7 @@ def compress_command(
     with stage_bars() as progress, one_step("saving", progress):
         merged.save_pretrained(output, tokenizer=own)
         draw(output)
+    forget_interrupted(output)
     _finish(record_of(merged), output, started)
     target.push(merged, own)
 

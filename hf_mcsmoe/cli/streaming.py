@@ -1,6 +1,8 @@
 """Options of a compression block by block, and the choice of it where a model does not fit into memory."""
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hf_mcsmoe.layers.stored import configured_bytes, stored_bytes
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.search.size import bytes_text
 from hf_mcsmoe.streamed.config import StreamConfig
+from hf_mcsmoe.streamed.journal import forget, is_begun
 from hf_mcsmoe.streamed.refused import check_streamed
 
 
@@ -36,6 +39,32 @@ class Streaming:
         None, "memory for a block and hidden states (8GB), which else lie on disk", show_default="most of what is free"
     )
     restart: bool = described(False, "begin anew, whatever an interrupted run has finished")
+
+    def __post_init__(self) -> None:
+        """Refuse, before any work, a memory that is none, and what says how to stream beside --no-stream.
+
+        Raises:
+            ValueError: as said.
+        """
+        self.config()
+        if self.stream is False and (given := self._given()):
+            raise ValueError(f"--no-stream loads the model, where {given} has nothing to say: leave out one of them.")
+
+    def _given(self) -> str:
+        """Return the options that say how to stream, as they were given."""
+        return " and ".join([f"--{name}" for name in ("memory", "restart") if vars(self)[name]])
+
+    def tell_unused(self) -> None:
+        """Say that options did nothing since the model is loaded."""
+        if given := self._given():
+            notes.print(f"the model is loaded, and {given} did nothing (--stream reads it block by block)")
+
+    def going_on(self, output: Path, *, is_by_hand: bool) -> "Streaming":
+        """Return how to stream: as a run by hand to this output did that was interrupted, whatever fits now."""
+        if self.stream is not None or not is_by_hand or not is_begun(output):
+            return self
+        notes.print("block by block, as the run to this output that was interrupted (--no-stream loads the model)")
+        return replace(self, stream=True)
 
     def config(self) -> StreamConfig:
         """Return how to stream.
@@ -85,6 +114,25 @@ class Streaming:
         if self.stream and (refused := refusal(layers, config, stages, held)):
             raise ValueError(refused)
         return bool(self.stream)
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(output: Path) -> Iterator[None]:
+    """Say, where a signal or a full disk ends the block, that what a run to this output has finished is kept."""
+    try:
+        yield
+    except (ValueError, TypeError):  # which say what else to do
+        raise
+    except BaseException:
+        if is_begun(output):
+            notes.print("what is finished is kept; the same command goes on", soft_wrap=True)
+        raise
+
+
+def forget_interrupted(output: Path) -> None:
+    """Remove what an interrupted run block by block has left of a result that is complete now, and say so."""
+    if forget(output):
+        notes.print("removed what a run block by block to this output, which was interrupted, had finished")
 
 
 def opened(model: str, loading: Loading) -> Folder:

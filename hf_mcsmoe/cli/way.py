@@ -122,7 +122,10 @@ def stream_config(memory: str | None, *, restart: bool = False) -> StreamConfig:
     Raises:
         ValueError: a memory that is none.
     """
-    size = None if memory is None else parse_size(memory)
+    try:
+        size = None if memory is None else parse_size(memory)
+    except ValueError:
+        size = 0.0
     if isinstance(size, float):
-        raise ValueError(f"--memory {memory} is a share; say how much it is (8GB).")
+        raise ValueError(f"--memory {memory} is no amount of memory: give bytes, as 8GB or 800MB.")
     return StreamConfig(size, restart)

@@ -84,12 +84,27 @@ class Journal:
         shutil.rmtree(self.folder)
 
 
+def is_begun(output: str | os.PathLike) -> bool:
+    """Tell whether a run to this output was interrupted, and can go on."""
+    return (_place(output) / FILE).is_file()
+
+
+def forget(output: str | os.PathLike) -> bool:
+    """Remove what an interrupted run to this output has finished; returns whether there was anything."""
+    is_there = _place(output).is_dir()
+    shutil.rmtree(_place(output), ignore_errors=True)
+    return is_there
+
+
 def is_placing(output: str | os.PathLike) -> bool:
     """Tell whether a run was interrupted while its result took its place, which it may have done in part."""
-    file = work_place(Path(os.path.realpath(output))) / PLACE / FILE
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads(file.read_text(encoding="utf-8")).get("state") == RESULT
+        return json.loads((_place(output) / FILE).read_text(encoding="utf-8")).get("state") == RESULT
     return False
+
+
+def _place(output: str | os.PathLike) -> Path:
+    return work_place(Path(os.path.realpath(output))) / PLACE
 
 
 def difference(held: Any, asked: Any, name: str = "") -> str:

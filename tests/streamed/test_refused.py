@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from helpers import batches, logits
+from helpers import batches
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics, compress
+from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.streamed.compress import compress_folder
@@ -176,27 +176,24 @@ def test_a_weight_that_is_not_finite(family: str, name: str, is_measured: bool, 
     assert not (tmp_path / "out").exists()
 
 
-def test_statistics_are_saved_once_nothing_is_to_go_on(
+def test_statistics_are_saved_last_and_are_enough(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores, remove = tmp_path / "scores.safetensors", Journal.remove
 
     def watched(self: Journal) -> None:
-        assert not scores.exists()
+        assert not scores.exists(), "a run that goes on would read it, and be another one"
         remove(self)
 
-    monkeypatch.setattr(Journal, "remove", watched)
-    compress_folder(**given, output=tmp_path / "out", config=HALF, saving=Saving(scores=scores))
-    assert RoutingStatistics.load(scores).layers
-
-
-def test_without_data_where_nothing_reads_them(given: dict[str, Any], tmp_path: Path) -> None:
-    statistics = collect_statistics(build("mixtral"), given["batches"], HALF.needs)
-    compress_folder(given["source"], tmp_path / "out", [], HALF, statistics=statistics)
-    expected = compress(build("mixtral"), [], HALF, statistics=statistics)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(found, given["batches"][0]), logits(expected, given["batches"][0]))
-    for more in ({"statistics": None}, {"statistics": statistics, "repair": RepairConfig()}):
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", watched)
+        compress_folder(**given, output=tmp_path / "out", config=HALF, saving=Saving(scores=scores))
+    statistics, again = RoutingStatistics.load(scores), tmp_path / "again"
+    compress_folder(given["source"], again, [], HALF, statistics=statistics)
+    results = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "out", again)]
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    options: list[dict[str, Any]] = [{}, {"statistics": statistics, "repair": RepairConfig()}]
+    for more in options:
         with pytest.raises(ValueError, match="The calibration set is empty"):
             compress_folder(given["source"], tmp_path / "no", [], HALF, **more)
 
