@@ -99,18 +99,23 @@ def _check_for_size(layers: Layers, config: MergeConfig, size: SizeConfig, other
     """
     check_request(layers, replace(config, experts=1.0, min_experts=size.min_experts))
     check_size(layers, config, size)
+    check_unsized(config, size)
+    for name, value in others.items():
+        if value:
+            raise ValueError(
+                f"size={size.size!r} chooses what is stored, and compares with the original to the end: leave out "
+                f"{name}, or say how many experts to keep in place of a size."
+            )
+
+
+def check_unsized(config: MergeConfig, size: SizeConfig) -> None:
+    """Raise ValueError where options of a merge would do nothing, because a size chooses how many experts stay."""
     usual = MergeConfig()
     for name in ("experts", "budget", "reduce", "min_experts", "router", "pruned_router"):
         if getattr(config, name) != getattr(usual, name):
             raise ValueError(
                 f"{name}={getattr(config, name)!r} does nothing beside size={size.size!r}, which chooses how many "
                 "experts stay: leave it out; SizeConfig has the options of a size."
-            )
-    for name, value in others.items():
-        if value:
-            raise ValueError(
-                f"size={size.size!r} chooses what is stored, and compares with the original to the end: leave out "
-                f"{name}, or say how many experts to keep in place of a size."
             )
 
 

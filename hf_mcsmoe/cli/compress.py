@@ -28,7 +28,7 @@ from hf_mcsmoe.cli.options import (
     itemsize,
     options_of,
 )
-from hf_mcsmoe.cli.preset import PresetName, check_preset
+from hf_mcsmoe.cli.preset import MERGE, PresetName, check_preset
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
 from hf_mcsmoe.cli.scores import read_scores
@@ -57,22 +57,6 @@ from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving
 from hf_mcsmoe.streamed.journal import is_placing
 from hf_mcsmoe.tables import size_lines
-
-MERGE = [
-    "budget",
-    "min_experts",
-    "saliency",
-    "similarity",
-    "grouping",
-    "capacity",
-    "weighting",
-    "alignment",
-    "reference",
-    "merging",
-    "selection",
-    "router",
-    "pruned_router",
-]
 
 
 @options_of(Calibration, "calibration", panel="Data")

@@ -15,6 +15,7 @@ from hf_mcsmoe.cli.options import Loading, Model, Storage, check_dtype, check_fi
 from hf_mcsmoe.cli.plan_measured import Planning, measured, read_curves
 from hf_mcsmoe.cli.plan_run import Asked, Estimate, told_of_run
 from hf_mcsmoe.cli.plan_tables import figure_lines, rung_table, safe_line, safe_rung
+from hf_mcsmoe.cli.preset import MERGE, PresetName, check_preset
 from hf_mcsmoe.files import write_json
 from hf_mcsmoe.forecast.figures import figures_of
 from hf_mcsmoe.forecast.result import Result, predicted_effect
@@ -22,6 +23,8 @@ from hf_mcsmoe.layers.dequantize import quantization_method
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_config
 from hf_mcsmoe.layers.stored import Stored, configured_bytes, stored_bytes
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.search.conditions import check_curves
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.ladder import Rung, method_sizes, size_ladder
@@ -29,6 +32,7 @@ from hf_mcsmoe.search.size import bytes_of, bytes_text
 
 
 @options_of(Dial, "dial", panel="Size")
+@options_of(MergeConfig, "merge", MERGE, panel="Merge")
 @options_of(Storage, "storage", panel="Storage")
 @options_of(Estimate, "estimate", panel="Run")
 @options_of(Planning, "calibration", panel="Data")
@@ -36,10 +40,12 @@ from hf_mcsmoe.search.size import bytes_of, bytes_text
 def plan_command(
     model: Model,
     dial: Dial,
+    merge: MergeConfig,
     storage: Storage,
     estimate: Estimate,
     calibration: Planning,
     loading: Loading,
+    preset: PresetName = None,
     scores: Annotated[
         Path | None,
         typer.Option(
@@ -56,14 +62,15 @@ def plan_command(
     """Show what a model is, what it would be at several sizes, and what that takes; reads its configuration alone."""
     target = None if json_file is None else check_file(json_file, "--json")
     check_dtype(loading.dtype)
-    asked, search = Asked.of(dial, storage, calibration.seed), SizeConfig(reduce=dial.reduce or SizeConfig.reduce)
-    search = asked.search or search
+    _check_preset(preset, dial)
+    asked = Asked.of(dial, merge, storage, calibration.seed)
+    search = asked.search or SizeConfig(reduce=dial.reduce or SizeConfig.reduce)
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=True)).uncompressed()
     stored = _stored(model, layers, loading.dtype)
     asked.check(layers)
     statistics = read_curves(scores, layers) if scores else None
     if statistics:
-        check_curves(layers, statistics, asked.config, search, JOINT)
+        _check_curves(layers, statistics, asked, search)
     if statistics is None and calibration.data:
         with stage_bars() as progress:
             layers, statistics = measured(model, calibration, loading, asked.config, search, progress)
@@ -91,6 +98,30 @@ def plan_command(
         told |= told_of_run(model, layers, asked, result, stored, calibration, estimate, statistics)
     if target is not None:
         write_json(target, told)
+
+
+def _check_preset(preset: str | None, dial: Dial) -> None:
+    """Raise ValueError where a preset does what no plan counts, or does not go with the size."""
+    check_preset(preset, is_by_hand=dial.is_by_hand)
+    if preset is not None and PRESETS[preset].sparsify:
+        raise ValueError(f"--preset {preset} leaves out weights inside all experts, for which nothing is planned.")
+
+
+def _check_curves(layers: Layers, statistics: RoutingStatistics, asked: Asked, search: SizeConfig) -> None:
+    """Check what choices cost by a file; without it, what is said by hand has no KL.
+
+    Raises:
+        ValueError: it was measured otherwise than it is asked for, or not at all and a size is to be chosen.
+    """
+    if statistics.curves:
+        check_curves(layers, statistics, asked.config, search, JOINT)
+        return
+    if asked.search:
+        raise ValueError(
+            "--scores holds routing statistics, and not what choices cost: name another file and --data, and it is "
+            "measured."
+        )
+    notes.print("--scores does not hold what choices cost, so that no KL is predicted", highlight=False)
 
 
 def _stored(model: str, layers: Layers, dtype: str) -> Stored:

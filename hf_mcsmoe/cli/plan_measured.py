@@ -31,10 +31,10 @@ class Planning(Calibration):
 
 
 def read_curves(file: Path, layers: Layers) -> RoutingStatistics | None:
-    """Return statistics with curves; None where there is no file yet.
+    """Return statistics, with curves if there are any; None where there is no file yet.
 
     Raises:
-        ValueError: it is damaged, of another model, or tells nothing of choices.
+        ValueError: it is damaged, or of another model.
     """
     if not file.is_file():
         check_file(file, "--scores")
@@ -43,11 +43,6 @@ def read_curves(file: Path, layers: Layers) -> RoutingStatistics | None:
     statistics.check({layer.name: layer.sizes for layer in layers})
     if statistics.layers.keys() != set(layers.names):
         raise ValueError(f"--scores {file} was taken from another model, of other layers.")
-    if not statistics.curves:
-        raise ValueError(
-            f"--scores {file} holds routing statistics, and not what choices cost: name another file and --data, and "
-            "it is measured."
-        )
     return statistics
 
 

@@ -26,6 +26,7 @@ from hf_mcsmoe.layers.stored import Stored
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.options import check_unsized
 from hf_mcsmoe.plan import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import REPAIR
@@ -44,13 +45,17 @@ class Asked:
     search: SizeConfig | None
 
     @classmethod
-    def of(cls, dial: Dial, storage: Storage, seed: int) -> "Asked":
-        """Return what options of the command line ask for."""
-        merge = MergeConfig()
-        low_rank = storage.low_rank() if dial.is_by_hand else None
-        return cls(
-            replace(dial.apply(merge), seed=seed), dial.quantization(), low_rank, dial.size_config(merge, storage)
-        )
+    def of(cls, dial: Dial, merge: MergeConfig, storage: Storage, seed: int) -> "Asked":
+        """Return what options of the command line ask for.
+
+        Raises:
+            ValueError: options of a merge that do nothing beside a size.
+        """
+        config, search = replace(dial.apply(merge), seed=seed), dial.size_config(merge, storage)
+        if search:
+            config = replace(config, min_experts=1)  # the size's options have it
+            check_unsized(config, search)
+        return cls(config, dial.quantization(), None if search else storage.low_rank(), search)
 
     def check(self, layers: Layers) -> None:
         """Raise ValueError where this model cannot become what is asked for."""

@@ -7,6 +7,23 @@ import typer
 from hf_mcsmoe.methods.registry import unknown
 from hf_mcsmoe.presets import PRESETS, TRAINED
 
+# The options of a merge beside how many experts stay, which a preset may say.
+MERGE = [
+    "budget",
+    "min_experts",
+    "saliency",
+    "similarity",
+    "grouping",
+    "capacity",
+    "weighting",
+    "alignment",
+    "reference",
+    "merging",
+    "selection",
+    "router",
+    "pruned_router",
+]
+
 
 def _load(context: typer.Context, name: str | None) -> str | None:
     """Let the options of a preset stand where the command line, or a recipe that names the preset, gives none."""

@@ -40,6 +40,11 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
     code, _, error = run("plan", str(folder), "--scores", str(scores))
     assert code == 1
     assert "not what choices cost" in error
+    code, out, error = run("plan", str(folder), "--scores", str(scores), "--experts", "4")
+    assert code == 0, error
+    assert "no KL is predicted" in error
+    assert "with --experts 4: " in out
+    assert ", KL" not in out
     for name, sums in statistics.layers.items():
         experts = len(sums.counts)
         parts = {Grid(bits, size): Part(4.0**-bits, 4.0**-bits) for bits in (8, 4, 3, 2) for size in range(1, 129)}
@@ -90,6 +95,32 @@ def test_plan_of_a_configuration_alone(tmp_path: Path, run: Run) -> None:
     assert told["result"]["bytes"] == pytest.approx(half * (4 + 16 / 64) / 8 + 2 * rest, rel=0.02)
 
 
+def test_what_a_preset_keeps_in_place_of_pruned_experts_is_planned(tmp_path: Path, run: Run) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    told = {}
+    for name, options in {
+        "pruned": ["--reduce", "prune"],
+        "constant": ["--reduce", "prune", "--pruned-router", "constant", "--repair", "none"],
+        "mone": ["--preset", "mone"],
+        "router-norm": ["--preset", "router-norm"],
+        "aligned": [],
+        "not": ["--alignment", "none"],
+    }.items():
+        code, _, error = run(
+            "plan", str(tmp_path / "model"), "--experts", "4", *options, "--json", str(tmp_path / "a")
+        )
+        assert code == 0, (name, error)
+        told[name] = json.loads((tmp_path / "a").read_text())
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    parameters = {name: item["result"]["parameters"] for name, item in told.items()}
+    assert parameters["constant"] - parameters["pruned"] == layers * (model.config.num_local_experts - 4) * width
+    assert parameters["mone"] == parameters["constant"]
+    assert parameters["router-norm"] - parameters["pruned"] == layers * width, "one of zeros for all"
+    assert told["mone"]["run"]["repair"] == "none"
+    assert [told[name]["run"]["aligned"] for name in ("aligned", "not", "mone")] == [True, False, False]
+
+
 REFUSED = [
     ("empty", [], "holds no config.json"),
     ("dense", [], "has no Mixture-of-Experts layer"),
@@ -101,6 +132,9 @@ REFUSED = [
     ("moe", ["--experts", "8", "--skip", "nothing"], "matches no layer"),
     ("moe", ["--experts", "8", "--rank", "4000"], "larger than"),
     ("moe", ["--size", "1MB"], "smallest that can be reached"),
+    ("moe", ["--experts", "8", "--memory", "0.5"], "is a share; say how much"),
+    ("moe", ["--budget", "uniform"], "does nothing beside size=0.5"),
+    ("moe", ["--preset", "mone"], "give --experts as well"),
     ("moe", ["--experts", "8", "--repair", "refits"], "Did you mean 'refit'?"),
     ("outside", [], "which is no safetensors file in its folder"),
     ("no/such", [], "Found no model"),
