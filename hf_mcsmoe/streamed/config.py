@@ -10,9 +10,11 @@ from hf_mcsmoe.forecast.memory import free_memory
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.record import Record
+from hf_mcsmoe.search.size import bytes_text
 
 # Of the memory that is free at the start, so much is taken unless told otherwise.
 SHARE = 0.8
+OUTSIDE = ""
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,20 @@ class StreamConfig:
         return hidden_bytes > self.room(folder.model)
 
     def room(self, model: PreTrainedModel) -> int:
-        """Return the bytes that there are for hidden states beside the largest block of a model (on meta).
+        """Return the bytes that there are for hidden states beside the weights of a model (on meta) that are held.
 
         Raises:
-            ValueError: the memory is too small for a block.
+            ValueError: the memory is too small for a block and what lies outside of the blocks.
         """
-        name, block = largest_block(model)
-        # The block with what it is converted from, and the student's beside it.
-        needed, memory = 2 * block, int(SHARE * free_memory()) if self.memory is None else self.memory
+        needed, memory = held_bytes(model), int(SHARE * free_memory()) if self.memory is None else self.memory
         if memory < needed:
+            sizes = _sizes(model)
+            outside = sizes.pop(OUTSIDE)
+            name, block = max(sizes.items(), key=lambda item: item[1])
             raise ValueError(
-                f"memory={memory / 1e9:.2f} GB is too small for one block: {name} takes {needed / 1e9:.2f} GB with "
-                "what is made of it."
+                f"{bytes_text(memory)} of memory are too small for one block: {name} takes {bytes_text(2 * block)} "
+                f"with what is made of it, and {bytes_text(outside)} lie outside of the blocks. It takes "
+                f"{bytes_text(needed)} or more (--memory)."
             )
         return memory - needed
 
@@ -66,10 +70,21 @@ class Saving:
     scores: Path | None = None
 
 
-def largest_block(model: PreTrainedModel) -> tuple[str, int]:
-    """Return the path of a model's largest block, and its bytes."""
-    state, sizes = model.state_dict(), dict.fromkeys(["", *blocks(model)], 0)
-    for name, tensor in state.items():
-        path = next((path for path in sizes if path and name.startswith(f"{path}.")), "")
+def held_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that are in memory at the largest block of a model.
+
+    These are what lies outside of the blocks and, twice, the block: with what it is converted from, or the student's.
+    """
+    sizes = _sizes(model)
+    return sizes.pop(OUTSIDE) + 2 * max(sizes.values(), default=0)
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Return the bytes of each of a model's blocks by its path, and of what lies in none; what is tied counts once."""
+    sizes = dict.fromkeys([OUTSIDE, *blocks(model)], 0)
+    paths = [path for path in sizes if path != OUTSIDE]
+    distinct = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    for name, tensor in distinct.values():
+        path = next((path for path in paths if name.startswith(f"{path}.")), OUTSIDE)
         sizes[path] += tensor.nbytes
-    return max(sizes.items(), key=lambda item: item[1])
+    return sizes

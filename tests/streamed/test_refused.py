@@ -42,7 +42,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ({"config": MergeConfig(budget="measured")}, "budget='measured' tries every size"),
         ({"config": MergeConfig(experts=4, saliency="taylor")}, "after a backward pass"),
         ({"config": HALF, "low_rank": LoSparseConfig(rank=2, scope="global")}, "Ranks that compete"),
-        ({"config": HALF, "stream": StreamConfig(memory=1000)}, "too small for one block: model.layers.0 takes"),
+        (
+            {"config": HALF, "stream": StreamConfig(memory=1000)},
+            r"1 kB of memory are too small for one block: model.layers.0 takes [\d.]+ kB",
+        ),
     ],
 )
 def test_what_needs_all_of_the_model(
@@ -51,6 +54,18 @@ def test_what_needs_all_of_the_model(
     with pytest.raises(ValueError, match=told):
         compress_folder(**given, output=tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])  # of the second, embeddings are tied
+def test_memory_for_a_block_and_what_lies_outside(family: str) -> None:
+    model: Any = build(family)
+    layers = model.model.layers if family == "mixtral" else [*model.encoder.block, *model.decoder.block]
+    inside = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers]
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(inside)
+    needed = outside + 2 * max(inside)
+    assert StreamConfig(memory=needed + 5).room(model) == 5
+    with pytest.raises(ValueError, match="lie outside of the blocks"):
+        StreamConfig(memory=needed - 1).room(model)
 
 
 def _interrupted(

@@ -13,7 +13,7 @@ from scripts import run
 from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.streamed.compress import compress_folder
-from hf_mcsmoe.streamed.config import StreamConfig, largest_block
+from hf_mcsmoe.streamed.config import StreamConfig, held_bytes
 from hf_mcsmoe.streamed.journal import Journal
 
 pytestmark = [
@@ -90,7 +90,7 @@ def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     given = source(name, tmp_path)
     compress_folder(output=tmp_path / "whole" / "out", **given, **options)
     if is_mapped:  # no byte is left for hidden states
-        given["stream"] = StreamConfig(memory=2 * largest_block(Folder(tmp_path / "source").model)[1])
+        given["stream"] = StreamConfig(memory=held_bytes(Folder(tmp_path / "source").model))
     (tmp_path / "parts").mkdir()
     ends = list(_interrupted(given, tmp_path / "parts" / "out", monkeypatch, **options))
     assert len(ends) > 5
