@@ -14,7 +14,7 @@ from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import Storage, described
 from hf_mcsmoe.cli.plan_measured import Planning
 from hf_mcsmoe.cli.plan_tables import needs_table
-from hf_mcsmoe.cli.way import judged, refusal, run_for, stream_config
+from hf_mcsmoe.cli.way import judged, refusal, run_for, stream_config, way_line
 from hf_mcsmoe.forecast.duration import seconds_of
 from hf_mcsmoe.forecast.figures import figures_of
 from hf_mcsmoe.forecast.machine import measure_pace
@@ -126,7 +126,7 @@ def told_of_run(
     rows = f"{run.rows} rows of {run.length} tokens, repair {run.repair}"
     console.print(f"\nwhat a run takes on the CPU ({rows}):", highlight=False, soft_wrap=True)
     console.print(needs_table(needs, seconds))
-    console.print(f"here: {way.name} ({way.reason})", highlight=False, soft_wrap=True)
+    console.print(way_line(way, model), highlight=False, soft_wrap=True)
     if found.refused:
         console.print(f"not block by block: {escape(found.refused)}", highlight=False, soft_wrap=True)
     ways = {

@@ -11,8 +11,9 @@ from helpers import Run
 from hf_mcsmoe import MergeConfig, RepairConfig
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import Streaming
+from hf_mcsmoe.cli.way import way_line
 from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED
-from hf_mcsmoe.forecast.way import NO_WAY
+from hf_mcsmoe.forecast.way import NO_WAY, Way
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model
 
@@ -88,3 +89,11 @@ def test_hidden_states_that_do_not_fit_lie_on_disk(folder: Path, run: Run, monke
     # Of the original, the merged and the repaired model, 256 rows of 512 tokens.
     width, itemsize = json.loads((folder / "config.json").read_text())["hidden_size"], 4
     assert streamed[1]["disk"] > 3 * 256 * 512 * width * itemsize
+
+
+def test_a_model_of_the_hub_is_streamed_once_it_is_a_folder(tmp_path: Path) -> None:
+    assert (
+        way_line(Way(STREAMED, "why"), "owner/name") == "here: streamed (why), from a folder: first `hf download` it"
+    )
+    assert way_line(Way(STREAMED, "why"), str(tmp_path)) == "here: streamed (why)"
+    assert way_line(Way(IN_MEMORY, "why"), "owner/name") == "here: in memory (why)"
