@@ -86,7 +86,9 @@ class Journal:
 
 def is_begun(output: str | os.PathLike) -> bool:
     """Tell whether a run to this output was interrupted, and can go on."""
-    return (_place(output) / FILE).is_file()
+    with contextlib.suppress(OSError):  # a name that no disk takes, which others refuse
+        return (_place(output) / FILE).is_file()
+    return False
 
 
 def forget(output: str | os.PathLike) -> bool:
