@@ -108,7 +108,7 @@ def dequantized(config: PreTrainedConfig, name: str) -> Any:
     if (method := quantization_method(config)) is None:
         return None
     if not _is_dequantized_on_load(method):
-        raise ValueError(f"{name} is quantized, and Transformers does not dequantize {method}: {OTHER_WAY}")
+        raise ValueError(f"{name} is quantized ({method}), and Transformers does not dequantize {method}: {OTHER_WAY}")
     settings = {**_settings(config), "dequantize": True}
     if method == "fp8":
         settings["quant_method"] = RAGGED_FP8

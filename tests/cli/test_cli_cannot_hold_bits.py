@@ -29,7 +29,7 @@ QUANTIZED = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "text.txt").write_text("\n".join(f"what is {number} {number}" for number in range(8)))
-    for module in ("compress", "plan"):
+    for module in ("compress", "plan_measured"):
         monkeypatch.setattr(f"hf_mcsmoe.cli.{module}.load_model", _fails)
     return tmp_path
 
@@ -55,7 +55,9 @@ def _said(run: Run, folder: Path, name: str, command: str, settings: dict[str, A
 def test_a_checkpoint_that_others_quantized(method: str, command: str, folder: Path, run: Run) -> None:
     settings, message = QUANTIZED[method]
     code, said = _said(run, folder, "mixtral", command, settings)
-    assert code == 1
+    # A plan by the configuration is one of the weights that the bits stand for, where Transformers unpacks them.
+    is_planned = command == "plan" and method in ("fp8", "compressed-tensors")
+    assert code == (0 if is_planned else 1)
     assert message in said
     assert not (folder / "out").exists()
 

@@ -132,7 +132,7 @@ REFUSED = [
     ("moe", ["--experts", "8", "--skip", "nothing"], "matches no layer"),
     ("moe", ["--experts", "8", "--rank", "4000"], "larger than"),
     ("moe", ["--size", "1MB"], "smallest that can be reached"),
-    ("moe", ["--experts", "8", "--memory", "0.5"], "is a share; say how much"),
+    ("moe", ["--experts", "8", "--memory", "0.5"], "is no amount of memory: give bytes"),
     ("moe", ["--budget", "uniform"], "does nothing beside size=0.5"),
     ("moe", ["--preset", "mone"], "give --experts as well"),
     ("moe", ["--experts", "8", "--repair", "refits"], "Did you mean 'refit'?"),
