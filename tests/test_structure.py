@@ -65,3 +65,8 @@ def test_the_numeric_core_imports_tensors_alone(path: Path) -> None:
 def test_no_file_imports_from_a_test_file_or_a_conftest(path: Path) -> None:
     files = {name.rpartition(".")[2] for name in imported(path)}
     assert not {name for name in files if name.startswith("test_") or name == "conftest"}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = sorted(path.name for path in TESTS.rglob("test_*.py"))
+    assert names == sorted(set(names)), "the second would not be collected"
