@@ -1,5 +1,6 @@
 """Models that two processes hold a part each of: calibrated and distilled to what one process makes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _load(path: Path, layout: dict[str, int] | None) -> Any:
+    if layout:  # or threads that load weights form groups of processes, in another order in each
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     options = {"distributed_config": DistributedConfig(**layout)} if layout else {}
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
