@@ -15,7 +15,7 @@ FLOORS = [
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],
     ["merge", "distillation", "quantization", "sparsity"],
-    ["search", "presets"],
+    ["search", "presets", "export"],
     ["forecast"],
     ["options"],
     ["compress", "report"],

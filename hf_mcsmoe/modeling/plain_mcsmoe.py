@@ -38,14 +38,12 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
             configuration cannot say that there are fewer experts.
     """
     before, after = _counts(model)
-    base: Any = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
-    config = _fewer(base.config_class, model.config, before, after)
-    with torch.device("meta"):
-        plain: PreTrainedModel = base._from_config(config, dtype=model.dtype)
+    plain = empty_plain(model, before, after)
     ours, theirs = ({key: value.shape for key, value in item.state_dict().items()} for item in (model, plain))
     if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         raise ValueError(
-            f"{base.__name__} with {after} experts keeps {other[0]} otherwise than the pruned model does: {ADVICE}"
+            f"{type(plain).__name__} with {after} experts keeps {other[0]} otherwise than the pruned model does: "
+            f"{ADVICE}"
         )
     plain.load_state_dict(model.state_dict(), assign=True)
     for name, buffer in model.named_buffers():  # also those that no checkpoint has
@@ -56,6 +54,15 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     if plain.can_generate():
         plain.generation_config = model.generation_config
     return plain.train(model.training)
+
+
+def empty_plain(model: PreTrainedModel, before: int, after: int) -> PreTrainedModel:
+    """Return an empty model on the meta device, of a compressed model's family, with `after` experts for `before`."""
+    base: Any = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
+    config = _fewer(base.config_class, model.config, before, after)
+    with torch.device("meta"):
+        plain: PreTrainedModel = base._from_config(config, dtype=model.dtype)
+    return plain
 
 
 def _counts(model: PreTrainedModel) -> tuple[int, int]:

@@ -141,7 +141,7 @@ class SavedWhole:
         if source:
             copy_companions(source, folder, leave if tokenizer is None else (*leave, "tokenizer"))
         _tell_what_is_lacking(self.name_or_path, source, folder, leave)
-        _write_documents(self.mcsmoe_record, source, folder, model_id)
+        write_documents(self.mcsmoe_record, source, folder, model_id)
         _add_tags(folder / CARD_FILE, [*(self.model_tags or []), *([tags] if isinstance(tags, str) else tags or [])])
 
     def _save_own(self, folder: Path, *, is_compact: bool, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ def _tell_what_is_lacking(name: str, source: Path | None, folder: Path, leave: t
         )
 
 
-def _write_documents(record: Any, source: Path | None, folder: Path, model_id: str) -> None:
+def write_documents(record: Any, source: Path | None, folder: Path, model_id: str) -> None:
     """Write plan, record and card into `folder`: those of a compressed source, with what `record` knows anew.
 
     The card is new for a model that was merged just now. A source's card is left alone but for its marked section, and

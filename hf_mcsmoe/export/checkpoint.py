@@ -1,0 +1,133 @@
+"""The story of a plain checkpoint: what becomes of the experts, of the router's rows, and what is written."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.card import record_of, render
+from hf_mcsmoe.evaluation.costs import account
+from hf_mcsmoe.export.form import PlainForm, plain_form_of
+from hf_mcsmoe.export.router_rows import bias_name, check_router_rows, group_bias, row_weights
+from hf_mcsmoe.export.write import State, router_tensors, write_weights
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.output import check_output
+from hf_mcsmoe.layers.source import Source, source_of
+from hf_mcsmoe.modeling.companions_mcsmoe import copy_companions
+from hf_mcsmoe.modeling.companions_mcsmoe import source_of as folder_of
+from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder
+from hf_mcsmoe.modeling.saving_mcsmoe import write_documents
+from hf_mcsmoe.record import Record, Step
+
+# The title of the step that makes an ordinary checkpoint.
+PLAIN = "Plain checkpoint"
+# How experts may be stored other than dense, by the name of that in the configuration.
+STORED = {"low_rank": "as low rank + sparse", "quantized": "in few bits"}
+
+
+def export(
+    model_or_folder: PreTrainedModel | str | os.PathLike | Source,
+    output: str | os.PathLike,
+    *,
+    engines: Sequence[str] = (),
+    router_rows: str = "frequency",
+    expand: bool = False,
+    dense: bool = False,
+    overwrite: bool = False,
+) -> Record:
+    """Write a compressed model as an ordinary checkpoint of its family, which needs no code of ours.
+
+    It has the family's own class, configuration and names, fewer experts, and a router with a row for each of them.
+    A folder is read block by block.
+
+    Args:
+        model_or_folder: a compressed model, or the folder of one.
+        output: the folder to be written; it is complete or not there.
+        engines: those that must be able to run it.
+        router_rows: what the rows of a group's experts become: their mean by `frequency`, that of the `dominant` one,
+            their `mean`, or with `logsumexp` that and log n in the router's bias, where the family has one.
+        expand: put every stored expert into all the places of those that it stands for: the same logits, full size.
+        dense: multiply low rank + sparse experts out, and write those in few bits as the weights they stand for.
+        overwrite: whether files in `output` may be replaced.
+
+    Returns:
+        The record that was saved.
+
+    Raises:
+        ValueError: see `plain_form_of`; rows that the plan does not tell, an engine that cannot run the result, an
+            output in use.
+    """
+    check_router_rows(router_rows)
+    source = source_of(model_or_folder)
+    layers = Layers.of(source)
+    form = plain_form_of(layers, expand=expand)
+    _check_dense(form, dense=dense)
+    folder = folder_of(source.model)
+    apart = {} if folder is None else {"the model": folder}
+    target = check_output(output, overwrite=overwrite, needed_bytes=plain_bytes(form), apart=apart)
+    record = record_of(source.model)
+    rows = _router(form, router_rows, record.plan)
+    record = _told(form, record, router_rows, expand=expand)
+    with completed_folder(Path(os.path.realpath(target))) as made:
+        if form.plain.can_generate():
+            form.plain.generation_config = source.model.generation_config
+        form.plain.save_pretrained(made, state_dict={})
+        write_weights(form, made, rows)
+        if folder is not None:
+            copy_companions(folder, made)
+        write_documents(record, folder, made, target.name)
+    return record
+
+
+def plain_bytes(form: PlainForm) -> int:
+    """Return the bytes of a plain form's weights."""
+    return sum({id(tensor): tensor.nbytes for tensor in form.plain.state_dict(keep_vars=True).values()}.values())
+
+
+def _check_dense(form: PlainForm, *, dense: bool) -> None:
+    """Raise ValueError where experts are stored in another way, and nobody asked to make them dense."""
+    stored: dict[str, Any] = form.model.config.mcsmoe["layers"]
+    kinds = {kind for layer in stored.values() for kind in STORED if layer.get(kind)}
+    if kinds and not dense:
+        how = " and ".join(words for kind, words in STORED.items() if kind in kinds)
+        raise ValueError(
+            f"The experts are stored {how}, which no model of the family's own class knows; written dense they take "
+            f"{plain_bytes(form) / 1e9:.2f} GB with the rest of the model: ask for it with dense=True (--dense)."
+        )
+
+
+def _router(form: PlainForm, router_rows: str, plan: dict[str, Any]) -> dict[str, State]:
+    """Return the tensors of the plain routers; see `router_tensors`."""
+    planned = plan.get("layers", {})
+    biases = [bias_name(slot) for slot in form.slots] if router_rows == "logsumexp" else []
+    weights = {
+        slot.layer.name: row_weights(slot, router_rows, planned.get(slot.layer.original_name, {}))
+        for slot in form.slots
+    }
+    rows = router_tensors(form, weights)
+    for slot, name in zip(form.slots, biases, strict=False):
+        if slot.is_combined:
+            bias = rows[slot.layer.name][name]
+            rows[slot.layer.name][name] = (bias.double() + group_bias(slot)).to(bias.dtype)
+    return rows
+
+
+def _told(form: PlainForm, record: Record, router_rows: str, *, expand: bool) -> Record:
+    """Return the record of the plain model, with its card."""
+    kind, count = type(form.plain).__name__, form.num_experts
+    if expand:
+        line = f"`{kind}` with {count} experts a layer as before: each merged expert stands in all of its places."
+    else:
+        line = f"`{kind}` with {count} experts a layer."
+    if any(slot.is_combined for slot in form.slots):
+        line += f" Each group of merged experts has one row in the router (`{router_rows}`)."
+    options = {"experts": count, "expand": expand} | ({} if expand else {"router_rows": router_rows})
+    record = replace(record.with_step(Step(PLAIN, options, [line])), is_plain=True)
+    with torch.device("meta"):
+        costs = account(form.plain)
+    record = replace(record, costs=record.costs | ({"plain": costs} if record.costs else {}))
+    return replace(record, card=render(record))

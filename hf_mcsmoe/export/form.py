@@ -1,0 +1,146 @@
+"""The plain form of a compressed model: its family's own class, and which stored expert stands in which place."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.source import InMemory
+from hf_mcsmoe.modeling.plain_mcsmoe import empty_plain
+from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
+from hf_mcsmoe.modeling.router_mcsmoe import router_beside
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the experts of one layer go: from `layer`, as it is stored, to `plain`, that of the family's class.
+
+    `stored` says for each place which stored expert stands there, int [G]; `rows` which rows of the layer's router
+    become one row, that of the place.
+    """
+
+    layer: MoELayer
+    plain: MoELayer
+    stored: list[int]
+    rows: list[list[int]]
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether the plain router has fewer rows than the layer's."""
+        return len(self.rows) < self.layer.num_routed
+
+
+@dataclass(frozen=True)
+class PlainForm:
+    """A compressed model and the empty model, on the meta device, of the family's own class that it becomes."""
+
+    layers: Layers
+    plain: PreTrainedModel
+    slots: list[Slots]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The compressed model."""
+        return self.layers.model
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of each layer of the plain model."""
+        return len(self.slots[0].stored)
+
+
+def plain_form_of(layers: Layers, *, expand: bool = False) -> PlainForm:
+    """Return the plain form of a compressed model, found without weights.
+
+    Args:
+        expand: put every stored expert into all the places of the experts that it stands for, under the whole router.
+
+    Raises:
+        ValueError: the model is not compressed, its layers have unlike numbers of experts, fewer than a token picks,
+            or groups that its routers cannot pick among, or the family has no plain form for it.
+    """
+    _check_plain(layers, expand=expand)
+    before = layers[0].num_original if layers[0].kept else layers[0].num_routed
+    places = [_places(layer, expand=expand) for layer in layers]
+    plain = empty_plain(layers.model, before, len(places[0][0]))
+    found = Layers.of(InMemory(plain))
+    slots = [Slots(old, new, *place) for old, new, place in zip(layers, found, places, strict=True)]
+    for slot in slots:
+        if slot.plain.num_experts != len(slot.stored):
+            raise ValueError(
+                f"The configuration of {type(plain).__name__} does not say how many experts its layers have: "
+                f"{slot.plain.name} of {len(slot.stored)} would have {slot.plain.num_experts}. The family has no "
+                "plain form; save the model in our format."
+            )
+    return PlainForm(layers, plain, slots)
+
+
+def _check_plain(layers: Layers, *, expand: bool) -> None:
+    name = type(layers.model).__name__
+    if not layers.compressed:
+        raise ValueError(f"{name} is an ordinary model of its family already: there is nothing to export.")
+    if constant := next((layer.name for layer in layers if layer.num_constants), None):
+        raise ValueError(
+            f"{constant} has constants in the place of pruned experts, which no model of the family's class knows: "
+            "prune with pruned_router='slice' (--pruned-router slice) for a plain checkpoint."
+        )
+    if expand and (pruned := next((layer.name for layer in layers if layer.kept is not None), None)):
+        raise ValueError(
+            f"{pruned} is pruned, so that no stored expert stands for those that are gone: leave expand out."
+        )
+    counts = Counter(layer.num_routed if expand else layer.num_experts for layer in layers)
+    if len(counts) > 1:
+        told = ", ".join(f"{count} in {number}" for count, number in sorted(counts.items()))
+        raise ValueError(
+            f"A plain checkpoint has one number of experts for all of its layers, and {name} has {told}: compress "
+            f"with budget='uniform' and experts={nearest_uniform([layer.num_experts for layer in layers])}."
+        )
+
+
+def nearest_uniform(counts: Sequence[int]) -> int:
+    """Return the one number of experts that is nearest to those of the layers, in bytes: their mean, rounded."""
+    return max(1, round(sum(counts) / len(counts)))
+
+
+def _places(layer: MoELayer, *, expand: bool) -> tuple[list[int], list[list[int]]]:
+    """Return the stored expert of each place, and the router's rows that become one there."""
+    routed = list(range(layer.num_routed))
+    if layer.expert_map is None:
+        return routed, [[row] for row in routed]
+    if expand or layer.num_experts == layer.num_routed:
+        return list(layer.expert_map), [[row] for row in routed]
+    stored = _by_router_group(layer)
+    return stored, [layer.members[group] for group in stored]
+
+
+def _by_router_group(layer: MoELayer) -> list[int]:
+    """Return the stored experts in the order of the groups that the layer's router picks among.
+
+    Raises:
+        ValueError: stored experts stand for experts of several of these, or unlike numbers of each; there are too few;
+            or picks are fixed beforehand.
+    """
+    if "tid2eid" in router_beside(layer.model, layer.name)._buffers:
+        raise ValueError(
+            f"The router of {layer.name} sends each token of the vocabulary to fixed experts, for which a router of "
+            "fewer rows has no place: export with expand, which keeps the whole router."
+        )
+    least, groups = cut_limits(layer.model, layer.name)
+    if layer.num_experts < max(least, layer.top_k or 1):
+        raise ValueError(
+            f"{layer.name} has {layer.num_experts} experts, and its router needs {max(least, layer.top_k or 1)} at "
+            "least: keep more, or export with expand, which keeps the whole router."
+        )
+    size = layer.num_routed // groups
+    of = [{member // size for member in members} for members in layer.members]
+    sizes = Counter(min(group) for group in of)
+    if any(len(group) > 1 for group in of) or len(set(sizes.values())) > 1 or len(sizes) < groups:
+        raise ValueError(
+            f"The router of {layer.name} picks among {groups} groups of {size} experts, which its merged experts "
+            "do not keep apart: compress with --plain, which merges within these groups, or export "
+            "with expand, which keeps the whole router."
+        )
+    return sorted(range(layer.num_experts), key=lambda stored: (min(of[stored]), stored))
