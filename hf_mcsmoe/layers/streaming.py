@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -99,6 +99,8 @@ class Turnstile:
 
     def _enter(self, path: str, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
         current = CURRENT.get()
+        if current is not None and path in current.passed:
+            return
         if current is not None and current.inside is None:
             while current.wait(path):
                 module.forward(*arguments, **keywords)
@@ -150,6 +152,12 @@ def current_key() -> Any:
     return None if current is None else current.key
 
 
+def has_passed(path: str) -> bool:
+    """Tell whether the forward that runs in this thread had passed a block before it began."""
+    current = CURRENT.get()
+    return current is not None and path in current.passed
+
+
 def is_between_blocks() -> bool:
     """Tell whether the forward that runs in this thread is in none of its blocks."""
     current = CURRENT.get()
@@ -163,9 +171,9 @@ class _GivenUp(BaseException):
 class Forward:
     """A forward in a thread of its own that runs only while another thread is in `resume`."""
 
-    def __init__(self, call: Callable[[], Any], key: Hashable = None) -> None:
-        """Take what is to be called, and by what it is told from others."""
-        self.key = key
+    def __init__(self, call: Callable[[], Any], key: Hashable = None, passed: Collection[str] = ()) -> None:
+        """Take what is to be called, by what it is told from others, and blocks at which it does not wait."""
+        self.key, self.passed = key, passed
         self.block: str | None = None  # at which it waits
         self.inside: str | None = None  # the block that it passes
         self.result: Any = None

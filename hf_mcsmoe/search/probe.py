@@ -28,17 +28,31 @@ class Probe:
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        """Run the original on the rows."""
+        """Take the rows, and run the original on them."""
         rows = list(apart(model, batches))
         judges = held_out_rows(rows)
         self.model, self.batches, self.is_held_out = model, _few(judges or rows), bool(judges)
         self.judge = Judge(self.batches, memory_limit=MEMORY_LIMIT)
-        self.judge.remember(model)
+        self.effects: dict[int, float] = {}  # of each trial, in nats, by its number
+        self.trials = 0
+        self._remember()
 
-    @property
-    def tells(self) -> bool:
-        """Whether the model gives distributions that can be compared."""
-        return bool(self.judge.kept)
+    def _remember(self) -> None:
+        self.judge.remember(self.model)
+
+    def check(self) -> None:
+        """Raise ValueError where the model gives no distributions that can be compared."""
+        if not self.judge.kept:
+            raise ValueError(
+                f"{type(self.model).__name__} tells no distribution on these batches, by which a choice would be "
+                "measured: load it with its head, and give an encoder-decoder labels."
+            )
+
+    def trial(self, layer: MoELayer, difference: torch.Tensor) -> tuple[float, int]:
+        """Try another output of a layer, see `measure`; return its error and the number of the trial in `effects`."""
+        number, self.trials = self.trials, self.trials + 1
+        error, self.effects[number] = self.measure(layer, difference)
+        return error, number
 
     def measure(self, layer: MoELayer, difference: torch.Tensor) -> tuple[float, float]:
         """Return the squared norm per row of what a layer gives more, and the divergence that follows, in nats.
@@ -50,10 +64,9 @@ class Probe:
         used: list[int] = []
         masks = [token_masks(self.model, batch) for batch in self.batches]
         with torch.no_grad(), hooks() as handles:
-            handles.extend(_changed(layer, difference, masks, used))
+            handles.extend(changed(layer, difference, masks, used))
             self.judge.measure("changed", self.model)
-        error = difference[: sum(used)].square().sum(1).mean()
-        return float(error), max(self.judge.quality.pop("changed").kl or 0.0, 0.0)
+        return missed(difference, used), max(self.judge.quality.pop("changed").kl or 0.0, 0.0)
 
     def tokens(self, held_out: torch.Tensor) -> torch.Tensor:
         """Return the tokens that the rows begin with, int [n], of all those of a layer.
@@ -107,7 +120,12 @@ def _positions(batch: Batch) -> int:
     return max((value.shape[:2].numel() for value in batch.values() if isinstance(value, torch.Tensor)), default=0)
 
 
-def _changed(
+def missed(difference: torch.Tensor, used: Sequence[int]) -> float:
+    """Return the squared norm per row of a difference, of the rows that were `used`."""
+    return float(difference[: sum(used)].square().sum(1).mean())
+
+
+def changed(
     layer: MoELayer, difference: torch.Tensor, masks: Sequence[dict[str, torch.Tensor]], used: list[int]
 ) -> Iterator[Any]:
     """Yield the hooks that add a difference to a layer's output, forward by forward; note how many rows are `used`."""

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_mcsmoe.layers.batches import hooks
-from hf_mcsmoe.layers.streaming import blocks, current_key, is_between_blocks
+from hf_mcsmoe.layers.streaming import blocks, current_key, has_passed, is_between_blocks
 from hf_mcsmoe.streamed.parts import Key
 
 # Where a tensor begins in a file: as Torch places those that it allocates, or kernels may add in another order.
@@ -56,6 +56,27 @@ class States:
                 for path in finished:
                     vars(of_model[path]).pop("forward", None)
 
+    @contextlib.contextmanager
+    def replayed(self, model: nn.Module, passed: Sequence[str], *keys: Key) -> Iterator[None]:
+        """Let the blocks that were `passed` return what the last of their list did to the first of `keys` it is of."""
+        modules = {path: vars(block) for path, block in blocks(model).items() if path in passed}
+        before = {path: own["forward"] for path, own in modules.items() if "forward" in own}
+        read: dict[str, Any] = {}
+        for path, own in modules.items():
+            own["forward"] = partial(self._replay, read, _last(path, passed), keys)
+        try:
+            yield
+        finally:
+            for path, own in modules.items():
+                own.pop("forward")
+                own |= {"forward": before[path]} if path in before else {}
+
+    def _replay(self, read: dict[str, Any], last: str, keys: Sequence[Key], *_: Any, **__: Any) -> Any:
+        if last not in read:
+            file = next(file for file in (self._file(last, key) for key in keys) if file.exists())
+            read[last] = read_nest(file, mapped=self.mapped)
+        return read[last]
+
     def forget(self, path: str) -> None:
         """Remove what blocks before `path` in its list returned: this one is finished, and the journal knows."""
         for earlier in [other for other in self._numbers if _list_of(other) == _list_of(path)]:
@@ -73,7 +94,7 @@ class States:
 
     def _store(self, path: str, module: nn.Module, arguments: Any, output: Any) -> Any:
         key = current_key()
-        if not isinstance(key, Key) or not is_between_blocks():
+        if not isinstance(key, Key) or not is_between_blocks() or has_passed(path):
             return None
         write_nest(self._file(path, key), output)
         return read_nest(self._file(path, key), mapped=True) if self.mapped else None
