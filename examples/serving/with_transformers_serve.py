@@ -1,0 +1,61 @@
+"""Serve a checkpoint with `transformers serve`, ask it one question over HTTP, and stop it.
+
+    pip install "transformers[serving]"
+    python examples/serving/with_transformers_serve.py DIR                       # plain: nothing else
+    python examples/serving/with_transformers_serve.py DIR --trust-remote-code   # what hf-mcsmoe writes otherwise
+
+The chat template is that of the folder's tokenizer.
+"""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from typing import Any
+
+from greedy import arguments
+
+
+def ask(address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Send a request to a server, and return its answer."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
+
+
+def wait(address: str, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers."""
+    while server.poll() is None:
+        try:
+            ask(f"{address}/health")
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise SystemExit(f"transformers serve ended with status {server.returncode}")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code beside the weights")
+    options = parser.parse_args()
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", options.model]
+    command += ["--port", str(options.port), *["--trust-remote-code"] * options.trust_remote_code]
+    address = f"http://localhost:{options.port}"
+    server = subprocess.Popen(command)
+    try:
+        wait(address, server)
+        body = {"model": options.model, "max_tokens": options.tokens, "temperature": 0}
+        chat = ask(
+            f"{address}/v1/chat/completions", body | {"messages": [{"role": "user", "content": options.prompt}]}
+        )
+        print(chat["choices"][0]["message"]["content"])
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+if __name__ == "__main__":
+    main()
