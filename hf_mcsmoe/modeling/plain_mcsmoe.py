@@ -62,7 +62,29 @@ def empty_plain(model: PreTrainedModel, before: int, after: int) -> PreTrainedMo
     config = _fewer(base.config_class, model.config, before, after)
     with torch.device("meta"):
         plain: PreTrainedModel = base._from_config(config, dtype=model.dtype)
+    text = plain.config.get_text_config()
+    vars(text).update(older_names(text))
     return plain
+
+
+def older_names(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what engines that read `config.json` themselves look for (mlx-lm 0.32), as Transformers 4 wrote it.
+
+    Transformers 5 has it under other names, and reads either.
+
+    Args:
+        config: of the text model.
+    """
+    names: dict[str, Any] = {}
+    if counts := vars(config).get(config.attribute_map.get("num_experts", "")):
+        names["num_experts"] = counts
+    rope = vars(config).get("rope_parameters") or {}
+    if any(isinstance(value, dict) for value in rope.values()):  # a kind of layer each, for which there was no name
+        return names
+    names |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        names["rope_scaling"] = {key: value for key, value in rope.items() if key not in names}
+    return names
 
 
 def _counts(model: PreTrainedModel) -> tuple[int, int]:
