@@ -9,8 +9,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+
+import pytest
+from huggingface_hub import close_session, constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -25,6 +29,14 @@ class Hub:
     branches: list[str] = field(default_factory=list)
     commits: list[dict[str, Any]] = field(default_factory=list)
     sent: dict[str, list[int]] = field(default_factory=dict)  # bytes of each answer, by the path
+    head: str = COMMIT
+    before: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # files by commit, once it has moved
+
+    def move(self, commit: str, files: dict[str, dict[str, bytes]]) -> None:
+        """Let all branches move to a commit with these files in place of those of the same name."""
+        self.before[self.head] = self.files
+        self.files = {name: {**old, **files.get(name, {})} for name, old in self.files.items()}
+        self.head = commit
 
     def create(self, request: dict[str, Any]) -> dict[str, Any]:
         """Create a repository, of the user "me" if no organization is named."""
@@ -49,7 +61,7 @@ class Hub:
 
     def info(self, repo_id: str) -> dict[str, Any]:
         """Describe a repository."""
-        return {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files[repo_id]]}
+        return {"id": repo_id, "sha": self.head, "siblings": [{"rfilename": name} for name in self.files[repo_id]]}
 
     def tree(self, repo_id: str) -> list[dict[str, Any]]:
         """List a repository's files."""
@@ -74,8 +86,12 @@ class Hub:
         if found and found[1] in self.files:
             describe = self.tree if "/tree/" in path else self.info
             return json.dumps(describe(found[1])).encode()
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
-        return self.files.get(found[1], {}).get(found[2]) if found else None
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        return self.before.get(found[2], self.files).get(found[1], {}).get(found[3]) if found else None
+
+    def commit_of(self, path: str) -> str:
+        """Return the commit that a path asks for."""
+        return next((commit for commit in self.before if f"/{commit}" in path), self.head)
 
 
 @contextlib.contextmanager
@@ -107,7 +123,7 @@ def running_hub() -> Iterator[Hub]:
             if content is None:
                 self.send_header("X-Error-Code", "EntryNotFound")
             content = content or b""
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", hub.commit_of(self.path))
             self.send_header("ETag", hashlib.sha1(content).hexdigest())
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -123,3 +139,17 @@ def running_hub() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def here(hub: Hub, home: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process take a Hub for the real one, with an empty cache in `home`, for the time of the block."""
+    with patch.context() as patched:
+        patched.setattr(constants, "HF_HUB_OFFLINE", False)
+        patched.setattr(constants, "ENDPOINT", hub.endpoint)
+        files = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patched.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patched.setattr(constants, "HF_HUB_CACHE", str(home))
+        close_session()
+        yield
+    close_session()

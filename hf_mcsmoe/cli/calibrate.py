@@ -20,6 +20,7 @@ from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import opened
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import STATISTICS, of_data
@@ -29,6 +30,7 @@ from hf_mcsmoe.progress import Progress, one_step
 from hf_mcsmoe.search.conditions import conditions, covered
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves, needs_of
+from hf_mcsmoe.streamed.config import StreamConfig
 
 DATA = ["data", "column", "target_column", "split", "num_samples", "max_length", "batch_size", "seed"]
 # Experts of a layer that are named one by one.
@@ -59,7 +61,14 @@ def calibrate_command(
     ] = False,
     stream: Annotated[
         bool,
-        typer.Option(help="read a folder block by block, one of them in memory", rich_help_panel="Loading"),
+        typer.Option(help="read block by block, one of them in memory", rich_help_panel="Loading"),
+    ] = False,
+    drop_source_cache: Annotated[
+        bool,
+        typer.Option(
+            help="with --stream: remove shards of a Hub id from the cache again, once they are read",
+            rich_help_panel="Loading",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option(help="begin anew where the file is there", rich_help_panel="Output")
@@ -68,13 +77,15 @@ def calibrate_command(
     """Sum once, over calibration text, what methods read, for any number of experts: the file of `--scores`."""
     check_device_map(loading.device_map)
     check_dtype(loading.dtype)
-    config, search = MergeConfig(seed=calibration.seed), SizeConfig()
+    config, search, how = MergeConfig(seed=calibration.seed), SizeConfig(), StreamConfig(None, True, drop_source_cache)
     needs = [*(usual() if methods is None else needs_of_names(methods)), *(needs_of(config, search) if curves else ())]
     check_file(output, "--output")
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
     check_loss(layers.model, needs)
     if stream:
         _check_streamed(needs, curves)
+    elif drop_source_cache:
+        raise ValueError("--drop-source-cache goes with --stream, which reads a shard at a time: give both.")
     held = read_scores(output, layers) if output.is_file() and not overwrite else None
     check_reference(needs, base_model, held)
     if base_model:
@@ -82,7 +93,7 @@ def calibrate_command(
     with stage_bars() as progress:
         samples, tokenizer = calibration.read(progress), load_tokenizer(loading.tokenizer or model)
         with one_step("loading", progress):
-            loaded = Layers.of(opened(model, loading) if stream else _loaded(model, loading))
+            loaded = Layers.of(opened(model, loading, how, output) if stream else _loaded(model, loading))
         # What is held out judges a later `compress`.
         batches, _ = calibration.batches(samples, tokenizer, loaded.model, progress)
         statistics = _collected(loaded, batches, held, of_data(needs), progress)
@@ -92,6 +103,8 @@ def calibrate_command(
             return
         statistics = add_reference(statistics, loaded, base_model) if base_model else statistics
         _save(statistics, output)
+        if isinstance(loaded.source, Folder):
+            loaded.source.drop_fetched()
         if curves and not covered(loaded, statistics, config, search, JOINT):
             _measure(loaded, batches, statistics, config, search, progress)
             _save(statistics, output)

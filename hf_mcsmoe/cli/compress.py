@@ -120,7 +120,7 @@ def compress_command(
     with stage_bars() as progress:
         samples, other = calibration.read(progress) if reads else [], calibration.read_check()
         with one_step("loading", progress):
-            folder = opened(model, loading) if is_streamed else None
+            folder = opened(model, loading, streaming.config(), output) if is_streamed else None
             loaded = folder.model if folder else load_model(model, **_how(loading))
         batches, held_out = calibration.batches(samples, tokenizer, loaded, progress) if reads else ([], [])
         check = calibration.check_batches(other, tokenizer, loaded)

@@ -32,7 +32,7 @@ from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import REPAIR
 from hf_mcsmoe.search.choices import check_reachable, choose
 from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.search.size import bytes_of
+from hf_mcsmoe.search.size import bytes_of, bytes_text
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,11 @@ def told_of_run(
     rows = f"{run.rows} rows of {run.length} tokens, repair {run.repair}"
     console.print(f"\nwhat a run takes on the CPU ({rows}):", highlight=False, soft_wrap=True)
     console.print(needs_table(needs, seconds))
-    console.print(way_line(way, model), highlight=False, soft_wrap=True)
+    console.print(way_line(way), highlight=False, soft_wrap=True)
     if found.refused:
         console.print(f"not block by block: {escape(found.refused)}", highlight=False, soft_wrap=True)
+    if not Path(model).is_dir():
+        console.print(hub_line(stored.bytes), highlight=False, soft_wrap=True)
     ways = {
         name: {
             **{"memory": item.memory, "needed": item.needed, "phases": item.phases},
@@ -142,7 +144,16 @@ def told_of_run(
         "way": asdict(way),
         "not_streamed": found.refused,
         "memory_free": found.memory,
+        "fetched": None if Path(model).is_dir() else {"kept": stored.bytes, "dropped": 2 * stored.bytes},
     }
+
+
+def hub_line(source: int) -> str:
+    """Return the sentence that tells what of a model of the Hub is fetched, and stays on disk beside the result."""
+    return (
+        f"from the Hub {bytes_text(source)} are fetched, which stay in its cache; block by block with "
+        f"--drop-source-cache {bytes_text(2 * source)} at most, of which a few shards at a time are there"
+    )
 
 
 def _seconds(model: str, layers: Layers, run: Run, needs: Mapping[str, Needs]) -> dict[str, dict[str, float]]:

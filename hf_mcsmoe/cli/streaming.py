@@ -39,6 +39,9 @@ class Streaming:
         None, "memory for a block and hidden states (8GB), which else lie on disk", show_default="most of what is free"
     )
     restart: bool = described(False, "begin anew, whatever an interrupted run has finished")
+    drop_source_cache: bool = described(
+        False, "remove shards of a Hub id from the cache again, once no later block needs them"
+    )
 
     def __post_init__(self) -> None:
         """Refuse, before any work, a memory that is none, and what says how to stream beside --no-stream.
@@ -52,7 +55,8 @@ class Streaming:
 
     def _given(self) -> str:
         """Return the options that say how to stream, as they were given."""
-        return " and ".join([f"--{name}" for name in ("memory", "restart") if vars(self)[name]])
+        names = ("memory", "restart", "drop_source_cache")
+        return " and ".join([f"--{name.replace('_', '-')}" for name in names if vars(self)[name]])
 
     def tell_unused(self) -> None:
         """Say that options did nothing since the model is loaded."""
@@ -72,7 +76,8 @@ class Streaming:
         Raises:
             ValueError: a memory that is none.
         """
-        return stream_config(self.memory, restart=self.restart)
+        config = stream_config(self.memory, restart=self.restart)
+        return replace(config, drop_source_cache=self.drop_source_cache)
 
     def is_chosen(
         self,
@@ -90,8 +95,6 @@ class Streaming:
         if stages["size"] is not None or self.stream is not None:
             return self._asked(layers, config, stages, held)
         folder = str(layers.model.name_or_path)
-        if not Path(folder).is_dir():
-            return False
         refused = refusal(layers, config, stages, held)
         source = stored_bytes(folder) or configured_bytes(layers.model, load_config(folder))
         run = run_by_hand(layers, config, stages, calibration)
@@ -135,12 +138,12 @@ def forget_interrupted(output: Path) -> None:
         notes.print("removed what a run block by block to this output, which was interrupted, had finished")
 
 
-def opened(model: str, loading: Loading) -> Folder:
-    """Return the folder of a model, to be read where the device map says."""
+def opened(model: str, loading: Loading, stream: StreamConfig, output: Path) -> Folder:
+    """Return a model by folder or Hub id, to be read where the device map says, for a run to an output."""
     device = loading.device_map or "cpu"
     if device in SPREAD:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Folder(model, dtype=loading.dtype, device=device, dequantize=loading.dequantize)
+    return stream.opened(model, output, dtype=loading.dtype, device=device, dequantize=loading.dequantize)
 
 
 def push_folder(target: Output, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
@@ -10,7 +9,7 @@ from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.data.features import HELD_OUT
 from hf_mcsmoe.forecast.machine import resident
 from hf_mcsmoe.forecast.memory import free_memory
-from hf_mcsmoe.forecast.needs import BASE, IN_MEMORY, STREAMED, Needs, Run, needs_of
+from hf_mcsmoe.forecast.needs import BASE, IN_MEMORY, Needs, Run, needs_of
 from hf_mcsmoe.forecast.result import Result, result_by_hand
 from hf_mcsmoe.forecast.run import run_of
 from hf_mcsmoe.forecast.sizes import sizes_of
@@ -112,10 +111,9 @@ def refusal(
     return None
 
 
-def way_line(way: Way, model: str) -> str:
-    """Return the sentence that tells the way of a model, by its folder or name; of the Hub's none is streamed."""
-    first = way.name == STREAMED and not Path(model).is_dir()
-    return f"here: {way.name} ({way.reason})" + (", from a folder: first `hf download` it" if first else "")
+def way_line(way: Way) -> str:
+    """Return the sentence that tells the way of a model."""
+    return f"here: {way.name} ({way.reason})"
 
 
 def asked_of(stages: Mapping[str, Any]) -> Asked:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -65,10 +65,24 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{folder} holds neither {WEIGHTS} nor {INDEX}. Weights of another format can be loaded with "
             "from_pretrained and saved as safetensors with save_pretrained."
         )
-    files = {name: folder / file for name, file in weight_map(folder / INDEX).items()}
-    if missing := sorted({file.name for file in files.values() if not file.is_file()}):
+    files = weight_map(folder / INDEX)
+    if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: the download is incomplete.")
-    inside = {file: tensors_of_file(file) for file in dict.fromkeys(files.values())}
+    return without_absent(files, {file: tensors_of_file(folder / file) for file in dict.fromkeys(files.values())})
+
+
+def without_absent(
+    files: Mapping[str, str], inside: Mapping[str, Mapping[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """Return the tensors of shards by name.
+
+    Args:
+        files: the file of each tensor, as the index says.
+        inside: the tensors of each file.
+
+    Raises:
+        ValueError: a file lacks a tensor that the index says it holds.
+    """
     if absent := sorted(name for name, file in files.items() if name not in inside[file]):
         raise ValueError(
             f"{files[absent[0]]} lacks {len(absent)} of the tensors that {INDEX} says it holds ({absent[0]}, ...): "

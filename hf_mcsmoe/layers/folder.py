@@ -1,4 +1,4 @@
-"""A checkpoint on disk as a model: weights are read when a block asks for them, and freed after it."""
+"""A checkpoint on disk or the Hub as a model: weights are read when a block asks for them, and freed after it."""
 
 import contextlib
 import os
@@ -17,6 +17,7 @@ from hf_mcsmoe.layers.checkpoint import Conversion, Part, StoredTensor, find_ten
 from hf_mcsmoe.layers.dequantize import check_not_quantized, dequantized
 from hf_mcsmoe.layers.loading import load_config, model_class
 from hf_mcsmoe.layers.memory import return_freed_memory
+from hf_mcsmoe.layers.snapshot import Passage, Snapshot
 from hf_mcsmoe.layers.streaming import Run, Turnstile, blocks
 
 
@@ -34,35 +35,43 @@ class Folder:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
         dequantize: bool = False,
+        commit: str | None = None,
+        drops: bool = False,
     ) -> None:
         """Build the model of a folder, and find each of its weights in the files without reading any.
 
         Args:
-            path: a folder with `config.json` and safetensors, one file or several with an index.
+            path: a folder with `config.json` and safetensors, one file or several with an index; or a Hub id, of which
+                a shard is fetched when a block needs it.
             dtype: "auto" for the checkpoint's own, as in `from_pretrained`, or a torch dtype or its name.
             device: where weights are read to.
             dequantize: read quantized weights as those that they stand for, where Transformers can.
+            commit: of a Hub id; None for where its main branch stands now.
+            drops: whether to remove shards of a Hub id from the cache once no later block needs them, but for those
+                that were there before; what is read again is fetched again.
 
         Raises:
-            ValueError: no such folder, a damaged or incomplete one, a quantized checkpoint (see `dequantize`), or
-                weights of another model than the configuration's.
+            ValueError: no such folder or id, a damaged or incomplete one, a quantized checkpoint (see `dequantize`),
+                or weights of another model than the configuration's.
         """
         folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder. Download a checkpoint of the Hub with `hf download` first.")
+        self.snapshot = None if folder.is_dir() else Snapshot(os.fspath(path), commit)
+        name, folder = (str(folder), folder) if self.snapshot is None else (os.fspath(path), self.snapshot.folder)
+        self.place = folder
         config = load_config(str(folder))
         quantizer = dequantized(config, str(folder)) if dequantize else None
         check_not_quantized(config, str(folder))
         return_freed_memory()
-        self.stored = find_tensors(folder)
+        self.stored = find_tensors(folder) if self.snapshot is None else self.snapshot.tensors()
         self.device = torch.device(device)
         dtype = _dtype(dtype, config, self.stored)
         with torch.device("meta"):
             self.model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype).eval()
-        self.model.config.name_or_path = self.model.name_or_path = str(folder)
+        self.model.config.name_or_path = self.model.name_or_path = name
         self._conversion = Conversion(self.model, dtype, self.device, quantizer)
         self._places = {name: _Place.of(self.model, name) for name in self.model.state_dict()}
         self._parts = {name: part for part in self._conversion.parts(self.stored) for name in part.names}
+        self._passage = self._shards(drops=drops)
         self._tied = self._ties()
         self._uses: Counter[Part] = Counter()
         self._dtypes = self._check(folder)
@@ -73,7 +82,27 @@ class Folder:
         """Yield the module at `path` with its weights, which are read unless they are there, and freed afterwards."""
         module = self.model.get_submodule(path)
         with self._held(name for name in self._places if name.startswith(f"{path}.") or not path):
+            if self._passage:
+                self._passage.entered(path)
             yield module
+        if self._passage:
+            self._passage.left(path)
+
+    def drop_fetched(self) -> None:
+        """Remove all shards from the cache of the Hub that this has fetched, where they are to be dropped."""
+        if self._passage:
+            self._passage.close()
+
+    def _shards(self, *, drops: bool) -> Passage | None:
+        """Return the passage of the shards that are on the Hub; None for a folder."""
+        if self.snapshot is None:
+            return None
+        paths = list(blocks(self.model))
+        found: dict[str, set[str]] = {path: set() for path in ["", *paths]}
+        for name, part in self._parts.items():
+            path = next((path for path in paths if name.startswith(f"{path}.")), "")
+            found[path] |= {self.stored[stored].file.name for stored in part.stored}
+        return Passage(self.snapshot, found, drops=drops)
 
     @contextlib.contextmanager
     def streamed(self) -> Iterator[Run]:
@@ -106,6 +135,7 @@ class Folder:
     def _held(self, names: Iterable[str]) -> Iterator[None]:
         """Hold the weights called `names`, together with those that are stored as one with them."""
         parts = list(dict.fromkeys(self._parts[name] for name in names if name in self._parts))
+        self._fetch(part for part in parts if not self._uses[part])
         with contextlib.ExitStack() as stack:
             for part in parts:
                 self._uses[part] += 1
@@ -113,6 +143,11 @@ class Folder:
                 if self._uses[part] == 1:
                     self._load(part)
             yield
+
+    def _fetch(self, parts: Iterable[Part]) -> None:
+        """Let what parts are made of be on this machine before it is read."""
+        if self.snapshot is not None:
+            self.snapshot.fetch_for(self.stored[name] for part in parts for name in part.stored)
 
     def _load(self, part: Part) -> None:
         if part.is_renamed:
@@ -157,6 +192,7 @@ class Folder:
     def _equal(self, one: Part, other: Part) -> bool:
         if one is other:
             return True
+        self._fetch((one, other))
         pairs = zip(one.stored, other.stored, strict=False)
         return len(one.stored) == len(other.stored) and all(
             torch.equal(self.stored[first][...], self.stored[second][...]) for first, second in pairs

@@ -18,18 +18,19 @@ class HubFile:
 
     repo_id: str
     name: str
+    revision: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name} of {self.repo_id}"
 
-    def open(self, mode: str = "rb") -> "Ranges":
+    def open(self, mode: str = "rb") -> Any:
         """Return the file, of which only what is read is fetched."""
         return Ranges(self)
 
     @property
     def url(self) -> str:
         """Where it is."""
-        return hf_hub_url(self.repo_id, self.name)
+        return hf_hub_url(self.repo_id, self.name, revision=self.revision)
 
     def exists(self) -> bool:
         """Tell whether the repository has it; not where the Hub cannot be reached."""

@@ -56,10 +56,11 @@ def compress_folder(
     has finished lies in a hidden folder beside the output until then.
 
     Args:
-        source: the checkpoint to be compressed.
+        source: the checkpoint to be compressed: a folder, or a Hub id, of which a shard is fetched when a block needs
+            it.
         output: the folder to be written; it is complete or not there.
         batches: as for `compress`, and so are all further options but the last two.
-        stream: how much memory there is for hidden states, and whether to begin anew.
+        stream: how much memory there is for hidden states, whether to begin anew, and what becomes of shards.
         saving: what is saved beside the weights.
 
     Returns:
@@ -69,9 +70,8 @@ def compress_folder(
         ValueError: see `compress`; what needs the whole model at once, see `check_streamed`; an output that is the
             source or lies in it; an earlier run on the output that was asked for something else.
     """
-    folder, stream = source if isinstance(source, Folder) else Folder(source), stream or StreamConfig()
-    saving = saving or Saving()
-    path = Path(os.path.realpath(output))
+    stream, saving, path = stream or StreamConfig(), saving or Saving(), Path(os.path.realpath(output))
+    folder = source if isinstance(source, Folder) else stream.opened(source, path)
     check_apart(path, {"the model": folder.model.name_or_path})
     layers, config = Layers.of(folder).uncompressed(), config or MergeConfig()
     asked = Asked(chosen_repair(repair), low_rank, quantization, sparsity)
@@ -89,6 +89,8 @@ def compress_folder(
     with working_folder(path) as work:
         wanted = description_of(folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms)
         journal = Journal(work, wanted, restart=stream.restart)
+        if folder.snapshot is not None:
+            journal.keep_cached(folder.snapshot)
         run = Run(layers, config, asked, data, journal, is_mapped=check_memory)
         found = run.statistics(statistics, needs, tell)
         found = found if norms is None else with_reference(found, layers, norms)
@@ -102,6 +104,7 @@ def compress_folder(
             cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
             writer.close()
         saving.after(path)
+        folder.drop_fetched()
         journal.remove()
         if statistics is None and saving.scores:
             found.save(saving.scores)  # last: a run that goes on would read it, and be another one

@@ -1,8 +1,10 @@
 """How a checkpoint is read block by block."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,6 +13,7 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.search.size import bytes_text
+from hf_mcsmoe.streamed.journal import commit_of
 
 # Of the memory that is free at the start, so much is taken unless told otherwise.
 SHARE = 0.8
@@ -19,14 +22,25 @@ OUTSIDE = ""
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Memory of a streamed run, and whether it begins anew.
+    """Memory of a streamed run, whether it begins anew, and what becomes of shards of the Hub.
 
     `memory` are bytes for the block in work and for hidden states; None for most of what is free. Hidden states that
-    do not fit are mapped from the disk.
+    do not fit are mapped from the disk. With `drop_source_cache` shards that were fetched leave the Hub's cache once
+    no later block needs them.
     """
 
     memory: int | None = None
     restart: bool = False
+    drop_source_cache: bool = False
+
+    def opened(self, source: str | os.PathLike, output: Path, **options: Any) -> Folder:
+        """Return the checkpoint of a run to `output`: of a Hub id the commit that a run which goes on began with.
+
+        Args:
+            options: see `Folder`.
+        """
+        commit = None if self.restart else commit_of(output)
+        return Folder(source, commit=commit, drops=self.drop_source_cache, **options)
 
     def check(self, folder: Folder, hidden_bytes: int) -> bool:
         """Return whether hidden states are to be mapped from the disk.

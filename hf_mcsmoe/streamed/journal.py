@@ -12,6 +12,7 @@ from typing import Any
 from hf_mcsmoe.files import read_json, write_json
 from hf_mcsmoe.layers.checkpoint import INDEX
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.snapshot import Snapshot
 from hf_mcsmoe.modeling.folders_mcsmoe import work_place
 
 # Inside of the working folder beside the output.
@@ -19,6 +20,8 @@ PLACE, FILE = "streamed", "journal.json"
 VERSION = 1
 # The states of a run: it takes statistics, makes block after block, or puts the result in its place.
 STATISTICS, BLOCKS, RESULT = "statistics", "blocks", "result"
+# What the cache of the Hub held before.
+CACHED = "cached"
 AGAIN = "--restart (restart=True) begins anew"
 
 
@@ -79,6 +82,13 @@ class Journal:
         """Write it, whole or not at all."""
         write_json(self.folder / FILE, self.content)
 
+    def keep_cached(self, snapshot: Snapshot) -> None:
+        """Let what was in the cache of the Hub when the run began stay there, however often it goes on."""
+        if CACHED not in self.content:
+            self.content[CACHED] = sorted(snapshot.kept)
+            self.save()
+        snapshot.kept = set(self.content[CACHED])
+
     def remove(self) -> None:
         """Remove all that the run has kept."""
         shutil.rmtree(self.folder)
@@ -96,6 +106,13 @@ def forget(output: str | os.PathLike) -> bool:
     is_there = _place(output).is_dir()
     shutil.rmtree(_place(output), ignore_errors=True)
     return is_there
+
+
+def commit_of(output: str | os.PathLike) -> str | None:
+    """Return the commit of the Hub that an interrupted run to this output reads; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        return json.loads((_place(output) / FILE).read_text(encoding="utf-8"))["run"]["source"].get("commit")
+    return None
 
 
 def is_placing(output: str | os.PathLike) -> bool:
@@ -125,8 +142,13 @@ def _shown(value: Any) -> str:
 
 
 def source_of_run(folder: Folder) -> dict[str, Any]:
-    """Return what tells a checkpoint from any other: its files' sizes and times, and what describes them."""
-    place = Path(str(folder.model.name_or_path))
+    """Return what tells a checkpoint from any other: its files' sizes and times, and what describes them.
+
+    Of the Hub it is the commit.
+    """
+    if folder.snapshot is not None:
+        return {"commit": folder.snapshot.commit}
+    place = folder.place
     files = sorted({tensor.file for tensor in folder.stored.values() if isinstance(tensor.file, Path)})
     found: dict[str, Any] = {file.name: stamp(file) for file in files}
     for name in ("config.json", INDEX):

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.evaluation.costs import account, saved_costs
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.source import InMemory
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.merge import merge_layer, prepared, sums_of
 from hf_mcsmoe.modeling.auto import register_family
+from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_described
 from hf_mcsmoe.plan import MergePlan
@@ -37,6 +39,8 @@ class Student:
         merged = [layer for layer in teacher if layer.name in plan.layers and layer.name not in whole]
         self.model: PreTrainedModel = prepared(teacher.only(merged)).requires_grad_(False)
         adopt_inner_models(self.model)
+        # What lies beside the weights is of the same commit, and at hand.
+        remember_source(self.model, str(cast(Folder, teacher.source).place))
         register_family(self.model.config.base_model_type)
         write_description(self.model, whole=whole)
         self.originals = {layer.name: layer for layer in teacher}

@@ -9,11 +9,11 @@ from families import build
 from helpers import Run
 
 from hf_mcsmoe import MergeConfig, RepairConfig
+from hf_mcsmoe.cli.plan_run import hub_line
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import Streaming
-from hf_mcsmoe.cli.way import way_line
 from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED
-from hf_mcsmoe.forecast.way import NO_WAY, Way
+from hf_mcsmoe.forecast.way import NO_WAY
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model
 
@@ -91,9 +91,6 @@ def test_hidden_states_that_do_not_fit_lie_on_disk(folder: Path, run: Run, monke
     assert streamed[1]["disk"] > 3 * 256 * 512 * width * itemsize
 
 
-def test_a_model_of_the_hub_is_streamed_once_it_is_a_folder(tmp_path: Path) -> None:
-    assert (
-        way_line(Way(STREAMED, "why"), "owner/name") == "here: streamed (why), from a folder: first `hf download` it"
-    )
-    assert way_line(Way(STREAMED, "why"), str(tmp_path)) == "here: streamed (why)"
-    assert way_line(Way(IN_MEMORY, "why"), "owner/name") == "here: in memory (why)"
+def test_what_a_model_of_the_hub_takes_beside_its_result() -> None:
+    assert hub_line(10**9).startswith("from the Hub 1 GB are fetched")
+    assert "--drop-source-cache 2 GB" in hub_line(10**9)

@@ -326,8 +326,8 @@ def test_what_is_no_whole_checkpoint_is_refused_before_any_work(mixtral: tuple, 
 
 
 def test_no_folder_and_no_dtype_are_refused(mixtral: tuple, tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", mixtral[1] / "config.json"):
-        with pytest.raises(ValueError, match=f"{path} is no folder"):
+    for path, told in ((tmp_path / "nowhere", "is no folder with a model"), (mixtral[1] / "config.json", "is a file")):
+        with pytest.raises(ValueError, match=f"{path}'? {told}"):
             Folder(path)
     with pytest.raises(ValueError, match="'float99'"):
         Folder(mixtral[1], dtype="float99")

@@ -1,0 +1,193 @@
+"""A checkpoint of the Hub at one commit: a shard is fetched when a block needs it, and can be dropped again."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_mcsmoe.layers.checkpoint import INDEX, WEIGHTS, StoredTensor, tensors_of_file, weight_map, without_absent
+from hf_mcsmoe.layers.config_file import CONFIG, check_config_file
+from hf_mcsmoe.layers.hub import HubFile
+from hf_mcsmoe.modeling.companions_mcsmoe import source_folder
+
+# Headers that are asked for side by side, and bytes that are read from the Hub without fetching their shards.
+REQUESTS, SMALL = 8, 16_000_000
+
+
+@dataclass(frozen=True)
+class Shard(HubFile):
+    """A file of weights: read from the cache of the Hub once it is there, before that from the Hub part by part."""
+
+    snapshot: "Snapshot | None" = field(default=None, compare=False, repr=False)
+
+    def open(self, mode: str = "rb") -> Any:
+        """Return the file, opened."""
+        file = None if self.snapshot is None else self.snapshot.folder / self.name
+        return file.open(mode) if file and file.is_file() else super().open(mode)
+
+
+class Snapshot:
+    """A repository at the commit that its branch stood at first: what is fetched later is of the same."""
+
+    def __init__(self, repo_id: str, commit: str | None = None) -> None:
+        """Fetch the configuration, and all that lies beside the weights.
+
+        Args:
+            commit: that of an earlier run; None for where the main branch stands.
+
+        Raises:
+            ValueError: there is no such repository, or it is gated; see `check_config_file`.
+            OSError: the Hub cannot be reached, and the cache has it not.
+        """
+        check_config_file(repo_id)
+        self.repo_id = repo_id
+        self.folder = _download(repo_id, CONFIG, commit).parent
+        self.commit = self.folder.name
+        # Names of files in the cache that are not ours to drop.
+        self.kept = {os.path.realpath(file) for place in (self.folder, self._blobs) for file in _files_in(place)}
+        source_folder(repo_id, self.commit)
+
+    @property
+    def _blobs(self) -> Path:
+        """Where the cache keeps the contents of files, which the files of commits point to."""
+        return self.folder.parents[1] / "blobs"
+
+    def fetched(self, name: str) -> Path:
+        """Return a file in the cache, after fetching it if need be.
+
+        Raises:
+            ValueError: the repository has no such file, or it may not be read.
+            OSError: the Hub cannot be reached, or the disk is full.
+        """
+        file = self.folder / name
+        return file if file.is_file() else _download(self.repo_id, name, self.commit)
+
+    def fetch_for(self, tensors: Iterable[StoredTensor]) -> None:
+        """Fetch the shards of tensors that are to be read together, unless these are small.
+
+        Raises:
+            ValueError, OSError: see `fetched`.
+        """
+        tensors = list(tensors)
+        if sum(tensor.empty.nbytes for tensor in tensors) > SMALL:
+            for name in sorted({tensor.file.name for tensor in tensors}):
+                self.fetched(name)
+
+    def fetch_ahead(self, names: Iterable[str]) -> None:
+        """Begin to fetch files that will be needed next; whoever needs them waits for them, or is told why not."""
+        if missing := [name for name in names if not (self.folder / name).is_file()]:
+            threading.Thread(target=self._fetch_quietly, args=(missing,), daemon=True).start()
+
+    def _fetch_quietly(self, names: Iterable[str]) -> None:
+        with contextlib.suppress(Exception):
+            for name in names:
+                self.fetched(name)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Remove files from the cache, but for those that were there before."""
+        for link in (self.folder / name for name in names):
+            content = os.path.realpath(link)
+            if content not in self.kept:
+                link.unlink(missing_ok=True)
+                Path(content).unlink(missing_ok=True)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Return the tensors of its safetensors by name; of shards that are not in the cache only headers are read.
+
+        Raises:
+            ValueError: there are no safetensors, or index, shards or a header are damaged or missing.
+            OSError: see `fetched`.
+        """
+        names = None if self._has(WEIGHTS) else weight_map(self._index())
+        shards = sorted({WEIGHTS} if names is None else {*names.values()})
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            inside = dict(zip(shards, pool.map(self._header, shards), strict=True))
+        if names is None:
+            return inside[WEIGHTS]
+        return without_absent(names, inside)
+
+    def _has(self, name: str) -> bool:
+        return (self.folder / name).is_file() or HubFile(self.repo_id, name, self.commit).exists()
+
+    def _index(self) -> Path:
+        try:
+            return self.fetched(INDEX)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Weights of another format can be loaded with from_pretrained and saved as safetensors with "
+                "save_pretrained."
+            ) from None
+
+    def _header(self, name: str) -> dict[str, StoredTensor]:
+        file = self.folder / name
+        found = tensors_of_file(file if file.is_file() else HubFile(self.repo_id, name, self.commit))
+        shard = Shard(self.repo_id, name, self.commit, self)
+        return {tensor: replace(stored, file=shard) for tensor, stored in found.items()}
+
+
+class Passage:
+    """Which shards each block reads: the next ones are fetched ahead, and those that no later block reads dropped.
+
+    Shards with weights outside of the blocks stay, which are read at the begin and at the end.
+    """
+
+    def __init__(self, snapshot: Snapshot, shards: Mapping[str, Iterable[str]], *, drops: bool) -> None:
+        """Take the files that each block reads, by its path and in the order in which they pass; "" for outside."""
+        self.snapshot, self.drops = snapshot, drops
+        self._shards = {path: set(names) for path, names in shards.items()}
+        self._paths = [path for path in self._shards if path]
+        self._last = {name: path for path in self._paths for name in self._shards[path]}
+
+    def entered(self, path: str) -> None:
+        """Fetch what the block after this one reads."""
+        if path in self._paths[:-1]:
+            self.snapshot.fetch_ahead(sorted(self._shards[self._paths[self._paths.index(path) + 1]]))
+
+    def left(self, path: str) -> None:
+        """Drop what is not read any more, if that is asked for, when a block or a part of it is done."""
+        block = next((block for block in self._paths if f"{path}.".startswith(f"{block}.")), None)
+        if self.drops and block is not None:
+            names = self._shards[block] - self._shards.get("", set())
+            self.snapshot.drop(name for name in names if self._last[name] == block)
+
+    def close(self) -> None:
+        """Drop all that was fetched, if that is asked for."""
+        if self.drops:
+            self.snapshot.drop(set().union(*self._shards.values()))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder of the cache that are whole."""
+    return [file for file in folder.iterdir() if file.suffix != ".incomplete"] if folder.is_dir() else []
+
+
+def _download(repo_id: str, name: str, commit: str | None) -> Path:
+    """Return a file of the Hub in the cache.
+
+    Raises:
+        ValueError: the repository has no such file or commit, or it may not be read.
+        OSError: the Hub cannot be reached, or the disk is full.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=commit))
+    except GatedRepoError:
+        raise ValueError(f"{repo_id} is gated: ask for access on its page of the Hub, then `hf auth login`.") from None
+    except LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE keeps the Hub out" if constants.is_offline_mode() else "the Hub cannot be reached"
+        raise OSError(f"{name} of {repo_id} is not in the cache, and {why}.") from None
+    except (EntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError) as error:
+        what = "holds no" if isinstance(error, EntryNotFoundError) else "cannot be read any more, not its"
+        raise ValueError(f"{repo_id} on the Hub {what} {name}{f' at commit {commit}' if commit else ''}.") from None

@@ -1,0 +1,186 @@
+"""A checkpoint of the Hub is read shard by shard, and its cache holds no more of it than is asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import build
+from helpers import Run, batches
+from hub import Hub, here, running_hub
+from transformers import PreTrainedTokenizerFast
+
+from hf_mcsmoe import MergeConfig, compress_folder
+from hf_mcsmoe.layers import snapshot
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.snapshot import Snapshot
+from hf_mcsmoe.streamed.config import StreamConfig
+from hf_mcsmoe.streamed.journal import Journal
+
+pytestmark = pytest.mark.filterwarnings("ignore:Few calibration tokens")
+ID, HALF, MOVED = "me/moe", MergeConfig(experts=4), "f" * 40
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does."""
+
+
+@pytest.fixture
+def source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Save a model in more shards than it has blocks."""
+    folder = tmp_path / "source"
+    build("mixtral").save_pretrained(folder, max_shard_size="30KB")
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("free")
+    (folder / "text.txt").write_text("\n".join(f"what is {n} {n % 7}" for n in range(8)))
+    return folder
+
+
+@pytest.fixture
+def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Serve the model for the time of the test, to this process; routers and norms are small, blocks are not."""
+    monkeypatch.setattr(snapshot, "SMALL", 10_000)
+    with running_hub() as served, here(served, tmp_path / "cache", monkeypatch):
+        served.files[ID] = {file.name: file.read_bytes() for file in source.iterdir()}
+        yield served
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def cached(folder: Path) -> set[str]:
+    """Return the names of the shards in a cache, of which as many contents lie beside the links."""
+    return {file.name for file in folder.rglob("*.safetensors") if file.is_file()}
+
+
+def fetches(hub: Hub) -> dict[str, int]:
+    """Return how many times each shard was sent as a whole."""
+    sizes = {name: len(content) for name, content in hub.files[ID].items() if name.endswith(".safetensors")}
+    sent = {path.rpartition("/")[2]: answers for path, answers in hub.sent.items()}
+    return {name: sent.get(name, []).count(size) for name, size in sizes.items()}
+
+
+def test_shards_are_fetched_as_blocks_need_them(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, most, cache = batches("mixtral", build("mixtral")), [0], tmp_path / "cache"
+    folder = Folder(ID, drops=True)
+    assert not cached(cache), "only headers have been read"
+    fetched = Snapshot.fetched
+
+    def watched(self: Snapshot, name: str) -> Path:
+        file = fetched(self, name)
+        most[0] = max(most[0], len(cached(cache)))
+        return file
+
+    monkeypatch.setattr(Snapshot, "fetched", watched)
+    compress_folder(folder, tmp_path / "ours", rows, HALF)
+    assert not cached(cache)
+    assert not [file for file in cache.rglob("blobs/*") if file.stat().st_size > 25_000]
+    assert most[0] < len(fetches(hub))
+    assert set(fetches(hub).values()) <= {1, 2}, "those outside of the blocks once, others once a sweep"
+    compress_folder(ID, tmp_path / "kept", rows, HALF, stream=StreamConfig())
+    assert cached(cache) == fetches(hub).keys()
+    compress_folder(source, tmp_path / "theirs", rows, HALF)
+    results = [contents(tmp_path / name) for name in ("ours", "kept", "theirs")]
+    for result in results:
+        result.pop("README.md"), result.pop("mcsmoe_record.json")  # which name the source
+        result.pop("mcsmoe_plan.json")
+    assert results[0] == results[1] == results[2]
+    assert "LICENSE" in results[0]
+    assert ID in (tmp_path / "ours" / "README.md").read_text()
+
+
+def _killed(output: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch, stream: StreamConfig) -> None:
+    """Begin a run that ends after its first block."""
+    saves, write = iter(range(9)), Journal.save
+
+    def save(self: Journal) -> None:
+        write(self)
+        if next(saves) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", save)
+        with pytest.raises(Killed):
+            compress_folder(ID, output, rows, HALF, stream=stream)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_commit_and_drops_what_it_has_fetched(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, cache, drops = batches("mixtral", build("mixtral")), tmp_path / "cache", StreamConfig(drop_source_cache=True)
+    one = min(fetches(hub))
+    Snapshot(ID).fetched(one)  # which was there before
+    _killed(tmp_path / "out", rows, monkeypatch, drops)
+    assert len(cached(cache)) > 1
+    shards = dict.fromkeys(fetches(hub), b"")
+    hub.move(MOVED, {ID: {**shards, "config.json": source.joinpath("config.json").read_bytes() + b" "}})
+    compress_folder(ID, tmp_path / "out", rows, HALF, stream=drops)
+    assert cached(cache) == {one}
+    compress_folder(source, tmp_path / "theirs", rows, HALF)
+    results = [contents(tmp_path / name) for name in ("out", "theirs")]
+    weights = [name for name in results[0] if name.endswith(".safetensors")]
+    assert len(weights) > 2
+    assert all(results[0][name] == results[1][name] for name in weights)
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "a shard that is not there": (lambda files, name: files.pop(name), "Cannot read .*safetensors of me/moe"),
+    "a shard that is cut off": (
+        lambda files, name: files.update({name: files[name][:-8]}),
+        "is no whole safetensors file .*download it again",
+    ),
+    "a shard of another checkpoint": (
+        lambda files, name: files.update({name: files[max(n for n in files if n.endswith(".safetensors"))]}),
+        "lacks .* of the tensors that model.safetensors.index.json says it holds",
+    ),
+    "no safetensors": (
+        lambda files, name: [files.pop(key) for key in [*files] if "safetensors" in key],
+        r"me/moe on the Hub holds no model\.safetensors\.index\.json .*save_pretrained",
+    ),
+    "an index that points elsewhere": (
+        lambda files, name: files.update(
+            {key: content.replace(b"model-00001", b"../odel-001") for key, content in files.items() if "index" in key}
+        ),
+        "names the shard .* which is no safetensors file in its folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damages(damage: str, hub: Hub) -> None:
+    change, told = DAMAGES[damage]
+    change(hub.files[ID], min(fetches(hub)))
+    with pytest.raises(ValueError, match=told):
+        Folder(ID)
+
+
+def test_a_hub_that_goes_away(hub: Hub, tmp_path: Path) -> None:
+    folder = Folder(ID)
+    hub.files[ID] = {}
+    with pytest.raises(ValueError, match=r"Cannot read model-.*\.safetensors of me/moe"):
+        compress_folder(folder, tmp_path / "out", batches("mixtral", folder.model), HALF)
+    with (
+        pytest.raises(ValueError, match=r"holds no model-.*\.safetensors at commit 0123"),
+        folder.loaded("model.layers.0"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="me/none on the Hub holds no"):
+        Folder("me/none")
+
+
+@pytest.mark.slow
+def test_on_the_command_line(hub: Hub, source: Path, run: Run, tmp_path: Path) -> None:
+    data = ["--data", source / "text.txt", "--max-length", 8, "--stream", "--drop-source-cache"]
+    code, _, err = run("calibrate", ID, *data, "--output", tmp_path / "sums.safetensors")
+    assert code == 0, err
+    assert not cached(tmp_path / "cache")
+    options = ["--experts", 0.5, "--repair", "none", "--output", tmp_path / "out"]
+    code, _, err = run("compress", ID, *data, *options)
+    assert code == 0, err
+    assert not cached(tmp_path / "cache")
+    code, _, err = run("calibrate", ID, *data[:4], "--drop-source-cache", "--output", tmp_path / "more.safetensors")
+    assert (code, "goes with --stream" in err) == (1, True)
