@@ -13,6 +13,7 @@ from hf_mcsmoe.card import record_of, render
 from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.export.form import PlainForm, plain_form_of
 from hf_mcsmoe.export.router_rows import bias_name, check_router_rows, group_bias, row_weights
+from hf_mcsmoe.export.stored import stored_form
 from hf_mcsmoe.export.write import State, router_tensors, write_weights
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.output import check_output
@@ -25,8 +26,6 @@ from hf_mcsmoe.record import Record, Step
 
 # The title of the step that makes an ordinary checkpoint.
 PLAIN = "Plain checkpoint"
-# How experts may be stored other than dense, by the name of that in the configuration.
-STORED = {"low_rank": "as low rank + sparse", "quantized": "in few bits"}
 
 
 def export(
@@ -37,6 +36,7 @@ def export(
     router_rows: str = "frequency",
     expand: bool = False,
     dense: bool = False,
+    mxfp4: bool = False,
     overwrite: bool = False,
 ) -> Record:
     """Write a compressed model as an ordinary checkpoint of its family, which needs no code of ours.
@@ -52,52 +52,39 @@ def export(
             their `mean`, or with `logsumexp` that and log n in the router's bias, where the family has one.
         expand: put every stored expert into all the places of those that it stands for: the same logits, full size.
         dense: multiply low rank + sparse experts out, and write those in few bits as the weights they stand for.
+            Without, these stay in few bits, as compressed-tensors stores them.
+        mxfp4: store the experts of gpt-oss in MXFP4, as its own checkpoints do.
         overwrite: whether files in `output` may be replaced.
 
     Returns:
         The record that was saved.
 
     Raises:
-        ValueError: see `plain_form_of`; rows that the plan does not tell, an engine that cannot run the result, an
-            output in use.
+        ValueError: see `plain_form_of` and `stored_form`; rows that the plan does not tell, an engine that cannot run
+            the result, an output in use.
     """
     check_router_rows(router_rows)
     source = source_of(model_or_folder)
     layers = Layers.of(source)
     form = plain_form_of(layers, expand=expand)
-    _check_dense(form, dense=dense)
+    stored = stored_form(form, engines, dense=dense, mxfp4=mxfp4)
     folder = folder_of(source.model)
     apart = {} if folder is None else {"the model": folder}
-    target = check_output(output, overwrite=overwrite, needed_bytes=plain_bytes(form), apart=apart)
-    record = record_of(source.model)
+    target = check_output(output, overwrite=overwrite, needed_bytes=stored.bytes, apart=apart)
+    record = stored.told(record_of(source.model))
     rows = _router(form, router_rows, record.plan)
     record = _told(form, record, router_rows, expand=expand)
     with completed_folder(Path(os.path.realpath(target))) as made:
         if form.plain.can_generate():
             form.plain.generation_config = source.model.generation_config
+        if stored.config is not None:
+            form.plain.config.quantization_config = stored.config
         form.plain.save_pretrained(made, state_dict={})
-        write_weights(form, made, rows)
+        write_weights(form, made, rows, stored.experts)
         if folder is not None:
             copy_companions(folder, made)
         write_documents(record, folder, made, target.name)
     return record
-
-
-def plain_bytes(form: PlainForm) -> int:
-    """Return the bytes of a plain form's weights."""
-    return sum({id(tensor): tensor.nbytes for tensor in form.plain.state_dict(keep_vars=True).values()}.values())
-
-
-def _check_dense(form: PlainForm, *, dense: bool) -> None:
-    """Raise ValueError where experts are stored in another way, and nobody asked to make them dense."""
-    stored: dict[str, Any] = form.model.config.mcsmoe["layers"]
-    kinds = {kind for layer in stored.values() for kind in STORED if layer.get(kind)}
-    if kinds and not dense:
-        how = " and ".join(words for kind, words in STORED.items() if kind in kinds)
-        raise ValueError(
-            f"The experts are stored {how}, which no model of the family's own class knows; written dense they take "
-            f"{plain_bytes(form) / 1e9:.2f} GB with the rest of the model: ask for it with dense=True (--dense)."
-        )
 
 
 def _router(form: PlainForm, router_rows: str, plan: dict[str, Any]) -> dict[str, State]:

@@ -75,11 +75,14 @@ def write_weights(form: PlainForm, folder: Path, rows: Mapping[str, State], expe
 
     Args:
         rows: the tensors of each layer's router in the plain model, by the name of the layer and theirs.
-        experts: what is made of a layer's experts; see `dense_experts`, the default.
+        experts: what is made of a layer's experts; see `dense_experts`, the default. What is no weight of the plain
+            model is named as on disk.
     """
     shards = Shards(folder)
+    known = form.plain.state_dict().keys()
     for state in _states(form, rows, experts or dense_experts):
-        shards.add(revert_weight_conversion(form.plain, state))
+        converted = revert_weight_conversion(form.plain, {name: state[name] for name in state if name in known})
+        shards.add(converted | {name: state[name] for name in state if name not in known})
     shards.close()
     return shards
 

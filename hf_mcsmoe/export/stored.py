@@ -1,0 +1,117 @@
+"""How the experts of a plain checkpoint are stored: dense, in few bits as they are, or in MXFP4."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_mcsmoe.export.form import PlainForm, Slots
+from hf_mcsmoe.export.mxfp4 import mxfp4_bytes, mxfp4_config, mxfp4_experts
+from hf_mcsmoe.export.quantized import (
+    Scheme,
+    check_readers,
+    described,
+    packed_bytes,
+    packed_experts,
+    quantization_config,
+    schemes,
+)
+from hf_mcsmoe.export.write import Experts, State, dense_experts
+from hf_mcsmoe.record import Record, Step
+
+# How experts may be stored other than dense, by the name of that in the configuration.
+KINDS = {"low_rank": "as low rank + sparse", "quantized": "in few bits"}
+# The title of the step that tells of experts that are not dense, and the family that stores them in MXFP4.
+PACKED, MXFP4_FAMILY = "Packed experts", "gpt_oss"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is made of a layer's experts, the bytes of all of the model's weights then, and what says how to read them.
+
+    `config` is the `quantization_config` of the checkpoint, None for dense weights; `line` tells of it.
+    """
+
+    experts: Experts
+    bytes: int
+    config: dict[str, Any] | None = None
+    line: str = ""
+
+    def told(self, record: Record) -> Record:
+        """Return a record that tells of experts that are not dense."""
+        return record.with_step(Step(PACKED, {"bytes": self.bytes}, [self.line])) if self.line else record
+
+
+def plain_bytes(form: PlainForm) -> int:
+    """Return the bytes of a plain form's weights, dense."""
+    return sum({id(tensor): tensor.nbytes for tensor in form.plain.state_dict(keep_vars=True).values()}.values())
+
+
+def stored_form(form: PlainForm, engines: Sequence[str], *, dense: bool, mxfp4: bool) -> Stored:
+    """Return how the experts of a plain form are to be stored.
+
+    Raises:
+        ValueError: they are low rank + sparse, or in few bits in a way that a reader does not know, and nobody asked
+            to make them dense; or MXFP4 is asked for where there is none.
+    """
+    layers: dict[str, Any] = form.model.config.mcsmoe["layers"]
+    kinds = [kind for kind in KINDS if any(layer.get(kind) for layer in layers.values())]
+    if mxfp4:
+        return _in_mxfp4(form, dense or not kinds)
+    if dense or not kinds:
+        return Stored(dense_experts, plain_bytes(form))
+    way_out = (
+        f"written dense they take {_gigabytes(plain_bytes(form))} with the rest of the model: dense=True (--dense)."
+    )
+    if "low_rank" in kinds:
+        raise ValueError(
+            f"The experts are stored {' and '.join(KINDS[kind] for kind in kinds)}, which no model of the family's "
+            f"own class knows; {way_out}"
+        )
+    try:
+        found = schemes(form)
+        check_readers(found, engines)
+        return _packed(form, found)
+    except ValueError as error:
+        raise ValueError(f"{error} Or {way_out}") from None
+
+
+def _packed(form: PlainForm, found: Mapping[str, Scheme | None]) -> Stored:
+    """Return experts in few bits, and the dense ones beside them."""
+
+    def experts(slots: Slots) -> State:
+        return dense_experts(slots) if found[slots.layer.name] is None else packed_experts(slots)
+
+    size = plain_bytes(form)
+    for slot in form.slots:
+        if (scheme := found[slot.layer.name]) is not None:
+            size += packed_bytes(slot, scheme) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
+    line = (
+        f"Experts are stored with {described(found.values())} (compressed-tensors, pack-quantized): "
+        f"{_gigabytes(size)} of weights with the rest of the model. Transformers unpacks them as it loads, to "
+        f"{_gigabytes(plain_bytes(form))}; engines with kernels for them keep them as they are."
+    )
+    return Stored(experts, size, quantization_config(form, found), line)
+
+
+def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
+    kind = type(form.plain).__name__
+    if form.plain.config.model_type != MXFP4_FAMILY:
+        raise ValueError(
+            f"MXFP4 is how gpt-oss stores its experts, and {kind} has no such form: quantize with bits=4."
+        )
+    if not is_dense:
+        raise ValueError(
+            "The experts are stored in another way, and in MXFP4 they would be rounded once more: start from the "
+            "model before that, or ask for it with dense=True (--dense)."
+        )
+    size = plain_bytes(form)
+    for slot in form.slots:
+        size += mxfp4_bytes(slot.plain.parameters) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
+    line = (
+        f"Experts are stored in MXFP4, as those of gpt-oss: {_gigabytes(size)} of weights with the rest of the model."
+    )
+    return Stored(lambda slots: mxfp4_experts(dense_experts(slots)), size, mxfp4_config(), line)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
