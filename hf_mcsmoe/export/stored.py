@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_mcsmoe.export.form import PlainForm, Slots
-from hf_mcsmoe.export.mxfp4 import mxfp4_bytes, mxfp4_config, mxfp4_experts
+from hf_mcsmoe.export.mxfp4 import GROUP, mxfp4_bytes, mxfp4_config, mxfp4_experts
 from hf_mcsmoe.export.quantized import (
     Scheme,
     check_readers,
@@ -103,6 +103,11 @@ def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
         raise ValueError(
             "The experts are stored in another way, and in MXFP4 they would be rounded once more: start from the "
             "model before that, or ask for it with dense=True (--dense)."
+        )
+    widths = {size for slot in form.slots for size in (slot.plain.hidden_size, slot.plain.intermediate_size)}
+    if odd := sorted(width for width in widths if width % GROUP):
+        raise ValueError(
+            f"MXFP4 has a scale for {GROUP} weights, which do not divide the {odd[0]} inputs of a matrix."
         )
     size = plain_bytes(form)
     for slot in form.slots:
