@@ -10,7 +10,7 @@ ROOT = Path(hf_mcsmoe.__file__).parent
 FLOORS = [
     ["files", "processes", "progress"],
     ["modeling", "methods", "record"],
-    ["tables"],
+    ["tables", "variants"],
     ["layers", "data", "card"],
     ["calibration", "evaluation"],
     ["plan", "repair", "low_rank"],

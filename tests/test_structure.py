@@ -55,6 +55,18 @@ def test_what_travels_imports_nothing_of_the_package(path: Path) -> None:
     assert names == known | standard
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("variants/*_mcsmoe.py")), ids=lambda path: path.name)
+def test_a_variant_that_travels_imports_what_travels_with_it(path: Path) -> None:
+    own = {name for name in imported(path) if name.startswith("hf_mcsmoe")}
+    assert all(name.split(".")[1] in ("modeling", "variants") and name.endswith("_mcsmoe") for name in own)
+    others = {name.split(".")[0] for name in imported(path) - own}
+    assert all(name in TRAVELS_WITH or name in sys.stdlib_module_names for name in others)
+
+
+def test_nothing_else_knows_of_the_variants() -> None:
+    assert not [path for path in FILES if "variants" in rooms_below(path)]
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("methods/*.py")), ids=lambda path: path.name)
 def test_the_numeric_core_imports_tensors_alone(path: Path) -> None:
     names = {name.split(".")[0] for name in imported(path)} - {"hf_mcsmoe"}

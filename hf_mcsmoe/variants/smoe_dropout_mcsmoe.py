@@ -1,0 +1,460 @@
+"""Dense models as SMoEs with frozen random routers, and a growing top-k (SMoE-Dropout). This file travels.
+
+The hidden units of an MLP are split evenly among N experts, of which a random router that is never trained picks k; k
+grows during training from few to all, so that the trained model can be served with whatever k there is time for. The
+growth and the sweep over k serve any Mixture-of-Experts model, also one whose router has learned.
+
+Source: Chen, Zhang, Jaiswal, Liu and Wang, Sparse MoE as the New Dropout (ICLR 2023, arXiv 2303.01610).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel, TrainerCallback
+from transformers import initialization as init
+from transformers.integrations.moe import use_experts_implementation
+
+from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, VariantModule, become, generated_in
+
+# How families call an MLP's projections: gate, up, down.
+LAYOUTS = (
+    ("gate_proj", "up_proj", "down_proj"),
+    (None, "up_proj", "down_proj"),
+    (None, "fc1", "fc2"),
+    (None, "c_fc", "c_proj"),
+    (None, "dense_h_to_4h", "dense_4h_to_h"),
+)
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+# How far the experts, all of them, may be from the MLP that they were made of, relative to its output.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+GATE_SCALES = ("exact", "softmax")
+# Grouped products need rows of whole 16 bytes, in bfloat16 too.
+ALIGNED = 8
+# How configurations and modules call k.
+TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+TOP_K_ATTRIBUTES = ("top_k", "num_experts_per_tok")
+
+
+class SmoeDropoutModel(VariantModel):
+    """A dense model whose MLPs are SMoE blocks."""
+
+    prefix: ClassVar[str] = "SmoeDropout"
+    brings_experts: ClassVar[bool] = True
+
+    def install(self: Any, **options: Any) -> None:
+        """Put a block in the place of each MLP, with its weights where it has some.
+
+        Raises:
+            ValueError: there is no MLP that can be split, or a width is no multiple of the number of experts.
+        """
+        found = list(_dense_mlps(self))
+        if not found:
+            raise ValueError(
+                f"{type(self).__name__} has no MLP of the layouts that can be split into experts (Llama's, Phi's, "
+                "GPT-2's or GPT-NeoX's)."
+            )
+        blocks = [MoefiedMLP(self.config, mlp, **options) for _, _, mlp in found]
+        for (parent, name, mlp), block in zip(found, blocks, strict=True):
+            if not block.gate.weight.is_meta:
+                block.check_same(mlp)
+            setattr(parent, name, block)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Return what is asked for; by default what can compute experts of this width."""
+        experts = [module for module in self.modules() if isinstance(module, SplitExperts)]
+        if requested_experts is None and any(module.intermediate_size % ALIGNED for module in experts):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+
+class FrozenRouter(VariantModule):
+    """A random linear layer, kept in buffers so that nothing trains it.
+
+    `top_k` is how many experts it picks; `gate_scale` see `moefy_dense`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, gate_scale: str) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.gate_scale = num_experts, top_k, gate_scale
+        self.register_buffer("weight", torch.empty(num_experts, hidden_size))
+        self.register_buffer("bias", torch.empty(num_experts))
+
+    def init_weights(self, std: float) -> None:
+        """Draw the router as a linear layer is drawn by default."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        for tensor in (self.weight, self.bias):
+            init.uniform_(tensor, -bound, bound)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits [T, N], the weights of the experts picked, and the experts, both [T, k].
+
+        Args:
+            hidden_states: [T, D].
+        """
+        logits = functional.linear(hidden_states, self.weight, self.bias)
+        values, index = logits.topk(self.top_k, dim=-1)
+        if self.gate_scale == "softmax":
+            return logits, values.float().softmax(dim=-1).to(values.dtype), index
+        return logits, torch.full_like(values, self.num_experts / self.top_k), index
+
+
+@use_experts_implementation
+class SplitExperts(VariantModule):
+    """N experts of equal width, stacked as the library's are: gate_up_proj [N, 2 F, D] or up_proj [N, F, D]."""
+
+    def __init__(self, config: Any, num_experts: int, shape: tuple[int, int], act_fn: nn.Module) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = num_experts, act_fn
+        self.intermediate_size, self.hidden_size = shape
+
+    def allocate(self, has_gate: bool, has_bias: bool) -> None:
+        """Make empty weights."""
+        self.has_gate, self.has_bias = has_gate, has_bias
+        experts, inner, outer = self.num_experts, self.intermediate_size, self.hidden_size
+        up, rows = ("gate_up_proj", 2 * inner) if has_gate else ("up_proj", inner)
+        shapes: dict[str, tuple[int, ...]] = {up: (rows, outer), "down_proj": (outer, inner)}
+        if has_bias:
+            shapes |= {f"{up}_bias": (rows,), "down_proj_bias": (outer,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(experts, *shape)))
+
+    def init_weights(self, std: float) -> None:
+        """Draw the weights as the family draws those of its linear layers."""
+        for name, parameter in self.named_parameters(recurse=False):
+            init.zeros_(parameter) if name.endswith("bias") else init.normal_(parameter, mean=0.0, std=std)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum [T, D] of the experts picked; the library's other implementations replace this.
+
+        Args:
+            hidden_states: [T, D].
+            top_k_index: [T, k].
+            top_k_weights: [T, k].
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            values = self._compute(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, values.to(output.dtype))
+        return output
+
+    def _compute(self, expert: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = "gate_up_proj" if self.has_gate else "up_proj"
+        weights = dict(self.named_parameters(recurse=False))
+        biases = {name: weights[f"{name}_bias"][expert] if self.has_bias else None for name in (up, "down_proj")}
+        inner = functional.linear(hidden_states, weights[up][expert], biases[up])
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        return functional.linear(inner, weights["down_proj"][expert], biases["down_proj"])
+
+
+class MoefiedMLP(nn.Module):
+    """An MLP as an SMoE block; its `gate` picks the experts, as in most of the library's families."""
+
+    def __init__(self, config: Any, mlp: nn.Module, *, num_experts: int, top_k: int, gate_scale: str) -> None:
+        """Split an MLP, of whose weights copies are taken unless they are on the meta device.
+
+        Raises:
+            ValueError: its width is no multiple of the number of experts.
+        """
+        super().__init__()
+        gate, up, down = _projections(mlp)
+        (width, hidden_size), has_bias = _matrix(up).shape, up.bias is not None or down.bias is not None
+        if width % num_experts:
+            raise ValueError(
+                f"An MLP of {width} hidden units cannot be split evenly into {num_experts} experts: choose a divisor "
+                f"of {width}."
+            )
+        self.gate = FrozenRouter(hidden_size, num_experts, top_k, gate_scale)
+        self.experts = cast(Any, SplitExperts)(
+            config, num_experts, (width // num_experts, hidden_size), _activation(mlp)
+        )
+        self.experts.allocate(gate is not None, has_bias)
+        self.dropout = dict(mlp.named_children()).get("dropout", nn.Identity())
+        self.to(up.weight.device, up.weight.dtype)
+        if up.weight.is_meta:
+            return
+        self.gate.init_weights(0.0)
+        with torch.no_grad():
+            _fill(self.experts, gate, up, down)
+        self.train(mlp.training)
+
+    @torch.no_grad()
+    def check_same(self, mlp: nn.Module) -> None:
+        """Compare with the MLP on random inputs, with all experts.
+
+        Raises:
+            ValueError: the MLP computes something else.
+        """
+        weight, (top_k, scale) = self.gate.weight, (self.gate.top_k, self.gate.gate_scale)
+        tokens = torch.randn(1, 4, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        modes = self.training, mlp.training
+        self.gate.top_k, self.gate.gate_scale = self.gate.num_experts, "exact"
+        expected, found = mlp.eval()(tokens), self.eval().exact(tokens)
+        self.gate.top_k, self.gate.gate_scale = top_k, scale
+        self.train(modes[0]), mlp.train(modes[1])
+        distance = float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-30))
+        if not distance <= TOLERANCE.get(weight.dtype, 0.05):
+            raise ValueError(
+                f"{type(mlp).__name__} computes something else than its projections and its activation do, so it "
+                f"cannot be split into experts: the outputs differ by {distance:.2g} of their norm."
+            )
+
+    def exact(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what `forward` does, by the plain implementation of the experts."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, index = self.gate(flat)
+        return type(self.experts).forward.__wrapped__(self.experts, flat, index, weights).reshape(hidden_states.shape)
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Compute the experts that the router picks, [B, S, D] or [T, D]."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, index = self.gate(flat)
+        return self.dropout(self.experts(flat, index, weights).reshape(hidden_states.shape))
+
+
+def moefy_dense(
+    model: PreTrainedModel,
+    num_experts: int,
+    *,
+    top_k: int | None = None,
+    gate_scale: str = "exact",
+    seed: int | None = None,
+) -> PreTrainedModel:
+    """Turn the MLPs of a dense model into SMoE blocks with frozen random routers; changed in place, and returned.
+
+    Args:
+        num_experts: N, a divisor of the width of every MLP.
+        top_k: k, how many experts a token gets; None for all, which is the dense model.
+        gate_scale: "exact" weighs each expert picked by N / k, so that k = N is the dense model to the last bits and
+            fewer keep its scale; "softmax" by the softmax over the k picked, as in the paper, which trains from
+            scratch: its output is an average of experts, about 1 / N of the dense model's.
+        seed: of the routers; None goes on with torch's.
+
+    Raises:
+        ValueError: a number is out of its range, `gate_scale` is unknown, or the model has no MLP that can be split.
+    """
+    top_k = num_experts if top_k is None else top_k
+    if num_experts < 1 or not 1 <= top_k <= num_experts:
+        raise ValueError(f"Needs 1 <= top_k <= num_experts, not top_k={top_k} and num_experts={num_experts}.")
+    if gate_scale not in GATE_SCALES:
+        raise ValueError(f"gate_scale must be one of {', '.join(GATE_SCALES)}, not {gate_scale!r}.")
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        become(model, SmoeDropoutModel, {"num_experts": num_experts, "top_k": top_k, "gate_scale": gate_scale})
+    return model
+
+
+def _dense_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield the MLPs in the layers of a model that can be split: the module around each, its name in there, itself."""
+    for path, module in model.named_modules():
+        # Not those inside of experts, nor a head's.
+        if "experts" in path.split(".") or not any(part.isdigit() for part in path.split(".")):
+            continue
+        for name, child in module.named_children():
+            if not name.isdigit() and "expert" not in name and _layout(child) and _activation(child, missing=None):
+                yield module, name, child
+
+
+def _layout(mlp: nn.Module) -> tuple[str | None, str, str] | None:
+    names = {name for name, child in mlp.named_children() if len(getattr(child, "weight", torch.empty(0)).shape) == 2}
+    return next((layout for layout in LAYOUTS if {name for name in layout if name} == names), None)
+
+
+def _projections(mlp: nn.Module) -> tuple[Any, Any, Any]:
+    children: dict[str | None, Any] = {None: None, **dict(mlp.named_children())}
+    gate, up, down = cast(tuple[str | None, str, str], _layout(mlp))
+    return children[gate], children[up], children[down]
+
+
+def _activation(mlp: nn.Module, **default: Any) -> Any:
+    members = {**vars(mlp), **dict(mlp.named_children())}
+    found = [members[name] for name in ACTIVATIONS if name in members]
+    return found[0] if found else default["missing"]
+
+
+def _matrix(projection: Any) -> torch.Tensor:
+    """Return a weight as [out, in], which GPT-2 keeps the other way round."""
+    return projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
+
+
+def _fill(experts: Any, gate: Any, up: Any, down: Any) -> None:
+    """Give each expert its share of the hidden units, and an N-th of the output's bias."""
+    count = experts.num_experts
+    ups = [projection for projection in (gate, up) if projection is not None]
+    target = "gate_up_proj" if experts.has_gate else "up_proj"
+    split = [_matrix(projection).unflatten(0, (count, -1)) for projection in ups]
+    weights = dict(experts.named_parameters(recurse=False))
+    weights[target].copy_(torch.cat(split, dim=1))
+    weights["down_proj"].copy_(_matrix(down).unflatten(1, (count, -1)).transpose(0, 1))
+    if experts.has_bias:
+        biases = [_bias(projection).unflatten(0, (count, -1)) for projection in ups]
+        weights[f"{target}_bias"].copy_(torch.cat(biases, dim=1))
+        weights["down_proj_bias"].copy_(_bias(down) / count)
+
+
+def _bias(projection: Any) -> torch.Tensor:
+    return _matrix(projection).new_zeros(len(_matrix(projection))) if projection.bias is None else projection.bias
+
+
+def set_top_k(model: nn.Module, top_k: int) -> None:
+    """Let every SMoE block of a model pick `top_k` experts, as the saved model will.
+
+    Raises:
+        ValueError: the model has no blocks that pick by a number, or fewer experts can be picked.
+    """
+    places = list(_top_k_places(model))
+    if not places:
+        raise ValueError(f"{type(model).__name__} has no blocks whose number of experts a token can be set.")
+    most = min(_most(module) for module, _ in places)
+    if not 1 <= top_k <= most:
+        raise ValueError(f"top_k must be from 1 to {most}, the experts that a token can get, not {top_k}.")
+    for module, name in places:
+        setattr(module, name, top_k)
+    for config in {id(config): config for config in _configs(model)}.values():
+        for name in vars(config).keys() & set(TOP_K_FIELDS):
+            setattr(config, name, top_k)
+        variant = vars(config).get("variant")
+        if variant and "top_k" in variant["options"]:
+            config.variant = {**variant, "options": {**variant["options"], "top_k": top_k}}
+
+
+def get_top_k(model: nn.Module) -> int:
+    """Return how many experts a token gets in the first SMoE block of a model.
+
+    Raises:
+        ValueError: the model has no blocks that pick by a number.
+    """
+    for module, name in _top_k_places(model):
+        return vars(module)[name]
+    raise ValueError(f"{type(model).__name__} has no blocks whose number of experts a token can be set.")
+
+
+def _top_k_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules that know k, and what they call it: in the blocks around experts, and in these."""
+    for block in model.modules():
+        if "experts" in dict(block.named_children()):
+            for module in block.modules():
+                yield from ((module, name) for name in TOP_K_ATTRIBUTES if type(vars(module).get(name)) is int)
+
+
+def _most(module: nn.Module) -> float:
+    """Return how many experts a router can pick: all, or those of the groups that a token may choose from."""
+    known = vars(module)
+    count = next((known[name] for name in ("num_experts", "n_routed_experts") if name in known), math.inf)
+    groups, chosen = known.get("n_group") or known.get("num_group") or 1, known.get("topk_group") or 1
+    return count if groups == 1 else count // groups * chosen
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            config = module.config
+            yield from (config, *(vars(config)[name] for name in config.sub_configs if vars(config).get(name)))
+
+
+def _linear(share: float) -> float:
+    return share
+
+
+def _cosine(share: float) -> float:
+    return (1 - math.cos(math.pi * share)) / 2
+
+
+def _exponential(share: float) -> float:
+    return 1 - 0.99 ** (300 * share)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "exponential": _exponential,
+}
+
+
+class ElasticTopK(TrainerCallback):
+    """Lets k grow during a training, of a model that `moefy_dense` made or of any other Mixture-of-Experts model."""
+
+    def __init__(self, k_min: int, k_max: int, schedule: str = "linear") -> None:
+        """Take where k starts and ends, and how it grows.
+
+        Args:
+            schedule: "linear" and "cosine" in the share t / T of the steps; "exponential", fast at first, by
+                1 - 0.99^(300 t / T), 95 % of the way; "multistep", doubled from `k_min` on, each for as long.
+
+        Raises:
+            ValueError: k would shrink, or the schedule is unknown.
+        """
+        if not 1 <= k_min <= k_max:
+            raise ValueError(f"Needs 1 <= k_min <= k_max, not k_min={k_min} and k_max={k_max}.")
+        if schedule not in (*SCHEDULES, "multistep"):
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, multistep, not {schedule!r}.")
+        self.k_min, self.k_max, self.schedule = k_min, k_max, schedule
+
+    def k_at(self, step: int, steps: int) -> int:
+        """Return k at a step of so many."""
+        share = min(step / steps, 1.0)
+        if self.schedule == "multistep":
+            doublings = math.ceil(math.log2(self.k_max / self.k_min))
+            return min(self.k_min * 2 ** min(int(share * (doublings + 1)), doublings), self.k_max)
+        grown = (self.k_max - self.k_min) * SCHEDULES[self.schedule](share)
+        return max(self.k_min, min(round(grown) + self.k_min, self.k_max))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse at once a k that the model cannot have."""
+        set_top_k(kwargs["model"], self.k_max)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set k for the step."""
+        k = self.k_at(state.global_step, state.max_steps)
+        if k != get_top_k(kwargs["model"]):
+            set_top_k(kwargs["model"], k)
+
+
+@torch.no_grad()
+def evaluate_k_sweep(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], ks: Iterable[int]
+) -> dict[int, float]:
+    """Return the mean loss per label of a model with each k; its own k and mode are as they were afterwards.
+
+    Args:
+        batches: what the model is called with, `labels` among it, -100 where a place has none.
+        ks: numbers of experts a token.
+
+    Raises:
+        ValueError: no batch, a batch without labels, or a k that the model cannot have.
+    """
+    given, before, training = list(batches), get_top_k(model), model.training
+    if not given or any("labels" not in batch for batch in given):
+        raise ValueError("evaluate_k_sweep needs batches with labels, and got one without, or none.")
+    losses = {}
+    try:
+        model.eval()
+        for k in ks:
+            set_top_k(model, k)
+            losses[k] = _mean_loss(model, given)
+    finally:
+        set_top_k(model, before)
+        model.train(training)
+    return losses
+
+
+def _mean_loss(model: PreTrainedModel, batches: list[Mapping[str, torch.Tensor]]) -> float:
+    # A decoder's first label is predicted by nothing.
+    first = 0 if model.config.is_encoder_decoder else 1
+    counts = [int((batch["labels"][:, first:] != -100).sum()) for batch in batches]
+    losses = [float(model(**batch).loss) for batch in batches]
+    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+
+
+def __getattr__(name: str) -> type[Any]:
+    return generated_in((SmoeDropoutModel,), name)

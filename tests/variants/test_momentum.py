@@ -1,0 +1,156 @@
+"""Momentum across depth: exact where it changes nothing, by hand where it does, and kept nowhere between forwards."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from helpers import logits
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from variant_folders import dense, tokens
+from without_package import recorded
+
+from hf_mcsmoe.variants import MomentumWarmup, add_momentum, robust_constants, set_momentum
+
+# A block that returns a tensor, one that returns a tuple, dense layers before experts, two stacks of every second.
+SLOWER = ["qwen3_moe", "gpt_oss", "switch_transformers"]
+FAMILIES = ["mixtral", "deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_share_nothing_changes_and_with_one_all_later_blocks_do(name: str) -> None:
+    model = build(name)
+    batch = tokens(model)
+    expected = logits(model, batch)
+    shapes = recorded(copy.deepcopy(model), batch)
+    add_momentum(model, mu=0.0)
+    assert torch.equal(logits(model, batch), expected)
+    set_momentum(model, mu=0.5)
+    changed = logits(model, batch)
+    assert not torch.allclose(changed, expected, atol=1e-3)
+    assert torch.equal(logits(model, batch), changed), "something is left of the forward before"
+    assert torch.equal(logits(copy.deepcopy(model), batch), changed)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), changed)
+    assert recorded(model, batch) == shapes
+
+
+def _by_hand(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str, mu: float, gamma: float) -> Any:
+    """Compute a Mixtral with outputs of experts replaced from outside, and momentum kept in a list."""
+    steps: list[torch.Tensor] = []
+
+    def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        past = steps[-1] if steps else torch.zeros_like(output)
+        if kind == "adam" and not steps:
+            steps.append(gamma * 0.1 * output / (0.001 * output**2 + 1e-8) ** 0.5)
+        elif kind == "scale":
+            steps.append(output)
+            return output * gamma * (1 - mu ** len(steps)) / (1 - mu)
+        else:
+            steps.append(mu * past + gamma * output)
+        return steps[-1]
+
+    hooks = [layer.mlp.register_forward_hook(replace) for layer in model.model.layers]
+    expected = logits(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "scale"])
+def test_blocks_return_what_the_formulas_say(kind: str) -> None:
+    model = build("mixtral")
+    batch = tokens(model)
+    expected = _by_hand(model, batch, kind, 0.6, 0.8)
+    found = logits(add_momentum(model, 0.6, 0.8, kind=kind), batch)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_look_ahead_of_robust_momentum_moves_the_experts_input() -> None:
+    model = build("mixtral")
+    batch, blocks = tokens(model), [layer.mlp for layer in model.model.layers]
+    add_momentum(model, 0.5, look_ahead=0.3)
+    inputs, outputs = [], []
+    hooks = [block.gate.register_forward_hook(lambda _, args, __: inputs.append(args[0])) for block in blocks]
+    hooks += [block.register_forward_hook(lambda _, args, out: outputs.append((args[0], out))) for block in blocks]
+    logits(model, batch)
+    for index in (1, 2):
+        expected = outputs[index][0] + 0.3 * outputs[index - 1][1]
+        torch.testing.assert_close(inputs[index], expected.flatten(0, 1))
+    for hook in hooks:
+        hook.remove()
+
+
+def test_robust_constants_find_the_minimum_of_a_quadratic_at_their_rate() -> None:
+    rho, smoothness, curvature = 0.75, 10.0, 1.0
+    constants = robust_constants(rho, smoothness, curvature)
+    hessian = torch.tensor([curvature, 4.0, smoothness], dtype=torch.float64)
+    before = point = torch.ones(3, dtype=torch.float64)
+    norms = []
+    for _ in range(100):
+        moved = point - before
+        gradient = hessian * (point + constants["look_ahead"] * moved)
+        before, point = point, point + constants["mu"] * moved - constants["gamma"] * gradient
+        norms.append(float(point.norm()))
+    assert (norms[-1] / norms[39]) ** (1 / 60) == pytest.approx(rho, abs=0.02)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["deepseek_v3"])
+def test_gradients_through_checkpoints_are_the_same(name: str, use_reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = add_momentum(build(name), 0.7, look_ahead=0.2).train()
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        batch = tokens(model)
+        model(**batch).logits.logsumexp(-1).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        copy.deepcopy(model)  # which a tensor left over would not let be
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_generation_with_a_cache_is_that_without_one() -> None:
+    model = add_momentum(build("qwen3_moe"), 0.7)
+    ids = tokens(model)["input_ids"][:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, whole = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(cached.logits, whole.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_warmed_model_is_trained_and_reloaded_with_its_numbers(tmp_path: Path) -> None:
+    model = add_momentum(build("mixtral"), 0.0)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(model)["input_ids"]]
+    arguments = TrainingArguments(tmp_path / "run", max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True)
+    seen: list[float] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(model.config.variant["options"]["mu"]))
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[MomentumWarmup(0.6, steps=2)])
+    trainer.train()
+    assert seen == [0.0, 0.3, 0.6]
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert torch.equal(logits(loaded, tokens(model)), logits(model.eval(), tokens(model)))
+    assert loaded.config.variant["options"]["mu"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    {
+        "mu": (lambda: add_momentum(build("mixtral"), 1.0), "from 0 below 1, not 1.0"),
+        "gamma": (lambda: add_momentum(build("mixtral"), gamma=float("nan")), "must be finite, not nan"),
+        "kind": (lambda: add_momentum(build("mixtral"), kind="nesterov"), "scale, not 'nesterov'"),
+        "dense": (lambda: add_momentum(dense()), "no layers with a block of experts"),
+        "none": (lambda: set_momentum(build("mixtral"), mu=0.1), "call add_momentum first"),
+        "rate": (lambda: robust_constants(0.5, 10.0, 1.0), "rho=0.5"),
+        "steps": (lambda: MomentumWarmup(0.5, 0), "1 or more, not 0"),
+    }.values(),
+)  # fmt: skip
+def test_bad_input_is_refused(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

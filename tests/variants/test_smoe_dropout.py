@@ -1,0 +1,187 @@
+"""Dense models as SMoEs with frozen random routers, and k that grows."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from helpers import logits
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+from variant_folders import dense, tokens
+
+from hf_mcsmoe.variants import ElasticTopK, evaluate_k_sweep, get_top_k, moefy_dense, set_top_k
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "initializer_range": 0.2, "pad_token_id": 0}
+GROUPED = {**HEADS, "num_key_value_heads": 2, "head_dim": 8}
+DENSE = {
+    "llama": dense,
+    "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES, **HEADS)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, **HEADS)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GROUPED)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)),
+}
+
+
+def _built(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = DENSE[name]().eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_all_experts_of_a_split_model_are_the_dense_model(name: str, num_experts: int) -> None:
+    model = _built(name)
+    batch = tokens(model)
+    expected = logits(model, batch)
+    moefy_dense(model, num_experts)
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_experts_are_the_sum_of_those_picked_by_the_router_in_scale() -> None:
+    model = moefy_dense(dense(), 4, top_k=3)
+    block, hidden = model.model.layers[0].mlp, torch.randn(5, 32)
+    scores = hidden @ block.gate.weight.T + block.gate.bias
+    expected = torch.zeros(5, 32)
+    for token in range(5):
+        for expert in scores[token].topk(3).indices:
+            gate, up = (block.experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            expected[token] += 4 / 3 * block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(block(hidden[None])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gates_of_the_paper_are_a_softmax_over_the_picked() -> None:
+    block = moefy_dense(dense(), 4, top_k=2, gate_scale="softmax").model.layers[0].mlp
+    values, weights, index = block.gate(torch.randn(6, 32))
+    best = values.sort(descending=True).values[:, :2].exp()
+    torch.testing.assert_close(weights, best / best.sum(-1, keepdim=True))
+    assert torch.equal(values.gather(1, index), values.sort(descending=True).values[:, :2])
+
+
+@pytest.mark.slow
+def test_the_router_is_not_trained_and_k_grows_to_its_end(tmp_path: Path) -> None:
+    model = moefy_dense(dense(), 8, top_k=2, seed=0)
+    router = model.model.layers[0].mlp.gate
+    before, experts = router.weight.clone(), model.model.layers[0].mlp.experts.down_proj.clone()
+    rows = [{"input_ids": row, "labels": row} for row in tokens(model)["input_ids"]]
+    arguments = TrainingArguments(tmp_path, max_steps=4, use_cpu=True, report_to=[], disable_tqdm=True)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(get_top_k(model)))
+    Trainer(model, arguments, train_dataset=rows, callbacks=[ElasticTopK(2, 8)]).train()
+    assert seen == [2, 4, 5, 6]
+    assert torch.equal(router.weight, before)
+    assert not router.weight.requires_grad
+    assert not torch.equal(model.model.layers[0].mlp.experts.down_proj, experts)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    {
+        "linear": [2, 9, 16],
+        "cosine": [2, 9, 16],
+        "exponential": [2, 2 + round(14 * (1 - 0.99**150)), 2 + round(14 * (1 - 0.99**300))],
+        "multistep": [2, 8, 16],
+    }.items(),
+)
+def test_schedules_are_their_formulas(schedule: str, values: list[int]) -> None:
+    growing = ElasticTopK(2, 16, schedule)
+    assert [growing.k_at(step, 100) for step in (0, 50, 100)] == values
+    steps = [growing.k_at(step, 100) for step in range(101)]
+    assert steps == sorted(steps)
+    assert ElasticTopK(2, 16, "cosine").k_at(25, 100) == 2 + round(7 * (1 - math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "dbrx"])
+def test_any_model_gets_another_k_as_its_configuration_would_say(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    batch = tokens(model)
+    before, k = logits(model, batch), get_top_k(model)
+    set_top_k(model, 2 if k == 1 else 1)
+    changed = logits(model, batch)
+    assert not torch.allclose(changed, before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), batch), changed)
+    set_top_k(model, k)
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_a_sweep_tells_the_loss_of_each_k_and_leaves_the_model_alone() -> None:
+    model = moefy_dense(dense(), 4, top_k=3, seed=0).train()
+    batch = tokens(model)
+    batches = [{**batch, "labels": batch["input_ids"]}, {"input_ids": batch["input_ids"][:1, :5]}]
+    batches[1]["labels"] = batches[1]["input_ids"]
+    losses = evaluate_k_sweep(model, batches, [1, 4])
+    assert (get_top_k(model), model.training) == (3, True)
+    for k, loss in losses.items():
+        set_top_k(model.eval(), k)
+        parts = [torch.nn.functional.cross_entropy(
+            model(**item).logits[:, :-1].flatten(0, 1), item["labels"][:, 1:].flatten(), reduction="none"
+        ) for item in batches]  # fmt: skip
+        assert loss == pytest.approx(torch.cat(parts).mean().item(), abs=1e-5)
+
+
+def test_a_reloaded_model_has_its_router_and_its_k(tmp_path: Path) -> None:
+    model = moefy_dense(dense(), 4, top_k=2)
+    set_top_k(model, 3)
+    batch = tokens(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert get_top_k(loaded) == 3
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def _t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    {
+        "a divisor": (lambda: moefy_dense(dense(), 7), "64 hidden units .* 7 experts: choose a divisor"),
+        "k of N": (lambda: moefy_dense(dense(), 4, top_k=5), "top_k=5 and num_experts=4"),
+        "gates": (lambda: moefy_dense(dense(), 4, gate_scale="sum"), "exact, softmax, not 'sum'"),
+        "layout": (lambda: moefy_dense(_t5(), 4), "has no MLP of the layouts"),
+        "twice": (lambda: moefy_dense(moefy_dense(dense(), 4), 4), "neither of a compressed one nor of another"),
+        "too many": (lambda: set_top_k(build("mixtral"), 9), "from 1 to 8, .* not 9"),
+        "groups": (lambda: set_top_k(build("deepseek_v3"), 8), "from 1 to 4, .* not 8"),
+        "no k": (lambda: set_top_k(build("switch_transformers"), 1), "no blocks whose number"),
+        "shrinking": (lambda: ElasticTopK(4, 2), "k_min=4 and k_max=2"),
+        "schedule": (lambda: ElasticTopK(1, 2, "step"), "multistep, not 'step'"),
+        "labels": (lambda: evaluate_k_sweep(moefy_dense(dense(), 2), [{}], [1]), "batches with labels"),
+    }.values(),
+)  # fmt: skip
+def test_bad_input_is_refused(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_mlp_that_computes_something_else_is_refused_and_the_model_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = dense()
+    mlp = type(model.model.layers[1].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: forward(self, x) + x)
+    with pytest.raises(ValueError, match="LlamaMLP computes something else"):
+        moefy_dense(model, 4)
+    assert type(model.model.layers[0].mlp) is mlp

@@ -1,0 +1,97 @@
+"""Dense models as the experts of a mixture: equal ones are it, and a router that chooses one is that one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import logits
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from variant_folders import dense, tokens
+
+from hf_mcsmoe.variants import upcycle_dense
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+GIVEN = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0}
+BRANCHES: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
+    "llama": ("mixtral", lambda: dense(torch.initial_seed())),
+    "mistral": ("mixtral", lambda: MistralForCausalLM(MistralConfig(**GIVEN, head_dim=16, sliding_window=5))),
+    "qwen3": ("qwen3_moe", lambda: Qwen3ForCausalLM(Qwen3Config(**GIVEN, head_dim=16, tie_word_embeddings=True))),
+    "olmo2": ("flex_olmo", lambda: Olmo2ForCausalLM(Olmo2Config(**GIVEN))),
+    "olmoe": ("olmoe", lambda: OlmoeForCausalLM(OlmoeConfig(**GIVEN, num_experts=1, num_experts_per_tok=1))),
+}
+
+
+def _branch(name: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = BRANCHES[name][1]().eval()
+    model.config.norm_topk_prob = True  # an OLMoE of one expert is dense only then
+    for module in model.modules():
+        if "norm_topk_prob" in vars(module):
+            module.norm_topk_prob = True
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_equal_models_are_their_mixture_whatever_the_routers_say(name: str, tmp_path: Path) -> None:
+    model = _branch(name)
+    batch = tokens(model)
+    mixture = upcycle_dense([model] * 4, BRANCHES[name][0], router_std=1.0)
+    torch.testing.assert_close(logits(mixture, batch), logits(model, batch), atol=1e-4, rtol=1e-4)
+    mixture.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded).__module__.startswith("transformers.models.")
+    torch.testing.assert_close(logits(loaded, batch), logits(mixture, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_router_that_chooses_one_model_has_its_mlp_and_all_else_is_the_mean(name: str) -> None:
+    models = [_branch(name, seed) for seed in range(3)]
+    mixture = upcycle_dense(models, BRANCHES[name][0], top_k=1)
+    states = [model.state_dict() for model in models]
+    for key, value in mixture.state_dict().items():
+        if ".mlp." not in key:
+            torch.testing.assert_close(value, sum(state[key] for state in states) / 3)
+    hidden, block = torch.randn(1, 5, 32), mixture.model.layers[1].mlp
+    for chosen, model in enumerate(models):
+        torch.nn.init.zeros_(block.gate.weight)
+        block.gate.weight.data[chosen] = 100 * hidden.mean((0, 1))
+        used = (block.gate.weight @ hidden[0].T).argmax(0) == chosen
+        found, expected = block(hidden), model.model.layers[1].mlp(hidden)
+        torch.testing.assert_close(found[0, used], expected[0, used], atol=1e-5, rtol=1e-5)
+        assert used.any()
+
+
+@pytest.mark.parametrize(
+    ("models", "into", "options", "message"),
+    {
+        "family": (["llama"], "gpt_oss", {"top_k": 1}, "flex_olmo, not 'gpt_oss'"),
+        "branch": (["qwen3", "qwen3"], "mixtral", {}, "of llama or mistral, not of qwen3"),
+        "mixed": (["llama", "mistral"], "mixtral", {}, "branches must be of one ancestor"),
+        "few": (["llama"], "mixtral", {}, "top_k=2 and 1 models"),
+        "none": ([], "mixtral", {}, "top_k=2 and 0 models"),
+    }.values(),
+)
+def test_bad_input_is_refused(models: list[str], into: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        upcycle_dense([_branch(name) for name in models], into, **options)
+
+
+def test_biases_that_the_family_has_no_place_for_are_told() -> None:
+    models = [dense(mlp_bias=True) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"mixtral has no place for \['model.layers.0.mlp.*bias'\]"):
+        upcycle_dense(models, "mixtral")

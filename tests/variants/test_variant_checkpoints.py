@@ -1,0 +1,99 @@
+"""Saved variants in a process without the package, and what is refused of their folders."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from helpers import logits
+from merged import check_without_package, run_python
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from variant_folders import dense, save, tokens
+
+from hf_mcsmoe.variants import add_momentum, moefy_dense
+
+# A variant and the model that it is made of.
+CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel], PreTrainedModel]]] = {
+    "momentum": (lambda: build("mixtral"), lambda model: add_momentum(model, 0.6, 0.9)),
+    "momentum_seq2seq": (lambda: build("switch_transformers"), lambda model: add_momentum(model, 0.6, kind="adam")),
+    "smoe_dropout": (dense, lambda model: moefy_dense(model, 4, top_k=2)),
+}
+LOADING = [
+    *("loads", "saves_again", "keeps_bfloat16", "builds_from_its_configuration", "loads_by_device_map"),
+    *("loads_offloaded_to_disk_and_saves", "generates", "copies_deeply", "pickles", "compiles"),
+    *("checkpoints_gradients", "runs_every_experts_implementation", "works_in_a_pipeline"),
+    "loads_as_the_base_model_and_with_a_new_head",
+]
+TRAINING = ["trains_saves_and_resumes", "takes_lora"]
+# What fails of Switch itself: its loop over experts compiles to no graph, and its experts are no stacked matrices.
+SEQ2SEQ = ["loads", "saves_again", "keeps_bfloat16", "loads_by_device_map", "generates", "copies_deeply", "pickles"]
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package_loads_uses_and_trains_them(tmp_path: Path) -> None:
+    loading, training = {}, {}
+    for name, (base, change) in CASES.items():
+        is_seq2seq = name.endswith("seq2seq")
+        auto_class = "AutoModelForSeq2SeqLM" if is_seq2seq else "AutoModelForCausalLM"
+        folder = save(change(base()), base(), tmp_path / name, auto_class=auto_class)
+        loading[folder] = SEQ2SEQ if is_seq2seq else LOADING
+        training[folder] = TRAINING[:1] if is_seq2seq else TRAINING
+    for checks, script in ((loading, "without_package.py"), (training, "train_without_package.py")):
+        for name, report in check_without_package(checks, tmp_path, script).items():
+            assert not any(report.values()), "\n".join([name, *report.values()])
+
+
+def test_a_folder_has_the_code_that_its_variant_imports_and_no_other(tmp_path: Path) -> None:
+    add_momentum(build("mixtral")).save_pretrained(tmp_path)
+    names = {file.name for file in tmp_path.glob("*.py")}
+    shared = {"remote_mcsmoe.py", "companions_mcsmoe.py", "configuration_mcsmoe.py", "folders_mcsmoe.py"}
+    assert names == {"momentum_mcsmoe.py", *shared}
+    assert not any(
+        "hf_mcsmoe." in file.read_text() for file in tmp_path.glob("*.py") if "import hf" in file.read_text()
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["variant"]["name"] == "momentum"
+    assert config["base_model_type"] == "mixtral"
+
+
+def test_with_the_package_it_loads_without_the_flag(tmp_path: Path) -> None:
+    for name, change in (("momentum", add_momentum), ("smoe_dropout", lambda model: moefy_dense(model, 4))):
+        model = change(build("mixtral") if name == "momentum" else dense())
+        model.save_pretrained(tmp_path / name)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert type(loaded) is type(model)
+        assert torch.equal(logits(loaded, tokens(model)), logits(model, tokens(model)))
+
+
+@pytest.mark.slow
+def test_without_the_package_and_the_flag_loading_says_what_is_lacking(tmp_path: Path) -> None:
+    add_momentum(build("mixtral")).save_pretrained(tmp_path / "model")
+    code = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path / 'model')!r})"
+    done = run_python(["-c", code], tmp_path)
+    assert done.returncode == 1
+    assert "trust_remote_code=True" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    {
+        "no variant": ({"variant": None}, "must hold `name` and `options`, not None"),
+        "family": ({"base_model_type": "none"}, "knows no model type 'none'"),
+        "name": ({"variant": {"name": "none", "options": {}}}, "no variant 'none'"),
+    }.values(),
+)
+def test_an_edited_configuration_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+    add_momentum(build("mixtral")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_the_original_folder_is_not_overwritten(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    model = add_momentum(AutoModelForCausalLM.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="holds the original model"):
+        model.save_pretrained(tmp_path)
