@@ -33,7 +33,7 @@ from hf_mcsmoe.tables import (
     bits_of,
     cost_rows,
     done_to,
-    has_constants,
+    in_place_of,
     layer_rows,
     layers_of,
     quality_rows,
@@ -74,7 +74,8 @@ its choice among the original experts to the stored ones.
 {%- elif "pruned" in done -%}
 {{ base }} with fewer experts: those of {{ layers_of("prune") }} that are missed least were pruned by
 `hf_mcsmoe`{{ version }}, and
-{%- if constants %} the routers left as they are: a pick of one that is gone gives a constant in its place.
+{%- if constants %} the routers left as they are: a pick of one that is gone gives {{ constants }} in its
+place.
 {%- else %} the routers cut to the others.
 {%- endif %}
 {%- else -%}
@@ -223,7 +224,7 @@ def render(record: Record) -> str:
         dense=all(step.title != LOW_RANK for step in record.steps) and not bits_of(layers),
         auto_class=record.auto_class,
         plain=record.is_plain,
-        constants=has_constants(layers),
+        constants=in_place_of(layers),
         trust="" if record.is_plain else ", trust_remote_code=True",
         argument="" if record.is_plain else ",trust_remote_code=True",
         model_id=MODEL_ID,

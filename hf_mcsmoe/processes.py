@@ -107,6 +107,37 @@ class Processes:
             "again."
         )
 
+    def led(self, make: Callable[[], T]) -> T:
+        """Return what the first process makes while the others wait, as long as it takes.
+
+        Raises:
+            RuntimeError: the first process failed.
+        """
+        if self.size == 1:
+            return make()
+        value: Any = None
+        if self.is_first:
+            with working_as(ALONE):
+                value = make()
+            self.store.add("led", 1)
+        else:
+            self._await("led")
+        return self.sent(value, 0)
+
+    def _await(self, key: str) -> None:
+        """Wait until the first process has set a key in the store.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        try:
+            while not self.store.check([key]):
+                if self.store.check(["failed 0"]):
+                    raise RuntimeError("failed")
+                time.sleep(POLL)
+        except RuntimeError as error:
+            raise RuntimeError(self._told_by_others(error)) from None
+
     def finish(self) -> None:
         """Wait, as long as it takes, until the first process is done; that waits a while until the others know.
 
@@ -116,11 +147,8 @@ class Processes:
         if self.size == 1:
             return
         if not self.is_first:
+            self._await("done")
             try:
-                while not self.store.check(["done"]):
-                    if self.store.check(["failed 0"]):
-                        raise RuntimeError("failed")
-                    time.sleep(POLL)
                 self.store.add("left", 1)
             except RuntimeError as error:
                 raise RuntimeError(self._told_by_others(error)) from None
@@ -139,6 +167,16 @@ _CURRENT: ContextVar[Processes] = ContextVar("hf_mcsmoe_processes", default=ALON
 def current() -> Processes:
     """Return the processes that this one works together with: within `together` those, else itself alone."""
     return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def working_as(processes: Processes) -> Iterator[None]:
+    """Let this process work as one of these for the time of the block, or, as `ALONE`, by itself."""
+    token = _CURRENT.set(processes)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def started() -> int:
@@ -177,17 +215,15 @@ def together(patience: float = PATIENCE) -> Iterator[Processes]:
         yield ALONE
         return
     processes = _met(patience)
-    token = _CURRENT.set(processes)
     try:
-        yield processes
+        with working_as(processes):
+            yield processes
         processes.finish()
     except BaseException as error:
         reason = error.__cause__ or error  # of an exit, why
         with contextlib.suppress(RuntimeError):
             processes.store.set(f"failed {processes.rank}", " ".join(str(reason).split()) or type(reason).__name__)
         raise
-    finally:
-        _CURRENT.reset(token)
 
 
 def _met(patience: float) -> Processes:

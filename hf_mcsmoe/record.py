@@ -104,7 +104,7 @@ class Stored:
 
     `reduce` is "merge" or "prune" where there are fewer; `bits` of a weight, and ranks, are told by the name of the
     weight in its container, where they apply; of bits that differ from expert to expert, the mean. `constants` are
-    pruned experts in whose place the layer gives a constant.
+    pruned experts in whose place the layer gives a constant, which is one for all of them, zero, where `is_zero`.
     """
 
     before: int
@@ -114,6 +114,7 @@ class Stored:
     bits: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
     constants: int = 0
+    is_zero: bool = False
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Stored":
@@ -125,7 +126,8 @@ class Stored:
         reduce = "" if after == before else "merge" if kept is None else "prune"
         rank = {weight: item["rank"] for weight, item in entry.get("low_rank", {}).items()}
         bits = {weight: _mean(item["bits"]) for weight, item in entry.get("quantized", {}).items()}
-        return cls(before, after, reduce, rank, bits, constants=len(gone))
+        places = {entry["expert_map"][expert] for expert in gone}
+        return cls(before, after, reduce, rank, bits, constants=len(gone), is_zero=len(places) < len(gone))
 
 
 @dataclass(frozen=True)

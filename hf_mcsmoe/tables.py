@@ -49,7 +49,8 @@ def layer_rows(layers: Mapping[str, Stored]) -> list[list[str]]:
     """Return a table of what became of layers, a row each; head first. What applies to no layer gets no column."""
     optional = {
         "by": [{"merge": "merging", "prune": "pruning"}.get(item.reduce, "") for item in layers.values()],
-        "constants": [str(item.constants) if item.constants else "" for item in layers.values()],
+        "zeros": [str(item.constants) if item.is_zero else "" for item in layers.values()],
+        "constants": [str(item.constants or "") if not item.is_zero else "" for item in layers.values()],
         "rank": [_distinct(item.rank) for item in layers.values()],
         "bits": [_distinct(item.bits) for item in layers.values()],
         "bytes": [f"{item.bytes:,}" if item.bytes else "" for item in layers.values()],
@@ -124,9 +125,11 @@ def layers_of(layers: Mapping[str, Stored], reduce: str) -> str:
     return "each layer" if number == fewer else f"{number} layers" if number > 1 else "one layer"
 
 
-def has_constants(layers: Mapping[str, Stored]) -> bool:
-    """Tell whether constants stand in the place of pruned experts."""
-    return any(item.constants for item in layers.values())
+def in_place_of(layers: Mapping[str, Stored]) -> str:
+    """Return what stands in the place of pruned experts, in words; empty where the routers do not pick them."""
+    if any(item.is_zero for item in layers.values()):
+        return "zero"
+    return "a constant" if any(item.constants for item in layers.values()) else ""
 
 
 def bits_of(layers: Mapping[str, Stored]) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ from hf_mcsmoe.search.config import JOINT
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving
-from hf_mcsmoe.streamed.journal import is_placing
+from hf_mcsmoe.streamed.journal import finished_bytes, is_placing
 from hf_mcsmoe.tables import size_lines
 
 
@@ -107,13 +108,15 @@ def compress_command(
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
-    streaming = streaming.going_on(target.output, is_by_hand=size is None)
-    is_streamed = streaming.is_chosen(layers, config, stages, held, calibration)
+    # The same in all processes, whatever each has free.
+    streaming = current().agreed(partial(streaming.going_on, target.output, is_by_hand=size is None))
+    is_streamed = current().agreed(partial(streaming.is_chosen, layers, config, stages, held, calibration))
     if not is_streamed:
         streaming.tell_unused()
     goes_on = is_streamed and not streaming.restart
     claims = replace(target, overwrite=True) if goes_on and is_placing(target.output) else target
-    output = claims.claimed(needed, model=model, **read)
+    done = finished_bytes(target.output) if goes_on else 0
+    output = claims.claimed(max(0, needed - done), model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or config.budget == MEASURED or any(stages.values())
     started = time.perf_counter()
@@ -125,10 +128,10 @@ def compress_command(
         batches, held_out = calibration.batches(samples, tokenizer, loaded, progress) if reads else ([], [])
         check = calibration.check_batches(other, tokenizer, loaded)
         told = _calibrated(calibration, batches, held_out, check)
-        done = {"repair": stages["repair"].method if stages["repair"] else "none"}
-        done |= {"size": str(size.size)} if size else {}
-        done |= {} if held is not None else {"scores": None}  # which others can take anew
-        text = recipe_text("compress", {**(recipe or {}), **done})
+        used = {"repair": stages["repair"].method if stages["repair"] else "none"}
+        used |= {"size": str(size.size)} if size else {}
+        used |= {} if held is not None else {"scores": None}  # which others can take anew
+        text = recipe_text("compress", {**(recipe or {}), **used})
         own = tokenizer if loading.tokenizer else None
         sums = held
         if held is not None:
@@ -161,8 +164,9 @@ def compress_command(
                     stream=streaming.config(),
                     saving=saving,
                 )
-            _finish(record, output, started)
-            push_folder(target, output)
+            if current().is_first:
+                _finish(record, output, started)
+                push_folder(target, output)
             return
         merged = compress(
             loaded,

@@ -79,14 +79,30 @@ def check_output(
     check_apart(target, apart)
     if target.is_dir() and not overwrite and any(not item.name.endswith(WORK) for item in target.iterdir()):
         raise ValueError(f"{target} exists and is not empty; choose another folder or pass --overwrite.")
-    existing = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
+    existing = _existing(target)
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file, so {target} cannot be a folder; choose another --output.")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"{existing} cannot be written to; choose another --output.")
+    check_room(target, needed_bytes, "The result takes")
+    return target
+
+
+def check_room(target: Path, needed_bytes: int, told: str, advice: str = "") -> None:
+    """Raise ValueError where the disk of a place has less than so many bytes free.
+
+    Args:
+        told: what takes them, as the begin of a sentence.
+        advice: what takes less.
+    """
+    existing = _existing(target)
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise ValueError(
-            f"The result takes about {needed_bytes / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free."
+            f"{told} about {needed_bytes / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free{advice}."
         )
-    return target
+
+
+def _existing(target: Path) -> Path:
+    """Return a path or the lowest folder above it that is there."""
+    return next(parent for parent in (target, *target.absolute().parents) if parent.exists())

@@ -15,11 +15,12 @@ from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
-from hf_mcsmoe.layers.output import check_apart
+from hf_mcsmoe.layers.output import check_apart, check_room
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.options import all_needs, check_options, chosen_repair
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.record import Record
@@ -27,9 +28,11 @@ from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
-from hf_mcsmoe.streamed.journal import RESULT, Journal
+from hf_mcsmoe.streamed.journal import RESULT, Journal, finished_bytes
 from hf_mcsmoe.streamed.refused import check_streamed
-from hf_mcsmoe.streamed.run import Data, Run, description_of
+from hf_mcsmoe.streamed.run import Data, Run, description_of, shared_statistics
+
+HIDDEN = "The hidden states of all rows take", ": fewer or shorter rows (--num-samples, --max-length) take less"
 
 
 def compress_folder(
@@ -53,7 +56,8 @@ def compress_folder(
     """Write the folder that `compress` and `save_pretrained` would, with no more than one block in memory.
 
     A run that was killed goes on where it was when the same is asked for again, and ends with the same bytes. What it
-    has finished lies in a hidden folder beside the output until then.
+    has finished lies in a hidden folder beside the output until then. Of several processes (see `together`) each runs
+    its share of the batches of the first sweep, and the first makes and writes the blocks while the others wait.
 
     Args:
         source: the checkpoint to be compressed: a folder, or a Hub id, of which a shard is fetched when a block needs
@@ -85,27 +89,39 @@ def compress_folder(
     kinds = {name: list(part) for name, part in by_name(check).items()}
     judge = Judge(list(held_out or ()), [batch for part in kinds.values() for batch in part])
     data, tell = Data(layers.model, list(given), sample, asked.repair), progress or silent
-    check_memory = stream.check(folder, data.hidden_bytes(asked, judge))
-    with working_folder(path) as work:
-        wanted = description_of(folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms)
-        journal = Journal(work, wanted, restart=stream.restart)
-        if folder.snapshot is not None:
-            journal.keep_cached(folder.snapshot)
-        run = Run(layers, config, asked, data, journal, is_mapped=check_memory)
-        found = run.statistics(statistics, needs, tell)
-        found = found if norms is None else with_reference(found, layers, norms)
-        student, record = run.blocks(found, run.plan(found, tell), judge, tell)
-        record = replace(record, calibration=checked_on(kinds)).with_quality(judge.quality)
-        attach_record(student, saving.told(record))
-        run.write_rest(student)
-        journal.state = RESULT
-        with completed_folder(path) as target:
-            writer = run.writer.placed(target)
-            cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
-            writer.close()
-        saving.after(path)
-        folder.drop_fetched()
-        journal.remove()
-        if statistics is None and saving.scores:
-            found.save(saving.scores)  # last: a run that goes on would read it, and be another one
-    return cast(Any, student).mcsmoe_record
+    hidden = data.hidden_bytes(asked, judge)
+    is_mapped = stream.check(folder, hidden)
+    processes = current()
+
+    def lead() -> Record:
+        # Those of the block before stay until the next one is finished.
+        check_room(path, 2 * hidden - finished_bytes(path), *HIDDEN)
+        with working_folder(path) as work:
+            wanted = description_of(
+                folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms
+            )
+            journal = Journal(work, wanted, restart=stream.restart)
+            if folder.snapshot is not None:
+                journal.keep_cached(folder.snapshot)
+            run = Run(layers, config, asked, data, journal, is_mapped=is_mapped)
+            found = run.statistics(statistics, needs, tell, processes)
+            found = found if norms is None else with_reference(found, layers, norms)
+            student, record = run.blocks(found, run.plan(found, tell), judge, tell)
+            record = replace(record, calibration=checked_on(kinds)).with_quality(judge.quality)
+            attach_record(student, saving.told(record))
+            run.write_rest(student)
+            journal.state = RESULT
+            with completed_folder(path) as target:
+                writer = run.writer.placed(target)
+                cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
+                writer.close()
+            saving.after(path)
+            folder.drop_fetched()
+            journal.remove()
+            if statistics is None and saving.scores:
+                found.save(saving.scores)  # last: a run that goes on would read it, and be another one
+        return cast(Any, student).mcsmoe_record
+
+    if not processes.is_first and processes.sent(None, 0):
+        shared_statistics(layers, data.batches, needs, processes)
+    return processes.led(lead)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_mcsmoe.forecast.memory import free_memory
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import blocks
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.search.size import bytes_text
 from hf_mcsmoe.streamed.journal import commit_of
@@ -38,7 +39,15 @@ class StreamConfig:
 
         Args:
             options: see `Folder`.
+
+        Raises:
+            ValueError: see `Folder`; or shards are to be dropped that other processes may still read.
         """
+        if self.drop_source_cache and current().size > 1:
+            raise ValueError(
+                "--drop-source-cache (drop_source_cache=True) goes with one process: others may still read what it "
+                "drops. Start one, or leave it out."
+            )
         commit = None if self.restart else commit_of(output)
         return Folder(source, commit=commit, drops=self.drop_source_cache, **options)
 

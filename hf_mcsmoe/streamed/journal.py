@@ -115,6 +115,13 @@ def commit_of(output: str | os.PathLike) -> str | None:
     return None
 
 
+def finished_bytes(output: str | os.PathLike) -> int:
+    """Return the bytes that an interrupted run to this output holds already, of which its result will be made."""
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in _place(output).iterdir())
+    return 0
+
+
 def is_placing(output: str | os.PathLike) -> bool:
     """Tell whether a run was interrupted while its result took its place, which it may have done in part."""
     with contextlib.suppress(OSError, ValueError, AttributeError):

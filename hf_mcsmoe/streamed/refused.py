@@ -7,7 +7,6 @@ from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import STATISTICS, of_data
 from hf_mcsmoe.options import all_needs
-from hf_mcsmoe.processes import current
 from hf_mcsmoe.streamed.chain import Asked
 
 
@@ -17,8 +16,6 @@ def check_streamed(layers: Layers, config: MergeConfig, asked: Asked, statistics
     Raises:
         ValueError: it cannot; the message says what needs all of the model.
     """
-    if current().size > 1:
-        raise ValueError("A model is read block by block in one process: start one, or load the model (--no-stream).")
     if config.budget == MEASURED:
         raise ValueError(
             f"budget={MEASURED!r} tries every size of every layer, for which the model is loaded: choose another "

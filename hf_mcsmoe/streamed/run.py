@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.card import new_record
@@ -27,6 +28,7 @@ from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.options import check_repair
 from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.processes import ALONE, Processes, working_as
 from hf_mcsmoe.progress import Progress, in_parts, one_step
 from hf_mcsmoe.record import Costs, Record
 from hf_mcsmoe.repair.made import made_batches
@@ -103,6 +105,14 @@ def _domains(batch: Batch) -> dict[str, torch.Tensor]:
     return {"domain": domains_of(batch, num_sequences(batch))}
 
 
+def shared_statistics(
+    layers: Layers, batches: Sequence[Batch], needs: Sequence[str], processes: Processes
+) -> RoutingStatistics:
+    """Return the sums over all batches, of which each process runs its share."""
+    with working_as(processes):
+        return collect_statistics(layers, batches, of_data(needs))
+
+
 class Run:
     """A run, and its journal."""
 
@@ -126,23 +136,38 @@ class Run:
                 "nobody writes to it (--restart)."
             )
 
-    def statistics(self, given: RoutingStatistics | None, needs: Sequence[str], tell: Progress) -> RoutingStatistics:
-        """Return the statistics that are given, or those of the first sweep."""
-        file = self.journal.folder / SUMS
-        if given is None and self.journal.state != STATISTICS:
+    def statistics(
+        self, given: RoutingStatistics | None, needs: Sequence[str], tell: Progress, processes: Processes = ALONE
+    ) -> RoutingStatistics:
+        """Return the statistics that are given, or those of the first sweep, which several processes share.
+
+        Of the sweep of one process every block that is finished is kept; several begin it again.
+        """
+        file, is_lacking = self.journal.folder / SUMS, given is None and self.journal.state == STATISTICS
+        processes.sent(is_lacking, 0)
+        if given is not None:
+            return given
+        if not is_lacking:
             return RoutingStatistics.load(file)
-        if given is None:
-            number = len(blocks(self.folder.model))
+        if processes.size == 1:
+            found = self._first_sweep(of_data(needs), tell)
+        else:
+            with one_step(STATISTICS, tell):
+                found = shared_statistics(self.layers, self.data.batches, needs, processes)
+            self.check_source()
+        found.save(file)
+        return found
 
-            def done() -> None:
-                self.check_source()
-                tell(STATISTICS, len(self.journal.content[STATISTICS]) + 1, number)
+    def _first_sweep(self, names: list[str], tell: Progress) -> RoutingStatistics:
+        """Return the sums of the first sweep by this process, which goes on from the blocks that are finished."""
+        number = len(blocks(self.folder.model))
 
-            tell(STATISTICS, len(self.journal.content[STATISTICS]), number)
-            names = of_data(needs)
-            given = collect_by_blocks(self.layers, self.rows.fitted, names, self.states, self.journal, done)
-            given.save(file)
-        return given
+        def done() -> None:
+            self.check_source()
+            tell(STATISTICS, len(self.journal.content[STATISTICS]) + 1, number)
+
+        tell(STATISTICS, len(self.journal.content[STATISTICS]), number)
+        return collect_by_blocks(self.layers, self.rows.fitted, names, self.states, self.journal, done)
 
     def plan(self, statistics: RoutingStatistics, tell: Progress) -> MergePlan:
         """Return the plan of the statistics."""

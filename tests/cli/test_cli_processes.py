@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import write_models
 from helpers import Run
 from pair import in_two_processes
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from hf_mcsmoe import cli
 from hf_mcsmoe.files import read_json
+from hf_mcsmoe.streamed.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,53 @@ def test_compress_shares_its_work(folder: Path, run: Run, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_calibrate_writes_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:Few calibration tokens", "ignore:The repair left")
+def test_compress_block_by_block_shares_the_first_sweep(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [folder / "mixtral", "--data", folder / "text.txt", "--num-samples", 6, "--batch-size", 1, "--experts", 4]
+    given += ["--stream", "--repair", "refit"]
+    output, scores = folder / "streamed", folder / "streamed.safetensors"
+    first, second = _in_two(monkeypatch, folder, "compress", *given, "--output", output, "--scores", scores)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert second[1:] == ("", "")
+    code, _, errors = run("compress", *given, "--output", folder / "alone")
+    assert code == 0, errors
+    found = [
+        {key: value for file in path.glob("*.safetensors") for key, value in load_file(file).items()}
+        for path in (output, folder / "alone")
+    ]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value)
+    assert scores.is_file()
+    assert not list(folder.glob(".*mcsmoe-work*"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Few calibration tokens")
+def test_a_run_block_by_block_of_which_one_process_ends_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [folder / "mixtral", "--data", folder / "text.txt", "--num-samples", 6, "--experts", 4, "--stream"]
+    given += ["--repair", "none", "--output", folder / "ended"]
+
+    def ends(*_: Any) -> None:
+        raise OSError("the disk of this process is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", ends)  # of the first, when all is written
+        first, second = _in_two(monkeypatch, folder, "compress", *given)
+    assert first[0] == second[0] == 1
+    assert "the disk of this process is gone" in first[2]
+    first, second = _in_two(monkeypatch, folder, "compress", *given)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert not list(folder.glob(".*mcsmoe-work*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [[], ["--stream", "--overwrite"]])
+def test_calibrate_writes_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch, way: list[str]) -> None:
     given = [folder / "mixtral", "--data", folder / "text.txt", "--num-samples", 6, "--output", folder / "scores"]
-    first, second = _in_two(monkeypatch, folder, "calibrate", *given)
+    first, second = _in_two(monkeypatch, folder, "calibrate", *given, *way)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "holds" in first[1]
     assert second[1] == ""

@@ -4,20 +4,21 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families import build
 from helpers import batches
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
-from hf_mcsmoe.streamed.journal import FILE, PLACE, Journal
+from hf_mcsmoe.streamed.journal import FILE, PLACE, Journal, finished_bytes
 from hf_mcsmoe.streamed.states import read_nest, write_nest
 
 HALF = MergeConfig(experts=4)
@@ -116,6 +117,20 @@ def test_a_run_goes_on_with_the_same_only(
         compress_folder(**given, output=output, config=HALF)
     compress_folder(**given, output=output, config=HALF, stream=StreamConfig(restart=True))
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_the_disk_has_to_hold_what_is_not_finished(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    kept = _interrupted(given, output, monkeypatch)
+    assert finished_bytes(output) == sum(file.stat().st_size for file in kept.iterdir())
+    rows = torch.cat([batch["input_ids"].flatten() for batch in given["batches"]]).numel()
+    hidden = 2 * rows * AutoConfig.from_pretrained(given["source"]).hidden_size * 4
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=hidden - 1))
+    with pytest.raises(ValueError, match=r"hidden states of all rows take about .* free: fewer or shorter rows"):
+        compress_folder(**given, output=tmp_path / "other", config=HALF)
+    compress_folder(**given, output=output, config=HALF)
 
 
 def test_a_run_goes_on_with_the_same_reference_and_device_only(
