@@ -29,7 +29,8 @@ from hf_mcsmoe.merge import merge_experts
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.auto import RegisteredConfig
 from hf_mcsmoe.modeling.modeling_mcsmoe import MergedSwitchSparseMLP
-from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.planning import plan_merge
 from hf_mcsmoe.processes import together
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantize_experts

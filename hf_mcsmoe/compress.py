@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.attached import attach_record, new_record
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.reference import check_reference, reference_norms, with_reference
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.evaluation.held_out import Judge, judge_of
@@ -34,7 +34,8 @@ from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
 from hf_mcsmoe.options import all_needs, check_options, check_repair, chosen_repair, sparsity_needs
-from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.planning import plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantization_step, quantize_layers

@@ -16,8 +16,8 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.attached import attach_record, new_record
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.layers.extra import extra_blocks
 from hf_mcsmoe.layers.find import Layers

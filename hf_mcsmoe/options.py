@@ -12,7 +12,7 @@ from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.config import MIXED, MergeConfig
 from hf_mcsmoe.methods.sparsity import SCORE
-from hf_mcsmoe.plan import check_request
+from hf_mcsmoe.planning import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import SEQUENTIAL

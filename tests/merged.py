@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from without_package import generate, recorded
 
 from hf_mcsmoe import MergeConfig, MergePlan, collect_statistics, merge_experts, moe_layers, plan_merge
-from hf_mcsmoe.card import loading_class
+from hf_mcsmoe.attached import loading_class
 
 TESTS = Path(__file__).parent
 # Families that cannot be merged, and a few words of the reason that they are told.

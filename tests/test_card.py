@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from merged import example, run_python
 from transformers import AutoModelForCausalLM
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, card, compress
+from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, attached, card, compress
 from hf_mcsmoe.record import Base, Costs, Quality, Record, SizeChoice, Step, Stored
 
 START, END = "<!-- mcsmoe -->", "<!-- /mcsmoe -->"
@@ -134,7 +134,7 @@ def test_the_advice_on_torchao_is_for_dense_experts() -> None:
 def test_one_compression_renders_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
     base, rendered = example("mixtral").base, []
     render = card.render
-    monkeypatch.setattr(card, "render", lambda record: rendered.append(record) or render(record))
+    monkeypatch.setattr(attached, "render", lambda record: rendered.append(record) or render(record))
     data = batches("mixtral", base, number=16)
     config = MergeConfig(experts=4, budget="uniform")
     repair, low_rank = RepairConfig(method="local", steps=5), LoSparseConfig(rank=2, keep=0.25)
@@ -269,7 +269,7 @@ def test_a_damaged_record_stops_no_save(text: str, merged: Path, tmp_path: Path)
     assert (tmp_path / "again" / "mcsmoe_record.json").read_text() == text
     assert (tmp_path / "again" / "README.md").read_bytes() == (folder / "README.md").read_bytes()
     with pytest.warns(UserWarning, match=r"mcsmoe_record\.json is damaged"):
-        record = card.record_of(loaded)
+        record = attached.record_of(loaded)
     assert len(record.plan["layers"]) == 4
 
 
@@ -332,7 +332,7 @@ def test_a_plan_that_cannot_be_read_is_not_written_over(merged: Path, tmp_path: 
     (folder / "mcsmoe_plan.json").write_text(text)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.warns(UserWarning, match=r"mcsmoe_plan\.json is damaged"):
-        card.attach_record(model, card.record_of(model))
+        attached.attach_record(model, attached.record_of(model))
     model.save_pretrained(folder)
     assert (folder / "mcsmoe_plan.json").read_text() == text
 

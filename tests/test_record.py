@@ -10,7 +10,7 @@ from helpers import batches
 from merged import example
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, compress
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.record import (
     Base,
     Calibration,

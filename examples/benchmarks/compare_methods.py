@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from hf_mcsmoe.compare.cells import Cell, Row
 from hf_mcsmoe.compare.cells import rows_of as means_of
-from hf_mcsmoe.compare.run import Grid, compare
+from hf_mcsmoe.compare.grid import Grid
+from hf_mcsmoe.compare.run import compare
 from hf_mcsmoe.compare.sizes import bytes_with
 from hf_mcsmoe.compare.ways import ways_of
 from hf_mcsmoe.data.domains import DomainBatch

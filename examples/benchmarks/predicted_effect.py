@@ -18,7 +18,7 @@ from quality_ladder import batches_of, rows_of
 from transformers.utils import logging
 
 from hf_mcsmoe import MergeConfig, collect_statistics, compress
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of

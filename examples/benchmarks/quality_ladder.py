@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RoutingStatistics, collect_statistics, compress
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.data.calibration import sample_features
 from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.data.spans import SpanNoise

@@ -24,7 +24,7 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import STATISTICS, of_data
-from hf_mcsmoe.plan import FEW_TOKENS
+from hf_mcsmoe.planning import FEW_TOKENS
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, one_step
 from hf_mcsmoe.search.conditions import conditions, covered

@@ -32,9 +32,10 @@ from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.shares import Shared, parsed
 from hf_mcsmoe.cli.sources import Calibration, public_names
 from hf_mcsmoe.compare.cells import Cell, rows_of
+from hf_mcsmoe.compare.grid import Draw, Grid, norms_of, planned
 from hf_mcsmoe.compare.journal import Journal
 from hf_mcsmoe.compare.page import ORIGINAL
-from hf_mcsmoe.compare.run import Draw, Grid, compare, norms_of, planned
+from hf_mcsmoe.compare.run import compare
 from hf_mcsmoe.compare.ways import needed
 from hf_mcsmoe.data.features import feature_batches
 from hf_mcsmoe.data.tasks import Task, get_task, task_rows

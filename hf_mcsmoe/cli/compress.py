@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.reference import add_reference, check_reference, reference_norms
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.cli.dial import Dial
 from hf_mcsmoe.cli.display import console, cost_table, layers_table, notes, quality_table, stage_bars
 from hf_mcsmoe.cli.options import (
@@ -44,7 +44,7 @@ from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing, sparsity_needs
-from hf_mcsmoe.plan import saved_parameters
+from hf_mcsmoe.planning import saved_parameters
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import counted, one_step
 from hf_mcsmoe.record import DROPPED, Record

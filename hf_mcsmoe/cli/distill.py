@@ -13,7 +13,7 @@ from peft import PeftModel
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
-from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.cli.display import console, cost_table, notes, stage_bars
 from hf_mcsmoe.cli.fewer import Fewer, as_student, check_together
 from hf_mcsmoe.cli.options import Output, Storage, Tokenizer, check_device_map, described, itemsize, options_of
@@ -53,7 +53,7 @@ from hf_mcsmoe.methods.config import option_help
 from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.modeling.auto import compression
 from hf_mcsmoe.modeling.losparse_mcsmoe import low_rank_modules, sparse_parts
-from hf_mcsmoe.plan import check_request
+from hf_mcsmoe.planning import check_request
 from hf_mcsmoe.progress import Progress, counted, one_step
 from hf_mcsmoe.record import LOW_RANK, Costs, Step
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from hf_mcsmoe.card import record_of, stored_layers
+from hf_mcsmoe.attached import record_of, stored_layers
 from hf_mcsmoe.cli.display import console, layer_table, layers_table, stage_bars
 from hf_mcsmoe.cli.options import Dequantize, Model, Selection, options_of
 from hf_mcsmoe.cli.specialisation import FIELDS, STABLE_RANK, Specialising, show_measured
@@ -12,7 +12,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.loading import empty_model
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.plan import check_request, saved_parameters
+from hf_mcsmoe.planning import check_request, saved_parameters
 from hf_mcsmoe.progress import one_step
 
 

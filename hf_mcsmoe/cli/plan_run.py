@@ -27,7 +27,7 @@ from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.options import check_unsized
-from hf_mcsmoe.plan import check_request
+from hf_mcsmoe.planning import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import REPAIR
 from hf_mcsmoe.search.choices import check_reachable, choose

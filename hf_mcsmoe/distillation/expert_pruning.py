@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.calibration.collect import counted_tokens
-from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.distillation.pruned_students import prune_layer
 from hf_mcsmoe.distillation.trainable import student_of
 from hf_mcsmoe.files import read_json, replaced, write_json

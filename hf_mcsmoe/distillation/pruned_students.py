@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.card import attach_record, new_record
+from hf_mcsmoe.attached import attach_record, new_record
 from hf_mcsmoe.layers.extra import extra_blocks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.fused import fused_views

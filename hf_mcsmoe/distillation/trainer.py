@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.distillation.arguments import DistillationOptions
 from hf_mcsmoe.distillation.compressed_trainer import CompressedModelTrainer
 from hf_mcsmoe.distillation.expert_outputs import SCALE_ROWS

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.distillation.trainable import student_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.record import SPARSITY

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.card import record_of, render
+from hf_mcsmoe.attached import record_of
+from hf_mcsmoe.card import render
 from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.export.form import PlainForm, plain_form_of
 from hf_mcsmoe.export.router_rows import bias_name, check_router_rows, group_bias, row_weights

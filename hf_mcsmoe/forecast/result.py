@@ -14,7 +14,7 @@ from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.budget import adaptive_budget, uniform_budget
 from hf_mcsmoe.methods.choice import REDUCTIONS, Choice
 from hf_mcsmoe.methods.config import CONSTANT, MergeConfig
-from hf_mcsmoe.plan import check_request
+from hf_mcsmoe.planning import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.search.choices import HEADER, choice_bytes, fixed_bytes
 

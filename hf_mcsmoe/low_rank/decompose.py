@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.calibration.inputs import LayerInputs, stream_inputs
-from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch

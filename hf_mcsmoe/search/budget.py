@@ -16,7 +16,8 @@ from hf_mcsmoe.merge import merge_layers
 from hf_mcsmoe.methods.budget import MEASURED, budget_total
 from hf_mcsmoe.methods.choice import AUTO, Choice
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.planning import plan_merge
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import repair_experts
 from hf_mcsmoe.search.apply import plan_choices

@@ -6,11 +6,11 @@ from itertools import chain
 
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.attached import attach_record, new_record
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import attach_record, new_record
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.evaluation.held_out import judge_of
 from hf_mcsmoe.layers.batches import Batch

@@ -13,7 +13,8 @@ from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.planning import plan_merge
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.bench import Bench
 from hf_mcsmoe.search.choices import nearest_count

@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.calibration.collect import add_sums
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import attach_record, record_of
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch, run_routed

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from hf_mcsmoe.attached import attach_record
 from hf_mcsmoe.calibration.reference import check_reference, reference_norms, with_reference
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import attach_record
 from hf_mcsmoe.compress import by_name, checked_on, sampled
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.held_out import Judge

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.attached import new_record
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import new_record
 from hf_mcsmoe.compress import with_steps
 from hf_mcsmoe.data.batches import digest
 from hf_mcsmoe.data.domains import domains_of
@@ -27,7 +27,8 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.options import check_repair
-from hf_mcsmoe.plan import MergePlan, plan_merge
+from hf_mcsmoe.plan import MergePlan
+from hf_mcsmoe.planning import plan_merge
 from hf_mcsmoe.processes import ALONE, Processes, working_as
 from hf_mcsmoe.progress import Progress, in_parts, one_step
 from hf_mcsmoe.record import Costs, Record

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
 from hf_mcsmoe import compress
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.layers.loading import load_model
 
 ROWS = [f"what is {number} {other} {(number * other) % 10}" for number in range(8) for other in range(8)]

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from hf_mcsmoe import MergeConfig, QuantizationConfig, RepairConfig, collect_statistics, compress
 from hf_mcsmoe.compare import run
 from hf_mcsmoe.compare.cells import Cell
-from hf_mcsmoe.compare.run import Comparison, Grid, compare
+from hf_mcsmoe.compare.grid import Grid
+from hf_mcsmoe.compare.run import Comparison, compare
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.search.compress import source_bytes

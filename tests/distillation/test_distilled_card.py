@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hf_mcsmoe import LoSparseConfig, SparsificationCallback, compact, compress, decompose_experts
-from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.layers.loading import load_model
 

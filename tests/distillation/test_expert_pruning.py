@@ -13,7 +13,7 @@ from helpers import batches, logits
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_mcsmoe import ExpertPruningCallback, moe_layers, prepare_pruning
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.distillation.expert_pruning import experts_left
 from hf_mcsmoe.distillation.pruned_students import prune_layer
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_of

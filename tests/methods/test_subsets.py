@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from hf_mcsmoe import MergeConfig, MergePlan, collect_statistics, compress, merge_experts, moe_layers, plan_merge
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.subsets import check_subsets
-from hf_mcsmoe.plan import LayerPlan, check_request
+from hf_mcsmoe.plan import LayerPlan
+from hf_mcsmoe.planning import check_request
 
 # Softmax over the picks; over all, not renormalised.
 FAMILIES = ["mixtral", "olmoe"]

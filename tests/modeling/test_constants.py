@@ -28,14 +28,14 @@ from hf_mcsmoe import (
     plan_merge,
     repair_experts,
 )
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.merge import merge_to_folder
 from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.modeling.configuration_mcsmoe import check_layer
-from hf_mcsmoe.plan import check_request
+from hf_mcsmoe.planning import check_request
 from hf_mcsmoe.tables import layer_rows
 
 FAST = ["mixtral"]

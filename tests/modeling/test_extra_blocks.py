@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_mcsmoe as mc
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.distillation.pruned_students import prepare_pruning
 from hf_mcsmoe.files import read_json
 from hf_mcsmoe.layers.extra import extra_blocks

@@ -23,7 +23,7 @@ from transformers import (
     modeling_utils,
 )
 
-from hf_mcsmoe.card import attach_record, record_of
+from hf_mcsmoe.attached import attach_record, record_of
 
 FILES = {
     *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "mcsmoe_record.json"),

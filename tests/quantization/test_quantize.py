@@ -21,7 +21,7 @@ from hf_mcsmoe import (
     plan_merge,
     quantize_experts,
 )
-from hf_mcsmoe.card import record_of
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact, decompose_experts
 

@@ -8,8 +8,8 @@ from families import build
 from helpers import batches
 
 from hf_mcsmoe import MergeConfig, QuantizationConfig, RepairConfig, compress, moe_layers
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.calibration.inputs import capture_inputs
-from hf_mcsmoe.card import record_of
 
 JOINT = RepairConfig(method="joint")
 BITS = QuantizationConfig(bits=8, group_size=8)

@@ -13,9 +13,9 @@ from merged import stored_experts
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, RepairConfig, collect_statistics, compress, merge_experts, plan_merge
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.calibration.curves import LayerCurves, Part
 from hf_mcsmoe.calibration.inputs import held_out_sequences
-from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.search.budget import measured_plan

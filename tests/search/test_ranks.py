@@ -10,10 +10,10 @@ from helpers import batches, logits
 from transformers import AutoModelForCausalLM
 
 from hf_mcsmoe import MergeConfig, collect_statistics, compress
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import capture_inputs
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.decompose import decompose_container
 from hf_mcsmoe.methods.choice import Choice, Grid

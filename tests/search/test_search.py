@@ -14,9 +14,9 @@ from merged import stored_experts
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, collect_statistics, compress
+from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.calibration.curves import LayerCurves, Part
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.card import record_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.choice import Grid
 from hf_mcsmoe.methods.view import Sums
