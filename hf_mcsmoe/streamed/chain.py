@@ -12,6 +12,7 @@ from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport
 from hf_mcsmoe.repair.rows import Fitted
+from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.parts import Stage
 from hf_mcsmoe.streamed.stages import Converting, Decomposing, Merging, Quantizing, Repairing
@@ -25,6 +26,12 @@ class Asked:
     low_rank: LoSparseConfig | None = None
     quantization: QuantizationConfig | None = None
     sparsity: SparsityConfig | None = None
+    size: SizeConfig | None = None
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """All of it but a size, by name."""
+        return {name: value for name, value in vars(self).items() if name != "size"}
 
     @property
     def is_stored(self) -> bool:

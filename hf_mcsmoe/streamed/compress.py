@@ -109,10 +109,10 @@ def compress_folder(
             student, record = run.blocks(found, run.plan(found, tell), judge, tell)
             record = replace(record, calibration=checked_on(kinds)).with_quality(judge.quality)
             attach_record(student, saving.told(record))
-            run.write_rest(student)
+            writer = run.write_rest(student)
             journal.state = RESULT
             with completed_folder(path) as target:
-                writer = run.writer.placed(target)
+                writer = writer.placed(target)
                 cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
                 writer.close()
             saving.after(path)

@@ -17,7 +17,7 @@ from hf_mcsmoe.modeling.folders_mcsmoe import work_place
 
 # Inside of the working folder beside the output.
 PLACE, FILE = "streamed", "journal.json"
-VERSION = 1
+VERSION = 2
 # The states of a run: it takes statistics, makes block after block, or puts the result in its place.
 STATISTICS, BLOCKS, RESULT = "statistics", "blocks", "result"
 # What the cache of the Hub held before.

@@ -101,3 +101,11 @@ class Stage:
     def chosen(self, block: Block) -> list[MoELayer]:
         """Return its layers in a block, as they are now."""
         return [layer for name, layer in block.layers.items() if name in self.names]
+
+
+@dataclass(frozen=True)
+class Course:
+    """One student and its stages in their order, of which the first merges."""
+
+    student: Student
+    stages: Sequence[Stage]

@@ -1,8 +1,9 @@
 """One run from folder to folder, which goes on from what its journal says is finished."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.rows import few_rows
 from hf_mcsmoe.streamed.chain import Asked, Chain
 from hf_mcsmoe.streamed.journal import BLOCKS, STATISTICS, Journal, sha256_of, source_of_run
-from hf_mcsmoe.streamed.parts import ORIGINAL, Rows
+from hf_mcsmoe.streamed.parts import ORIGINAL, Course, Rows
 from hf_mcsmoe.streamed.states import States
 from hf_mcsmoe.streamed.statistics import collect_by_blocks
 from hf_mcsmoe.streamed.student import Student, merged_costs
@@ -126,7 +127,7 @@ class Run:
         self.folder.model.requires_grad_(False)
         self.rows = data.rows()
         self.states = States(journal.folder, list(blocks(self.folder.model)), mapped=is_mapped)
-        self.writer = ShardWriter(journal.folder, self.folder)
+        self.writers: list[ShardWriter] = []
 
     def check_source(self) -> None:
         """Raise ValueError where the source has changed since the run began."""
@@ -185,35 +186,49 @@ class Run:
     ) -> tuple[PreTrainedModel, Record]:
         """Make what is not finished, and return the student without weights and its record, but for the quality."""
         is_merged = any(not item.is_whole for item in plan.layers.values())
-        check_repair(is_merged, **vars(self.asked))
+        check_repair(is_merged, **self.asked.stages)
         student, chain = Student(self.layers, plan), Chain(self.layers, plan, statistics, self.asked)
         chain.begin(len(self.rows.fitted))
         if self.asked.low_rank:
             write_description(student.model, keep=self.asked.low_rank.keep)
-        judge.progress = in_parts("measuring", tell, 1 + sum(bool(stage.judged) for stage in chain.stages))
-        sweep = Sweep(self.folder, student, chain.stages, self.rows, judge)
-        finished = self._resumed(sweep)
-        number = len(blocks(self.folder.model))
-        tell(BLOCKS, len(finished), number)
-
-        def write(path: str, module: Any) -> None:
-            file = self.writer.write_all(path, module, student.names)
-            write_description(student.model)
-            self.check_source()
-            self._finish(path, [file.name, sha256_of(file)], sweep)
-            tell(BLOCKS, len(self.journal.content[BLOCKS]), number)
-
-        sweep.run(self.states, finished, write)
-        record = replace(new_record(student.model, plan.to_dict()), costs=self._costs(sweep, chain, is_merged))
+        sweep = self.swept([Course(student, chain.stages)], judge, tell)
+        streams = {"merged": chain.stages[0].stream} if self.asked.is_stored and is_merged else {}
+        name = "compressed" if self.asked.is_stored else "merged" if is_merged else "after"
+        costs = self.costs(sweep, 0, {**streams, name: chain.stages[-1].stream})
+        record = replace(new_record(student.model, plan.to_dict()), costs=costs)
         few, asked = few_rows(chain.refitted, self.data.sequences), self.asked
         report, stored = chain.report(self.data.sequences), (asked.low_rank, asked.quantization, asked.sparsity)
         return student.model, with_steps(record, student.model, report, *stored, few)
 
-    def _finish(self, path: str, shard: list[str], sweep: Sweep) -> None:
+    def swept(self, courses: Sequence[Course], judge: Judge, tell: Progress) -> Sweep:
+        """Make what is not finished of some students, each written by the writer of its number."""
+        judged = sum(bool(stage.judged) for course in courses for stage in course.stages)
+        judge.progress = in_parts("measuring", tell, 1 + judged)
+        self.writers = [ShardWriter(_made(self.journal.folder / str(n)), self.folder) for n in range(len(courses))]
+        sweep, shards = Sweep(self.folder, courses, self.rows, judge), list[list[str]]()
+        finished, number = self._resumed(sweep), len(blocks(self.folder.model))
+        tell(BLOCKS, len(finished), number)
+
+        def write(place: int, path: str, module: Any) -> None:
+            student = courses[place].student
+            file = self.writers[place].write_all(path, module, student.names)
+            write_description(student.model)
+            shards.append([str(file.relative_to(self.journal.folder)), sha256_of(file)])
+
+        def done(path: str) -> None:
+            self.check_source()
+            self._finish(path, [*shards], sweep)
+            shards.clear()
+            tell(BLOCKS, len(self.journal.content[BLOCKS]), number)
+
+        sweep.run(self.states, finished, write, done)
+        return sweep
+
+    def _finish(self, path: str, shards: list[list[str]], sweep: Sweep) -> None:
         content = self.journal.content
-        content[BLOCKS][path] = shard
-        content["description"] = sweep.student.model.config.mcsmoe
-        content["told"] = [stage.told for stage in sweep.stages]
+        content[BLOCKS][path] = shards
+        content["descriptions"] = [course.student.model.config.mcsmoe for course in sweep.courses]
+        content["told"] = [[stage.told for stage in course.stages] for course in sweep.courses]
         content["inside"] = sweep.inside
         content["experts"] = {stream: counting.experts for stream, counting in sweep.counts.items()}
         self.journal.save()
@@ -223,35 +238,40 @@ class Run:
         """Give a sweep what the journal knows of finished blocks, whose paths are returned."""
         content, finished = self.journal.content, list(self.journal.content[BLOCKS])
         if not finished:
-            self.states.clear()  # of the first sweep
+            self.states.clear()  # of the sweep before
             return []
-        for name, digest_of_file in content[BLOCKS].values():
-            file = self.journal.folder / name
-            if not file.is_file() or sha256_of(file) != digest_of_file:
-                raise ValueError(f"{file} is not what the run has written: begin anew (--restart).")
-            self.writer.take(file)
-        for stage, told in zip(sweep.stages, content["told"], strict=True):
-            stage.told = told
+        for shards in content[BLOCKS].values():
+            for writer, (name, digest_of_file) in zip(self.writers, shards, strict=True):
+                file = self.journal.folder / name
+                if not file.is_file() or sha256_of(file) != digest_of_file:
+                    raise ValueError(f"{file} is not what the run has written: begin anew (--restart).")
+                writer.take(file)
+        for course, description, told in zip(sweep.courses, content["descriptions"], content["told"], strict=True):
+            for stage, own in zip(course.stages, told, strict=True):
+                stage.told = own
+            course.student.resume(description)
         sweep.resume(content["inside"], content["experts"])
-        sweep.student.resume(content["description"])
         return finished
 
-    def write_rest(self, student: PreTrainedModel) -> None:
-        """Write what lies outside of the blocks that were made."""
-        self.writer.write_rest(student)
+    def write_rest(self, student: PreTrainedModel, place: int = 0) -> ShardWriter:
+        """Write what lies outside of the blocks that were made; returns the student's writer."""
+        self.writers[place].write_rest(student)
         self.check_source()
+        return self.writers[place]
 
-    def _costs(self, sweep: Sweep, chain: Chain, is_merged: bool) -> dict[str, Costs]:
-        """Return what the original, the merged model and the result cost."""
-        model, streams = sweep.student.model, {"before": ORIGINAL}
+    def costs(self, sweep: Sweep, place: int, streams: Mapping[str, str]) -> dict[str, Costs]:
+        """Return what the original costs, and a student as it is in some streams, "merged" or the last, by name."""
+        student, (*early, last) = sweep.courses[place].student, streams
         before = replace(account(self.layers), bytes_on_disk=folder_bytes(self.layers.model.name_or_path))
-        costs = {"before": before}
-        if self.asked.is_stored and is_merged:
-            costs["merged"], streams["merged"] = merged_costs(self.layers, sweep.student.plan), chain.stages[0].stream
-        name = "compressed" if self.asked.is_stored else "merged" if is_merged else "after"
-        costs[name] = replace(account(model), bytes_on_disk=saved_costs(model).bytes_on_disk)
-        streams[name] = chain.stages[-1].stream
+        costs = {"before": before, **{name: merged_costs(self.layers, student.plan) for name in early}}
+        costs[last] = replace(account(student.model), bytes_on_disk=saved_costs(student.model).bytes_on_disk)
         if (sample := self.rows.sample) is None:
             return costs
+        streams = {"before": ORIGINAL, **streams}
         flops = {name: (sweep.flops(stream), sweep.counts[stream].experts) for name, stream in streams.items()}
         return {name: with_flops(value, self.layers.model, sample, *flops[name]) for name, value in costs.items()}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -1,15 +1,15 @@
-"""One sweep over the blocks of a checkpoint, in which original and student pass each block side by side.
+"""One sweep over the blocks of a checkpoint, in which original and students pass each block side by side.
 
-At each block the original's forwards pass first; then the student's block is made stage by stage, and after each stage
-the forwards of the model as it is then pass it. So every stage sees what it would see in memory, where all layers are
-at one stage before any is at the next.
+At each block the original's forwards pass first; then a student's block is made stage by stage, and after each stage
+the forwards of the model as it is then pass it; and then the next student's, when the block of this one is freed. So
+every stage sees what it would see in memory, where all layers are at one stage before any is at the next.
 """
 
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,17 +22,16 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, current_key, is_between_blocks, run_in_turns
 from hf_mcsmoe.methods.routed import Routed
-from hf_mcsmoe.streamed.parts import FITTED, JUDGED, MADE, ORIGINAL, SAMPLE, Block, Key, Rows, Stage
+from hf_mcsmoe.streamed.parts import FITTED, JUDGED, MADE, ORIGINAL, SAMPLE, Block, Course, Key, Rows, Stage
 from hf_mcsmoe.streamed.states import States
-from hf_mcsmoe.streamed.student import Student
 
 
 class Sweep:
-    """Passes all blocks once, and makes the student's."""
+    """Passes all blocks once, and makes the students'."""
 
-    def __init__(self, folder: Folder, student: Student, stages: Sequence[Stage], rows: Rows, judge: Judge) -> None:
-        """Take the stages in their order, of which the first merges, and what passes."""
-        self.folder, self.student, self.stages, self.rows, self.judge = folder, student, stages, rows, judge
+    def __init__(self, folder: Folder, courses: Sequence[Course], rows: Rows, judge: Judge) -> None:
+        """Take the students, all of `folder`, with their stages, and what passes."""
+        self.folder, self.courses, self.rows, self.judge = folder, courses, rows, judge
         self.counts: dict[str, Counting] = {}
         self.passed: list[str] = []  # blocks that are done
         self.finished: Sequence[str] = ()  # those that were when it began
@@ -41,30 +40,38 @@ class Sweep:
         self.inside: dict[str, dict[str, int]] = {}  # FLOPs inside of blocks, by stream and the block's path
         self._measures: dict[str, Measure] = {}
         self._sinks: list[tuple[Callable[[Key], bool], RoutedSink]] = []
-        self._watches = {model: Watch(model, self._dispatch) for model in (folder.model, student.model)}
+        students = [course.student.model for course in courses]
+        self._watches = {model: Watch(model, self._dispatch) for model in (folder.model, *students)}
+        streams = {stage.stream: course.student.model for course in courses for stage in course.stages}
+        self._models = {ORIGINAL: folder.model, **streams}
 
-    def run(self, states: States, finished: Sequence[str], write: Callable[[str, Any], None]) -> None:
+    def run(
+        self,
+        states: States,
+        finished: Sequence[str],
+        write: Callable[[int, str, Any], None],
+        done: Callable[[str], None],
+    ) -> None:
         """Pass all blocks, and measure all stages.
 
         Args:
             states: keeps what blocks return.
             finished: the paths of blocks that are done already.
-            write: called with each block's path and its module in the student when that is done.
+            write: called with a student's number, a block's path and its module in the student when that is done.
+            done: called with the path when it is of all students.
         """
-        of_model, of_student = (
+        of_model, *of_students = (
             {path: block for path, block in blocks(model).items() if path not in finished} for model in self._watches
         )
-        self.finished = finished
-        self.passed, turnstiles = (
-            [*finished],
-            [Turnstile(of_model, self.folder.loaded), Turnstile(of_student, _nothing)],
-        )
+        self.finished, self.passed = finished, [*finished]
+        turnstiles = [Turnstile(of_model, self.folder.loaded), *(Turnstile(own, _nothing) for own in of_students)]
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for model in self._watches:
                 stack.enter_context(evaluation_mode(model))
-            for held in (self.folder.loaded_outside(), self.student.borrowed_outside()):
-                stack.enter_context(held)
+            stack.enter_context(self.folder.loaded_outside())
+            for course in self.courses:
+                stack.enter_context(course.student.borrowed_outside())
             check_outside(self.folder.model)
             for turnstile, model in zip(turnstiles, self._watches, strict=True):
                 stack.enter_context(turnstile.installed())
@@ -72,10 +79,11 @@ class Sweep:
                 for path, block in turnstile.blocks.items():
                     handles.append(block.register_forward_hook(partial(self._left, path)))
                 stack.enter_context(states.kept(model, finished))
-            turns = partial(self._turns, write)
+            turns = partial(self._turns, write, done)
             run_in_turns(self._forwards(), list(of_model), turns)
             for path in of_model:  # those that no forward passes
-                if path not in self.passed and any(_is_in(name, path) for name in self.student.plan.layers):
+                planned = {name for course in self.courses for name in course.student.plan.layers}
+                if path not in self.passed and any(_is_in(name, path) for name in planned):
                     deque(turns(path), maxlen=0)
                 elif path not in self.passed:
                     with self.folder.loaded(path) as module:
@@ -104,18 +112,23 @@ class Sweep:
     def _streams(self) -> Iterator[tuple[str, str, set[str]]]:
         """Yield the streams in their order: name, what the record calls the stage, and which forwards it has."""
         every = {FITTED, MADE, JUDGED, SAMPLE}
-        yield ORIGINAL, "", every if any(stage.reads_original for stage in self.stages) else {JUDGED, SAMPLE}
-        for number, stage in enumerate(self.stages):
-            is_read = stage.reads_itself or any(other.reads_before for other in self.stages[number + 1 : number + 2])
-            wanted = {FITTED: is_read, MADE: is_read, JUDGED: bool(stage.judged), SAMPLE: stage.is_counted}
-            yield stage.stream, stage.judged, {kind for kind, is_wanted in wanted.items() if is_wanted}
+        yield ORIGINAL, "", every if self._reads_original else {JUDGED, SAMPLE}
+        for stages in (course.stages for course in self.courses):
+            for number, stage in enumerate(stages):
+                is_read = stage.reads_itself or any(other.reads_before for other in stages[number + 1 : number + 2])
+                wanted = {FITTED: is_read, MADE: is_read, JUDGED: bool(stage.judged), SAMPLE: stage.is_counted}
+                yield stage.stream, stage.judged, {kind for kind, is_wanted in wanted.items() if is_wanted}
+
+    @property
+    def _reads_original(self) -> bool:
+        return any(stage.reads_original for course in self.courses for stage in course.stages)
 
     def _batches(self, kinds: set[str]) -> Iterator[tuple[str, Sequence[Batch]]]:
         given = {kind: self.rows.of((kind,)) for kind in (FITTED, MADE, SAMPLE)} | {JUDGED: self.judge.all_batches}
         yield from ((kind, batches) for kind, batches in given.items() if kind in kinds)
 
     def _run(self, key: Key, batch: Batch) -> None:
-        watch = self._watches[self.folder.model if key.stream == ORIGINAL else self.student.model]
+        watch = self._watches[self._models[key.stream]]
         if key.kind == JUDGED:
             self._measures[key.stream].take(key.number, predictions(watch.model, batch))
         elif key.kind == SAMPLE:
@@ -154,24 +167,35 @@ class Sweep:
         finally:
             self._sinks.remove(entry)
 
-    def _turns(self, write: Callable[[str, Any], None], path: str) -> Iterator[Turn]:
+    def _turns(self, write: Callable[[int, str, Any], None], done: Callable[[str], None], path: str) -> Iterator[Turn]:
         with self.folder.loaded(path) as module:
             check_all(path, module)
-            originals = {name: layer for name, layer in self.student.originals.items() if _is_in(name, path)}
+            originals = {name: layer for name, layer in self._originals.items() if _is_in(name, path)}
             seen = Captured(list(originals), self.rows.of((FITTED, MADE)))
-            block = Block(path, self.student, originals, seen, self.rows, self._peek)
-            merge, *stages = self.stages
-            yield from merge.work(block)  # before any forward has cast a router
-            with self.student.borrowed(path) as ours:
-                with evaluation_mode(ours):
-                    layers = [*originals.values()] if any(stage.reads_original for stage in stages) else []
-                    yield from self._pass(ORIGINAL, layers, originals, block.seen.keep, (FITTED, MADE))
-                    for stage, after in zip(self.stages, [*stages, None], strict=True):
-                        if stage is not merge:
-                            yield from stage.work(block)
-                        yield from self._pass_to(stage, after, block)
-                write(path, ours)
+            watched = [*originals.values()] if self._reads_original else []
+            with evaluation_mode(cast(Any, module)):  # gives back to routers what a forward has cast
+                yield from self._pass(ORIGINAL, watched, originals, seen.keep, (FITTED, MADE))
+            for number, course in enumerate(self.courses):
+                block = Block(path, course.student, originals, seen, self.rows, self._peek)
+                yield from self._made(block, course.stages, partial(write, number))
         self.passed.append(path)
+        done(path)
+
+    @property
+    def _originals(self) -> dict[str, MoELayer]:
+        return self.courses[0].student.originals
+
+    def _made(self, block: Block, stages: Sequence[Stage], write: Callable[[str, Any], None]) -> Iterator[Turn]:
+        """Make a student's block stage by stage; yields the turns of its forwards."""
+        merge, *others = stages
+        yield from merge.work(block)
+        with block.student.borrowed(block.path) as ours:
+            with evaluation_mode(ours):
+                for stage, after in zip(stages, [*others, None], strict=True):
+                    if stage is not merge:
+                        yield from stage.work(block)
+                    yield from self._pass_to(stage, after, block)
+            write(block.path, ours)
 
     def _pass_to(self, stage: Stage, after: Stage | None, block: Block) -> Iterator[Turn]:
         """Yield the turn in which the stream of a stage passes the block, for the stage after it to see."""
