@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_mcsmoe.calibration.inputs import num_sequences, stream_inputs
+from hf_mcsmoe.calibration.inputs import LayerInputs, num_sequences, stream_inputs
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.decompose import decompose_container
 from hf_mcsmoe.methods.choice import Choice
@@ -56,6 +57,49 @@ class Stored:
     few_rows: str | None = None
 
 
+def is_converted(choice: Choice) -> bool:
+    """Tell whether a layer of which all experts stay takes the form of a merged one, since they are stored anew."""
+    return choice.w_in is not None or choice.rank is not None
+
+
+@torch.no_grad()
+def store_layer(
+    pair: tuple[MoELayer, MoELayer],
+    inputs: LayerInputs,
+    original_inputs: LayerInputs,
+    choice: Choice,
+    repair: RepairConfig,
+    bits: Sequence[int] = (),
+) -> tuple[float | None, Fitted | None]:
+    """Fit, round and store a layer of a merged model against its original, in place, as chosen.
+
+    Args:
+        pair: the layer, in the form of a merged one, and its original.
+        inputs: what the layer's experts see where the original's see `original_inputs`.
+        bits: see `store_choices`.
+
+    Returns:
+        What is left of the errors of rounding where experts share out the bits, else None; and what output matrices
+        were fitted to, where they were.
+    """
+    layer, original = pair
+    with original.open() as weights:
+        if choice.rank is not None:
+            decompose_container(layer.container, choice.rank, choice.keep, inputs)
+        fit = LayerFit(layer.name, layer.container, weights, inputs, original_inputs, map_of_fit(layer))
+        w_in: Grids | None = choice.w_in
+        w_out: Grids | None = choice.w_out
+        gain = None
+        if bits and choice.w_in and choice.w_out:
+            balanced = balanced_grids(fit, choice.w_in, choice.w_out, bits)
+            w_in, w_out, gain = balanced.w_in, balanced.w_out, balanced.gain
+        fitted = None if repair.method == "none" else Fitted.of(fit)
+        codes = quantize_layer(fit, w_in, w_out, replace(repair, method=refit_method(fit, repair)))
+    for weight, values in codes.items():
+        store_codes(layer.container, weight, values)
+    return gain, fitted
+
+
 @torch.no_grad()
 def store_choices(
     student: Layers,
@@ -77,7 +121,7 @@ def store_choices(
     model = student.model
     for layer in student:
         choice = choices.get(layer.original_name)
-        if choice is not None and not layer.merged and (choice.w_in is not None or choice.rank is not None):
+        if choice is not None and not layer.merged and is_converted(choice):
             convert_whole(model, layer)
     student = Layers.of(student.source)
     if not any(layer.merged for layer in student):
@@ -90,22 +134,10 @@ def store_choices(
     with evaluation_mode(model), evaluation_mode(teacher.model):
         for done, (pairs, (_, inputs)) in enumerate(zip(groups, streamed, strict=True), 1):
             layer, original = pairs[0]
-            choice = choices[original.name]
-            with original.open() as weights:
-                seen = student_inputs(pairs, inputs, batches)
-                if choice.rank is not None:
-                    decompose_container(layer.container, choice.rank, choice.keep, seen)
-                fit = LayerFit(layer.name, layer.container, weights, seen, inputs, map_of_fit(layer))
-                w_in: Grids | None = choice.w_in
-                w_out: Grids | None = choice.w_out
-                if bits and choice.w_in and choice.w_out:
-                    balanced = balanced_grids(fit, choice.w_in, choice.w_out, bits)
-                    w_in, w_out, gains[original.name] = balanced.w_in, balanced.w_out, balanced.gain
-                if repair.method != "none":
-                    fitted[layer.name] = Fitted.of(fit)
-                codes = quantize_layer(fit, w_in, w_out, replace(repair, method=refit_method(fit, repair)))
-            for weight, values in codes.items():
-                store_codes(layer.container, weight, values)
+            seen = student_inputs(pairs, inputs, batches)
+            gain, fit = store_layer(pairs[0], seen, inputs, choices[original.name], repair, bits)
+            gains |= {} if gain is None else {original.name: gain}
+            fitted |= {} if fit is None else {layer.name: fit}
             if progress:
                 progress(layer.name, done, len(groups))
     write_description(model)

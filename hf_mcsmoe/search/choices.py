@@ -164,7 +164,7 @@ def smallest_bytes(layers: Layers, config: SizeConfig, skip: Sequence[str] = ())
 def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
     """Return what layers that share their experts may become, from shapes alone: all experts first."""
     first = shared[0]
-    reductions = [(first.num_experts, "merge")]
+    reductions = [(first.num_experts, config.reductions[0])]  # of which there are statistics
     reductions += [(count, reduce) for reduce in config.reductions for count in expert_counts(first, reduce, config)]
     w_in, w_out = (list(_grids(width, shared, config)) for width in (first.hidden_size, first.intermediate_size))
     stored = [(one, other) for one, other in itertools.product(w_in, w_out) if (one is None) == (other is None)]

@@ -20,7 +20,7 @@ from hf_mcsmoe.methods.choice import BITS, Choice
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.progress import Progress, counted, in_parts, silent
-from hf_mcsmoe.record import Calibration, Predicted, Quality, SizeChoice, Step
+from hf_mcsmoe.record import Calibration, Predicted, Quality, Record, SizeChoice, Step
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.apply import plan_choices, store_choices
 from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choice_bytes, choose, fixed_bytes
@@ -122,44 +122,80 @@ def compress_to_size(
         statistics.curves = measure_curves(layers, statistics, batches, merge, search, repair=repair, progress=told)
         statistics.conditions = conditions(merge, search, repair)
     curves = statistics.curves
-    plans = {MIXTURE: choose(layers, curves, search, limit, merge.skip)}
-    plans |= best_single(layers, curves, search, limit, merge.skip)
     results: dict[str, Sized] = {}
-    for name, chosen in plans.items():
+    for name, chosen in compared(layers, curves, search, limit, merge.skip).items():
         plan = plan_choices(layers, statistics, merge, chosen.choices)
         model = merge_layers(layers, plan, statistics=statistics)
-        told, bits = _by_number("fit", progress), search.bits if name == MIXTURE else ()
+        told, bits = _by_number("fit", progress), shared_bits(name, search)
         stored = store_choices(Layers.of(model), layers, batches, chosen.choices, repair, told, bits)
-        chosen = replace(chosen, predicted=_after_balance(chosen, curves, stored.gains))
+        chosen = replace(chosen, predicted=after_balance(chosen, curves, stored.gains))
         judge.measure(name, model)
         results[name] = Sized(model, plan, chosen, judge.quality.pop(name, None), stored.few_rows)
-    checked = {name: result.effect for name, result in results.items() if result.quality is not None}
-    taken = min(results, key=lambda name: results[name].effect)
+    taken = best_of(results)
     best = results[taken]
-    size = SizeChoice(source_bytes(layers), limit, best.chosen.bytes, best.chosen.predicted, taken, checked)
-    rungs = predicted_ladder(layers, curves, search, source_bytes(layers), merge.skip)
-    ladder = [Predicted(rung.method, rung.chosen.bytes, rung.effect) for rung in rungs if rung.effect is not None]
-    size = replace(size, reason=reason(curves, best.chosen.choices, limit, best.chosen.bytes), ladder=ladder)
     if best.quality is not None:
         judge.quality["compressed"] = best.quality
     after = replace(
         account(best.model, sample, repetitions=repetitions), bytes_on_disk=saved_costs(best.model).bytes_on_disk
     )
+    record = record_of_size(layers, results, taken, curves, merge, search, repair)
     rows = sum(num_sequences(batch) for part in kinds.values() for batch in part)
-    record = replace(
-        new_record(best.model, best.plan.to_dict()),
-        costs={"before": before, "compressed": after},
-        calibration=Calibration(check=list(kinds), check_rows=rows),
-        size=size,
-    )
-    if few := best.few_rows:
-        done = "Output matrices were fitted to the original layers on the calibration data."
-        record = record.with_step(Step("Repair", repair.to_dict(), [done, "", few], {"few_rows": few}))
+    calibration = Calibration(check=list(kinds), check_rows=rows)
+    record = replace(record, costs={"before": before, "compressed": after}, calibration=calibration)
     attach_record(best.model, record.with_quality(judge.quality))
     return best.model
 
 
-def _after_balance(chosen: Chosen, curves: Mapping[str, LayerCurves], gains: Mapping[str, float]) -> dict[str, float]:
+def compared(
+    layers: Layers, curves: Mapping[str, LayerCurves], search: SizeConfig, limit: int, skip: Sequence[str]
+) -> dict[str, Chosen]:
+    """Return what is tried for a size, by name: the mixture that the curves choose, and the best single method."""
+    mixture = choose(layers, curves, search, limit, skip)
+    return {MIXTURE: mixture, **best_single(layers, curves, search, limit, skip)}
+
+
+def shared_bits(name: str, search: SizeConfig) -> Sequence[int]:
+    """Return the bits that experts of a layer share out in what is tried: of a single method none."""
+    return search.bits if name == MIXTURE else ()
+
+
+def best_of(results: Mapping[str, Sized]) -> str:
+    """Return the name of the result of least effect."""
+    return min(results, key=lambda name: results[name].effect)
+
+
+def record_of_size(
+    layers: Layers,
+    results: Mapping[str, Sized],
+    taken: str,
+    curves: Mapping[str, LayerCurves],
+    merge: MergeConfig,
+    search: SizeConfig,
+    repair: RepairConfig,
+) -> Record:
+    """Return the record of the result that is taken, but for costs, data and quality."""
+    best, source = results[taken], source_bytes(layers)
+    limit = bytes_of(search.size, source)
+    checked = {name: result.effect for name, result in results.items() if result.quality is not None}
+    rungs = predicted_ladder(layers, curves, search, source, merge.skip)
+    size = SizeChoice(
+        source,
+        limit,
+        best.chosen.bytes,
+        best.chosen.predicted,
+        taken,
+        checked,
+        reason(curves, best.chosen.choices, limit, best.chosen.bytes),
+        [Predicted(rung.method, rung.chosen.bytes, rung.effect) for rung in rungs if rung.effect is not None],
+    )
+    record = replace(new_record(best.model, best.plan.to_dict()), size=size)
+    if few := best.few_rows:
+        done = "Output matrices were fitted to the original layers on the calibration data."
+        record = record.with_step(Step("Repair", repair.to_dict(), [done, "", few], {"few_rows": few}))
+    return record
+
+
+def after_balance(chosen: Chosen, curves: Mapping[str, LayerCurves], gains: Mapping[str, float]) -> dict[str, float]:
     """Return the predicted effect of each layer whose experts share out their bits: of rounding's, so much is left."""
     effects = dict(chosen.predicted)
     for name, gain in gains.items():

@@ -40,9 +40,14 @@ class Probe:
     def _remember(self) -> None:
         self.judge.remember(self.model)
 
+    @property
+    def tells(self) -> bool:
+        """Whether the model gives distributions that can be compared."""
+        return bool(self.judge.kept)
+
     def check(self) -> None:
         """Raise ValueError where the model gives no distributions that can be compared."""
-        if not self.judge.kept:
+        if not self.tells:
             raise ValueError(
                 f"{type(self.model).__name__} tells no distribution on these batches, by which a choice would be "
                 "measured: load it with its head, and give an encoder-decoder labels."

@@ -25,12 +25,15 @@ from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.conditions import check_curves
+from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
 from hf_mcsmoe.streamed.journal import RESULT, Journal, finished_bytes
 from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.run import Data, Run, description_of, shared_statistics
+from hf_mcsmoe.streamed.sized import made_to_size
 
 HIDDEN = "The hidden states of all rows take", ": fewer or shorter rows (--num-samples, --max-length) take less"
 
@@ -49,6 +52,7 @@ def compress_folder(
     progress: Progress | None = None,
     held_out: Iterable[Batch] | None = None,
     check: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None,
+    size: SizeConfig | str | float | None = None,
     base_model: str | Path | None = None,
     stream: StreamConfig | None = None,
     saving: Saving | None = None,
@@ -78,17 +82,22 @@ def compress_folder(
     folder = source if isinstance(source, Folder) else stream.opened(source, path)
     check_apart(path, {"the model": folder.model.name_or_path})
     layers, config = Layers.of(folder).uncompressed(), config or MergeConfig()
-    asked = Asked(chosen_repair(repair), low_rank, quantization, sparsity)
+    search = SizeConfig.of(size)
+    asked = Asked(repair if search else chosen_repair(repair), low_rank, quantization, sparsity, search)
     check_options(layers, config, **vars(asked))
     check_streamed(layers, config, asked, statistics)
-    needs = all_needs(config, None, quantization)
+    needs = all_needs(config, search, quantization)
     check_reference(needs, base_model, statistics)
+    if search and statistics is not None:
+        check_curves(layers, statistics, config, search, repair or JOINT)
     norms = None if base_model is None else reference_norms(layers, base_model)
     reads = statistics is None or any(vars(asked).values())
-    given, sample = sampled(as_batches(batches, layers.model), keep=reads)
+    batches = as_batches(batches, layers.model)
+    given, sample = sampled(list(batches) if search else batches, keep=reads)
     kinds = {name: list(part) for name, part in by_name(check).items()}
     judge = Judge(list(held_out or ()), [batch for part in kinds.values() for batch in part])
-    data, tell = Data(layers.model, list(given), sample, asked.repair), progress or silent
+    # Of a size each choice is fitted without made rows.
+    data, tell = Data(layers.model, list(given), sample, None if search else asked.repair), progress or silent
     hidden = data.hidden_bytes(asked, judge)
     is_mapped = stream.check(folder, hidden)
     processes = current()
@@ -106,10 +115,15 @@ def compress_folder(
             run = Run(layers, config, asked, data, journal, is_mapped=is_mapped)
             found = run.statistics(statistics, needs, tell, processes)
             found = found if norms is None else with_reference(found, layers, norms)
-            student, record = run.blocks(found, run.plan(found, tell), judge, tell)
+            place = 0
+            if search:
+                found = run.curves(found, search, repair or JOINT, tell)
+                student, record, place = made_to_size(run, found, judge, tell)
+            else:
+                student, record = run.blocks(found, run.plan(found, tell), judge, tell)
             record = replace(record, calibration=checked_on(kinds)).with_quality(judge.quality)
             attach_record(student, saving.told(record))
-            writer = run.write_rest(student)
+            writer = run.write_rest(student, place)
             journal.state = RESULT
             with completed_folder(path) as target:
                 writer = writer.placed(target)
@@ -118,7 +132,7 @@ def compress_folder(
             saving.after(path)
             folder.drop_fetched()
             journal.remove()
-            if statistics is None and saving.scores:
+            if saving.scores and (statistics is None or search):
                 found.save(saving.scores)  # last: a run that goes on would read it, and be another one
         return cast(Any, student).mcsmoe_record
 

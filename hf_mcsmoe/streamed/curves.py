@@ -82,12 +82,13 @@ def curves_by_blocks(
         done(path)
 
     left = {path: block for path, block in blocks(model).items() if path not in finished}
-    with torch.no_grad(), evaluation_mode(model), _passing(folder, left), states.kept(model, finished):
-        check_outside(model)
-        forwards = [
-            Forward(partial(watch.run, batch), Key(ORIGINAL, FITTED, number)) for number, batch in enumerate(rows)
-        ]
-        run_in_turns([*forwards, *trials.forwards()], list(left), turns)
+    if left:  # else all of it is known
+        with torch.no_grad(), evaluation_mode(model), _passing(folder, left), states.kept(model, finished):
+            check_outside(model)
+            forwards = [
+                Forward(partial(watch.run, batch), Key(ORIGINAL, FITTED, number)) for number, batch in enumerate(rows)
+            ]
+            run_in_turns([*forwards, *trials.forwards()], list(left), turns)
     trials.check()
     return {name: Observations.from_dict(values).curves(trials.effects) for name, values in seen.items()}
 

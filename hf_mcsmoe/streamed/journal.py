@@ -18,8 +18,9 @@ from hf_mcsmoe.modeling.folders_mcsmoe import work_place
 # Inside of the working folder beside the output.
 PLACE, FILE = "streamed", "journal.json"
 VERSION = 2
-# The states of a run: it takes statistics, makes block after block, or puts the result in its place.
-STATISTICS, BLOCKS, RESULT = "statistics", "blocks", "result"
+# The states of a run: it takes statistics, measures what choices cost, makes block after block, or puts the result in
+# its place.
+STATISTICS, CURVES, BLOCKS, RESULT = "statistics", "curves", "blocks", "result"
 # What the cache of the Hub held before.
 CACHED = "cached"
 AGAIN = "--restart (restart=True) begins anew"

@@ -37,7 +37,9 @@ def check_streamed(layers: Layers, config: MergeConfig, asked: Asked, statistics
         )
     if asked.sparsity:
         raise ValueError("Zeros or fewer hidden units inside experts are not made block by block: load the model.")
-    late = [name for name in of_data(all_needs(config, None, asked.quantization)) if STATISTICS.find(name).gradients]
+    late = [
+        name for name in of_data(all_needs(config, asked.size, asked.quantization)) if STATISTICS.find(name).gradients
+    ]
     if late and statistics is None:
         raise ValueError(
             f"{late[0]} is summed after a backward pass, for which the model is loaded: collect it with `hf-mcsmoe "

@@ -1,5 +1,7 @@
 """One run from folder to folder, which goes on from what its journal says is finished."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -36,8 +38,11 @@ from hf_mcsmoe.record import Costs, Record
 from hf_mcsmoe.repair.made import made_batches
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.rows import few_rows
+from hf_mcsmoe.search.conditions import conditions
+from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.streamed.chain import Asked, Chain
-from hf_mcsmoe.streamed.journal import BLOCKS, STATISTICS, Journal, sha256_of, source_of_run
+from hf_mcsmoe.streamed.curves import curves_by_blocks
+from hf_mcsmoe.streamed.journal import BLOCKS, CURVES, STATISTICS, Journal, sha256_of, source_of_run
 from hf_mcsmoe.streamed.parts import ORIGINAL, Course, Rows
 from hf_mcsmoe.streamed.states import States
 from hf_mcsmoe.streamed.statistics import collect_by_blocks
@@ -70,8 +75,8 @@ class Data:
 
     def hidden_bytes(self, asked: Asked, judge: Judge) -> int:
         """Return about how many bytes of hidden states wait at a block."""
-        streams = 1 + sum(map(bool, (asked.repair, asked.low_rank, asked.quantization)))
-        tokens = sum(_tokens(batch) for batch in self.batches) * (2 if asked.repair else 1)
+        streams = 2 if asked.size else 1 + sum(map(bool, (asked.repair, asked.low_rank, asked.quantization)))
+        tokens = sum(_tokens(batch) for batch in self.batches) * (2 if self.repair else 1)
         tokens += (1 + streams) * sum(map(_tokens, judge.all_batches))
         return tokens * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
 
@@ -91,11 +96,13 @@ def description_of(
     """Return what decides on the bytes of a result, as JSON values; `norms` are those of a reference's routers."""
     options = {name: None if value is None else value.to_dict() for name, value in vars(asked).items()}
     held = None if statistics is None else digest(list(statistics.layers.values()))
+    told = {} if statistics is None else {name: item.to_dict() for name, item in statistics.curves.items()}
     return {
         "source": source_of_run(folder),
         "options": {"merge": config.to_dict(), **options, "dtype": str(folder.model.dtype)},
         "data": [digest(part) + digest([_domains(batch) for batch in part]) for part in data],
         "statistics": held,
+        "curves": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16],
         "base_model": None if norms is None else digest([norms]),
         "device": str(folder.device),
         "packages": {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")},
@@ -170,6 +177,30 @@ class Run:
 
         tell(STATISTICS, len(self.journal.content[STATISTICS]), number)
         return collect_by_blocks(self.layers, self.rows.fitted, names, self.states, self.journal, done)
+
+    def curves(
+        self, statistics: RoutingStatistics, search: SizeConfig, repair: RepairConfig, tell: Progress
+    ) -> RoutingStatistics:
+        """Return the statistics with what choices cost: as they hold it, or else from a sweep."""
+        if statistics.curves:
+            return statistics
+        if self.journal.state == STATISTICS:
+            self.journal.state = CURVES
+        kept, number = self.journal.content.setdefault(CURVES, {}), len(blocks(self.folder.model))
+        if not kept:
+            self.states.clear()  # of the sweep before
+
+        def done(path: str) -> None:
+            self.check_source()
+            self.journal.save()
+            self.states.forget(path)
+            tell(CURVES, len(kept["finished"]), number)
+
+        tell(CURVES, len(kept.get("finished", ())), number)
+        options: dict[str, Any] = {"repair": repair, "states": self.states, "kept": kept, "done": done}
+        sources = self.layers, statistics, self.data.batches
+        found = curves_by_blocks(*sources, self.config, search, **options)
+        return replace(statistics, curves=found, conditions=conditions(self.config, search, repair))
 
     def plan(self, statistics: RoutingStatistics, tell: Progress) -> MergePlan:
         """Return the plan of the statistics."""

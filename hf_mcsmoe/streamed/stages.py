@@ -1,6 +1,6 @@
 """The stages of a compression, each as what it does to one block."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import decompose_compactly
 from hf_mcsmoe.low_rank.ranks import layer_ranks
+from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.quantization.config import QuantizationConfig
@@ -24,6 +25,7 @@ from hf_mcsmoe.repair.least_squares import ExpertFit
 from hf_mcsmoe.repair.methods import LayerRepair, RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, known_inputs, map_of_fit, original_of, repair_layer
 from hf_mcsmoe.repair.rows import Fitted
+from hf_mcsmoe.search.apply import is_converted, store_layer
 from hf_mcsmoe.streamed.parts import FITTED, MADE, Block, Stage
 
 # A layer's original, what that sees, and what the layer itself sees.
@@ -168,3 +170,31 @@ class Quantizing(Fitting):
     def fitted(self) -> dict[str, Fitted]:
         """What each layer's output matrices were refitted to, where they were."""
         return {name: Fitted(**values) for name, values in self.told.items()} if self.repair else {}
+
+
+@dataclass
+class Storing(Fitting):
+    """Fits, rounds and stores layers as chosen for a size, where nothing follows."""
+
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    bits: Sequence[int] = ()  # that experts of a layer share out
+
+    def work(self, block: Block) -> Iterator[Turn]:
+        """Store."""
+        _convert(block, [layer for layer in self.chosen(block) if is_converted(self.choices[layer.original_name])])
+        for layer in self.chosen(block):
+            original, theirs, ours = yield from self.inputs(layer, block, None)
+            gain, fit = store_layer(
+                (layer, original), ours, theirs, self.choices[original.name], self.config, self.bits
+            )
+            self.told[original.name] = {"name": layer.name, "gain": gain, "fit": fit and asdict(fit)}
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """What is left of the errors of rounding where experts share out the bits of a layer, by its name before."""
+        return {name: told["gain"] for name, told in self.told.items() if told["gain"] is not None}
+
+    @property
+    def fitted(self) -> dict[str, Fitted]:
+        """What each layer's output matrices were fitted to, where they were."""
+        return {told["name"]: Fitted(**told["fit"]) for told in self.told.values() if told["fit"]}

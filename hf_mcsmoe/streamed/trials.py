@@ -35,6 +35,11 @@ class Trials(Probe):
         """Wait for the forwards."""
         self._original = self.judge.of_original()
 
+    @property
+    def tells(self) -> bool:
+        """Whether what came out of all trials could be compared, once these have passed all blocks."""
+        return len(self.effects) == self.trials > 0
+
     def forwards(self) -> list[Forward]:
         """Return the original's forwards, which are to pass each block before the trials do."""
         return [
