@@ -20,6 +20,7 @@ from hf_mcsmoe.streamed.config import Saving, StreamConfig, held_bytes
 from hf_mcsmoe.streamed.journal import Journal
 
 MERGE, NONE = MergeConfig(), RepairConfig(method="none")
+PRUNE = SizeConfig(0.7, bits=(), reduce="prune", ranks=())
 FEW = SizeConfig(0.5, bits=(4,), reduce="prune", group_size=8, ranks=(2,), min_experts=2)
 
 
@@ -65,7 +66,8 @@ def in_memory(name: str, folder: Path, output: Path, options: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("name", "size", "repair"),
     [
-        ("mixtral", FEW, NONE),
+        ("mixtral", PRUNE, NONE),
+        pytest.param("mixtral", FEW, NONE, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", SizeConfig(0.4, group_size=8, bits=(8, 4)), None, marks=pytest.mark.slow),
         pytest.param("switch_transformers", SizeConfig(0.6, group_size=8, bits=(4,)), None, marks=pytest.mark.slow),
         pytest.param("mixtral", SizeConfig(0.7, group_size=8, bits=(), ranks=()), None, marks=pytest.mark.slow),
@@ -87,11 +89,11 @@ def test_bit_for_bit(name: str, size: SizeConfig, repair: RepairConfig | None, t
     assert stages.isdisjoint(["statistics", "curves"])
 
 
-@pytest.mark.parametrize("is_mapped", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("size", "is_mapped"), [(PRUNE, False), pytest.param(FEW, True, marks=pytest.mark.slow)])
 def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
-    is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: SizeConfig, is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**given("mixtral", tmp_path), "size": FEW, "repair": NONE, "config": MERGE}
+    options = {**given("mixtral", tmp_path), "size": size, "repair": NONE, "config": MERGE}
     source, write = tmp_path / "source", Journal.save
     compress_folder(source, tmp_path / "whole" / "out", **options)
     if is_mapped:
