@@ -110,6 +110,28 @@ def check_readers(found: Mapping[str, Scheme | None], engines: Sequence[str]) ->
             )
 
 
+# Groups that the fast kernels of vLLM and SGLang (Marlin) take, and what divides the model's width there.
+FAST_GROUPS, FAST_WIDTH = (32, 64, 128), 128
+
+
+def advice(form: PlainForm, found: Mapping[str, Scheme | None], engines: Sequence[str]) -> list[str]:
+    """Return what engines that compute with packed experts run slower, or on fewer processes; a sentence each.
+
+    Source: vLLM 0.33, marlin_utils (`check_moe_marlin_supports_config`) and compressed_tensors_moe_wna16
+    (`create_weights`); SGLang 0.5.23 takes its kernels from there.
+    """
+    layer, named = form.slots[0].plain, [name for name in engines if name in ("vllm", "sglang")]
+    groups = sorted({scheme.group_size for scheme in found.values() if scheme is not None})
+    told = []
+    if slow := [group for group in groups if group not in FAST_GROUPS]:
+        told.append(f"has fast kernels for groups of 32, 64 or 128 weights, not {slow[0]}")
+    if layer.hidden_size % FAST_WIDTH:
+        told.append(f"has fast kernels for models of a width that {FAST_WIDTH} divides, not {layer.hidden_size}")
+    shares = math.gcd(*(layer.intermediate_size // group for group in groups))
+    told.append(f"takes as many processes of tensor parallelism as divide {shares}")
+    return [f"{name} {words}." for name in named for words in told]
+
+
 def described(found: Iterable[Scheme | None]) -> str:
     """Return schemes in words: 8 bits in groups of 64 and 4 bits in groups of 64."""
     kinds = set(found)
@@ -127,10 +149,16 @@ def quantization_config(form: PlainForm, found: Mapping[str, Scheme | None]) -> 
     ignored by name, for SGLang refuses a model with a layer that it finds nowhere.
     """
     targets: dict[Scheme, list[str]] = defaultdict(list)
-    for slot in form.slots:
-        if (scheme := found[slot.layer.name]) is not None:
-            targets[scheme].append(_block(next(iter(disk_names(slot)))))
     one = len(set(found.values())) == 1
+    blocks = {slot.layer.name: _block(next(iter(disk_names(slot)))) for slot in form.slots}
+    if not one and len({*blocks.values()} - {""}) < len(blocks):
+        raise ValueError(
+            f"The names of {type(form.plain).__name__} on disk do not tell its blocks apart by number, so layers "
+            "cannot have schemes of their own: quantize all of them alike."
+        )
+    for name, scheme in found.items():
+        if scheme is not None:
+            targets[scheme].append(blocks[name])
     patterns = {scheme: EXPERTS if one else _either(blocks) for scheme, blocks in targets.items()}
     groups = {f"group_{place}": _group(scheme, patterns[scheme]) for place, scheme in enumerate(sorted(patterns))}
     ignored = "".join(f"(?!{pattern})" for pattern in patterns.values())

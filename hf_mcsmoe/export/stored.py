@@ -8,6 +8,7 @@ from hf_mcsmoe.export.form import PlainForm, Slots
 from hf_mcsmoe.export.mxfp4 import GROUP, mxfp4_bytes, mxfp4_config, mxfp4_experts
 from hf_mcsmoe.export.quantized import (
     Scheme,
+    advice,
     check_readers,
     described,
     packed_bytes,
@@ -28,17 +29,17 @@ PACKED, MXFP4_FAMILY = "Packed experts", "gpt_oss"
 class Stored:
     """What is made of a layer's experts, the bytes of all of the model's weights then, and what says how to read them.
 
-    `config` is the `quantization_config` of the checkpoint, None for dense weights; `line` tells of it.
+    `config` is the `quantization_config` of the checkpoint, None for dense weights; `lines` tell of it.
     """
 
     experts: Experts
     bytes: int
     config: dict[str, Any] | None = None
-    line: str = ""
+    lines: tuple[str, ...] = ()
 
     def told(self, record: Record) -> Record:
         """Return a record that tells of experts that are not dense."""
-        return record.with_step(Step(PACKED, {"bytes": self.bytes}, [self.line])) if self.line else record
+        return record.with_step(Step(PACKED, {"bytes": self.bytes}, [*self.lines])) if self.lines else record
 
 
 def plain_bytes(form: PlainForm) -> int:
@@ -59,9 +60,7 @@ def stored_form(form: PlainForm, engines: Sequence[str], *, dense: bool, mxfp4: 
         return _in_mxfp4(form, dense or not kinds)
     if dense or not kinds:
         return Stored(dense_experts, plain_bytes(form))
-    way_out = (
-        f"written dense they take {_gigabytes(plain_bytes(form))} with the rest of the model: dense=True (--dense)."
-    )
+    way_out = f"written dense they take {_size(plain_bytes(form))} with the rest of the model: dense=True (--dense)."
     if "low_rank" in kinds:
         raise ValueError(
             f"The experts are stored {' and '.join(KINDS[kind] for kind in kinds)}, which no model of the family's "
@@ -70,12 +69,12 @@ def stored_form(form: PlainForm, engines: Sequence[str], *, dense: bool, mxfp4: 
     try:
         found = schemes(form)
         check_readers(found, engines)
-        return _packed(form, found)
+        return _packed(form, found, engines)
     except ValueError as error:
         raise ValueError(f"{error} Or {way_out}") from None
 
 
-def _packed(form: PlainForm, found: Mapping[str, Scheme | None]) -> Stored:
+def _packed(form: PlainForm, found: Mapping[str, Scheme | None], engines: Sequence[str]) -> Stored:
     """Return experts in few bits, and the dense ones beside them."""
 
     def experts(slots: Slots) -> State:
@@ -87,10 +86,11 @@ def _packed(form: PlainForm, found: Mapping[str, Scheme | None]) -> Stored:
             size += packed_bytes(slot, scheme) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
     line = (
         f"Experts are stored with {described(found.values())} (compressed-tensors, pack-quantized): "
-        f"{_gigabytes(size)} of weights with the rest of the model. Transformers unpacks them as it loads, to "
-        f"{_gigabytes(plain_bytes(form))}; engines with kernels for them keep them as they are."
+        f"{_size(size)} of weights with the rest of the model. Transformers unpacks them as it loads, to "
+        f"{_size(plain_bytes(form))}; engines with kernels for them keep them as they are."
     )
-    return Stored(experts, size, quantization_config(form, found), line)
+    lines = line, *advice(form, found, engines)
+    return Stored(experts, size, quantization_config(form, found), lines)
 
 
 def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
@@ -112,11 +112,9 @@ def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
     size = plain_bytes(form)
     for slot in form.slots:
         size += mxfp4_bytes(slot.plain.parameters) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
-    line = (
-        f"Experts are stored in MXFP4, as those of gpt-oss: {_gigabytes(size)} of weights with the rest of the model."
-    )
-    return Stored(lambda slots: mxfp4_experts(dense_experts(slots)), size, mxfp4_config(), line)
+    line = f"Experts are stored in MXFP4, as those of gpt-oss: {_size(size)} of weights with the rest of the model."
+    return Stored(lambda slots: mxfp4_experts(dense_experts(slots)), size, mxfp4_config(), (line,))
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

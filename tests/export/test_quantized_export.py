@@ -133,6 +133,9 @@ def test_engines_that_take_several_schemes_find_that_of_each_layer_and_nothing_e
     }
     stored = {key.split(".")[2] for key in keys(tmp_path)}
     assert stored == {"0", "1", "3"}
+    card = (tmp_path / "README.md").read_text()
+    assert "vllm has fast kernels for groups of 32, 64 or 128 weights, not 8." in card
+    assert "vllm takes as many processes of tensor parallelism as divide 3." in card
 
 
 def _zero_points() -> PreTrainedModel:
