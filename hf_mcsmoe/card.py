@@ -55,8 +55,11 @@ TEMPLATE = Template(
 {% if "merged" in done -%}
 {{ base }} with fewer experts: the experts of {{ layers_of("merge") }} were merged by **M-SMoE**
 ([Merge, Then Compress](https://arxiv.org/abs/2310.01334), ICLR 2024) with
-`hf_mcsmoe`{{ version }}. The router is the original one; a map sends
+`hf_mcsmoe`{{ version }}.
+{%- if plain %} It is an ordinary model of its family.
+{%- else %} The router is the original one; a map sends
 its choice among the original experts to the stored ones.
+{%- endif %}
 {%- elif "pruned" in done -%}
 {{ base }} with fewer experts: those of {{ layers_of("prune") }} that are missed least were pruned by
 `hf_mcsmoe`{{ version }}, and

@@ -19,6 +19,7 @@ from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.distill import distill_command
 from hf_mcsmoe.cli.evaluate import evaluate_command
 from hf_mcsmoe.cli.examples import epilog
+from hf_mcsmoe.cli.export import export_command
 from hf_mcsmoe.cli.inspect import inspect_command
 from hf_mcsmoe.cli.launched import in_processes
 from hf_mcsmoe.cli.methods import methods_command
@@ -58,6 +59,7 @@ COMMANDS: dict[str, Callable] = {
     "compare": compare_command,
     "compress": compress_command,
     "distill": distill_command,
+    "export": export_command,
     "evaluate": evaluate_command,
     "report": report_command,
     "methods": methods_command,

@@ -13,6 +13,7 @@ EXAMPLES = {
     "compare": "hf-mcsmoe compare demo/model --config demo/compare.yaml --output demo/table",
     "compress": "hf-mcsmoe compress demo/model --config demo/compress.yaml --output demo/small",
     "distill": "hf-mcsmoe distill demo/small --config demo/distill.yaml --output demo/tuned",
+    "export": "hf-mcsmoe export demo/small --expand --output demo/full",
     "evaluate": "hf-mcsmoe evaluate demo/model demo/small --config demo/evaluate.yaml",
     "report": "hf-mcsmoe report demo/small",
     "methods": "hf-mcsmoe methods --json methods.json",
@@ -21,7 +22,7 @@ EXAMPLES = {
 # Commands whose examples need no files.
 ALONE = ("demo", "methods")
 # What an example needs besides those files.
-AFTER = {"distill": "compress", "evaluate": "compress", "report": "compress"}
+AFTER = {"distill": "compress", "export": "compress", "evaluate": "compress", "report": "compress"}
 
 
 def epilog(command: str) -> str:

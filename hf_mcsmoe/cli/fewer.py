@@ -82,4 +82,10 @@ def as_student(name: str, model: PreTrainedModel, *, is_original: bool) -> PreTr
         raise ValueError(f"{name} is compressed already, and has lost the experts to choose among: name the original.")
     if is_original:
         return prepare_pruning(model)
-    return recall_pruning(model, MergePlan.load(folder / PLAN_FILE).layers) if is_plain else model
+    plans = MergePlan.load(folder / PLAN_FILE).layers if is_plain else {}
+    if any(plan.kept is None and not plan.is_whole for plan in plans.values()):
+        raise ValueError(
+            f"{name} is a merged model that was exported as a plain checkpoint, which no longer knows its groups: "
+            "distil the merged model, and export the result."
+        )
+    return recall_pruning(model, plans) if is_plain else model

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from hf_mcsmoe.export.engines import Shape
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.source import InMemory
@@ -50,6 +51,18 @@ class PlainForm:
     def num_experts(self) -> int:
         """Experts of each layer of the plain model."""
         return len(self.slots[0].stored)
+
+
+def shape_of(layers: Layers, num_experts: int) -> Shape:
+    """Return what engines look at of a plain checkpoint of some layers with so many experts."""
+    first = layers[0]
+    return Shape(num_experts, first.top_k or 1, router_groups(first), first.intermediate_size)
+
+
+def router_groups(layer: MoELayer) -> int:
+    """Return the number of groups of experts that a layer's router picks among."""
+    is_fixed = "tid2eid" in router_beside(layer.model, layer.name)._buffers
+    return 1 if is_fixed else cut_limits(layer.model, layer.name)[1]
 
 
 def plain_form_of(layers: Layers, *, expand: bool = False) -> PlainForm:

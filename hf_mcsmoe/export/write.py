@@ -87,6 +87,11 @@ def write_weights(form: PlainForm, folder: Path, rows: Mapping[str, State], expe
     return shards
 
 
+def plain_state(form: PlainForm, rows: Mapping[str, State]) -> State:
+    """Return the weights of a plain form by their names in the model, all of them in memory."""
+    return {name: tensor for state in _states(form, rows, dense_experts) for name, tensor in state.items()}
+
+
 def _states(form: PlainForm, rows: Mapping[str, State], experts: Experts) -> Iterator[State]:
     """Yield the plain model's weights by name, of one block after the other, then what lies outside of them."""
     names, slots = _names(form), {slot.plain.name: slot for slot in form.slots}
@@ -179,9 +184,9 @@ def router_tensors(form: PlainForm, weights: Mapping[str, torch.Tensor]) -> dict
         ValueError: a weight of the plain model is none of these and differs, or has no counterpart.
     """
     plain, source = form.plain.state_dict(), form.model.state_dict()
-    experts = tuple(f"{slot.plain.name}." for slot in form.slots)
+    experts = {f"{slot.plain.name}.{name}" for slot in form.slots for name, _ in slot.plain.parameters}
     found: dict[str, State] = {slot.layer.name: {} for slot in form.slots}
-    for name in (name for name in _names(form) if not name.startswith(experts)):
+    for name in (name for name in _names(form) if name not in experts):
         if name in source and source[name].shape == plain[name].shape:
             continue
         slot = max(form.slots, key=lambda slot: _common(name, slot.layer.name))

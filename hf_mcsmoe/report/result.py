@@ -160,11 +160,13 @@ def _entries(
             f"{folder} holds a model of type {config.get('model_type')!r}, which this package did not compress: there "
             "is nothing to draw."
         )
-    return {
-        name: {"num_experts": len(item.expert_map), "kept": item.kept}
-        for name, item in plan.layers.items()
-        if item.kept is not None
-    }
+    entries: dict[str, dict[str, Any]] = {}
+    for name, item in plan.layers.items():
+        if item.kept is not None:
+            entries[name] = {"num_experts": len(item.expert_map), "kept": item.kept}
+        elif not item.is_whole:  # merged, and exported
+            entries[name] = {"num_experts": len(item.expert_map), "expert_map": item.expert_map}
+    return entries
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:

@@ -26,6 +26,7 @@ PANELS = {
     "compare": {"Data", "Methods", "Loading", "Output"},
     "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output", "Streaming"},
     "distill": {"Data", "Training", "Merge", "Storage", "Loading", "Output"},
+    "export": {"Plain", "Data", "Output"},
     "evaluate": {"Data", "Loading", "Output"},
     "report": {"Data", "Output"},
     "methods": {"Output"},
