@@ -109,13 +109,14 @@ def compress_command(
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
     # The same in all processes, whatever each has free.
-    streaming = current().agreed(partial(streaming.going_on, target.output, is_by_hand=size is None))
+    streaming = current().agreed(partial(streaming.going_on, target.output))
     is_streamed = current().agreed(partial(streaming.is_chosen, layers, config, stages, held, calibration))
     if not is_streamed:
         streaming.tell_unused()
     goes_on = is_streamed and not streaming.restart
     claims = replace(target, overwrite=True) if goes_on and is_placing(target.output) else target
     done = finished_bytes(target.output) if goes_on else 0
+    needed *= 2 if is_streamed and size else 1  # two results lie on disk until one of them is taken
     output = claims.claimed(max(0, needed - done), model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or config.budget == MEASURED or any(stages.values())
@@ -155,7 +156,7 @@ def compress_command(
                     output,
                     batches,
                     config,
-                    **{name: value for name, value in stages.items() if name != "size"},
+                    **stages,
                     statistics=held,
                     base_model=base_model,
                     progress=progress,

@@ -13,7 +13,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import console, notes
 from hf_mcsmoe.cli.options import SPREAD, Loading, Output, described
 from hf_mcsmoe.cli.sources import Calibration
-from hf_mcsmoe.cli.way import asked_of, judged, refusal, run_by_hand, stream_config
+from hf_mcsmoe.cli.way import judged, refusal, run_by, stream_config
 from hf_mcsmoe.forecast.needs import IN_MEMORY
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
@@ -21,6 +21,7 @@ from hf_mcsmoe.layers.loading import load_config
 from hf_mcsmoe.layers.stored import configured_bytes, stored_bytes
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.search.size import bytes_text
+from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.journal import forget, is_begun
 from hf_mcsmoe.streamed.refused import check_streamed
@@ -63,9 +64,9 @@ class Streaming:
         if given := self._given():
             notes.print(f"the model is loaded, and {given} did nothing (--stream reads it block by block)")
 
-    def going_on(self, output: Path, *, is_by_hand: bool) -> "Streaming":
-        """Return how to stream: as a run by hand to this output did that was interrupted, whatever fits now."""
-        if self.stream is not None or not is_by_hand or not is_begun(output):
+    def going_on(self, output: Path) -> "Streaming":
+        """Return how to stream: as a run to this output did that was interrupted, whatever fits now."""
+        if self.stream is not None or not is_begun(output):
             return self
         notes.print("block by block, as the run to this output that was interrupted (--no-stream loads the model)")
         return replace(self, stream=True)
@@ -92,16 +93,16 @@ class Streaming:
         Raises:
             ValueError: it is asked for, and cannot be done; or it cannot, and the model does not fit otherwise.
         """
-        if stages["size"] is not None or self.stream is not None:
+        if self.stream is not None:
             return self._asked(layers, config, stages, held)
         folder = str(layers.model.name_or_path)
         refused = refusal(layers, config, stages, held)
         source = stored_bytes(folder) or configured_bytes(layers.model, load_config(folder))
-        run = run_by_hand(layers, config, stages, calibration)
+        run = run_by(layers, config, stages, calibration)
         found = judged(layers, run, source.bytes, self.config(), refused=refused)
         if found.way.name == IN_MEMORY:
             return False
-        check_streamed(layers, config, asked_of(stages), held)
+        check_streamed(layers, config, Asked(**stages), held)
         notes.print(
             f"in memory it takes {bytes_text(found.needs[IN_MEMORY].needed)}, of which there are "
             f"{bytes_text(found.memory)}: block by block (--no-stream loads all of it)"

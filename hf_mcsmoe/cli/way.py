@@ -18,15 +18,11 @@ from hf_mcsmoe.layers.dequantize import quantization_method
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import load_config
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.size import parse_size
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.refused import check_streamed
-
-SIZED = (
-    "--size (the default) tries what is best for so many bytes, for which the model is loaded: block by block, give "
-    "--experts, or --experts with --bits."
-)
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,14 @@ def run_for(
     )
 
 
-def run_by_hand(layers: Layers, config: MergeConfig, stages: Mapping[str, Any], calibration: Calibration) -> Run:
-    """Return the run of a compression by options, from its stages."""
-    quantization, low_rank, repair = stages["quantization"], stages["low_rank"], stages["repair"]
+def run_by(layers: Layers, config: MergeConfig, stages: Mapping[str, Any], calibration: Calibration) -> Run:
+    """Return the run of a compression, from its stages; one to a size is of half of the experts in so many bytes."""
+    quantization, low_rank, repair, size = (stages[x] for x in ("quantization", "low_rank", "repair", "size"))
+    config = replace(config, experts=0.5) if size else config
     result = result_by_hand(layers, config, quantization=quantization, low_rank=low_rank)
+    result = replace(result, bytes=check_size(layers, config, size)) if size else result
     method = repair.method if repair else "none"
-    return run_for(layers, result, config, method, calibration, is_compared=quantization is not None)
+    return run_for(layers, result, config, method, calibration, is_compared=bool(size or quantization))
 
 
 def judged(
@@ -100,12 +98,10 @@ def refusal(
     """Return why a compression cannot be done block by block; None where it can.
 
     Args:
-        stages: what is asked for beside the merge, by the names of `Asked`, and a size.
+        stages: what is asked for beside the merge, by the names of `Asked`.
     """
-    if stages["size"] is not None:
-        return SIZED
     try:
-        check_streamed(layers, config, asked_of(stages), held)
+        check_streamed(layers, config, Asked(**stages), held)
     except ValueError as error:
         return str(error)
     return None
@@ -114,11 +110,6 @@ def refusal(
 def way_line(way: Way) -> str:
     """Return the sentence that tells the way of a model."""
     return f"here: {way.name} ({way.reason})"
-
-
-def asked_of(stages: Mapping[str, Any]) -> Asked:
-    """Return what is asked for beside the merge, a size left out."""
-    return Asked(**{name: value for name, value in stages.items() if name != "size"})
 
 
 def stream_config(memory: str | None, *, restart: bool = False) -> StreamConfig:

@@ -31,7 +31,7 @@ class Probe:
         """Take the rows, and run the original on them."""
         rows = list(apart(model, batches))
         judges = held_out_rows(rows)
-        self.model, self.batches, self.is_held_out = model, _few(judges or rows), bool(judges)
+        self.model, self.batches, self.is_held_out = model, few_batches(judges or rows), bool(judges)
         self.judge = Judge(self.batches, memory_limit=MEMORY_LIMIT)
         self.effects: dict[int, float] = {}  # of each trial, in nats, by its number
         self.trials = 0
@@ -84,7 +84,7 @@ class Probe:
     @property
     def positions(self) -> int:
         """Positions of the rows, those that do not count included."""
-        return sum(map(_positions, self.batches))
+        return sum(map(positions_of, self.batches))
 
 
 def held_out_rows(batches: Sequence[Batch]) -> list[Batch]:
@@ -110,18 +110,19 @@ def parted_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return parts
 
 
-def _few(batches: Sequence[Batch]) -> list[Batch]:
+def few_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Return the first batches, until they have enough tokens for an effect to be measured on."""
     chosen, tokens = list[Batch](), 0
     for batch in batches:
         if tokens >= TOKENS:
             break
         chosen.append(batch)
-        tokens += _positions(batch)
+        tokens += positions_of(batch)
     return chosen
 
 
-def _positions(batch: Batch) -> int:
+def positions_of(batch: Batch) -> int:
+    """Return the positions of a batch, those that do not count included."""
     return max((value.shape[:2].numel() for value in batch.values() if isinstance(value, torch.Tensor)), default=0)
 
 

@@ -34,6 +34,7 @@ from hf_mcsmoe.streamed.journal import RESULT, Journal, finished_bytes
 from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.run import Data, Run, description_of, shared_statistics
 from hf_mcsmoe.streamed.sized import made_to_size
+from hf_mcsmoe.streamed.trials import trials_bytes
 
 HIDDEN = "The hidden states of all rows take", ": fewer or shorter rows (--num-samples, --max-length) take less"
 
@@ -100,11 +101,12 @@ def compress_folder(
     data, tell = Data(layers.model, list(given), sample, None if search else asked.repair), progress or silent
     hidden = data.hidden_bytes(asked, judge)
     is_mapped = stream.check(folder, hidden)
-    processes = current()
+    processes, has_curves = current(), statistics is not None and bool(statistics.curves)
 
     def lead() -> Record:
         # Those of the block before stay until the next one is finished.
-        check_room(path, 2 * hidden - finished_bytes(path), *HIDDEN)
+        copies = trials_bytes(layers, data.batches, config, search) if search and not has_curves else 0
+        check_room(path, 2 * (hidden + copies) - finished_bytes(path), *HIDDEN)
         with working_folder(path) as work:
             wanted = description_of(
                 folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms

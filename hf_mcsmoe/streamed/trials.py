@@ -14,11 +14,26 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.evaluation.held_out import Measure, predictions
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, hooks, token_masks
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.layers.streaming import Forward
-from hf_mcsmoe.search.probe import Probe, changed, missed
+from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.search.choices import ranks
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.probe import Probe, changed, few_batches, held_out_rows, missed, positions_of
 from hf_mcsmoe.streamed.parts import JUDGED, ORIGINAL, Key
 from hf_mcsmoe.streamed.states import States
+
+
+def trials_bytes(layers: Layers, batches: Sequence[Batch], merge: MergeConfig, search: SizeConfig) -> int:
+    """Return about how many bytes the copies of all trials are on disk when they have passed the last block."""
+    text, rows = layers.model.config.get_text_config(), list(apart(layers.model, batches))
+    tokens, number = sum(map(positions_of, few_batches(held_out_rows(rows) or rows))), 0
+    for shared in layers.selected(merge.skip).tied:
+        bits = len(search.bits)
+        number += 2 * min(2, bits) + 3 * len(search.reductions) + min(3, bits + 1) * len(ranks(shared, search))
+    return number * tokens * text.hidden_size * layers.model.dtype.itemsize
 
 
 class Trials(Probe):

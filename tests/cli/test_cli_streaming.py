@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import build
 from helpers import Run
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.modeling.folders_mcsmoe import WORK
 from hf_mcsmoe.streamed.journal import BLOCKS, RESULT, Journal
 
@@ -88,3 +91,21 @@ def test_an_interrupted_run(given: list[Any], run: Run, tmp_path: Path, monkeypa
     code, _, err = call("--restart")
     assert code == 1
     assert "--restart did nothing" in err
+
+
+@pytest.mark.slow
+def test_a_size_is_the_same_block_by_block(given: list[Any], run: Run, tmp_path: Path) -> None:
+    command, outputs = [*given[:6], "--size", 0.6, "--bits", "8,4", "--reduce", "prune"], []
+    for way in ("--stream", "--no-stream"):
+        outputs.append(tmp_path / way / "out")
+        scores = ["--scores", tmp_path / way / "scores.safetensors"]
+        outputs[-1].parent.mkdir()
+        code, _, err = run(*command, way, *scores, "--output", outputs[-1])
+        assert code == 0, err
+    ours, theirs = (
+        {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()} for out in outputs
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    curves = [RoutingStatistics.load(out.parent / "scores.safetensors").curves for out in outputs]
+    assert curves[0] == curves[1] != {}
