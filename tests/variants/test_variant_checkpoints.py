@@ -12,13 +12,14 @@ from merged import check_without_package, run_python
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from variant_folders import dense, save, tokens
 
-from hf_mcsmoe.variants import add_momentum, moefy_dense
+from hf_mcsmoe.variants import add_momentum, mix_precision, moefy_dense
 
 # A variant and the model that it is made of.
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel], PreTrainedModel]]] = {
     "momentum": (lambda: build("mixtral"), lambda model: add_momentum(model, 0.6, 0.9)),
     "momentum_seq2seq": (lambda: build("switch_transformers"), lambda model: add_momentum(model, 0.6, kind="adam")),
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4, top_k=2)),
+    "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, t1=0.5, bits=4, group_size=8)),
 }
 LOADING = [
     *("loads", "saves_again", "keeps_bfloat16", "builds_from_its_configuration", "loads_by_device_map"),
@@ -38,7 +39,9 @@ def test_a_process_without_the_package_loads_uses_and_trains_them(tmp_path: Path
         is_seq2seq = name.endswith("seq2seq")
         auto_class = "AutoModelForSeq2SeqLM" if is_seq2seq else "AutoModelForCausalLM"
         folder = save(change(base()), base(), tmp_path / name, auto_class=auto_class)
-        loading[folder] = SEQ2SEQ if is_seq2seq else LOADING
+        # Which experts are rounded is decided by their weights, where a graph ends.
+        left = {"compiles"} if name == "mixed_precision" else set()
+        loading[folder] = SEQ2SEQ if is_seq2seq else [check for check in LOADING if check not in left]
         training[folder] = TRAINING[:1] if is_seq2seq else TRAINING
     for checks, script in ((loading, "without_package.py"), (training, "train_without_package.py")):
         for name, report in check_without_package(checks, tmp_path, script).items():
