@@ -17,6 +17,7 @@ from hf_mcsmoe.export.engines import check_engine_names, check_engines
 from hf_mcsmoe.export.form import PlainForm, plain_form_of, shape_of
 from hf_mcsmoe.export.router_rows import bias_name, check_router_rows, group_bias, row_weights
 from hf_mcsmoe.export.stored import stored_form
+from hf_mcsmoe.export.substituted import is_substituted, substituted_form
 from hf_mcsmoe.export.write import State, router_tensors, write_weights
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import load_model
@@ -77,7 +78,8 @@ def export(
     is_loaded = fit is not None and isinstance(model_or_folder, str | os.PathLike)
     source = source_of(load_model(str(model_or_folder)) if is_loaded else model_or_folder)
     layers = Layers.of(source)
-    form = plain_form_of(layers, expand=expand)
+    constants = is_substituted(layers, engines)
+    form = substituted_form(layers) if constants else plain_form_of(layers, expand=expand)
     advice = check_engines(engines, shape_of(layers, form.num_experts))
     stored = stored_form(form, engines, dense=dense, mxfp4=mxfp4)
     if fit is not None and not any(slot.is_combined for slot in form.slots):
@@ -93,8 +95,7 @@ def export(
     with completed_folder(Path(os.path.realpath(target))) as made:
         if form.plain.can_generate():
             form.plain.generation_config = source.model.generation_config
-        if stored.config is not None:
-            form.plain.config.quantization_config = stored.config
+        vars(form.plain.config).update(stored.config)
         form.plain.save_pretrained(made, state_dict={})
         write_weights(form, made, rows, stored.experts)
         if folder is not None:

@@ -1,7 +1,7 @@
 """How the experts of a plain checkpoint are stored: dense, in few bits as they are, or in MXFP4."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_mcsmoe.export.form import PlainForm, Slots
@@ -16,6 +16,7 @@ from hf_mcsmoe.export.quantized import (
     quantization_config,
     schemes,
 )
+from hf_mcsmoe.export.substituted import approximate_experts, substituted_bytes, substituted_experts
 from hf_mcsmoe.export.write import Experts, State, dense_experts
 from hf_mcsmoe.record import Record, Step
 
@@ -29,12 +30,12 @@ PACKED, MXFP4_FAMILY = "Packed experts", "gpt_oss"
 class Stored:
     """What is made of a layer's experts, the bytes of all of the model's weights then, and what says how to read them.
 
-    `config` is the `quantization_config` of the checkpoint, None for dense weights; `lines` tell of it.
+    `config` is what the configuration gains by that; `lines` tell of it.
     """
 
     experts: Experts
     bytes: int
-    config: dict[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
 
     def told(self, record: Record) -> Record:
@@ -54,6 +55,8 @@ def stored_form(form: PlainForm, engines: Sequence[str], *, dense: bool, mxfp4: 
         ValueError: they are low rank + sparse, or in few bits in a way that a reader does not know, and nobody asked
             to make them dense; or MXFP4 is asked for where there is none.
     """
+    if any(slot.layer.num_constants for slot in form.slots):
+        return _substituted(form)
     layers: dict[str, Any] = form.model.config.mcsmoe["layers"]
     kinds = [kind for kind in KINDS if any(layer.get(kind) for layer in layers.values())]
     if mxfp4:
@@ -90,7 +93,7 @@ def _packed(form: PlainForm, found: Mapping[str, Scheme | None], engines: Sequen
         f"{_size(plain_bytes(form))}; engines with kernels for them keep them as they are."
     )
     lines = line, *advice(form, found, engines)
-    return Stored(experts, size, quantization_config(form, found), lines)
+    return Stored(experts, size, {"quantization_config": quantization_config(form, found)}, lines)
 
 
 def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
@@ -113,7 +116,21 @@ def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
     for slot in form.slots:
         size += mxfp4_bytes(slot.plain.parameters) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
     line = f"Experts are stored in MXFP4, as those of gpt-oss: {_size(size)} of weights with the rest of the model."
-    return Stored(lambda slots: mxfp4_experts(dense_experts(slots)), size, mxfp4_config(), (line,))
+    return Stored(
+        lambda slots: mxfp4_experts(dense_experts(slots)), size, {"quantization_config": mxfp4_config()}, (line,)
+    )
+
+
+def _substituted(form: PlainForm) -> Stored:
+    gone = approximate_experts(form)
+    size = plain_bytes(form)
+    for slot in form.slots:
+        size += substituted_bytes(slot) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
+    line = (
+        f"Of the experts {sum(map(len, gone.values()))} are constants in the format of vLLM, which alone reads it: "
+        f"{_size(size)} of weights."
+    )
+    return Stored(substituted_experts, size, {"approximate_experts": gone}, (line,))
 
 
 def _size(size: int) -> str:
