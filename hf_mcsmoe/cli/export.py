@@ -16,6 +16,7 @@ from hf_mcsmoe.export.calibrate import RouterFit
 from hf_mcsmoe.export.checkpoint import PLAIN, export
 from hf_mcsmoe.export.engines import ENGINES, check_engine_names
 from hf_mcsmoe.export.router_rows import ROUTER_ROWS, check_router_rows
+from hf_mcsmoe.export.stored import PACKED
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.progress import Progress, one_step
 from hf_mcsmoe.record import Record
@@ -118,7 +119,7 @@ def _fit(model: str, text: RouterText, form: PlainForm, base_model: str | None, 
 
 def show_plain(record: Record) -> None:
     """Print what was written, and how it does."""
-    lines: Sequence[str] = next((step.lines for step in record.steps if step.title == PLAIN), [])
+    lines: Sequence[str] = [line for step in record.steps if step.title in (PACKED, PLAIN) for line in step.lines]
     if record.judged and record.quality:
         console.print("\nin nats per position, on rows that no router was fitted to:", highlight=False)
         console.print(quality_table(record.quality))
