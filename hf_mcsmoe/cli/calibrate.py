@@ -15,6 +15,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import console, notes, stage_bars
 from hf_mcsmoe.cli.needs import costs, needs_of_names, usual
 from hf_mcsmoe.cli.options import BaseModel, Loading, Model, check_device_map, check_dtype, check_file, options_of
+from hf_mcsmoe.cli.plan_measured import add_curves
 from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import opened
@@ -27,10 +28,11 @@ from hf_mcsmoe.methods.statistics import STATISTICS, of_data
 from hf_mcsmoe.planning import FEW_TOKENS
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, one_step
-from hf_mcsmoe.search.conditions import conditions, covered
+from hf_mcsmoe.search.conditions import covered
 from hf_mcsmoe.search.config import JOINT, SizeConfig
-from hf_mcsmoe.search.curves import measure_curves, needs_of
+from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.config import StreamConfig
+from hf_mcsmoe.streamed.refused import check_blocks
 
 DATA = ["data", "column", "target_column", "split", "num_samples", "max_length", "batch_size", "seed"]
 # Experts of a layer that are named one by one.
@@ -83,7 +85,9 @@ def calibrate_command(
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
     check_loss(layers.model, needs)
     if stream:
-        _check_streamed(needs, curves)
+        _check_streamed(needs)
+        if curves:
+            check_blocks(layers)
     elif drop_source_cache:
         raise ValueError("--drop-source-cache goes with --stream, which reads a shard at a time: give both.")
     held = read_scores(output, layers) if output.is_file() and not overwrite else None
@@ -103,11 +107,11 @@ def calibrate_command(
             return
         statistics = add_reference(statistics, loaded, base_model) if base_model else statistics
         _save(statistics, output)
+        if curves and not covered(loaded, statistics, config, search, JOINT):
+            add_curves(loaded, batches, statistics, config, search, progress, output.absolute().parent)
+            _save(statistics, output)
         if isinstance(loaded.source, Folder):
             loaded.source.drop_fetched()
-        if curves and not covered(loaded, statistics, config, search, JOINT):
-            _measure(loaded, batches, statistics, config, search, progress)
-            _save(statistics, output)
     _tell(statistics, output, methods)
 
 
@@ -121,10 +125,8 @@ def _loaded(model: str, loading: Loading) -> PreTrainedModel:
     return load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
 
 
-def _check_streamed(needs: Sequence[str], curves: bool) -> None:
+def _check_streamed(needs: Sequence[str]) -> None:
     """Raise ValueError where what is asked for needs all of the model at once."""
-    if curves:
-        raise ValueError("--curves tries choices in the whole model: leave out --stream.")
     if late := [name for name in of_data(needs) if STATISTICS.find(name).gradients]:
         raise ValueError(
             f"{late[0]} is summed after a backward pass, for which the model is loaded: leave out --stream, or the "
@@ -150,23 +152,6 @@ def _collected(
         if held is None:
             raise
         raise ValueError(f"{error} To write them in place of those in the file pass --overwrite.") from None
-
-
-def _measure(
-    layers: Layers,
-    batches: Sequence[Batch],
-    statistics: RoutingStatistics,
-    config: MergeConfig,
-    search: SizeConfig,
-    progress: Progress,
-) -> None:
-    """Measure what choices cost, and keep it with the statistics."""
-
-    def tell(name: str, done: int, total: int) -> None:
-        progress("curves", done, total)
-
-    statistics.curves = measure_curves(layers, statistics, batches, config, search, progress=tell)
-    statistics.conditions = conditions(config, search, JOINT)
 
 
 def _tell(statistics: RoutingStatistics, output: Path, methods: str | None) -> None:

@@ -1,5 +1,6 @@
 """What `hf-mcsmoe plan` knows of what choices cost: from a file of statistics, or measured on text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,13 +8,16 @@ from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.options import Loading, check_file, described
 from hf_mcsmoe.cli.sources import Calibration
+from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.progress import Progress, counted, one_step
 from hf_mcsmoe.search.conditions import conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import measure_curves, needs_of
+from hf_mcsmoe.streamed.curves import curves_of_folder
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,31 @@ def measured(
     rows, _ = calibration.batches(samples, tokenizer, loaded, progress)  # what is held out judges a later `compress`
     layers = Layers.of(loaded)
     statistics = collect_statistics(layers, counted(rows, "statistics", progress), needs_of(config, search))
+    add_curves(layers, rows, statistics, config, search, progress, Path.cwd())
+    return layers, statistics
+
+
+def add_curves(
+    layers: Layers,
+    batches: Sequence[Batch],
+    statistics: RoutingStatistics,
+    config: MergeConfig,
+    search: SizeConfig,
+    progress: Progress,
+    place: Path,
+) -> None:
+    """Measure what choices cost, of a `Folder` block by block, and keep it with the statistics.
+
+    Args:
+        place: a folder on the disk of which hidden states may lie meanwhile.
+    """
 
     def tell(name: str, done: int, total: int) -> None:
         progress("curves", done, total)
 
-    statistics.curves = measure_curves(layers, statistics, rows, config, search, progress=tell)
+    given = layers, statistics, batches, config, search
+    if isinstance(layers.source, Folder):
+        statistics.curves = curves_of_folder(*given, repair=JOINT, progress=tell, place=place)
+    else:
+        statistics.curves = measure_curves(*given, progress=tell)
     statistics.conditions = conditions(config, search, JOINT)
-    return layers, statistics

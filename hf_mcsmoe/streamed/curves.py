@@ -1,8 +1,10 @@
 """The sweep that measures what choices cost, block by block; what is known of finished blocks is kept."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,12 +20,14 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, run_in_turns
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.bench import Bench
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import check_sums, plans_of_all
 from hf_mcsmoe.search.observed import Observations
 from hf_mcsmoe.streamed.parts import FITTED, ORIGINAL, Key
+from hf_mcsmoe.streamed.refused import check_blocks
 from hf_mcsmoe.streamed.states import States
 from hf_mcsmoe.streamed.trials import Trials
 
@@ -91,6 +95,42 @@ def curves_by_blocks(
             run_in_turns([*forwards, *trials.forwards()], list(left), turns)
     trials.check()
     return {name: Observations.from_dict(values).curves(trials.effects) for name, values in seen.items()}
+
+
+def curves_of_folder(
+    layers: Layers,
+    statistics: RoutingStatistics,
+    batches: Sequence[Batch],
+    merge: MergeConfig,
+    search: SizeConfig,
+    *,
+    repair: RepairConfig,
+    progress: Callable[[str, int, int], None],
+    place: Path,
+) -> dict[str, LayerCurves]:
+    """Do what `measure_curves` does, in one go.
+
+    Args:
+        layers: of a `Folder`.
+        progress: called as `progress(block's path, blocks done, blocks)`.
+        place: a folder, on the disk of which hidden states lie meanwhile.
+
+    Raises:
+        ValueError: see `measure_curves` and `check_blocks`; several processes.
+    """
+    check_blocks(layers)
+    if current().size > 1:
+        raise ValueError("What choices cost is measured block by block in one process: start one.")
+    paths = list(blocks(layers.model))
+    with tempfile.TemporaryDirectory(prefix=".mcsmoe-curves-", dir=place) as folder:
+        states = States(Path(folder), paths, mapped=True)
+
+        def done(path: str) -> None:
+            states.forget(path)
+            progress(path, paths.index(path) + 1, len(paths))
+
+        options: dict[str, Any] = {"repair": repair, "states": states, "kept": {}, "done": done}
+        return curves_by_blocks(layers, statistics, batches, merge, search, **options)
 
 
 @contextlib.contextmanager

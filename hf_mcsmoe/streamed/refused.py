@@ -18,18 +18,11 @@ def check_streamed(layers: Layers, config: MergeConfig, asked: Asked, statistics
     """
     if config.budget == MEASURED:
         raise ValueError(
-            f"budget={MEASURED!r} tries every size of every layer, for which the model is loaded: choose another "
-            "budget, or leave out streaming (--no-stream)."
+            f"budget={MEASURED!r} tries every size of every layer, for which the model is loaded: say how large the "
+            "result is to be instead (--size), which is measured block by block, choose another budget, or leave out "
+            "streaming (--no-stream)."
         )
-    for shared in layers.tied:
-        if len(shared) > 1:
-            raise ValueError(
-                f"{', '.join(layer.name for layer in shared)} share their experts, which lie in several blocks and "
-                "cannot be merged block by block: load the model (--no-stream)."
-            )
-    paths = tuple(f"{path}." for path in blocks(layers.model))
-    if outside := [layer.name for layer in layers if not layer.name.startswith(paths)]:
-        raise ValueError(f"{outside[0]} lies in no block of {type(layers.model).__name__}: load it (--no-stream).")
+    check_blocks(layers)
     if asked.low_rank and asked.low_rank.scope == "global":
         raise ValueError(
             "Ranks that compete (scope='global') are chosen with all merged experts at hand: choose scope='layer', or "
@@ -45,3 +38,16 @@ def check_streamed(layers: Layers, config: MergeConfig, asked: Asked, statistics
             f"{late[0]} is summed after a backward pass, for which the model is loaded: collect it with `hf-mcsmoe "
             "calibrate` where that fits, and pass the file (--scores), or choose other methods."
         )
+
+
+def check_blocks(layers: Layers) -> None:
+    """Raise ValueError where experts lie in no block, or in several."""
+    for shared in layers.tied:
+        if len(shared) > 1:
+            raise ValueError(
+                f"{', '.join(layer.name for layer in shared)} share their experts, which lie in several blocks and "
+                "cannot be merged block by block: load the model (--no-stream)."
+            )
+    paths = tuple(f"{path}." for path in blocks(layers.model))
+    if outside := [layer.name for layer in layers if not layer.name.startswith(paths)]:
+        raise ValueError(f"{outside[0]} lies in no block of {type(layers.model).__name__}: load it (--no-stream).")

@@ -19,7 +19,6 @@ from hf_mcsmoe.streamed.curves import curves_by_blocks
 from hf_mcsmoe.streamed.states import States
 
 FEW: dict[str, Any] = {"bits": (), "reduce": "merge", "ranks": ()}
-MORE: dict[str, Any] = {"bits": (4,), "reduce": "prune", "ranks": (2,), "group_size": 8}
 
 
 class Killed(BaseException):
@@ -30,7 +29,6 @@ class Killed(BaseException):
     ("name", "search", "repair"),
     [
         ("mixtral", FEW, RepairConfig(method="none")),
-        pytest.param("mixtral", MORE, RepairConfig(method="none"), marks=pytest.mark.slow),
         pytest.param(
             "switch_transformers", {"bits": (4,), "ranks": (), "group_size": 8}, JOINT, marks=pytest.mark.slow
         ),
