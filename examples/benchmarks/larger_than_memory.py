@@ -1,9 +1,10 @@
 """Compress a random checkpoint from folder to folder in a process of little memory: time, peak of memory, bytes read.
 
     python examples/benchmarks/larger_than_memory.py FOLDER --gigabytes 30 --limit 6
+    python examples/benchmarks/larger_than_memory.py FOLDER --gigabytes 4 --limit 1.5 --num-experts 32
 
-The source is of the shape of Qwen3-30B-A3B (128 experts of 2048 x 768 a layer), with as many layers as the bytes ask
-for; it is made in FOLDER and deleted with the result afterwards. The peak is that of the process as Linux counts it
+The source is of the shape of Qwen3-30B-A3B (128 experts of 2048 x 768 a layer, unless told otherwise), with as many
+layers as the bytes ask for; it is made in FOLDER and deleted with the result afterwards. The peak is that of the process as Linux counts it
 (VmHWM), mapped files included; a peak over the limit, in GB, is a failure. Rows: 16 of 64 tokens.
 """
 
@@ -28,8 +29,8 @@ VOCABULARY, ROWS, LENGTH = 4096, 16, 64
 GIGABYTE = 10**9
 
 
-def config_of(gigabytes: float) -> Qwen3MoeConfig:
-    """Return the configuration of a model of so many bytes."""
+def config_of(gigabytes: float, num_experts: int) -> Qwen3MoeConfig:
+    """Return the configuration of a model of so many bytes, with so many experts a layer."""
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=2048,
@@ -37,7 +38,7 @@ def config_of(gigabytes: float) -> Qwen3MoeConfig:
         num_attention_heads=32,
         num_key_value_heads=4,
         head_dim=128,
-        num_experts=128,
+        num_experts=num_experts,
         num_experts_per_tok=8,
         norm_topk_prob=True,
         tie_word_embeddings=True,
@@ -50,10 +51,10 @@ def config_of(gigabytes: float) -> Qwen3MoeConfig:
     return config
 
 
-def make(folder: Path, gigabytes: float) -> None:
+def make(folder: Path, gigabytes: float, num_experts: int) -> None:
     """Write the checkpoint, a shard for each layer, with the names that the family has on disk."""
     folder.mkdir(parents=True)
-    config = config_of(gigabytes)
+    config = config_of(gigabytes, num_experts)
     config.save_pretrained(folder)
     size, heads, width = config.hidden_size, config.num_attention_heads * 128, config.moe_intermediate_size
     shapes = {"q_proj": (heads, size), "k_proj": (512, size), "v_proj": (512, size), "o_proj": (size, heads)}
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to work in; there must be room for twice the bytes")
     parser.add_argument("--gigabytes", type=float, default=30, help="bytes of the source (default %(default)s)")
     parser.add_argument("--limit", type=float, default=6, help="GB that the process may hold (default %(default)s)")
+    parser.add_argument("--num-experts", type=int, default=128, help="experts of a layer (default %(default)s)")
     parser.add_argument("--alignment", default="none", help="as in MergeConfig (default %(default)s)")
     parser.add_argument("--repair", default="none", help="none, refit or local (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default %(default)s)")
@@ -143,7 +145,7 @@ def main() -> None:
         print(json.dumps(measured(arguments)))
         return
     try:
-        make(arguments.folder / "source", arguments.gigabytes)
+        make(arguments.folder / "source", arguments.gigabytes, arguments.num_experts)
         sizes = [size_of(arguments.folder / "source")]
         command = [sys.executable, __file__, *sys.argv[1:], "--measured"]
         found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)

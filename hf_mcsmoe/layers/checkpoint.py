@@ -135,7 +135,8 @@ def tensors_of_file(path: Path | HubFile) -> dict[str, StoredTensor]:
                 raise ValueError(f"{name} lies outside of it")
             tensors[name] = StoredTensor(path, start, empty)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error!r}); download it again.") from None
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path} is no whole safetensors file ({told}); download it again.") from None
     return tensors
 
 
