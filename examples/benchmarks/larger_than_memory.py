@@ -4,8 +4,9 @@
     python examples/benchmarks/larger_than_memory.py FOLDER --gigabytes 4 --limit 1.5 --num-experts 32
 
 The source is of the shape of Qwen3-30B-A3B (128 experts of 2048 x 768 a layer, unless told otherwise), with as many
-layers as the bytes ask for; it is made in FOLDER and deleted with the result afterwards. The peak is that of the process as Linux counts it
-(VmHWM), mapped files included; a peak over the limit, in GB, is a failure. Rows: 16 of 64 tokens.
+layers as the bytes ask for; it is made in FOLDER and deleted with the result afterwards. The peak is that of the
+process as Linux counts it (VmHWM), mapped files included; a peak over the limit, in GB, is a failure. Rows: 16 of 64
+tokens.
 """
 
 import argparse

@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from hf_mcsmoe.layers.checkpoint import INDEX, tensors_of_file
 from hf_mcsmoe.layers.folder import Folder
@@ -90,6 +92,14 @@ class ShardWriter:
             writer._shards[folder / file.name] = tensors
         return writer
 
+    def converted(self, folder: Path, convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Self:
+        """Return what goes on in another folder, in which lies what `convert` makes of each shard."""
+        writer = type(self)(folder, self.source)
+        for file in self._shards:
+            made = convert(load_file(file))
+            writer._write({name: tensor.contiguous() for name, tensor in made.items()})
+        return writer
+
     def close(self) -> None:
         """Give the shards their names and write the index; the folder is then complete."""
         weight_map: dict[str, str] = {}
@@ -118,6 +128,11 @@ class ShardWriter:
                 os.fsync(written.fileno())
             os.replace(partial, file)
             self._shards[file] = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def as_stored(model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Return what makes of weights of a model of Transformers the tensors that its family's checkpoints hold."""
+    return lambda tensors: dict(revert_weight_conversion(model, tensors))
 
 
 def _put(file: Path, place: Path) -> None:

@@ -16,9 +16,13 @@ def plain_form(model: PreTrainedModel) -> PreTrainedModel | None:
     """Return what `save_pretrained` writes in place of a model: see `plain_model`; None where it writes that itself.
 
     Weights that are not all in this process's memory as they are, be they offloaded, split among processes or of a
-    quantizer's class, are left to the model that they belong to.
+    quantizer's class, are left to the model that they belong to; but not those that are written already, block by
+    block, of a model that tells so (`mcsmoe_is_written`).
     """
-    if any(type(tensor.data) is not torch.Tensor or tensor.is_meta for tensor in model.parameters()):
+    is_there = vars(model).get("mcsmoe_is_written", False)
+    if any(
+        type(tensor.data) is not torch.Tensor or (tensor.is_meta and not is_there) for tensor in model.parameters()
+    ):
         return None
     with contextlib.suppress(ValueError):  # it is not pruned, or not to one count
         return plain_model(model)

@@ -46,6 +46,8 @@ class SavedWhole:
     mcsmoe_record: Any = None
     # The checkpoint that it came from: its folder or id, a subfolder in there, and the cache; see `remember_source`.
     mcsmoe_source: Any = None
+    # Whether its weights, which are on the meta device, were written block by block.
+    mcsmoe_is_written = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,9 +16,11 @@ from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.output import check_apart, check_room
+from hf_mcsmoe.layers.shards import as_stored
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
+from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
 from hf_mcsmoe.options import all_needs, check_options, chosen_repair
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, silent
@@ -128,7 +130,8 @@ def compress_folder(
             writer = run.write_rest(student, place)
             journal.state = RESULT
             with completed_folder(path) as target:
-                writer = writer.placed(target)
+                plain = plain_form(student)
+                writer = writer.placed(target) if plain is None else writer.converted(target, as_stored(plain))
                 cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
                 writer.close()
             saving.after(path)

@@ -119,7 +119,7 @@ def commit_of(output: str | os.PathLike) -> str | None:
 def finished_bytes(output: str | os.PathLike) -> int:
     """Return the bytes that an interrupted run to this output holds already, of which its result will be made."""
     with contextlib.suppress(OSError):
-        return sum(file.stat().st_size for file in _place(output).iterdir())
+        return sum(file.stat().st_size for file in _place(output).rglob("*") if file.is_file())
     return 0
 
 

@@ -38,6 +38,7 @@ class Student:
         whole = [name for name, item in plan.layers.items() if item.is_whole]
         merged = [layer for layer in teacher if layer.name in plan.layers and layer.name not in whole]
         self.model: PreTrainedModel = prepared(teacher.only(merged)).requires_grad_(False)
+        vars(self.model)["mcsmoe_is_written"] = True  # when it is saved
         adopt_inner_models(self.model)
         # What lies beside the weights is of the same commit, and at hand.
         remember_source(self.model, str(cast(Folder, teacher.source).place))

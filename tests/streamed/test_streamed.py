@@ -34,9 +34,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "bits": {"repair": REFIT, "quantization": BITS},
     "all": {"repair": IN_TURN, "low_rank": RANK, "quantization": BITS},
 }
+# To one count, which a model of the family's own class is.
+PRUNED = MergeConfig(experts=4, reduce="prune", budget="uniform")
 HALF, WHOLE = MergeConfig(experts=4), MergeConfig(experts=1.0)
 # A family, what is merged, and what else is done; those of the first list are quick.
-QUICK: list[Any] = [("switch_transformers", HALF, WAYS["refit"])]
+QUICK: list[Any] = [("switch_transformers", HALF, WAYS["refit"]), ("mixtral", PRUNED, {})]
 SLOW: list[Any] = [
     *(("mixtral", HALF, way) for way in WAYS.values()),
     *(("switch_transformers", HALF, way) for way in WAYS.values()),
@@ -45,6 +47,7 @@ SLOW: list[Any] = [
     ("switch_transformers", WHOLE, {"quantization": BITS}),
     ("switch_transformers", WHOLE, {"repair": LOCAL, "low_rank": RANK, "quantization": BITS}),
     ("mixtral", MergeConfig(experts=4, reduce="prune"), WAYS["bits"]),
+    ("mixtral", PRUNED, WAYS["refit"]),
 ]
 
 
