@@ -16,7 +16,7 @@ from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.methods.budget import BUDGET, budget_total
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import CONSTANT, REGISTRIES, SLICE, MergeConfig
-from hf_mcsmoe.methods.grouping import Groups
+from hf_mcsmoe.methods.grouping import Groups, grouped_within
 from hf_mcsmoe.methods.pruning import SELECTION, keeping_order
 from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.methods.saliency import SALIENCY
@@ -79,13 +79,15 @@ def _merged(layers: Layers, sums: list[Sums], scores: list[torch.Tensor], config
     """Yield for each set of experts how they merge."""
     chosen = {stage: registry[getattr(config, stage)] for stage, registry in REGISTRIES.items()}
     least = max(config.least(len(saliency)) for saliency in scores)
-    if config.cuts_router:
-        least = max(least, *(_limits(layers, shared)[0] for shared in layers.tied))
+    is_cut = config.cuts_router or config.plain
+    limits = [_limits(layers, shared) if is_cut else (1, 1) for shared in layers.tied]
+    least = max(least, *(few for few, _ in limits))
     counts = _counts(scores, config.experts, least, config)
-    for shared, layer, saliency, count in zip(layers.tied, sums, scores, counts, strict=True):
+    for shared, layer, saliency, count, (_, parts) in zip(layers.tied, sums, scores, counts, limits, strict=True):
         with shared[0].view(layer, config.seed, config.capacity) as view:
             similarity = chosen["similarity"](view)
-            groups = chosen["grouping"](view, saliency, similarity, count)
+            count -= count % parts  # a whole number of experts is checked beforehand
+            groups = grouped_within(chosen["grouping"], parts, view, saliency, similarity, count)
             weights = chosen["weighting"](view, saliency, groups)
         kept = groups.dominant if config.cuts_router else None
         yield LayerPlan(groups.expert_map, groups.dominant, weights.tolist(), *_shown(groups, similarity, layer), kept)
@@ -147,7 +149,7 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
             f"pruned_router={config.pruned_router!r} keeps the rows of experts that are pruned, and "
             f"reduce={config.reduce!r} is no pruning: choose reduce='prune', or leave it out."
         )
-    if config.cuts_router:
+    if config.cuts_router or config.plain:
         _check_pruning(layers, config)
     elif config.reduce == "prune":
         _check_constants(layers, config)
@@ -170,7 +172,7 @@ def _check_pruning(layers: Layers, config: MergeConfig) -> None:
     limits = [_limits(layers, shared) for shared in layers.tied]
     sizes = [shared[0].num_experts for shared in layers.tied]
     least, groups = max(few for few, _ in limits), max(groups for _, groups in limits)
-    if config.reduce != "prune" and groups > 1:
+    if config.reduce != "prune" and groups > 1 and not config.plain:
         raise ValueError(
             f"router={config.router!r} leaves a row for each group of experts, and these routers pick among {groups} "
             "groups of their own, which merged experts do not keep: choose router='map'."

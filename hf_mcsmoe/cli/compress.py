@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.attached import attach_record, record_of
 from hf_mcsmoe.calibration.collect import collect_statistics
@@ -16,6 +17,7 @@ from hf_mcsmoe.calibration.reference import add_reference, check_reference, refe
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.dial import Dial
 from hf_mcsmoe.cli.display import console, cost_table, layers_table, notes, quality_table, stage_bars
+from hf_mcsmoe.cli.export import PlainForm
 from hf_mcsmoe.cli.options import (
     BaseModel,
     Inside,
@@ -29,6 +31,7 @@ from hf_mcsmoe.cli.options import (
     itemsize,
     options_of,
 )
+from hf_mcsmoe.cli.plain import check_plain_asked, check_plain_in_memory, fit_of, plain_config, write_plain
 from hf_mcsmoe.cli.preset import MERGE, PresetName, check_preset
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
@@ -37,6 +40,8 @@ from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import Streaming, forget_interrupted, opened, push_folder, telling_what_is_kept
 from hf_mcsmoe.compress import compress
 from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
+from hf_mcsmoe.export.calibrate import RouterFit
+from hf_mcsmoe.export.checkpoint import PLAIN
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
@@ -46,7 +51,7 @@ from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing, sparsity_needs
 from hf_mcsmoe.planning import saved_parameters
 from hf_mcsmoe.processes import current
-from hf_mcsmoe.progress import counted, one_step
+from hf_mcsmoe.progress import Progress, counted, one_step
 from hf_mcsmoe.record import DROPPED, Record
 from hf_mcsmoe.record import Calibration as Calibrated
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
@@ -68,6 +73,7 @@ from hf_mcsmoe.tables import size_lines
 @options_of(Inside, "inside", panel="Storage")
 @options_of(Loading, "loading", panel="Loading")
 @options_of(Streaming, "streaming", panel="Streaming")
+@options_of(PlainForm, "form", panel="Plain")
 def compress_command(
     model: Model,
     calibration: Calibration,
@@ -78,6 +84,7 @@ def compress_command(
     inside: Inside,
     loading: Loading,
     streaming: Streaming,
+    form: PlainForm,
     preset: PresetName = None,
     repair: Annotated[
         str | None,
@@ -92,6 +99,10 @@ def compress_command(
         typer.Option(help="file of routing statistics: read if it is there, else written", rich_help_panel="Data"),
     ] = None,
     base_model: BaseModel = None,
+    plain: Annotated[
+        bool,
+        typer.Option(help="write an ordinary checkpoint of the family, without our code", rich_help_panel="Plain"),
+    ] = False,
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """Make a model fit a size, guided by its routers on calibration text: fewer experts, in fewer bits."""
@@ -105,12 +116,15 @@ def compress_command(
     low_rank = None if size else storage.low_rank()  # a size has its rank among its options
     stages: dict[str, Any] = {"low_rank": low_rank, "quantization": dial.quantization(), "size": size}
     stages["sparsity"] = inside.config(dial.skip or ())
+    check_plain_asked(form, plain=plain, stages=stages)
+    config = plain_config(config, size, layers, form.names) if plain else config
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
     # The same in all processes, whatever each has free.
     streaming = current().agreed(partial(streaming.going_on, target.output))
     is_streamed = current().agreed(partial(streaming.is_chosen, layers, config, stages, held, calibration))
+    check_plain_in_memory(plain=plain, is_streamed=is_streamed)
     if not is_streamed:
         streaming.tell_unused()
     goes_on = is_streamed and not streaming.restart
@@ -145,7 +159,8 @@ def compress_command(
             sums = add_reference(sums, Layers.of(loaded), base_model)
         if sums is not None and scores and (held is None or base_model) and current().is_first and not folder:
             sums.save(scores)
-        original = any(stages[name] for name in ("repair", "quantization", "size"))  # it is compared with to the end
+        # It is compared with to the end.
+        original = plain or any(stages[name] for name in ("repair", "quantization", "size"))
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         shown["check"] = check
         if folder:
@@ -184,12 +199,37 @@ def compress_command(
     if size and scores and sums is not None:
         sums.save(scores)  # with what choices cost, which was measured meanwhile
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
-    with stage_bars() as progress, one_step("saving", progress):
-        merged.save_pretrained(output, tokenizer=own)
-        draw(output)
+    fit = fit_of(batches, held_out, check, loaded, form.router_steps) if plain else None
+    with stage_bars() as progress:
+        record = _saved(merged, output, own, (form, fit) if plain else None, progress)
     forget_interrupted(output)
-    _finish(record_of(merged), output, started)
-    target.push(merged, own)
+    _finish(record, output, started)
+    _push(target, merged, output, None if plain else own, plain=plain)
+
+
+def _push(
+    target: Output, merged: PreTrainedModel, output: Path, tokenizer: PreTrainedTokenizerBase | None, *, plain: bool
+) -> None:
+    if plain:
+        push_folder(target, output)
+    else:
+        target.push(merged, tokenizer)
+
+
+def _saved(
+    merged: PreTrainedModel,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plain: tuple[PlainForm, RouterFit | None] | None,
+    progress: Progress,
+) -> Record:
+    """Save the result, as a plain checkpoint where `plain` says how; returns its record."""
+    if plain is not None:
+        return write_plain(merged, output, *plain, tokenizer, progress)
+    with one_step("saving", progress):
+        cast(Any, merged).save_pretrained(output, tokenizer=tokenizer)
+        draw(output)
+    return record_of(merged)
 
 
 def _how(loading: Loading) -> dict[str, Any]:
@@ -241,7 +281,7 @@ def _show(record: Record, output: Path) -> None:
     elif data.rows:
         console.print(f"{_unmeasured(data)}: neither loss nor KL to the original is known")
     console.print(cost_table(costs))
-    told = [line for step in record.steps if step.title == DROPPED for line in step.lines]
+    told = [line for step in record.steps if step.title in (DROPPED, PLAIN) for line in step.lines]
     for line in [*told, *filter(None, (step.figures.get("few_rows") for step in record.steps))]:
         notes.print(escape(line), highlight=False, soft_wrap=True)
     if record.size:

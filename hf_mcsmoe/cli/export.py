@@ -47,6 +47,11 @@ class PlainForm:
         check_router_rows(self.router_rows)
 
     @property
+    def is_given(self) -> bool:
+        """Whether anything is asked for."""
+        return self != PlainForm()
+
+    @property
     def names(self) -> list[str]:
         """The engines."""
         return [name.strip() for name in self.engines.split(",") if name.strip()]

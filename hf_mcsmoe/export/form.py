@@ -82,6 +82,11 @@ def plain_form_of(layers: Layers, *, expand: bool = False) -> PlainForm:
     found = Layers.of(InMemory(plain))
     slots = [Slots(old, new, *place) for old, new, place in zip(layers, found, places, strict=True)]
     for slot in slots:
+        if slot.plain.intermediate_size != slot.layer.intermediate_size:
+            raise ValueError(
+                f"{slot.layer.name} has experts of {slot.layer.intermediate_size} hidden units, and those of "
+                f"{type(plain).__name__} have {slot.plain.intermediate_size} in all layers: leave units out of none."
+            )
         if slot.plain.num_experts != len(slot.stored):
             raise ValueError(
                 f"The configuration of {type(plain).__name__} does not say how many experts its layers have: "

@@ -24,6 +24,8 @@ REFERENCES = ("dominant", "first")
 # What becomes of the router where experts are merged, and for which of these its rows are new ones.
 MAP, ROUTERS = "map", ("map", "dominant", "mean", "weighted")
 MIXED = ("mean", "weighted")
+# The budget that keeps as many experts in each layer.
+UNIFORM = "uniform"
 # What becomes of the picks of experts that are pruned, and for which of these the router keeps all its rows.
 SLICE, ZERO, CONSTANT = PRUNED_ROUTERS = ("slice", "zero", "constant")
 
@@ -105,6 +107,12 @@ class MergeConfig(Options):
         "budget auto",
     )
 
+    plain: bool = option(
+        False,
+        "a plan that a plain checkpoint can hold: one number of experts for all layers, as many as a token picks or "
+        "more, merged only within the groups that a router picks among",
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
@@ -118,6 +126,7 @@ class MergeConfig(Options):
         if self.router not in ROUTERS:
             raise ValueError(unknown("router", self.router, list(ROUTERS)))
         self._check_pruned_router()
+        self._check_plain()
         is_share = isinstance(self.experts, float)
         if not 0 < self.experts <= 1 if is_share else self.experts < 1:
             raise ValueError(
@@ -137,6 +146,19 @@ class MergeConfig(Options):
             raise ValueError(
                 f"reduce={AUTO!r} is for the measured effect to say: choose budget={MEASURED!r} or a size with it, or "
                 f"{' or '.join(map(repr, REDUCTIONS))}."
+            )
+
+    def _check_plain(self) -> None:
+        if self.plain and self.budget != UNIFORM:
+            raise ValueError(
+                f"budget={self.budget!r} gives layers unlike numbers of experts, and a plain checkpoint has one for "
+                f"all: choose budget={UNIFORM!r}."
+            )
+        if self.plain and (self.skip or self.pruned_router != SLICE):
+            name = "skip" if self.skip else "pruned_router"
+            raise ValueError(
+                f"{name}={vars(self)[name]!r} leaves layers or routers that a plain checkpoint cannot hold: leave it "
+                "out."
             )
 
     def _check_pruned_router(self) -> None:

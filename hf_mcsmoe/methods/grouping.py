@@ -1,6 +1,6 @@
 """Which experts of a layer become one: groups around dominant experts, and the controls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,31 @@ class Groups:
 
     expert_map: list[int]
     dominant: list[int]
+
+
+def grouped_within(
+    grouping: Callable[..., Groups],
+    parts: int,
+    view: LayerView,
+    saliency: torch.Tensor,
+    similarity: torch.Tensor,
+    groups: int,
+) -> Groups:
+    """Return groups that keep equal, consecutive parts of the experts apart, as many in each.
+
+    Args:
+        grouping: a method of this stage, which is asked for each part by itself.
+        parts: how many parts there are, such as the groups that a router picks among; it divides `groups`.
+    """
+    size, found = len(saliency) // parts, Groups([], [])
+    for first in range(0, len(saliency), size):
+        own = slice(first, first + size)
+        part = grouping(replace(view, num_experts=size), saliency[own], similarity[own, own], groups // parts)
+        before = len(found.dominant)
+        expert_map = [before + group for group in part.expert_map]
+        dominant = [first + expert for expert in part.dominant]
+        found = Groups(found.expert_map + expert_map, found.dominant + dominant)
+    return found
 
 
 def numbered(labels: Sequence[int], saliency: torch.Tensor) -> Groups:
