@@ -186,6 +186,11 @@ def router_tensors(form: PlainForm, weights: Mapping[str, torch.Tensor]) -> dict
     plain, source = form.plain.state_dict(), form.model.state_dict()
     experts = {f"{slot.plain.name}.{name}" for slot in form.slots for name, _ in slot.plain.parameters}
     found: dict[str, State] = {slot.layer.name: {} for slot in form.slots}
+    paths = {id(module): path for path, module in form.model.named_modules()}
+    near = {
+        slot.layer.name: (f"{slot.layer.name.rpartition('.')[0]}.", f"{paths[id(slot.layer.router)]}.")
+        for slot in form.slots
+    }
     for name in (name for name in _names(form) if name not in experts):
         if name in source and source[name].shape == plain[name].shape:
             continue
@@ -193,6 +198,8 @@ def router_tensors(form: PlainForm, weights: Mapping[str, torch.Tensor]) -> dict
         try:
             if name not in source:
                 raise ValueError("the compressed model has none")
+            if not name.startswith(near[slot.layer.name]):
+                raise ValueError("it is no part of a router of merged experts")
             with _read(form, [name]) as read:
                 found[slot.layer.name][name] = combined(read[name], plain[name], weights[slot.layer.name])
         except ValueError as error:

@@ -64,3 +64,46 @@ def test_a_folder_in_use_is_kept(folder: Path, tmp_path: Path, run: Run) -> None
     code, _, err = run("export", folder, "--output", tmp_path)
     assert code == 1
     assert "exists and is not empty" in err
+
+
+def test_compress_writes_a_plain_checkpoint_of_a_family_whose_router_picks_among_groups(
+    tmp_path: Path, run: Run
+) -> None:
+    build("deepseek_v3").save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{48 + (5 * i + j) % 80}" for j in range(24)) for i in range(48)))
+    options = ["--data", text, "--experts", 6, "--plain", "--for", "vllm", "--router-steps", 1, "--repair", "none"]
+    code, _, err = run("compress", tmp_path / "base", "--output", tmp_path / "plain", *options)
+    assert code == 0, err
+    assert "as a plain checkpoint needs" in err
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["n_routed_experts"] == 6
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not any(info.values()), info
+    layers = json.loads((tmp_path / "plain" / "mcsmoe_plan.json").read_text())["layers"]
+    for layer in layers.values():  # of eight experts four are of each of the router's groups
+        assert all((expert < 4) == (layer["dominant"][group] < 4) for expert, group in enumerate(layer["expert_map"]))
+        assert sum(expert < 4 for expert in layer["dominant"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--experts", 0.5, "--for", "vllm"], "are about --plain"),
+        (["--experts", 0.5, "--plain", "--rank", 4], "multiply them out with --dense"),
+        (["--size", 0.5, "--plain"], "give --uniform-experts as well"),
+        (["--experts", 0.5, "--plain", "--stream"], "--plain needs the model in memory"),
+        (["--experts", 0.5, "--plain", "--skip", "*.0.*"], "a plain checkpoint cannot hold"),
+    ],
+)
+def test_a_plain_result_that_cannot_be_is_refused_before_any_work(
+    options: list[str], message: str, tmp_path: Path, run: Run
+) -> None:
+    build("mixtral").save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("w50 w51 w52\n")
+    code, _, err = run(
+        *("compress", tmp_path / "base", "--output", tmp_path / "plain", "--data", tmp_path / "text.txt"), *options
+    )
+    assert code == 1
+    assert message in err

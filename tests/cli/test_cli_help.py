@@ -24,7 +24,7 @@ PANELS = {
     "plan": {"Size", "Merge", "Storage", "Run", "Data", "Loading", "Output"},
     "calibrate": {"Data", "Methods", "Loading", "Output"},
     "compare": {"Data", "Methods", "Loading", "Output"},
-    "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output", "Streaming"},
+    "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output", "Streaming", "Plain"},
     "distill": {"Data", "Training", "Merge", "Storage", "Loading", "Output"},
     "export": {"Plain", "Data", "Output"},
     "evaluate": {"Data", "Loading", "Output"},
