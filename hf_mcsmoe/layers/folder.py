@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe.layers.checkpoint import Conversion, Part, StoredTensor, find_tensors
 from hf_mcsmoe.layers.dequantize import check_not_quantized, dequantized
@@ -68,6 +68,9 @@ class Folder:
         with torch.device("meta"):
             self.model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype).eval()
         self.model.config.name_or_path = self.model.name_or_path = name
+        if self.model.can_generate():
+            with contextlib.suppress(OSError):  # none lies there
+                self.model.generation_config = GenerationConfig.from_pretrained(str(folder))
         self._conversion = Conversion(self.model, dtype, self.device, quantizer)
         self._places = {name: _Place.of(self.model, name) for name in self.model.state_dict()}
         self._parts = {name: part for part in self._conversion.parts(self.stored) for name in part.names}

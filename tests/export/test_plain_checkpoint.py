@@ -50,3 +50,13 @@ def test_rows_of_a_plain_router_are_the_means_of_its_groups_by_their_frequency(t
 def test_layers_of_unlike_numbers_of_experts_are_told_the_nearest_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="budget='uniform' and experts=4"):
         export(example("qwen3_moe").merged, tmp_path / "plain")
+
+
+def test_a_folders_generation_config_goes_along(tmp_path: Path) -> None:
+    merged = uniform("mixtral").merged
+    merged.save_pretrained(tmp_path / "merged")
+    settings = {"eos_token_id": [3, 7], "do_sample": True, "temperature": 0.6, "top_k": 20}
+    (tmp_path / "merged" / "generation_config.json").write_text(json.dumps(settings))
+    export(tmp_path / "merged", tmp_path / "plain")
+    written = json.loads((tmp_path / "plain" / "generation_config.json").read_text())
+    assert settings.items() <= written.items()
