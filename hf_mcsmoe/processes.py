@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count, islice
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ class Processes:
     size: int = 1
     group: Any = None
     store: Any = None
+    # Of what the first makes while the others wait; all count alike.
+    _numbers: Iterator[int] = field(default_factory=count, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -116,12 +118,13 @@ class Processes:
         if self.size == 1:
             return make()
         value: Any = None
+        key = f"led {next(self._numbers)}"
         if self.is_first:
             with working_as(ALONE):
                 value = make()
-            self.store.add("led", 1)
+            self.store.add(key, 1)
         else:
-            self._await("led")
+            self._await(key)
         return self.sent(value, 0)
 
     def _await(self, key: str) -> None:

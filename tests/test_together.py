@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from hf_mcsmoe.methods.alignment import weight_matching
 from hf_mcsmoe.methods.sample import SAMPLE
 from hf_mcsmoe.methods.statistics import STATISTICS
 from hf_mcsmoe.methods.view import LayerView
-from hf_mcsmoe.processes import current, started
+from hf_mcsmoe.processes import Processes, current, started
 from hf_mcsmoe.repair.methods import LayerRepair
 from hf_mcsmoe.repair.repair import RepairReport
 
@@ -183,3 +184,37 @@ def test_half_of_what_a_launcher_sets_is_refused(told: str, message: str, monkey
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match=message), mc.together():
         pytest.fail("nobody else is there")
+
+
+class Told(Processes):
+    """Processes in threads of this one, which have the keys of a store in common and send nothing."""
+
+    def sent(self, value: Any, source: int) -> Any:
+        """Return the value."""
+        return value
+
+
+class Store(dict[str, int]):
+    """As much of a store as waiting takes."""
+
+    def add(self, key: str, number: int) -> int:
+        """Add to a value."""
+        self[key] = self.get(key, 0) + number
+        return self[key]
+
+    def check(self, keys: list[str]) -> bool:
+        """Tell whether all are there."""
+        return all(key in self for key in keys)
+
+
+def test_the_others_wait_for_each_thing_that_the_first_makes() -> None:
+    store = Store()
+    first, other = Told(0, 2, store=store), Told(1, 2, store=store)
+    for number in range(2):
+        waiting = threading.Thread(target=other.led, args=(int,), daemon=True)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive(), "nothing has been made"
+        assert first.led(lambda number=number: number) == number
+        waiting.join(30)
+        assert not waiting.is_alive()
