@@ -25,7 +25,7 @@ from hf_mcsmoe.search.compress import (
     source_bytes,
 )
 from hf_mcsmoe.search.config import JOINT, SizeConfig
-from hf_mcsmoe.streamed.journal import BLOCKS
+from hf_mcsmoe.streamed.journal import BLOCKS, CURVES, STATISTICS
 from hf_mcsmoe.streamed.parts import Course
 from hf_mcsmoe.streamed.run import Run
 from hf_mcsmoe.streamed.stages import Merging, Storing
@@ -53,7 +53,7 @@ def made_to_size(
         storing.judged, storing.bits = name, shared_bits(name, search)
         courses.append(course)
         stored.append(storing)
-    if run.journal.state != BLOCKS:
+    if run.journal.state in (STATISTICS, CURVES):
         run.journal.state = BLOCKS
     sweep, results = run.swept(courses, judge, tell), dict[str, Sized]()
     for (name, item), course, storing in zip(chosen.items(), courses, stored, strict=True):

@@ -17,7 +17,7 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving, StreamConfig, held_bytes
-from hf_mcsmoe.streamed.journal import Journal
+from hf_mcsmoe.streamed.journal import BLOCKS, CURVES, RESULT, STATISTICS, Journal
 
 MERGE, NONE = MergeConfig(), RepairConfig(method="none")
 PRUNE = SizeConfig(0.7, bits=(), reduce="prune", ranks=())
@@ -99,6 +99,7 @@ def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     if is_mapped:
         options["stream"] = StreamConfig(memory=held_bytes(Folder(source).model))
     (tmp_path / "parts").mkdir()
+    states = list[str]()
     for number in range(1, 100):
         saves = iter(range(1, 100))
 
@@ -107,7 +108,9 @@ def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
             if is_last and number % 2:
                 raise Killed
             write(self)
-            if is_last:
+            is_placing = self.state == RESULT and RESULT not in states
+            states.append(self.state)
+            if is_last or is_placing:
                 raise Killed
 
         with monkeypatch.context() as patch:
@@ -118,6 +121,8 @@ def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
             except Killed:
                 continue
     assert number > 8
+    assert states == sorted(states, key=[STATISTICS, CURVES, BLOCKS, RESULT].index), "none is gone back to"
+    assert states.count(RESULT) == 2
     hashes = [
         {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / name / "out").iterdir()}
         for name in ("parts", "whole")
