@@ -30,6 +30,7 @@ class Hub:
     commits: list[dict[str, Any]] = field(default_factory=list)
     sent: dict[str, list[int]] = field(default_factory=dict)  # bytes of each answer, by the path
     head: str = COMMIT
+    is_failing: bool = False  # whether it answers that, whatever it is asked
     before: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # files by commit, once it has moved
 
     def move(self, commit: str, files: dict[str, dict[str, bytes]]) -> None:
@@ -109,6 +110,11 @@ def running_hub() -> Iterator[Hub]:
             self.reply(json.dumps(answer).encode())
 
         def do_GET(self) -> None:
+            if hub.is_failing:
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             content = hub.get(urlparse(self.path).path)
             part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if content is not None and part:

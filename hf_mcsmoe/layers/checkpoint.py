@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging
 
 from hf_mcsmoe.files import read_json
-from hf_mcsmoe.layers.hub import HubFile
+from hf_mcsmoe.layers.hub import HubError, HubFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -120,6 +120,7 @@ def tensors_of_file(path: Path | HubFile) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: it is damaged, or cannot be read.
+        HubError: the Hub cannot be reached.
     """
     try:
         with path.open("rb") as file:
@@ -134,6 +135,8 @@ def tensors_of_file(path: Path | HubFile) -> dict[str, StoredTensor]:
             if end - start != empty.nbytes or end > size:
                 raise ValueError(f"{name} lies outside of it")
             tensors[name] = StoredTensor(path, start, empty)
+    except HubError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, OverflowError, RuntimeError) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{path} is no whole safetensors file ({told}); download it again.") from None

@@ -1,5 +1,6 @@
 """How many bytes a checkpoint's weight files take: told by the files, by the index of its shards, or computed."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_mcsmoe.files import read_json
 from hf_mcsmoe.layers.checkpoint import INDEX, WEIGHTS, weight_map
 from hf_mcsmoe.layers.dequantize import quantization_method, quantization_settings
-from hf_mcsmoe.layers.hub import HubFile
+from hf_mcsmoe.layers.hub import HubError, HubFile
 
 # How bytes are known.
 FILES, BY_INDEX, BY_CONFIG = "files", "index", "configuration"
@@ -31,7 +32,7 @@ class Stored:
 
 
 def stored_bytes(name_or_path: str) -> Stored | None:
-    """Return what a folder's or a repository's files or index say; None where there is neither. Reads no weights.
+    """Return what a folder's or a repository's files or index say; None where neither is to be had. Reads no weights.
 
     Raises:
         ValueError: a damaged index, or one that names files elsewhere.
@@ -39,7 +40,9 @@ def stored_bytes(name_or_path: str) -> Stored | None:
     folder = Path(name_or_path)
     if folder.is_dir():
         return _in_folder(folder)
-    return None if constants.is_offline_mode() else _on_hub(name_or_path)
+    with contextlib.suppress(HubError):
+        return None if constants.is_offline_mode() else _on_hub(name_or_path)
+    return None
 
 
 def _in_folder(folder: Path) -> Stored | None:
