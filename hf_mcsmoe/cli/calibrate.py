@@ -81,6 +81,7 @@ def calibrate_command(
     check_dtype(loading.dtype)
     config, search, how = MergeConfig(seed=calibration.seed), SizeConfig(), StreamConfig(None, True, drop_source_cache)
     needs = [*(usual() if methods is None else needs_of_names(methods)), *(needs_of(config, search) if curves else ())]
+    how.check_drops(model)
     check_file(output, "--output")
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
     check_loss(layers.model, needs)

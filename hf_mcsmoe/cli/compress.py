@@ -111,6 +111,7 @@ def compress_command(
     config = config if size is None else replace(config, min_experts=1)  # the size's options have it
     check_device_map(loading.device_map)
     check_dtype(loading.dtype)
+    streaming.config().check_drops(model)
     empty = empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)
     layers = Layers.of(empty).uncompressed()
     low_rank = None if size else storage.low_rank()  # a size has its rank among its options

@@ -91,6 +91,11 @@ class Folder:
         if self._passage:
             self._passage.left(path)
 
+    @property
+    def drops(self) -> bool:
+        """Whether shards of a Hub id that this fetches leave the cache again."""
+        return self._passage is not None and self._passage.drops
+
     def drop_fetched(self) -> None:
         """Remove all shards from the cache of the Hub that this has fetched, where they are to be dropped."""
         if self._passage:

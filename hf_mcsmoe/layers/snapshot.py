@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from hf_mcsmoe.layers.config_file import CONFIG, check_config_file
 from hf_mcsmoe.layers.hub import HubFile
 from hf_mcsmoe.modeling.companions_mcsmoe import source_folder
 
+# Of each file in the cache what it points to, and the time of that in nanoseconds.
+Own = dict[str, list[Any]]
 # Headers that are asked for side by side, and bytes that are read from the Hub without fetching their shards.
 REQUESTS, SMALL = 8, 16_000_000
 
@@ -56,8 +58,10 @@ class Snapshot:
         self.repo_id = repo_id
         self.folder = _download(repo_id, CONFIG, commit).parent
         self.commit = self.folder.name
-        # Names of files in the cache that are not ours to drop.
-        self.kept = {os.path.realpath(file) for place in (self.folder, self._blobs) for file in _files_in(place)}
+        # What this has fetched itself: contents and their time by file, and who is told when it changes.
+        self._own: Own = {}
+        self._note: Callable[[Own], object] = lambda own: None
+        self._lock = threading.Lock()
         source_folder(repo_id, self.commit)
 
     @property
@@ -73,7 +77,22 @@ class Snapshot:
             OSError: the Hub cannot be reached, or the disk is full.
         """
         file = self.folder / name
-        return file if file.is_file() else _download(self.repo_id, name, self.commit)
+        if file.is_file():
+            return file
+        before = set(_files_in(self._blobs))
+        file = _download(self.repo_id, name, self.commit)
+        content = Path(os.path.realpath(file))
+        if content not in before:
+            with self._lock:
+                self._own[str(file)] = [str(content), content.stat().st_mtime_ns]
+                self._note(self._own)
+        return file
+
+    def follow(self, own: Own, note: Callable[[Own], object]) -> None:
+        """Go on from what an earlier run has fetched, and tell `note` of that and of what is fetched."""
+        with self._lock:
+            self._own, self._note = {**own, **self._own}, note
+            note(self._own)
 
     def fetch_for(self, tensors: Iterable[StoredTensor]) -> None:
         """Fetch the shards of tensors that are to be read together, unless these are small.
@@ -97,12 +116,22 @@ class Snapshot:
                 self.fetched(name)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Remove files from the cache, but for those that were there before."""
-        for link in (self.folder / name for name in names):
-            content = os.path.realpath(link)
-            if content not in self.kept:
-                link.unlink(missing_ok=True)
-                Path(content).unlink(missing_ok=True)
+        """Remove files from the cache that were fetched for this, and no others."""
+        self._drop([str(self.folder / name) for name in names])
+
+    def drop_all(self) -> None:
+        """Remove all files from the cache that were fetched for this, of an earlier commit too."""
+        self._drop([*self._own])
+
+    def _drop(self, files: Iterable[str]) -> None:
+        with self._lock:
+            for link, (content, time) in [(Path(file), self._own.pop(file)) for file in files if file in self._own]:
+                # A file that was fetched anew since, or that another commit has too, is not ours.
+                if os.path.realpath(link) == content and _time_of(content) == time:
+                    link.unlink()
+                    if not any(os.path.realpath(other) == content for other in link.parents[1].glob(f"*/{link.name}")):
+                        Path(content).unlink(missing_ok=True)
+            self._note(self._own)
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Return the tensors of its safetensors by name; of shards that are not in the cache only headers are read.
@@ -124,7 +153,7 @@ class Snapshot:
 
     def _index(self) -> Path:
         try:
-            return self.fetched(INDEX)
+            return _download(self.repo_id, INDEX, self.commit)
         except ValueError as error:
             raise ValueError(
                 f"{error} Weights of another format can be loaded with from_pretrained and saved as safetensors with "
@@ -166,12 +195,19 @@ class Passage:
     def close(self) -> None:
         """Drop all that was fetched, if that is asked for."""
         if self.drops:
-            self.snapshot.drop(set().union(*self._shards.values()))
+            self.snapshot.drop_all()
 
 
 def _files_in(folder: Path) -> list[Path]:
     """Return the files in a folder of the cache that are whole."""
     return [file for file in folder.iterdir() if file.suffix != ".incomplete"] if folder.is_dir() else []
+
+
+def _time_of(file: str) -> int | None:
+    """Return the time of a file in nanoseconds; None where there is none."""
+    with contextlib.suppress(OSError):
+        return os.stat(file).st_mtime_ns
+    return None
 
 
 def _download(repo_id: str, name: str, commit: str | None) -> Path:

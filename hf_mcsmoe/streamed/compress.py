@@ -22,23 +22,28 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
 from hf_mcsmoe.options import all_needs, check_options, chosen_repair
+from hf_mcsmoe.planning import saved_parameters
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
-from hf_mcsmoe.streamed.journal import RESULT, Journal, finished_bytes
+from hf_mcsmoe.streamed.journal import RESULT, Journal, needed_bytes
 from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.run import Data, Run, description_of, shared_statistics
 from hf_mcsmoe.streamed.sized import made_to_size
 from hf_mcsmoe.streamed.trials import trials_bytes
 
-HIDDEN = "The hidden states of all rows take", ": fewer or shorter rows (--num-samples, --max-length) take less"
+TAKEN = (
+    "The result and hidden states of all rows take",
+    ": fewer or shorter rows (--num-samples, --max-length) take less",
+)
 
 
 def compress_folder(
@@ -78,10 +83,12 @@ def compress_folder(
         The record that was saved.
 
     Raises:
-        ValueError: see `compress`; what needs the whole model at once, see `check_streamed`; an output that is the
+        ValueError: see `compress`; what needs the whole model at once, see `check_streamed`; shards to be dropped that
+            are not this run's; an output that is the
             source or lies in it; an earlier run on the output that was asked for something else.
     """
     stream, saving, path = stream or StreamConfig(), saving or Saving(), Path(os.path.realpath(output))
+    stream.check_drops(source)
     folder = source if isinstance(source, Folder) else stream.opened(source, path)
     check_apart(path, {"the model": folder.model.name_or_path})
     layers, config = Layers.of(folder).uncompressed(), config or MergeConfig()
@@ -106,16 +113,16 @@ def compress_folder(
     processes, has_curves = current(), statistics is not None and bool(statistics.curves)
 
     def lead() -> Record:
-        # Those of the block before stay until the next one is finished.
         copies = trials_bytes(layers, data.batches, config, search) if search and not has_curves else 0
-        check_room(path, 2 * (hidden + copies) - finished_bytes(path), *HIDDEN)
+        result = _result_bytes(layers, config, search)
+        check_room(path, needed_bytes(path, result, hidden, copies, restart=stream.restart), *TAKEN)
         with working_folder(path) as work:
             wanted = description_of(
                 folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms
             )
             journal = Journal(work, wanted, restart=stream.restart)
             if folder.snapshot is not None:
-                journal.keep_cached(folder.snapshot)
+                journal.follow(folder.snapshot)
             run = Run(layers, config, asked, data, journal, is_mapped=is_mapped)
             found = run.statistics(statistics, needs, tell, processes)
             found = found if norms is None else with_reference(found, layers, norms)
@@ -144,3 +151,13 @@ def compress_folder(
     if not processes.is_first and processes.sent(None, 0):
         shared_statistics(layers, data.batches, needs, processes)
     return processes.led(lead)
+
+
+def _result_bytes(layers: Layers, config: MergeConfig, search: SizeConfig | None) -> int:
+    """Return about how many bytes of weights are written, before they are stored in few bits.
+
+    Of a size two results lie side by side until one of them is taken.
+    """
+    if search:
+        return 2 * check_size(layers, config, search)
+    return (layers.model.num_parameters() - saved_parameters(layers, config)) * layers.model.dtype.itemsize

@@ -41,8 +41,9 @@ class StreamConfig:
             options: see `Folder`.
 
         Raises:
-            ValueError: see `Folder`; or shards are to be dropped that other processes may still read.
+            ValueError: see `Folder` and `check_drops`; or shards are to be dropped that other processes may read.
         """
+        self.check_drops(source)
         if self.drop_source_cache and current().size > 1:
             raise ValueError(
                 "--drop-source-cache (drop_source_cache=True) goes with one process: others may still read what it "
@@ -50,6 +51,23 @@ class StreamConfig:
             )
         commit = None if self.restart else commit_of(output)
         return Folder(source, commit=commit, drops=self.drop_source_cache, **options)
+
+    def check_drops(self, source: str | os.PathLike | Folder) -> None:
+        """Raise ValueError where shards are to be dropped of a source of which none are."""
+        if not self.drop_source_cache:
+            return
+        opened = source if isinstance(source, Folder) else None
+        name = str(opened.model.name_or_path if opened else source)
+        if Path(name).expanduser().is_dir():
+            raise ValueError(
+                f"{name} is a folder, of which nothing is fetched into the Hub's cache: leave out --drop-source-cache "
+                "(drop_source_cache=True), or name a Hub id."
+            )
+        if opened and not opened.drops:
+            raise ValueError(
+                "drop_source_cache=True says nothing to a Folder that is open already: open it with drops=True, or "
+                f"pass {name!r} itself."
+            )
 
     def check(self, folder: Folder, hidden_bytes: int) -> bool:
         """Return whether hidden states are to be mapped from the disk.

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ VERSION = 2
 # The states of a run: it takes statistics, measures what choices cost, makes block after block, or puts the result in
 # its place.
 STATISTICS, CURVES, BLOCKS, RESULT = "statistics", "curves", "blocks", "result"
-# What the cache of the Hub held before.
-CACHED = "cached"
+# What the run has fetched into the cache of the Hub, in a file of its own: it is told while blocks are made.
+FETCHED = "fetched.json"
 AGAIN = "--restart (restart=True) begins anew"
 
 
@@ -40,9 +41,12 @@ class Journal:
             ValueError: the earlier run was another one, or of another version; the message says what has changed.
         """
         self.folder = work / PLACE
+        fetched = read_json(self.folder / FETCHED, AGAIN) if (self.folder / FETCHED).is_file() else {}
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
+        if restart and fetched:  # which is still to be dropped
+            write_json(self.folder / FETCHED, fetched)
         told = json.loads(json.dumps(run))
         self.content: dict[str, Any] = {
             "version": VERSION,
@@ -83,12 +87,10 @@ class Journal:
         """Write it, whole or not at all."""
         write_json(self.folder / FILE, self.content)
 
-    def keep_cached(self, snapshot: Snapshot) -> None:
-        """Let what was in the cache of the Hub when the run began stay there, however often it goes on."""
-        if CACHED not in self.content:
-            self.content[CACHED] = sorted(snapshot.kept)
-            self.save()
-        snapshot.kept = set(self.content[CACHED])
+    def follow(self, snapshot: Snapshot) -> None:
+        """Keep what the run fetches from the Hub, however often it goes on: that alone is its own to drop."""
+        file = self.folder / FETCHED
+        snapshot.follow(read_json(file, AGAIN) if file.is_file() else {}, partial(write_json, file))
 
     def remove(self) -> None:
         """Remove all that the run has kept."""
@@ -117,17 +119,44 @@ def commit_of(output: str | os.PathLike) -> str | None:
 
 
 def finished_bytes(output: str | os.PathLike) -> int:
-    """Return the bytes that an interrupted run to this output holds already, of which its result will be made."""
+    """Return the bytes of shards that an interrupted run to this output has written, of which results are made."""
+    return _bytes_of(output, "*/*.safetensors")
+
+
+def needed_bytes(
+    output: str | os.PathLike, result: int, hidden: int, copies: int = 0, *, restart: bool = False
+) -> int:
+    """Return how many bytes more a run to this output takes on disk at most, where one may have been interrupted.
+
+    Args:
+        result: bytes of all shards that will be there.
+        hidden: of hidden states between two blocks; those before a block stay until it is finished.
+        copies: of those of trials, alike; they are gone when the first shard is written.
+        restart: whether what an interrupted run holds is removed before.
+    """
+    if restart:
+        return 2 * hidden + max(result, 2 * copies) - _bytes_of(output, "**/*")
+    copies = 0 if state_of(output) in (BLOCKS, RESULT) else copies
+    held = finished_bytes(output) + _bytes_of(output, "?????.*")
+    return max(0, 2 * hidden + max(result, 2 * copies) - held)
+
+
+def _bytes_of(output: str | os.PathLike, files: str) -> int:
     with contextlib.suppress(OSError):
-        return sum(file.stat().st_size for file in _place(output).rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in _place(output).glob(files) if file.is_file())
     return 0
 
 
 def is_placing(output: str | os.PathLike) -> bool:
     """Tell whether a run was interrupted while its result took its place, which it may have done in part."""
+    return state_of(output) == RESULT
+
+
+def state_of(output: str | os.PathLike) -> str | None:
+    """Return the state that a run to this output was interrupted in; None where there was none."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads((_place(output) / FILE).read_text(encoding="utf-8")).get("state") == RESULT
-    return False
+        return json.loads((_place(output) / FILE).read_text(encoding="utf-8")).get("state")
+    return None
 
 
 def _place(output: str | os.PathLike) -> Path:

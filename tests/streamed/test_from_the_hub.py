@@ -1,5 +1,6 @@
 """A checkpoint of the Hub is read shard by shard, and its cache holds no more of it than is asked for."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ import pytest
 from families import build
 from helpers import Run, batches
 from hub import Hub, here, running_hub
+from huggingface_hub import constants
 from transformers import PreTrainedTokenizerFast
 
 from hf_mcsmoe import MergeConfig, compress_folder
 from hf_mcsmoe.layers import snapshot
+from hf_mcsmoe.layers.checkpoint import tensors_of_file
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.hub import HubFile
 from hf_mcsmoe.layers.snapshot import Snapshot
+from hf_mcsmoe.layers.stored import stored_bytes
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.journal import Journal
 
@@ -98,7 +103,7 @@ def _killed(output: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch, stre
 
     def save(self: Journal) -> None:
         write(self)
-        if next(saves) == 2:
+        if next(saves) == 1:
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -116,15 +121,63 @@ def test_a_run_goes_on_with_its_commit_and_drops_what_it_has_fetched(
     Snapshot(ID).fetched(one)  # which was there before
     _killed(tmp_path / "out", rows, monkeypatch, drops)
     assert len(cached(cache)) > 1
+    other = max(fetches(hub).keys() - cached(cache))
+    Snapshot(ID).fetched(other)  # while the run does not work
     shards = dict.fromkeys(fetches(hub), b"")
     hub.move(MOVED, {ID: {**shards, "config.json": source.joinpath("config.json").read_bytes() + b" "}})
     compress_folder(ID, tmp_path / "out", rows, HALF, stream=drops)
-    assert cached(cache) == {one}
+    assert cached(cache) == {one, other}
     compress_folder(source, tmp_path / "theirs", rows, HALF)
     results = [contents(tmp_path / name) for name in ("out", "theirs")]
     weights = [name for name in results[0] if name.endswith(".safetensors")]
     assert len(weights) > 2
     assert all(results[0][name] == results[1][name] for name in weights)
+
+
+def test_only_what_a_run_has_fetched_itself_is_dropped(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, ours, anew, theirs, late, *_ = sorted(fetches(hub))
+    Snapshot(ID).fetched(before)
+    begun = Snapshot(ID)
+    begun.fetched(ours)  # before there is a journal
+    Journal(tmp_path, {}).follow(begun)
+    for name in (before, anew):
+        begun.fetched(name)
+    # The run is killed, and others fetch: what nobody had, what was dropped by hand, and to another cache.
+    Path(os.path.realpath(begun.fetched(anew))).unlink()
+    for name in (theirs, anew):
+        Snapshot(ID).fetched(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+        elsewhere = Snapshot(ID)
+        Snapshot(ID).fetched(ours)
+        Journal(tmp_path, {}).follow(elsewhere)
+        elsewhere.drop([ours])
+        assert cached(tmp_path / "elsewhere") == {ours}
+    again = Snapshot(ID)
+    Journal(tmp_path, {"other": 1}, restart=True).follow(again)
+    again.fetched(late)
+    assert cached(tmp_path / "cache") == {before, ours, anew, theirs, late}
+    again.drop_all()
+    assert cached(tmp_path / "cache") == {before, anew, theirs}
+
+
+def test_shards_that_are_not_the_runs_to_drop_are_refused(hub: Hub, source: Path, tmp_path: Path) -> None:
+    drops, folder = StreamConfig(drop_source_cache=True), Folder(ID)
+    with pytest.raises(ValueError, match="open it with drops=True"):
+        compress_folder(folder, tmp_path / "out", batches("mixtral", folder.model), HALF, stream=drops)
+    for given in (source, Folder(source)):
+        with pytest.raises(ValueError, match="is a folder, of which nothing is fetched"):
+            compress_folder(given, tmp_path / "out", batches("mixtral", folder.model), HALF, stream=drops)
+
+
+@pytest.mark.parametrize("command", ["compress", "calibrate"])
+def test_a_folder_has_no_shards_to_drop(command: str, run: Run, tmp_path: Path) -> None:
+    options = ["--data", tmp_path, "--stream", "--drop-source-cache", "--output", tmp_path / "out.safetensors"]
+    build("mixtral").config.save_pretrained(tmp_path)
+    code, _, err = run(command, tmp_path, *options)
+    assert (code, "is a folder, of which nothing is fetched" in " ".join(err.split())) == (1, True)
 
 
 DAMAGES: dict[str, tuple[Any, str]] = {
@@ -170,6 +223,19 @@ def test_a_hub_that_goes_away(hub: Hub, tmp_path: Path) -> None:
         pass
     with pytest.raises(ValueError, match="me/none on the Hub holds no"):
         Folder("me/none")
+
+
+def test_a_hub_that_fails_is_told_from_a_checkpoint_that_is_damaged(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = min(fetches(hub))
+    file, nobody = HubFile(ID, name), HubFile(ID, "none.safetensors")
+    assert (file.exists(), nobody.exists()) == (True, False)
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        tensors_of_file(nobody)
+    monkeypatch.setattr(hub, "is_failing", True)
+    for ask in (file.exists, lambda: file.size, lambda: file.open().read(8), lambda: tensors_of_file(file)):
+        with pytest.raises(OSError, match=f"Cannot .*{name} of me/moe"):
+            ask()
+    assert stored_bytes(ID) is None
 
 
 @pytest.mark.slow

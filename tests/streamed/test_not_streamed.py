@@ -11,14 +11,27 @@ import pytest
 import torch
 from families import build
 from helpers import batches
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.shards import ShardWriter
+from hf_mcsmoe.layers.streaming import blocks
+from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
-from hf_mcsmoe.streamed.journal import FILE, PLACE, Journal, finished_bytes
+from hf_mcsmoe.streamed.journal import (
+    BLOCKS,
+    CURVES,
+    FILE,
+    PLACE,
+    RESULT,
+    STATISTICS,
+    Journal,
+    finished_bytes,
+    needed_bytes,
+)
 from hf_mcsmoe.streamed.states import read_nest, write_nest
 
 HALF = MergeConfig(experts=4)
@@ -70,14 +83,14 @@ def test_memory_for_a_block_and_what_lies_outside(family: str) -> None:
 
 
 def _interrupted(
-    given: dict[str, Any], output: Path, monkeypatch: pytest.MonkeyPatch, config: MergeConfig = HALF
+    given: dict[str, Any], output: Path, monkeypatch: pytest.MonkeyPatch, config: MergeConfig = HALF, last: int = 1
 ) -> Path:
-    """Leave a run that was killed after its first block; returns its folder."""
-    saves = iter(range(2))
+    """Leave a run that was killed after its first block, or after another save; returns its folder."""
+    saves = iter(range(last + 1))
 
     def save(self: Journal) -> None:
         write(self)
-        if next(saves) == 1:
+        if next(saves) == last:
             raise Killed
 
     write = Journal.save
@@ -123,14 +136,38 @@ def test_the_disk_has_to_hold_what_is_not_finished(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    kept = _interrupted(given, output, monkeypatch)
-    assert finished_bytes(output) == sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())
+    compress_folder(**given, output=tmp_path / "whole", config=HALF)
+    weights = [tensor for file in (tmp_path / "whole").glob("*.safetensors") for tensor in load_file(file).values()]
+    result = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    kept = _interrupted(given, output, monkeypatch, last=2 + len(blocks(build("mixtral"))))  # in the second sweep
+    shards, states = ([file.stat().st_size for file in kept.glob(names)] for names in ("0/*", "0000[0-9].*"))
+    assert finished_bytes(output) == sum(shards) > 0
     rows = torch.cat([batch["input_ids"].flatten() for batch in given["batches"]]).numel()
     hidden = 2 * rows * AutoConfig.from_pretrained(given["source"]).hidden_size * 4
-    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=hidden - 1))
-    with pytest.raises(ValueError, match=r"hidden states of all rows take about .* free: fewer or shorter rows"):
-        compress_folder(**given, output=tmp_path / "other", config=HALF)
+    lacking = hidden + result - sum(shards) - sum(states)
+    for name, free in (("other", hidden + result - 1), ("out", lacking - 1)):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        with pytest.raises(ValueError, match=r"hidden states of all rows take about .* free: fewer or shorter rows"):
+            compress_folder(**given, output=tmp_path / name, config=HALF)
+    everything = sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())
+    assert needed_bytes(output, result, 7, restart=True) == result + 14 - everything
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=lacking))
     compress_folder(**given, output=output, config=HALF)
+
+
+def test_copies_take_disk_until_what_choices_cost_is_known(tmp_path: Path) -> None:
+    output, (result, hidden, copies) = tmp_path / "out", (100, 3, 60)
+    assert needed_bytes(output, result, hidden, copies) == 2 * hidden + 2 * copies
+    with working_folder(output) as work:
+        journal = Journal(work, {})
+        (journal.folder / "00001.original.fitted.00000").write_bytes(bytes(5))
+        (journal.folder / "sums-00000.safetensors").write_bytes(bytes(50))
+        needs = {}
+        for state in (STATISTICS, CURVES, BLOCKS, RESULT):
+            journal.state = state
+            needs[state] = needed_bytes(output, result, hidden, copies)
+    sweeps, blocks = 2 * hidden + 2 * copies - 5, 2 * hidden + result - 5
+    assert needs == {STATISTICS: sweeps, CURVES: sweeps, BLOCKS: blocks, RESULT: blocks}
 
 
 def test_a_run_goes_on_with_the_same_reference_and_device_only(
