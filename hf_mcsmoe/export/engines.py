@@ -139,13 +139,16 @@ def check_engines(engines: Sequence[str], shape: Shape) -> list[str]:
 def nearest_count(engines: Sequence[str], shape: Shape, *, least: int = 1, most: float = math.inf) -> int | None:
     """Return the number of experts nearest to a shape's that all engines run, the larger of two; None where none is.
 
+    It is as many as a token picks, or more, and a multiple of the router's groups.
+
     Args:
         least: fewest experts that the routers can do with.
         most: the experts that there are.
     """
     for distance in range(max(2 * shape.num_experts, 1025)):
         for count in (shape.num_experts + distance, shape.num_experts - distance):
-            if max(least, shape.top_k, 1) <= count <= most and not broken(engines, replace(shape, num_experts=count)):
+            is_routed = max(least, shape.top_k, 1) <= count <= most and count % shape.router_groups == 0
+            if is_routed and not broken(engines, replace(shape, num_experts=count)):
                 return count
     return None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.export.engines import Shape
+from hf_mcsmoe.export.engines import Shape, nearest_count
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.source import InMemory
@@ -61,21 +61,27 @@ def shape_of(layers: Layers, num_experts: int) -> Shape:
 
 def router_groups(layer: MoELayer) -> int:
     """Return the number of groups of experts that a layer's router picks among."""
+    return _limits(layer)[1]
+
+
+def _limits(layer: MoELayer) -> tuple[int, int]:
+    """Return `cut_limits` of a layer; those of a router of fixed picks are none."""
     is_fixed = "tid2eid" in router_beside(layer.model, layer.name)._buffers
-    return 1 if is_fixed else cut_limits(layer.model, layer.name)[1]
+    return (1, 1) if is_fixed else cut_limits(layer.model, layer.name)
 
 
-def plain_form_of(layers: Layers, *, expand: bool = False) -> PlainForm:
+def plain_form_of(layers: Layers, *, expand: bool = False, engines: Sequence[str] = ()) -> PlainForm:
     """Return the plain form of a compressed model, found without weights.
 
     Args:
         expand: put every stored expert into all the places of the experts that it stands for, under the whole router.
+        engines: those that are to run it, which what is advised goes by.
 
     Raises:
         ValueError: the model is not compressed, its layers have unlike numbers of experts, fewer than a token picks,
             or groups that its routers cannot pick among, or the family has no plain form for it.
     """
-    _check_plain(layers, expand=expand)
+    _check_plain(layers, engines, expand=expand)
     before = layers[0].num_original if layers[0].kept else layers[0].num_routed
     places = [_places(layer, expand=expand) for layer in layers]
     plain = empty_plain(layers.model, before, len(places[0][0]))
@@ -96,7 +102,7 @@ def plain_form_of(layers: Layers, *, expand: bool = False) -> PlainForm:
     return PlainForm(layers, plain, slots)
 
 
-def _check_plain(layers: Layers, *, expand: bool) -> None:
+def _check_plain(layers: Layers, engines: Sequence[str], *, expand: bool) -> None:
     name = type(layers.model).__name__
     if not layers.compressed:
         raise ValueError(f"{name} is an ordinary model of its family already: there is nothing to export.")
@@ -114,13 +120,20 @@ def _check_plain(layers: Layers, *, expand: bool) -> None:
         told = ", ".join(f"{count} in {number}" for count, number in sorted(counts.items()))
         raise ValueError(
             f"A plain checkpoint has one number of experts for all of its layers, and {name} has {told}: compress "
-            f"with budget='uniform' and experts={nearest_uniform([layer.num_experts for layer in layers])}."
+            f"with budget='uniform' and experts={nearest_uniform(layers, engines)}."
         )
 
 
-def nearest_uniform(counts: Sequence[int]) -> int:
-    """Return the one number of experts that is nearest to those of the layers, in bytes: their mean, rounded."""
-    return max(1, round(sum(counts) / len(counts)))
+def nearest_uniform(layers: Layers, engines: Sequence[str] = ()) -> int:
+    """Return the one number of experts that is nearest to those of the layers, in bytes: their mean, rounded.
+
+    Or the next one that is as many as a token picks, that the router's groups divide, and that all engines run.
+    """
+    mean = max(1, round(sum(layer.num_experts for layer in layers) / len(layers)))
+    least = max(_limits(layer)[0] for layer in layers)
+    shape, most = shape_of(layers, mean), max(layer.num_original for layer in layers)
+    near = (nearest_count(names, shape, least=least, most=most) for names in (engines, ()))
+    return next((count for count in near if count is not None), mean)
 
 
 def _places(layer: MoELayer, *, expand: bool) -> tuple[list[int], list[list[int]]]:

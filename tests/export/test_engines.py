@@ -40,7 +40,9 @@ def test_the_nearest_number_lies_between_what_a_router_needs_and_what_there_is()
     shape = Shape(12, 2, router_groups=8)
     assert nearest_count(["vllm"], shape) == 16
     assert nearest_count(["vllm"], shape, most=15) is None
-    assert nearest_count([], shape, least=14) == 14
+    assert nearest_count([], shape) == 16
+    assert nearest_count([], Shape(3, 4), least=2) == 4
+    assert nearest_count([], Shape(12, 2), least=14) == 14
 
 
 def test_preferred_numbers_suit_groups_and_processes() -> None:
