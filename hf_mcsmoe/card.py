@@ -1,11 +1,14 @@
 """The model card: rendered from a model's record whenever that changes, and never read back."""
 
+import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, metadata_load, metadata_save
 from jinja2 import Template
+from yaml import YAMLError
 
 from hf_mcsmoe.methods.config import REGISTRIES
 from hf_mcsmoe.modeling.saving_mcsmoe import (
@@ -94,6 +97,13 @@ KL is the divergence from the original's distributions.
 {% endif %}
 ## How to load
 
+{% if engine -%}
+```bash
+{{ engine }} serve {{ model_id }}
+```
+
+The format is of {{ engine }} alone: Transformers and other engines do not load it.
+{% else -%}
 ```python
 {% if writes -%}
 from transformers import {{ auto_class }}, AutoTokenizer
@@ -140,7 +150,7 @@ model = {{ auto_class }}.from_pretrained("{{ model_id }}", quantization_config=c
 {%- else -%}
 **torchao** has no recipe for experts that are stored as low rank + sparse.
 {%- endif %}
-{% if methods %}
+{% endif %}{% if methods %}
 ## Method
 
 | step | method | paper |
@@ -205,14 +215,15 @@ def render(record: Record) -> str:
         version=f" {plan['versions']['hf_mcsmoe']}" if plan else "",
         quality=_markdown(quality_rows(record.quality)) if record.quality else "",
         held_out=_held_out(record),
-        check=_check(record.calibration),
+        check=_check(record.judging),
         data=", ".join(f"`{name}`" for name in record.calibration.data),
         versions=", ".join(f"{package} {number}" for package, number in plan.get("versions", {}).items()),
         costs=_cost_table(record),
         writes=record.auto_class in WRITERS,
-        dense=all(step.title != LOW_RANK for step in record.steps) and not bits_of(layers),
+        dense=(record.is_plain or all(step.title != LOW_RANK for step in record.steps)) and not bits_of(layers),
         auto_class=record.auto_class,
         plain=record.is_plain,
+        engine=record.engine,
         constants=in_place_of(layers),
         trust="" if record.is_plain else ", trust_remote_code=True",
         argument="" if record.is_plain else ",trust_remote_code=True",
@@ -225,6 +236,25 @@ def render(record: Record) -> str:
         steps=record.steps,
     )
     return f"---\n{_metadata(record).to_yaml()}\n---\n\n{text}"
+
+
+def renew_metadata(card: Path, old: Record, new: Record, model_id: str) -> None:
+    """Let the metadata of a card tell of the model as it is now: what was generated of it before gives way.
+
+    What a person wrote there stays. A card that is not there, or that nobody can read, is left.
+    """
+    try:
+        written = metadata_load(card) if card.is_file() else None
+    except (OSError, ValueError, YAMLError):
+        return
+    if written is None:
+        return
+    before, now = (_metadata(record).to_dict() for record in (old, new))
+    results = json.loads(json.dumps(now.pop("model-index", [])).replace(MODEL_ID, model_id))
+    own_tags = [tag for tag in written.get("tags") or [] if tag not in before["tags"]]
+    kept = {key: value for key, value in written.items() if before.get(key) != value and key != "model-index"}
+    metadata = {**now, **kept, "tags": [*now["tags"], *own_tags]}
+    metadata_save(card, metadata | ({"model-index": results} if results else {}))
 
 
 def planned_layers(plan: Mapping[str, Any]) -> dict[str, Stored]:
@@ -254,15 +284,18 @@ def _cost_table(record: Record) -> str:
 
 def _held_out(record: Record) -> str:
     """Return which rows were held out, as part of a sentence."""
-    data = record.calibration
+    data = record.judging
     if not data.held_out:
         return "rows"
-    return f"{data.held_out:,} of the {data.rows:,} calibration rows"
+    if record.judged_on is None:
+        return f"{data.held_out:,} of the {data.rows:,} calibration rows"
+    return f"{data.held_out:,} of {data.rows:,} rows{' of ' if data.data else ''}{', '.join(data.data)}"
 
 
 def _check(data: Calibration) -> str:
     """Return which text of another kind judged, as part of a sentence; empty where none did."""
-    return f"{data.check_rows:,} rows of {', '.join(data.check)}" if data.check_rows else ""
+    names = f" of {', '.join(data.check)}" if data.check else ""
+    return f"{data.check_rows:,} rows{names}" if data.check_rows else ""
 
 
 def _markdown(rows: list[list[str]]) -> str:
@@ -274,7 +307,8 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def _metadata(record: Record) -> ModelCardData:
-    sets = [name.partition(":")[0] for name in record.calibration.data if "/" in name]
+    names = [*record.calibration.data, *(record.judged_on.data if record.judged_on else [])]
+    sets = list(dict.fromkeys(name.partition(":")[0] for name in names if "/" in name))
     results, own_code = _results(record), [] if record.is_plain else ["custom_code"]
     return ModelCardData(
         model_name=MODEL_ID if results else None,
@@ -283,7 +317,7 @@ def _metadata(record: Record) -> ModelCardData:
         language=record.base.language or None,
         base_model=record.base.name if "/" in record.base.name else None,
         **record.base.licence,
-        library_name="transformers",
+        library_name=record.engine or "transformers",
         pipeline_tag=PIPELINES.get(record.auto_class),
         tags=["mcsmoe", "mixture-of-experts", "model-compression", *own_code, "arxiv:2310.01334"],
     )
@@ -291,10 +325,11 @@ def _metadata(record: Record) -> ModelCardData:
 
 def _results(record: Record) -> list[EvalResult]:
     """Return what was measured of the model as it is now, where it is known on what."""
-    quality, data = record.quality.get(record.judged), record.calibration
+    quality, data = record.quality.get(record.judged), record.judging
     if quality is None:
         return []
-    texts = [(METRICS, data.data, "held-out calibration rows of "), (CHECK_METRICS, data.check, "")]
+    held_out = "held-out calibration rows of " if record.judged_on is None else "held-out rows of "
+    texts = [(METRICS, data.data, held_out), (CHECK_METRICS, data.check, "")]
     return [
         _result(record, names, f"{told}{', '.join(names)}", metrics[name], value)
         for metrics, names, told in texts

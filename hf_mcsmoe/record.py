@@ -178,6 +178,8 @@ class Record:
         quality: by stage, the original first; empty where no rows were held out.
         judged: the stage of `quality` that the model as it is now is in; empty where it was changed since.
         calibration: the data, where they are known.
+        judged_on: those that `quality` was measured on, where they are others than `calibration`.
+        engine: the one engine that reads the checkpoint; empty where Transformers does.
         layers: what became of each layer, by the name that it had before; empty where that is not known.
         size: what was chosen for a size; None where no size was asked for.
         is_plain: whether it is saved as a model of its family's own, which loads without any code.
@@ -199,6 +201,13 @@ class Record:
     layers: dict[str, Stored] = field(default_factory=dict)
     size: SizeChoice | None = None
     is_plain: bool = False
+    judged_on: Calibration | None = None
+    engine: str = ""
+
+    @property
+    def judging(self) -> Calibration:
+        """The data that `quality` was measured on."""
+        return self.judged_on or self.calibration
 
     def with_step(self, step: Step) -> "Record":
         """Return the record with one more step; one of the same title is replaced, and comes last."""
@@ -256,10 +265,13 @@ class Record:
                 layers={name: Stored(**layer) for name, layer in content.get("layers", {}).items()},
                 size=_size(size) if (size := content.get("size")) is not None else None,
                 is_plain=content.get("is_plain", False),
+                judged_on=Calibration(**judging) if (judging := content.get("judged_on")) is not None else None,
+                engine=content.get("engine", ""),
             )
             stages = (*record.costs.values(), *record.quality.values(), *record.layers.values())
             rungs = record.size.ladder if record.size else []
-            for part in (record.base, *record.steps, *stages, record.calibration, record.size, *rungs, record):
+            data = (record.calibration, record.judged_on)
+            for part in (record.base, *record.steps, *stages, *data, record.size, *rungs, record):
                 if part is not None:
                     _check_kinds(part)
             return record

@@ -200,7 +200,7 @@ def compress_command(
     if size and scores and sums is not None:
         sums.save(scores)  # with what choices cost, which was measured meanwhile
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
-    fit = fit_of(batches, held_out, check, loaded, form.router_steps) if plain else None
+    fit = fit_of(batches, held_out, check, loaded, form.router_steps, told) if plain else None
     with stage_bars() as progress:
         record = _saved(merged, output, own, (form, fit) if plain else None, progress)
     forget_interrupted(output)

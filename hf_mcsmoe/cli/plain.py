@@ -17,7 +17,7 @@ from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import UNIFORM, MergeConfig
 from hf_mcsmoe.progress import Progress
-from hf_mcsmoe.record import Record
+from hf_mcsmoe.record import Calibration, Record
 from hf_mcsmoe.search.config import SizeConfig
 
 
@@ -100,7 +100,13 @@ def write_plain(
 
 
 def fit_of(
-    batches: Sequence[Batch], held_out: Sequence[Batch], check: Sequence[Batch], original: Any, steps: int
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    check: Sequence[Batch],
+    original: Any,
+    steps: int,
+    calibration: Calibration,
 ) -> RouterFit | None:
     """Return what a plain router is fitted to; None without rows to fit and to judge."""
-    return RouterFit(batches, held_out, original, steps, check=check) if batches and held_out else None
+    fit: dict[str, Any] = {"steps": steps, "check": check, "calibration": calibration}
+    return RouterFit(batches, held_out, original, **fit) if batches and held_out else None

@@ -11,16 +11,18 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.distillation.losses import top_kl_divergence, top_log_probs
 from hf_mcsmoe.evaluation.held_out import Judge, predictions
 from hf_mcsmoe.export.form import PlainForm
 from hf_mcsmoe.export.ridge import RIDGES, router_sums
-from hf_mcsmoe.export.write import State, plain_state
+from hf_mcsmoe.export.router_rows import BIAS
+from hf_mcsmoe.export.write import Experts, State, dense_experts, plain_state
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.progress import Progress, silent
-from hf_mcsmoe.record import Quality
+from hf_mcsmoe.record import Calibration, Quality
 
 # Log-probabilities of the teacher that are stored of a position.
 TOP_K = 64
@@ -39,6 +41,7 @@ class RouterFit:
         steps: of the distillation; 0 for the closed form alone.
         learning_rate: of Adam, relative to the mean size of the router's rows.
         check: batches of text of another kind, of which is told as well.
+        calibration: what is known of the data, for the card.
     """
 
     batches: Sequence[Batch]
@@ -47,6 +50,7 @@ class RouterFit:
     steps: int = 200
     learning_rate: float = 1e-2
     check: Sequence[Batch] = ()
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         """Refuse a fit without rows, or numbers out of range.
@@ -59,42 +63,77 @@ class RouterFit:
         if self.steps < 0 or self.learning_rate <= 0:
             raise ValueError(f"steps={self.steps} must be 0 or more, and learning_rate={self.learning_rate} above 0.")
 
+    @property
+    def data(self) -> Calibration:
+        """What is known of the data: at least the numbers of rows."""
+        if self.calibration is not None:
+            return self.calibration
+        fitted, held_out, check = (sum(map(_rows, part)) for part in (self.batches, self.held_out, self.check))
+        return Calibration(rows=fitted + held_out, held_out=held_out, check_rows=check)
+
 
 @dataclass(frozen=True)
 class Fitted:
     """The plain routers that did best, as `router_tensors`, and what was measured on the held-out rows.
 
-    `quality` is against the original where there is one, else against the merged model; `to_merged` the divergence
-    from the merged model, in nats per position. Both by stage, of which `taken` is the one that stays.
+    `quality` is against the original, empty without one; `to_merged` the divergence from the merged model, in nats per
+    position, and `check_to_merged` the same on text of another kind. All by stage, of which `taken` is the one that
+    stays.
     """
 
     rows: dict[str, State]
     taken: str
     quality: dict[str, Quality]
     to_merged: dict[str, float]
+    check_to_merged: dict[str, float]
 
 
-def plain_model_of(form: PlainForm, rows: dict[str, State]) -> PreTrainedModel:
-    """Return the plain model itself, in memory and in evaluation mode."""
-    empty = form.plain
-    model = type(empty)._from_config(empty.config, dtype=form.model.dtype)
-    state = plain_state(form, rows)
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def plain_model_of(form: PlainForm, rows: dict[str, State], experts: Experts = dense_experts) -> PreTrainedModel:
+    """Return the plain model itself, in evaluation mode, in the memory of the device where the compressed one begins.
+
+    Its routers may be changed: they share nothing with `rows`.
+
+    Args:
+        experts: the dense experts of a layer; see `dense_experts`.
+    """
+    device = form.model.device if form.model.device.type != "meta" else torch.device("cpu")
+    with torch.device("meta"):
+        model = type(form.plain)._from_config(form.plain.config, dtype=form.model.dtype)
+    own = {layer: {name: tensor.clone() for name, tensor in held.items()} for layer, held in rows.items()}
+    state = {name: tensor.to(device) for name, tensor in plain_state(form, own, experts).items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    for name, buffer in form.model.named_buffers():  # also those that no checkpoint has
-        owner, _, own = name.rpartition(".")
-        if name not in state and own in model.get_submodule(owner)._buffers:
-            model.get_submodule(owner)._buffers[own] = buffer.detach().clone()
+    kept = {**dict(form.model.named_parameters()), **dict(form.model.named_buffers())}
+    for path, module in model.named_modules():  # what no checkpoint has
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                name = f"{path}.{key}".lstrip(".")
+                if tensor is not None and tensor.is_meta and name in kept:
+                    value = kept[name].detach().to(device, copy=True)
+                    held[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
     return model.eval().requires_grad_(False)
 
 
-def fit_router(form: PlainForm, rows: dict[str, State], fit: RouterFit, progress: Progress | None = None) -> Fitted:
+def fit_router(
+    form: PlainForm,
+    rows: dict[str, State],
+    fit: RouterFit,
+    experts: Experts = dense_experts,
+    progress: Progress | None = None,
+) -> Fitted:
     """Return the routers of a plain form that do best on held-out rows; the merged model is in memory.
+
+    Args:
+        experts: the dense experts of a layer, as whoever loads the checkpoint computes with them.
 
     Raises:
         ValueError: the model tells no distribution to compare.
     """
-    model, tell = plain_model_of(form, rows), progress or silent
+    model, tell = plain_model_of(form, rows, experts), progress or silent
     judged, routers = _Judged(form, fit), _Routers(model, rows)
     stages = {COMBINED: (judged.kl(COMBINED, model), rows)}
     for number, solved in enumerate(_solutions(form, rows, fit)):
@@ -108,7 +147,7 @@ def fit_router(form: PlainForm, rows: dict[str, State], fit: RouterFit, progress
     taken = min(stages, key=lambda stage: stages[stage][0])
     routers.load(stages[RIDGE][1])
     judged.kl(RIDGE, model)  # the best of them, not the last
-    return Fitted(stages[taken][1], taken, judged.quality, judged.to_merged)
+    return Fitted(stages[taken][1], taken, judged.quality, judged.to_merged("kl"), judged.to_merged("check_kl"))
 
 
 def _first(pair: tuple[float, dict[str, State]]) -> float:
@@ -126,9 +165,9 @@ class _Judged:
     """Measures stages on the held-out rows: against the original, if there is one, and against the merged model."""
 
     def __init__(self, form: PlainForm, fit: RouterFit) -> None:
-        self.merged = Judge(list(fit.held_out))
+        self.merged = Judge(list(fit.held_out), list(fit.check))
         self.merged.remember(form.model, MERGED)
-        self.original = self.merged
+        self.original: Judge | None = None
         if fit.original is not None:
             self.original = Judge(list(fit.held_out), list(fit.check))
             self.original.remember(fit.original)
@@ -140,21 +179,28 @@ class _Judged:
             )
 
     def kl(self, stage: str, model: PreTrainedModel) -> float:
-        """Measure a stage, and return its divergence from the original, or from the merged model without one."""
+        """Measure a stage, and return its divergence from the original, or from the merged model without one.
+
+        Raises:
+            ValueError: the held-out rows have no position to compare.
+        """
         self.merged.measure(stage, model)
-        if self.original is not self.merged:
+        if self.original is not None:
             self.original.measure(stage, model)
-        return self.original.quality[stage].kl or 0.0
+        found = (self.original or self.merged).quality[stage].kl
+        if found is None:
+            raise ValueError("No position of the held-out rows tells routers apart: hold longer rows out.")
+        return found
 
     @property
     def quality(self) -> dict[str, Quality]:
-        """What was measured against the original, or against the merged model without one."""
-        return self.original.quality
+        """What was measured against the original; nothing without one."""
+        return {} if self.original is None else self.original.quality
 
-    @property
-    def to_merged(self) -> dict[str, float]:
-        """The divergence of each stage from the merged model."""
-        return {name: value.kl for name, value in self.merged.quality.items() if value.kl is not None}
+    def to_merged(self, name: str) -> dict[str, float]:
+        """Return the divergence of each stage from the merged model, `kl` or `check_kl`."""
+        found = {stage: vars(value)[name] for stage, value in self.merged.quality.items() if stage != MERGED}
+        return {stage: value for stage, value in found.items() if value is not None}
 
 
 class _Routers:
@@ -179,12 +225,16 @@ class _Routers:
         }
 
     def distil(self, fit: RouterFit, teacher: PreTrainedModel, tell: Progress) -> None:
-        """Train the routers' weights and biases, and nothing else, on what the teacher says of the rows.
+        """Train the routers' matrices and biases, and nothing else, on what the teacher says of the rows.
 
         In float32, whatever the model is in. The step falls linearly to nothing.
         """
-        trained = [tensor for held in self.tensors.values() for tensor in held.values() if tensor.ndim == 2]
-        trained = [tensor.requires_grad_(True) for tensor in trained if isinstance(tensor, torch.nn.Parameter)]
+        held = {name: tensor for layer in self.tensors.values() for name, tensor in layer.items()}
+        trained = [
+            tensor.requires_grad_(True)
+            for name, tensor in held.items()
+            if isinstance(tensor, nn.Parameter) and (tensor.ndim == 2 or name.rpartition(".")[2] == BIAS)
+        ]
         masters = [tensor.detach().float().clone() for tensor in trained]
         groups = [{"params": [master], "lr": fit.learning_rate * _size(master)} for master in masters]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -205,7 +255,7 @@ class _Routers:
 
 
 def _size(tensor: torch.Tensor) -> float:
-    """Return the mean size of a matrix's entries, 1 where all are 0."""
+    """Return the mean size of a tensor's entries, 1 where all are 0."""
     return float(tensor.square().mean().sqrt()) or 1.0
 
 

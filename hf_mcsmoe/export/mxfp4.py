@@ -73,6 +73,20 @@ def mxfp4_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return stored
 
 
+def rounded_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the experts of gpt-oss as what MXFP4 makes of them stands for."""
+    return {
+        name: tensor if name.endswith("_bias") else torch.stack([_rounded(matrix.mT).mT for matrix in tensor])
+        for name, tensor in state.items()
+    }
+
+
+def _rounded(weight: torch.Tensor) -> torch.Tensor:
+    blocks, scales = mxfp4(weight)
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    return _decoded(codes, scales.int() - BIAS).flatten(-2).to(weight.dtype)
+
+
 def mxfp4_bytes(parameters: Iterable[tuple[str, torch.Tensor]]) -> int:
     """Return the bytes of what `mxfp4_experts` makes of these."""
     bits = 4 + 8 / GROUP

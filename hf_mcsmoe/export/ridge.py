@@ -53,19 +53,19 @@ class RouterSums:
         bias = f"{path.rpartition('.')[0]}.{BIAS}"
         has_bias = bias in held and held[bias].ndim == 1
         width = len(self.inputs) if has_bias else len(self.inputs) - 1
-        old = held[path].double()
-        old = torch.cat([old, held[bias].double()[:, None]], 1) if has_bias else old
         inputs, wanted = self.inputs[:width, :width], self.wanted[:width]
-        scaled = inputs + ridge * inputs.diagonal().mean() * torch.eye(width, dtype=inputs.dtype)
+        old = held[path].to(inputs)
+        old = torch.cat([old, held[bias].to(inputs)[:, None]], 1) if has_bias else old
+        scaled = inputs + ridge * inputs.diagonal().mean() * torch.eye(width, dtype=inputs.dtype, device=inputs.device)
         new = old + torch.linalg.solve(scaled, wanted - inputs @ old.T).T
-        found = {path: new[:, : held[path].shape[1]].to(held[path].dtype)}
-        return found | ({bias: new[:, -1].to(held[bias].dtype)} if has_bias else {})
+        found = {path: new[:, : held[path].shape[1]].to(held[path])}
+        return found | ({bias: new[:, -1].to(held[bias])} if has_bias else {})
 
 
 def _is_near(rows: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor) -> bool:
     """Tell whether logits are the product of a router's rows and its inputs."""
     return rows.shape[1] == hidden.shape[1] and bool(
-        (hidden @ rows.T - logits).norm() <= NEAR * logits.norm() + torch.finfo(torch.float32).eps
+        (hidden @ rows.to(hidden).T - logits).norm() <= NEAR * logits.norm() + torch.finfo(torch.float32).eps
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_mcsmoe.export.form import PlainForm, Slots
-from hf_mcsmoe.export.mxfp4 import GROUP, mxfp4_bytes, mxfp4_config, mxfp4_experts
+from hf_mcsmoe.export.mxfp4 import GROUP, mxfp4_bytes, mxfp4_config, mxfp4_experts, rounded_experts
 from hf_mcsmoe.export.quantized import (
     Scheme,
     advice,
@@ -30,13 +30,18 @@ PACKED, MXFP4_FAMILY = "Packed experts", "gpt_oss"
 class Stored:
     """What is made of a layer's experts, the bytes of all of the model's weights then, and what says how to read them.
 
-    `config` is what the configuration gains by that; `lines` tell of it.
+    `config` is what the configuration gains by that; `lines` tell of it. `loaded` are the experts as dense ones, as
+    whoever loads the checkpoint computes with them. `layers` holds the bytes of each layer's experts, and `bits` those
+    of their weights where they are few, by the layer's name.
     """
 
     experts: Experts
     bytes: int
     config: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
+    loaded: Experts = dense_experts
+    layers: Mapping[str, int] = field(default_factory=dict)
+    bits: Mapping[str, dict[str, float]] = field(default_factory=dict)
 
     def told(self, record: Record) -> Record:
         """Return a record that tells of experts that are not dense."""
@@ -48,6 +53,16 @@ def plain_bytes(form: PlainForm) -> int:
     return sum({id(tensor): tensor.nbytes for tensor in form.plain.state_dict(keep_vars=True).values()}.values())
 
 
+def _dense_bytes(form: PlainForm) -> dict[str, int]:
+    """Return the bytes of the experts of each layer, dense."""
+    return {slot.layer.name: sum(tensor.nbytes for _, tensor in slot.plain.parameters) for slot in form.slots}
+
+
+def _other_bytes(form: PlainForm) -> int:
+    """Return the bytes of a plain form's weights but for its experts."""
+    return plain_bytes(form) - sum(_dense_bytes(form).values())
+
+
 def stored_form(form: PlainForm, engines: Sequence[str], *, dense: bool, mxfp4: bool) -> Stored:
     """Return how the experts of a plain form are to be stored.
 
@@ -56,13 +71,16 @@ def stored_form(form: PlainForm, engines: Sequence[str], *, dense: bool, mxfp4: 
             to make them dense; or MXFP4 is asked for where there is none.
     """
     if any(slot.layer.num_constants for slot in form.slots):
+        if dense or mxfp4:
+            name = "dense" if dense else "mxfp4"
+            raise ValueError(f"Experts beside constants are stored as vLLM reads them: leave {name} (--{name}) out.")
         return _substituted(form)
     layers: dict[str, Any] = form.model.config.mcsmoe["layers"]
     kinds = [kind for kind in KINDS if any(layer.get(kind) for layer in layers.values())]
     if mxfp4:
         return _in_mxfp4(form, dense or not kinds)
     if dense or not kinds:
-        return Stored(dense_experts, plain_bytes(form))
+        return Stored(dense_experts, plain_bytes(form), layers=_dense_bytes(form))
     way_out = f"written dense they take {_size(plain_bytes(form))} with the rest of the model: dense=True (--dense)."
     if "low_rank" in kinds:
         raise ValueError(
@@ -83,17 +101,23 @@ def _packed(form: PlainForm, found: Mapping[str, Scheme | None], engines: Sequen
     def experts(slots: Slots) -> State:
         return dense_experts(slots) if found[slots.layer.name] is None else packed_experts(slots)
 
-    size = plain_bytes(form)
-    for slot in form.slots:
-        if (scheme := found[slot.layer.name]) is not None:
-            size += packed_bytes(slot, scheme) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
+    packed = {
+        slot.layer.name: packed_bytes(slot, scheme)
+        for slot in form.slots
+        if (scheme := found[slot.layer.name]) is not None
+    }
+    entries: dict[str, Any] = form.model.config.mcsmoe["layers"]
+    bits = {name: {part: item["bits"] for part, item in entries[name]["quantized"].items()} for name in packed}
+    layers = _dense_bytes(form) | packed
+    size = _other_bytes(form) + sum(layers.values())
     line = (
         f"Experts are stored with {described(found.values())} (compressed-tensors, pack-quantized): "
         f"{_size(size)} of weights with the rest of the model. Transformers unpacks them as it loads, to "
         f"{_size(plain_bytes(form))}; engines with kernels for them keep them as they are."
     )
     lines = line, *advice(form, found, engines)
-    return Stored(experts, size, {"quantization_config": quantization_config(form, found)}, lines)
+    config = {"quantization_config": quantization_config(form, found)}
+    return Stored(experts, size, config, lines, layers=layers, bits=bits)
 
 
 def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
@@ -112,25 +136,38 @@ def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
         raise ValueError(
             f"MXFP4 has a scale for {GROUP} weights, which do not divide the {odd[0]} inputs of a matrix."
         )
-    size = plain_bytes(form)
-    for slot in form.slots:
-        size += mxfp4_bytes(slot.plain.parameters) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
+    layers = {slot.layer.name: mxfp4_bytes(slot.plain.parameters) for slot in form.slots}
+    size = _other_bytes(form) + sum(layers.values())
     line = f"Experts are stored in MXFP4, as those of gpt-oss: {_size(size)} of weights with the rest of the model."
+    bits = {
+        slot.layer.name: dict.fromkeys((name for name, _ in slot.plain.parameters if not name.endswith("_bias")), 4.0)
+        for slot in form.slots
+    }
     return Stored(
-        lambda slots: mxfp4_experts(dense_experts(slots)), size, {"quantization_config": mxfp4_config()}, (line,)
+        lambda slots: mxfp4_experts(dense_experts(slots)),
+        size,
+        {"quantization_config": mxfp4_config()},
+        (line,),
+        loaded=_rounded,
+        layers=layers,
+        bits=bits,
     )
+
+
+def _rounded(slots: Slots) -> State:
+    """Return dense experts as they are after a way through MXFP4."""
+    return rounded_experts(dense_experts(slots))
 
 
 def _substituted(form: PlainForm) -> Stored:
     gone = approximate_experts(form)
-    size = plain_bytes(form)
-    for slot in form.slots:
-        size += substituted_bytes(slot) - sum(parameter.nbytes for _, parameter in slot.plain.parameters)
+    layers = {slot.layer.name: substituted_bytes(slot) for slot in form.slots}
+    size = _other_bytes(form) + sum(layers.values())
     line = (
         f"Of the experts {sum(map(len, gone.values()))} are constants in the format of vLLM, which alone reads it: "
         f"{_size(size)} of weights."
     )
-    return Stored(substituted_experts, size, {"approximate_experts": gone}, (line,))
+    return Stored(substituted_experts, size, {"approximate_experts": gone}, (line,), layers=layers)
 
 
 def _size(size: int) -> str:

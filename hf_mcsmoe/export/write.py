@@ -87,9 +87,9 @@ def write_weights(form: PlainForm, folder: Path, rows: Mapping[str, State], expe
     return shards
 
 
-def plain_state(form: PlainForm, rows: Mapping[str, State]) -> State:
+def plain_state(form: PlainForm, rows: Mapping[str, State], experts: Experts) -> State:
     """Return the weights of a plain form by their names in the model, all of them in memory."""
-    return {name: tensor for state in _states(form, rows, dense_experts) for name, tensor in state.items()}
+    return {name: tensor for state in _states(form, rows, experts) for name, tensor in state.items()}
 
 
 def _states(form: PlainForm, rows: Mapping[str, State], experts: Experts) -> Iterator[State]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from families import build
 from helpers import Run
 from merged import merge, tokenizer
@@ -26,15 +27,22 @@ def test_a_folder_becomes_an_ordinary_checkpoint_with_what_lies_beside_it(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(" ".join(f"w{48 + (3 * i + j) % 80}" for j in range(12)) for i in range(32)))
-    options = ["--for", "vllm,llama.cpp", "--data", text, "--router-steps", 2]
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(" ".join(f"w{40 + (i * j) % 80}" for j in range(12)) for i in range(32)))
+    options = ["--for", "vllm,llama.cpp", "--data", text, "--check-data", other, "--router-steps", 2]
+    options += ["--device-map", "cpu", "--dtype", "bfloat16"]
     code, out, err = run("export", folder, "--output", tmp_path / "plain", *options)
     assert code == 0, err
     assert "plain, router distilled" in out
+    assert "KL to the merged model" in out
+    assert "the same, other text" in out
+    assert "KL to the original" not in out
     assert "Mixtral" in err
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 4)
     assert not list((tmp_path / "plain").glob("*.py"))
-    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", trust_remote_code=False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", trust_remote_code=False)
+    assert plain.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "plain")("w60")["input_ids"] == [60]
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "## Plain checkpoint" in card
@@ -49,6 +57,10 @@ def test_a_folder_becomes_an_ordinary_checkpoint_with_what_lies_beside_it(
         (["--base-model", "original"], "--base-model original is imitated on --data"),
         (["--check-data", "other.txt"], "judges what --data fitted"),
         (["--mxfp4"], "MXFP4"),
+        (["--mxfp4", "--data", "none.txt"], "MXFP4"),
+        (["--device-map", "nowhere"], "no device of torch"),
+        (["--device-map", "cpu"], "--device-map cpu is where a router is fitted"),
+        (["--dtype", "int3"], "no floating-point dtype"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_any_work(

@@ -15,7 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from hf_mcsmoe import MergeConfig, collect_statistics, merge_experts, moe_layers, plan_merge
-from hf_mcsmoe.export import export
+from hf_mcsmoe.export import RouterFit, export
 from hf_mcsmoe.export.mxfp4 import mxfp4
 from hf_mcsmoe.layers.loading import load_model
 
@@ -92,6 +92,20 @@ def test_what_has_no_mxfp4_is_refused(tmp_path: Path) -> None:
         export(pruned("qwen3_moe", "uniform").merged, tmp_path, mxfp4=True)
     with pytest.raises(ValueError, match="do not divide the 24 inputs"):
         export(pruned("gpt_oss", "uniform").merged, tmp_path, mxfp4=True)
+
+
+def test_a_router_is_judged_with_the_experts_that_the_blocks_stand_for(tmp_path: Path) -> None:
+    model, rows = halved("merge"), [{"input_ids": BATCH["input_ids"][:1]}]
+    record = export(model, tmp_path / "plain", mxfp4=True, fit=RouterFit(rows, [BATCH], steps=0))
+    read = load_model(str(tmp_path / "plain"), dequantize=True, dtype="float32")
+    merged, plain = (logits(found, BATCH)[:, :-1].log_softmax(-1) for found in (model, read))
+    figures = record.steps[-1].figures
+    divergence = (merged.exp() * (merged - plain)).sum(-1).mean()
+    assert figures["kl_to_merged"][figures["router"]] == pytest.approx(float(divergence), rel=1e-3)
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    for block, layer in enumerate(record.layers.values()):
+        size = sum(value.nbytes for name, value in stored.items() if f"layers.{block}.mlp.experts." in name)
+        assert (layer.bytes, {*layer.bits.values()}) == (size, {4})
 
 
 SCRIPT = """

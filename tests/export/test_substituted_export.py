@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_mcsmoe import moe_layers
 from hf_mcsmoe.export import export
+from hf_mcsmoe.record import Record
 
 MATRICES = {"qwen3_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
 
@@ -63,6 +64,26 @@ def test_the_rules_of_vllm_make_our_logits_of_the_files(name: str, kind: str, tm
         router = stored[next(key for key in stored if f"layers.{block}." in key and key.endswith("gate.weight"))]
         assert len(router) == layer.num_experts
     torch.testing.assert_close(logits(model, case.batch), logits(case.merged, case.batch), atol=1e-5, rtol=1e-4)
+
+
+def test_the_card_of_constants_says_how_vllm_serves_them(tmp_path: Path) -> None:
+    case = substituted("mixtral")
+    record = export(case.merged, tmp_path / "served", engines=["vllm"])
+    card = (tmp_path / "served" / "README.md").read_text()
+    assert "vllm serve served" in card
+    assert "Transformers and other engines do not load it" in card
+    for told in ("from_pretrained", "no further code", "lm_eval", "Plain checkpoint", "custom_code"):
+        assert told not in card
+    layers = moe_layers(case.merged)
+    assert [layer.after for layer in record.layers.values()] == [layer.num_experts for layer in layers]
+    again = Record.from_json((tmp_path / "served" / "mcsmoe_record.json").read_text())
+    assert again.engine == "vllm"
+
+
+@pytest.mark.parametrize("option", ["expand", "dense", "mxfp4"])
+def test_other_forms_of_constants_are_refused(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"leave {option}"):
+        export(substituted("mixtral").merged, tmp_path, engines=["vllm"], **{option: True})
 
 
 def test_constants_are_for_vllm_alone(tmp_path: Path) -> None:
