@@ -92,6 +92,14 @@ class Folder:
             self._passage.left(path)
 
     @property
+    def file_bytes(self) -> int:
+        """The bytes of its weight files, which those of the Hub have where they are not fetched."""
+        ends: Counter[str] = Counter()
+        for tensor in self.stored.values():
+            ends[tensor.file.name] = max(ends[tensor.file.name], tensor.start + tensor.empty.nbytes)
+        return ends.total()
+
+    @property
     def drops(self) -> bool:
         """Whether shards of a Hub id that this fetches leave the cache again."""
         return self._passage is not None and self._passage.drops

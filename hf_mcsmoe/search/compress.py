@@ -15,6 +15,7 @@ from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs
 from hf_mcsmoe.evaluation.held_out import judge_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.merge import merge_layers
 from hf_mcsmoe.methods.choice import BITS, Choice
 from hf_mcsmoe.methods.config import MergeConfig
@@ -53,7 +54,12 @@ class Sized:
 
 
 def source_bytes(layers: Layers) -> int:
-    """Return the bytes of the source's weight files; of a model that has none on disk, as it would be saved."""
+    """Return the bytes of the source's weight files; of a model that has none on disk, as it would be saved.
+
+    Files of the Hub that a `Folder` reads count as those of a folder do.
+    """
+    if isinstance(layers.source, Folder):
+        return layers.source.file_bytes
     return folder_bytes(layers.model.name_or_path) or saved_bytes(layers)
 
 

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from hf_mcsmoe import MergeConfig, compress_folder
 from hf_mcsmoe.layers import snapshot
 from hf_mcsmoe.layers.checkpoint import tensors_of_file
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.hub import HubFile
 from hf_mcsmoe.layers.snapshot import Snapshot
 from hf_mcsmoe.layers.stored import stored_bytes
+from hf_mcsmoe.search.compress import source_bytes
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.journal import Journal
 
@@ -161,6 +163,12 @@ def test_only_what_a_run_has_fetched_itself_is_dropped(
     assert cached(tmp_path / "cache") == {before, ours, anew, theirs, late}
     again.drop_all()
     assert cached(tmp_path / "cache") == {before, anew, theirs}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_share_of_a_model_is_of_its_files_wherever_they_are(dtype: str, hub: Hub, source: Path) -> None:
+    files = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert [source_bytes(Layers.of(Folder(name, dtype=dtype))) for name in (ID, source)] == [files, files]
 
 
 def test_shards_that_are_not_the_runs_to_drop_are_refused(hub: Hub, source: Path, tmp_path: Path) -> None:
