@@ -7,6 +7,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import layers_to_decompose
+from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
@@ -32,6 +33,16 @@ class Asked:
     def stages(self) -> dict[str, Any]:
         """All of it but a size, by name."""
         return {name: value for name, value in vars(self).items() if name != "size"}
+
+    def fitting_streams(self, config: MergeConfig) -> int:
+        """Return how many streams beside the original's the rows that are fitted to pass in, at most.
+
+        Where a fit follows what comes before it, or a router may be cut, it sees what its own stream brings.
+        """
+        is_cut = "prune" in self.size.reductions if self.size else config.reduce == "prune"
+        if not (is_cut or (self.repair and self.repair.sequential)):
+            return int(bool(self.low_rank))  # which reads the stream before it
+        return 2 if self.size else sum(map(bool, (self.repair, self.low_rank, self.quantization)))
 
     @property
     def is_stored(self) -> bool:

@@ -23,7 +23,7 @@ from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
 from hf_mcsmoe.options import all_needs, check_options, chosen_repair
 from hf_mcsmoe.planning import saved_parameters
-from hf_mcsmoe.processes import current
+from hf_mcsmoe.processes import Processes, current
 from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.record import Record
@@ -31,6 +31,7 @@ from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
 from hf_mcsmoe.search.config import JOINT, SizeConfig
+from hf_mcsmoe.search.size import bytes_text
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
@@ -84,8 +85,8 @@ def compress_folder(
 
     Raises:
         ValueError: see `compress`; what needs the whole model at once, see `check_streamed`; shards to be dropped that
-            are not this run's; an output that is the
-            source or lies in it; an earlier run on the output that was asked for something else.
+            are not this run's; an output that is the source or lies in it; an earlier run on the output that was asked
+            for something else; too little memory or disk.
     """
     stream, saving, path = stream or StreamConfig(), saving or Saving(), Path(os.path.realpath(output))
     stream.check_drops(source)
@@ -108,9 +109,11 @@ def compress_folder(
     judge = Judge(list(held_out or ()), [batch for part in kinds.values() for batch in part])
     # Of a size each choice is fitted without made rows.
     data, tell = Data(layers.model, list(given), sample, None if search else asked.repair), progress or silent
-    hidden = data.hidden_bytes(asked, judge)
+    hidden, processes = data.hidden_bytes(config, asked, judge), current()
     is_mapped = stream.check(folder, hidden)
-    processes, has_curves = current(), statistics is not None and bool(statistics.curves)
+    if statistics is None:
+        _check_share(folder, stream, data, processes)
+    has_curves = statistics is not None and bool(statistics.curves)
 
     def lead() -> Record:
         copies = trials_bytes(layers, data.batches, config, search) if search and not has_curves else 0
@@ -161,3 +164,13 @@ def _result_bytes(layers: Layers, config: MergeConfig, search: SizeConfig | None
     if search:
         return 2 * check_size(layers, config, search)
     return (layers.model.num_parameters() - saved_parameters(layers, config)) * layers.model.dtype.itemsize
+
+
+def _check_share(folder: Folder, stream: StreamConfig, data: Data, processes: Processes) -> None:
+    """Raise ValueError where several processes share the first sweep, and the hidden states of one do not fit."""
+    if processes.size > 1 and stream.check(folder, share := data.share_bytes(processes)):
+        raise ValueError(
+            f"The hidden states of this process's rows take about {bytes_text(share)}, more than memory has "
+            "beside a block; of several processes none maps them from the disk. Give more (--memory), start more "
+            "processes, or one alone."
+        )

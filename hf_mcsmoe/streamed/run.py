@@ -73,12 +73,24 @@ class Data:
         """How many sequences are fitted to."""
         return sum(map(num_sequences, self.batches))
 
-    def hidden_bytes(self, asked: Asked, judge: Judge) -> int:
+    def hidden_bytes(self, config: MergeConfig, asked: Asked, judge: Judge) -> int:
         """Return about how many bytes of hidden states wait at a block."""
         streams = 2 if asked.size else 1 + sum(map(bool, (asked.repair, asked.low_rank, asked.quantization)))
         tokens = sum(_tokens(batch) for batch in self.batches) * (2 if self.repair else 1)
+        tokens *= 1 + asked.fitting_streams(config)
         tokens += (1 + streams) * sum(map(_tokens, judge.all_batches))
-        return tokens * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+        counted = 2 if asked.size else 1 + asked.is_stored
+        tokens += 0 if self.sample is None else (1 + counted) * _tokens(self.sample)
+        return tokens * self._width
+
+    def share_bytes(self, processes: Processes) -> int:
+        """Return about how many bytes of hidden states wait in this process in a first sweep that several share."""
+        return sum(map(_tokens, processes.own(self.batches))) * self._width
+
+    @property
+    def _width(self) -> int:
+        """The bytes of a token's hidden state."""
+        return self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
 
 
 def _tokens(batch: Batch) -> int:

@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
+from hf_mcsmoe.processes import Processes, working_as
 from hf_mcsmoe.streamed.compress import compress_folder
-from hf_mcsmoe.streamed.config import Saving, StreamConfig
+from hf_mcsmoe.streamed.config import Saving, StreamConfig, held_bytes
 from hf_mcsmoe.streamed.journal import (
     BLOCKS,
     CURVES,
@@ -153,6 +155,43 @@ def test_the_disk_has_to_hold_what_is_not_finished(
     assert needed_bytes(output, result, 7, restart=True) == result + 14 - everything
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=lacking))
     compress_folder(**given, output=output, config=HALF)
+
+
+@pytest.mark.parametrize(
+    ("config", "repair"),
+    [(MergeConfig(experts=4, reduce="prune"), RepairConfig()), (HALF, RepairConfig(method="joint", sequential=True))],
+)
+def test_hidden_states_take_what_is_counted(
+    config: MergeConfig, repair: RepairConfig, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, seen, save, check = [], [0], Journal.save, StreamConfig.check
+
+    def watched(self: Journal) -> None:
+        files = sorted(self.folder.glob("0000[0-9].*"))
+        blocks = {file.name[:5]: [other for other in files if other.name[:5] == file.name[:5]] for file in files}
+        seen.extend(sum(map(_payload, own)) for own in blocks.values())
+        save(self)
+
+    monkeypatch.setattr(Journal, "save", watched)
+    monkeypatch.setattr(StreamConfig, "check", lambda *given: counted.append(given[2]) or check(*given))
+    held_out = batches("mixtral", build("mixtral"), 3)[2:]
+    compress_folder(**given, output=tmp_path / "out", config=config, repair=repair, held_out=held_out)
+    assert max(seen) <= counted[0] < 1.5 * max(seen)
+
+
+def _payload(file: Path) -> int:
+    """Return the bytes of the tensors in a file of hidden states, which begin behind a header of multiples of 64."""
+    start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    return file.stat().st_size - (start + 63) // 64 * 64
+
+
+def test_several_processes_that_hidden_states_do_not_fit_in(given: dict[str, Any], tmp_path: Path) -> None:
+    stream = StreamConfig(memory=held_bytes(Folder(given["source"]).model) + 1)
+    with (
+        working_as(Processes(1, 2)),
+        pytest.raises(ValueError, match=r"this process's rows take about .* one alone"),
+    ):
+        compress_folder(**given, output=tmp_path / "out", config=HALF, stream=stream)
 
 
 def test_copies_take_disk_until_what_choices_cost_is_known(tmp_path: Path) -> None:
