@@ -95,7 +95,9 @@ def plan_command(
         effect = None if statistics is None or result is None else predicted_effect(statistics.curves, result)
         told["result"] = None if result is None else _told(result, effect)
         console.print(_result_line(dial, result, effect, asked, stored), highlight=False, soft_wrap=True)
-        told |= told_of_run(model, layers, asked, result, stored, calibration, estimate, statistics)
+        told |= told_of_run(
+            model, layers, asked, result, stored, calibration, estimate, statistics if scores else None
+        )
     if target is not None:
         write_json(target, told)
 

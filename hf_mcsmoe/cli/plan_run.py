@@ -14,7 +14,7 @@ from hf_mcsmoe.cli.display import console
 from hf_mcsmoe.cli.options import Storage, described
 from hf_mcsmoe.cli.plan_measured import Planning
 from hf_mcsmoe.cli.plan_tables import needs_table
-from hf_mcsmoe.cli.way import judged, refusal, run_for, stream_config, way_line
+from hf_mcsmoe.cli.way import judged, refusal, run_for, stream_config, swept, way_line
 from hf_mcsmoe.forecast.duration import seconds_of
 from hf_mcsmoe.forecast.figures import figures_of
 from hf_mcsmoe.forecast.machine import measure_pace
@@ -119,6 +119,7 @@ def told_of_run(
 ) -> dict[str, Any]:
     """Print what a run takes, and return it as JSON values."""
     run = _run(layers, asked, result, stored, estimate, calibration)
+    run = swept(run, layers, asked.config, asked.search, statistics)
     disk, refused = shutil.disk_usage(Path.cwd()).free, asked.refusal(layers, statistics)
     found = judged(layers, run, stored.bytes, stream_config(estimate.memory), refused=refused, disk=disk)
     needs, way = found.needs, found.way
@@ -130,7 +131,7 @@ def told_of_run(
     if found.refused:
         console.print(f"not block by block: {escape(found.refused)}", highlight=False, soft_wrap=True)
     if not Path(model).is_dir():
-        console.print(hub_line(stored.bytes), highlight=False, soft_wrap=True)
+        console.print(hub_line(stored.bytes, run.sweeps), highlight=False, soft_wrap=True)
     ways = {
         name: {
             **{"memory": item.memory, "needed": item.needed, "phases": item.phases},
@@ -144,15 +145,15 @@ def told_of_run(
         "way": asdict(way),
         "not_streamed": found.refused,
         "memory_free": found.memory,
-        "fetched": None if Path(model).is_dir() else {"kept": stored.bytes, "dropped": 2 * stored.bytes},
+        "fetched": None if Path(model).is_dir() else {"kept": stored.bytes, "dropped": run.sweeps * stored.bytes},
     }
 
 
-def hub_line(source: int) -> str:
+def hub_line(source: int, sweeps: int) -> str:
     """Return the sentence that tells what of a model of the Hub is fetched, and stays on disk beside the result."""
     return (
         f"from the Hub {bytes_text(source)} are fetched, which stay in its cache; block by block with "
-        f"--drop-source-cache {bytes_text(2 * source)} at most, of which a few shards at a time are there"
+        f"--drop-source-cache {bytes_text(sweeps * source)} at most, of which a few shards at a time are there"
     )
 
 

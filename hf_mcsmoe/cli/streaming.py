@@ -98,7 +98,7 @@ class Streaming:
         folder = str(layers.model.name_or_path)
         refused = refusal(layers, config, stages, held)
         source = stored_bytes(folder) or configured_bytes(layers.model, load_config(folder))
-        run = run_by(layers, config, stages, calibration)
+        run = run_by(layers, config, stages, calibration, held)
         found = judged(layers, run, source.bytes, self.config(), refused=refused)
         if found.way.name == IN_MEMORY:
             return False

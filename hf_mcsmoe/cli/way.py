@@ -19,10 +19,13 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import load_config
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.search.compress import check_size
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.probe import TOKENS
 from hf_mcsmoe.search.size import parse_size
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.refused import check_streamed
+from hf_mcsmoe.streamed.trials import copies_bytes
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,38 @@ def run_for(
     )
 
 
-def run_by(layers: Layers, config: MergeConfig, stages: Mapping[str, Any], calibration: Calibration) -> Run:
+def run_by(
+    layers: Layers,
+    config: MergeConfig,
+    stages: Mapping[str, Any],
+    calibration: Calibration,
+    held: RoutingStatistics | None = None,
+) -> Run:
     """Return the run of a compression, from its stages; one to a size is of half of the experts in so many bytes."""
     quantization, low_rank, repair, size = (stages[x] for x in ("quantization", "low_rank", "repair", "size"))
     config = replace(config, experts=0.5) if size else config
     result = result_by_hand(layers, config, quantization=quantization, low_rank=low_rank)
     result = replace(result, bytes=check_size(layers, config, size)) if size else result
     method = repair.method if repair else "none"
-    return run_for(layers, result, config, method, calibration, is_compared=bool(size or quantization))
+    run = run_for(layers, result, config, method, calibration, is_compared=bool(size or quantization))
+    return swept(run, layers, config, size, held)
+
+
+def swept(
+    run: Run, layers: Layers, config: MergeConfig, search: SizeConfig | None, held: RoutingStatistics | None
+) -> Run:
+    """Return a run with the sweeps that it takes block by block, and with what is tried for a size.
+
+    Args:
+        held: what is known before; None where the first sweep sums it.
+    """
+    measures = search is not None and not (held and held.curves)
+    run = replace(run, sweeps=1 + (held is None) + measures)
+    if search is None:
+        return run
+    tokens = min(TOKENS, (run.rows - run.judged) * run.length)
+    copies = copies_bytes(layers, tokens, config, search) if measures else 0
+    return replace(run, tried=2, copies=copies)
 
 
 def judged(

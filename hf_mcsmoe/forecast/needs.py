@@ -22,7 +22,9 @@ class Run:
     `rows` of `length` tokens in batches of `batch_size`, of which `judged` rows are held out; `result` bytes as saved,
     `merged` bytes of all layers' experts when they are merged and not yet in few bits, `kept` experts of a layer;
     `repair` by method, "none" for none; whether experts are `aligned`, and the original is used up (`consume`);
-    `sums` bytes of statistics; `threads` that solve assignments; `hidden_limit` bytes of hidden states in memory.
+    `sums` bytes of statistics; `threads` that solve assignments; `hidden_limit` bytes of hidden states in memory;
+    `tried` results that are there side by side; `sweeps` over the source, and `copies` bytes of trials on disk, where
+    it is read block by block.
     """
 
     result: int
@@ -38,6 +40,9 @@ class Run:
     sums: int = 0
     threads: int = 1
     hidden_limit: int | None = None
+    tried: int = 1
+    sweeps: int = 2
+    copies: int = 0
 
     @property
     def fitted(self) -> int:
@@ -82,9 +87,10 @@ def needs_of(sizes: Sizes, run: Run, stored: int, *, base: int = BASE) -> dict[s
         base: bytes that the process holds before it does anything.
     """
     kept = _streams(run) * _waiting(sizes, run)  # hidden states, from which a run that was killed goes on
+    disk = max(run.tried * run.result, run.copies) + kept  # copies are gone before the first shard is written
     return {
         IN_MEMORY: Needs(_in_memory(sizes, run, stored, base + WORKING), run.result, stored),
-        STREAMED: Needs(_streamed(sizes, run, base + WORKING), run.result + kept, 2 * stored),
+        STREAMED: Needs(_streamed(sizes, run, base + WORKING), disk, run.sweeps * stored),
     }
 
 
@@ -96,6 +102,8 @@ def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict
     read = max(0, stored - (sizes.weights - sizes.converted))
     held = {"process": base, "weights": sizes.weights, "mapped files": read}
     result = {} if run.consume else {"result": sizes.weights - sizes.experts * sizes.layers + run.merged}
+    if run.tried > 1:
+        result["results before"] = (run.tried - 1) * run.result
     # What was made of stored tensors is freed layer by layer; pages of a file stay while any of its weights is in use.
     merged = run.merged // sizes.layers if sizes.joined else run.merged
     own = {"merged layers": merged} if run.consume else {}

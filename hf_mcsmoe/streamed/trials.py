@@ -28,8 +28,13 @@ from hf_mcsmoe.streamed.states import States
 
 def trials_bytes(layers: Layers, batches: Sequence[Batch], merge: MergeConfig, search: SizeConfig) -> int:
     """Return about how many bytes the copies of all trials are on disk when they have passed the last block."""
-    text, rows = layers.model.config.get_text_config(), list(apart(layers.model, batches))
-    tokens, number = sum(map(positions_of, few_batches(held_out_rows(rows) or rows))), 0
+    rows = list(apart(layers.model, batches))
+    return copies_bytes(layers, sum(map(positions_of, few_batches(held_out_rows(rows) or rows))), merge, search)
+
+
+def copies_bytes(layers: Layers, tokens: int, merge: MergeConfig, search: SizeConfig) -> int:
+    """Return about how many bytes the copies of trials on so many tokens are on disk."""
+    text, number = layers.model.config.get_text_config(), 0
     for shared in layers.selected(merge.skip).tied:
         bits = len(search.bits)
         number += 2 * min(2, bits) + 3 * len(search.reductions) + min(3, bits + 1) * len(ranks(shared, search))

@@ -1,6 +1,7 @@
 """Which way a compression goes: `plan` tells what `compress` does, and says why something is not streamed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ from families import build
 from helpers import Run
 
 from hf_mcsmoe import MergeConfig, RepairConfig
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.plan_run import hub_line
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import Streaming
+from hf_mcsmoe.cli.way import run_by
 from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED
 from hf_mcsmoe.forecast.way import NO_WAY
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model
+from hf_mcsmoe.search.config import SizeConfig
 
 HALF = ["--experts", "0.5"]
 
@@ -91,6 +95,22 @@ def test_hidden_states_that_do_not_fit_lie_on_disk(folder: Path, run: Run, monke
     assert streamed[1]["disk"] > 3 * 256 * 512 * width * itemsize
 
 
+def test_a_size_is_planned_with_its_sweeps_and_both_results(folder: Path, run: Run) -> None:
+    rows = ["--num-samples", "8", "--max-length", "8"]
+    told, half = (_plan(run, folder, *options, *rows)[0] for options in (["--size", "0.8"], HALF))
+    assert told["needs"][STREAMED]["read"] == 3 * told["source"]["bytes"] == 3 * half["needs"][STREAMED]["read"] / 2
+    assert told["needs"][STREAMED]["disk"] > 2 * told["run"]["result"]
+    parts = told["needs"][IN_MEMORY]["phases"]["saving"]
+    assert parts["results before"] == told["run"]["result"] > 0
+    layers, calibration = Layers.of(empty_model(str(folder))), Calibration(["text.jsonl"], num_samples=8)
+    stages = {"repair": RepairConfig(), "quantization": None, "low_rank": None, "size": SizeConfig(0.8)}
+    sums = RoutingStatistics("")
+    held = [None, sums, replace(sums, curves={layers.names[0]: None})]
+    assert [run_by(layers, MergeConfig(), stages, calibration, one).sweeps for one in held] == [3, 2, 1]
+    assert run_by(layers, MergeConfig(), {**stages, "size": None}, calibration, sums).sweeps == 1
+
+
 def test_what_a_model_of_the_hub_takes_beside_its_result() -> None:
-    assert hub_line(10**9).startswith("from the Hub 1 GB are fetched")
-    assert "--drop-source-cache 2 GB" in hub_line(10**9)
+    assert hub_line(10**9, 2).startswith("from the Hub 1 GB are fetched")
+    for sweeps in (1, 2, 3):
+        assert f"--drop-source-cache {sweeps} GB" in hub_line(10**9, sweeps)

@@ -72,6 +72,21 @@ def test_in_memory_counts_mapped_files_apart() -> None:
     assert sum(kept.phases["saving"].values()) == BASE + WORKING + 9000 + 10_500 + (10_500 - 9000 + 4500)
 
 
+def test_two_results_are_tried_for_a_size() -> None:
+    one, two = (
+        needs_of(SIZES, replace(RUN, consume=False, tried=tried, sweeps=tried + 1, copies=copies), 10_500, base=BASE)
+        for tried, copies in ((1, 0), (2, 20_000))
+    )
+    for phase in ("merging", "saving"):
+        assert sum(two[IN_MEMORY].phases[phase].values()) - sum(one[IN_MEMORY].phases[phase].values()) == 6000
+    assert two[IN_MEMORY].phases["statistics"] == one[IN_MEMORY].phases["statistics"]
+    waiting = 4 * 3 * (10 * 2 + 3)
+    assert (two[STREAMED].disk, two[STREAMED].read) == (20_000 + waiting, 3 * 10_500)
+    few = needs_of(SIZES, replace(RUN, tried=2, copies=500), 10_500, base=BASE)
+    assert few[STREAMED].disk == 2 * 6000 + waiting
+    assert (few[IN_MEMORY].disk, few[IN_MEMORY].read) == (6000, 10_500)
+
+
 def test_a_repair_and_an_alignment_take_more() -> None:
     plain, repaired = (
         needs_of(SIZES, replace(RUN, repair=name, aligned=True, consume=False), 10_500, base=BASE)
