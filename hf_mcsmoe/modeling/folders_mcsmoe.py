@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from .companions_mcsmoe import kind_of
 
 try:
@@ -20,6 +22,8 @@ WORK, LOCK, RESULT = ".mcsmoe-work", "lock", "result"
 LONGEST = 100
 # Without it, nothing in a folder loads.
 CONFIG = "config.json"
+# Arguments of `push_to_hub` that describe the commit.
+COMMIT_ARGUMENTS = ("commit_message", "commit_description", "revision", "create_pr")
 # Working folders that this process holds.
 _held: set[Path] = set()
 
@@ -142,3 +146,14 @@ def weights_name(name: str) -> str | None:
     """Return "model.safetensors" for it, its shards and its index (likewise for a variant); None for other files."""
     found = re.fullmatch(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?", name)
     return f"{found[1]}{found[4] or ''}.safetensors" if found else None
+
+
+def repository(
+    repo_id: str, private: bool | None, token: bool | str | None, revision: str | None
+) -> tuple[HfApi, str]:
+    """Create the repository and the branch if need be; returns what talks to it and its full name."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api, repo_id

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import CommitInfo, HfApi, metadata_load, metadata_save
+from huggingface_hub import CommitInfo, metadata_load, metadata_save
 from transformers import PreTrainedModel
 
 from .companions_mcsmoe import (
@@ -23,7 +23,7 @@ from .companions_mcsmoe import (
     source_of,
 )
 from .configuration_mcsmoe import source_files
-from .folders_mcsmoe import CONFIG, completed_folder, follow_umask
+from .folders_mcsmoe import COMMIT_ARGUMENTS, CONFIG, completed_folder, follow_umask, repository
 from .losparse_mcsmoe import sparse_parts
 from .plain_mcsmoe import plain_form
 
@@ -31,8 +31,6 @@ from .plain_mcsmoe import plain_form
 CARD_FILE, PLAN_FILE, RECORD_FILE = "README.md", "mcsmoe_plan.json", "mcsmoe_record.json"
 RECIPE_FILE = "mcsmoe_recipe.yaml"
 DOCUMENTS = (CARD_FILE, PLAN_FILE, RECORD_FILE, RECIPE_FILE)
-# Arguments of `push_to_hub` that describe the commit.
-COMMIT_ARGUMENTS = ("commit_message", "commit_description", "revision", "create_pr")
 # Stand in the card for what is known when it is saved: the name of the folder or repository, and the weights' bytes.
 MODEL_ID, BYTES_ON_DISK, SAVED = "@MODEL_ID@", "@BYTES_ON_DISK@", "@SAVED@"
 # What the generated section of the card stands between; all else belongs to whoever wrote it.
@@ -83,7 +81,7 @@ class SavedWhole:
         repo_id, private = kwargs.pop("repo_id", target.name), kwargs.pop("private", None)
         commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
         if push_to_hub:
-            api, repo_id = _repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
+            api, repo_id = repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
         # Trainer's own name for what it resumes from, where S keeps its training form.
         resumable = re.fullmatch(r"checkpoint-\d+", target.name) is not None
         if not self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
@@ -166,22 +164,11 @@ class SavedWhole:
         Takes the arguments of `PreTrainedModel.push_to_hub`, and those of `save_pretrained`.
         """
         commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
-        api, repo_id = _repository(repo_id, private, token, commit.get("revision"))
+        api, repo_id = repository(repo_id, private, token, commit.get("revision"))
         with tempfile.TemporaryDirectory() as folder:
             self._save_folder(Path(folder), repo_id, **kwargs)
             follow_umask(Path(folder))
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
-
-
-def _repository(
-    repo_id: str, private: bool | None, token: bool | str | None, revision: str | None
-) -> tuple[HfApi, str]:
-    """Create the repository and the branch if need be; returns what talks to it and its full name."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api, repo_id
 
 
 def _kinds_in(folder: Path) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ the files that the variant's file imports, directly or not, with imports of the 
 """
 
 import contextlib
+import copy
 import importlib
 import inspect
 import os
@@ -21,7 +22,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from hf_mcsmoe.modeling.companions_mcsmoe import copy_companions, source_of
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX, auto_map
-from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder
+from hf_mcsmoe.modeling.folders_mcsmoe import COMMIT_ARGUMENTS, completed_folder, repository
 
 MODEL_TYPE, OF = "mcsmoe_variant", "Variant"
 # An import of a file that travels, in the package and beside a checkpoint.
@@ -137,7 +138,7 @@ class VariantModel:
         else:
             super()._init_weights(module)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save a complete folder: weights, configuration, code, and what lay beside the source's weights.
 
         Written beside the target and moved in when complete. Takes the arguments of
@@ -146,9 +147,17 @@ class VariantModel:
         Raises:
             ValueError: the model carries adapters, or the folder is that of the model it was made from.
         """
-        target = Path(os.path.realpath(save_directory))
-        is_main = kwargs.get("is_main_process", True)
-        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", target.name)
+        given = (
+            inspect.signature(PreTrainedModel.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+        )
+        kwargs = {key: value for key, value in given.items() if key not in ("self", "save_directory", "kwargs")}
+        kwargs |= given.get("kwargs", {})
+        target, is_main = Path(os.path.realpath(save_directory)), kwargs.get("is_main_process", True)
+        push_to_hub = kwargs.pop("push_to_hub", False) and is_main
+        repo_id, private = kwargs.pop("repo_id", target.name), kwargs.pop("private", None)
+        commit = {key: kwargs.pop(key) for key in COMMIT_ARGUMENTS if key in kwargs}
+        if push_to_hub:
+            api, repo_id = repository(repo_id, private, kwargs.get("token"), commit.get("revision"))
         if not self.should_save_on_this_rank(is_main):
             with tempfile.TemporaryDirectory() as scratch:  # which stays empty
                 super().save_pretrained(scratch, **kwargs)
@@ -156,8 +165,9 @@ class VariantModel:
         self._check_savable(target, kwargs.get("state_dict"))
         with completed_folder(target) as folder:
             self._save_into(folder, **kwargs)
+            written = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
         if push_to_hub:
-            self.push_to_hub(repo_id)
+            api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
 
     def _check_savable(self, target: Path, state: Any) -> None:
         if state is None and any(".base_layer." in name for name, _ in self.named_parameters()):
@@ -205,12 +215,16 @@ def become(model: PreTrainedModel, mixin: type[VariantModel], options: dict[str,
         options: arguments of the variant's `install`, of types that JSON knows.
 
     Raises:
-        ValueError: the model is of no class of Transformers itself, or `install` refuses it.
+        ValueError: the model is of no class of Transformers itself, is spread over devices or offloaded, or `install`
+            refuses it.
     """
     cls = subclass(mixin, type(model))  # first, since it may refuse
-    config, base_model_type = model.config, type(model.config).model_type
+    base_model_type = type(model.config).model_type
     config_class = config_class_for(variant_name(mixin), base_model_type)
+    check_whole(model)
     mixin.install(model, **options)
+    own_configs(model)
+    config = model.config
     config.__class__ = config_class
     # Instance attributes would win over the class's; the base's name would choose the base's weight conversions.
     for stale in ("model_type", "auto_map", "architectures"):
@@ -221,6 +235,29 @@ def become(model: PreTrainedModel, mixin: type[VariantModel], options: dict[str,
     vars(model).pop("_weight_conversions", None)
     _adopt(model, mixin)
     _choose_implementation(model, None)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose forwards Accelerate has replaced, where a change of class would do nothing.
+
+    Raises:
+        ValueError: the model is spread over devices or offloaded, or some of its weights are not there.
+    """
+    hooked = any("_hf_hook" in vars(module) for module in model.modules())
+    if hooked or any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is spread over devices, offloaded or without weights, so that a change of its "
+            "modules would have no effect: load it without device_map, change it, save it, and load that with one."
+        )
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give a model a copy of each configuration in it, which other models may share, to be changed freely."""
+    copies: dict[int, Any] = {}  # as deepcopy keeps them: what is the same object stays so, also a part of another
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(value, copies)
 
 
 def _choose_implementation(model: Any, wanted: str | None) -> None:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from families import build
 from helpers import logits
+from hub import running_hub
+from huggingface_hub import HfApi, constants
 from merged import check_without_package, run_python
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from variant_folders import dense, save, tokens
@@ -100,3 +104,64 @@ def test_the_original_folder_is_not_overwritten(tmp_path: Path) -> None:
     model = add_momentum(AutoModelForCausalLM.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="holds the original model"):
         model.save_pretrained(tmp_path)
+
+
+CHANGES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel], PreTrainedModel]]] = {
+    "momentum": (lambda: build("mixtral"), add_momentum),
+    "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, group_size=8)),
+    "smoe_dropout": (dense, lambda model: moefy_dense(model, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_on_several_devices_or_on_none_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
+    make, change = CHANGES[name]
+    make().save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places["lm_head"] = "cpu"
+    dispatched = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(make().config)
+    for model in (dispatched, accelerate.cpu_offload(make()), empty):
+        cls, config = type(model), model.config.to_dict()
+        with pytest.raises(ValueError, match="load it without device_map, change it, save it"):
+            change(model)
+        assert (type(model), model.config.to_dict()) == (cls, config)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_one_model_leaves_another_of_its_configuration_alone(name: str) -> None:
+    make, change = CHANGES[name]
+    model = make()
+    other = type(model)(model.config)
+    before = other.config.to_dict()
+    assert model.config is other.config
+    change(model)
+    assert (other.config.to_dict(), type(other.config)) == (before, type(make().config))
+    configs = {id(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    assert configs == {id(model.config)}
+
+
+def test_what_is_pushed_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = add_momentum(build("mixtral"))
+    with running_hub() as served:
+        for name, value in (("ENDPOINT", served.endpoint), ("HF_HUB_OFFLINE", False)):
+            monkeypatch.setattr(constants, name, value)
+        tokens_seen: list[str | None] = []
+        made = HfApi.create_repo
+        monkeypatch.setattr(HfApi, "create_repo", lambda api, *args, **kwargs: (
+            tokens_seen.append(api.token), made(api, *args, **kwargs))[1])  # fmt: skip
+        monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=served.endpoint))
+        (tmp_path / "saved").mkdir()
+        (tmp_path / "saved" / "notes.txt").write_text("mine")
+        options = {"repo_id": "me/variant", "private": True, "token": "secret", "revision": "trial"}
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, commit_message="a trial", **options)
+    assert [request["visibility"] for request in served.created] == ["private"]
+    assert tokens_seen == ["secret"]
+    assert served.branches == ["me/variant@trial"]
+    assert [commit["summary"] for commit in served.commits] == ["a trial"]
+    names = set(served.files["me/variant"])
+    assert {"config.json", "model.safetensors", "momentum_mcsmoe.py", "remote_mcsmoe.py"} <= names
+    assert "notes.txt" not in names
