@@ -22,6 +22,12 @@ from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, generated_in,
 KINDS = ("momentum", "adam", "scale")
 # Decay rates of Adam's moments, and what keeps its root from zero.
 DECAYS, EPSILON = (0.9, 0.999), 1e-8
+# Model types whose experts return rows of tokens, whose layers hand on several streams of hidden states, or whose
+# model adds to the hidden states between two layers (Qwen3-VL-MoE's deepstack).
+OTHERS = {
+    *("llama4", "llama4_text", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "deepseek_v4", "glm5_next", "hy_v4"),
+    *("qwen4_exp", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+}
 
 
 class MomentumModel(VariantModel):
@@ -35,6 +41,12 @@ class MomentumModel(VariantModel):
         Raises:
             ValueError: no layer has an SMoE block.
         """
+        types = {module.config.model_type for module in self.modules() if isinstance(module, PreTrainedModel)}
+        if other := types & OTHERS:
+            raise ValueError(
+                f"Layers of {min(other)} do not hand on hidden states [B, S, D] from one to the next and through "
+                "their experts, so no momentum can travel beside them: add_momentum does not serve this family."
+            )
         stacks = list(_stacks(self))
         if not stacks:
             raise ValueError(
@@ -65,6 +77,11 @@ class MomentumLayer(nn.Module):
             hidden_states: [B, S, D], or [B, S, 2 D] with the momentum behind; likewise what is returned (first).
         """
         hidden_states, momentum = hidden_states.tensor_split([self.momentum_width], dim=-1)
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.momentum_width:
+            raise ValueError(
+                f"{type(self).__name__} takes hidden states {list(hidden_states.shape)}, not [B, S, "
+                f"{self.momentum_width}]: no momentum can travel beside them: add_momentum does not serve this family."
+            )
         block: Any = self.get_submodule(self.momentum_block) if self.momentum_block else None
         if block is None:
             output = super().forward(hidden_states, *args, **kwargs)
@@ -102,26 +119,41 @@ class MomentumBlock(nn.Module):
             hidden_states = hidden_states + look_ahead * self.momentum
         output = super().forward(hidden_states, *args, **kwargs)
         step, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        self.momentum = advance(self.momentum, step, **self.momentum_options)
-        return self.momentum if others is None else (self.momentum, *others)
+        if step.shape != hidden_states.shape:
+            raise ValueError(
+                f"{type(self).__name__} takes {list(hidden_states.shape)} and returns {list(step.shape)}, so its "
+                "output is no step of momentum: add_momentum does not serve this family."
+            )
+        changed, self.momentum = advance(self.momentum, step, **self.momentum_options)
+        return changed if others is None else (changed, *others)
 
 
 def advance(
-    momentum: torch.Tensor | None, step: torch.Tensor, *, kind: str, mu: float, gamma: float, depth: int, **_: float
-) -> torch.Tensor:
-    """Return what a block returns, which is also the momentum that the next one takes.
+    momentum: torch.Tensor | None,
+    step: torch.Tensor,
+    *,
+    kind: str,
+    mu: float,
+    gamma: float,
+    depth: int,
+    adam_gamma: float = 1.0,
+    **_: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a block returns, and the momentum that the next one takes, both [B, S, D].
 
     Args:
         momentum: m of the blocks before, [B, S, D]; None in the first.
         step: u, output of the experts, [B, S, D].
         depth: how many blocks came before.
     """
+    new = gamma * step if momentum is None else mu * momentum + gamma * step
     if kind == "scale":
-        return step * (gamma * sum(mu**power for power in range(depth + 1)))
+        scaled = step * (gamma * sum(mu**power for power in range(depth + 1)))
+        return scaled, scaled
     if kind == "adam" and momentum is None:
         first, second = ((1 - decay) * step**power for power, decay in enumerate(DECAYS, start=1))
-        return gamma * first / torch.sqrt(second + EPSILON)
-    return gamma * step if momentum is None else mu * momentum + gamma * step
+        return adam_gamma * first / torch.sqrt(second + EPSILON), new
+    return new, new
 
 
 def robust_constants(rho: float, smoothness: float, curvature: float) -> dict[str, float]:
@@ -149,7 +181,13 @@ def robust_constants(rho: float, smoothness: float, curvature: float) -> dict[st
 
 
 def add_momentum(
-    model: PreTrainedModel, mu: float = 0.7, gamma: float = 1.0, *, kind: str = "momentum", look_ahead: float = 0.0
+    model: PreTrainedModel,
+    mu: float = 0.7,
+    gamma: float = 1.0,
+    *,
+    kind: str = "momentum",
+    look_ahead: float = 0.0,
+    adam_gamma: float = 1.0,
 ) -> PreTrainedModel:
     """Let the SMoE blocks of a model carry momentum across depth; the model is changed in place, and returned.
 
@@ -159,24 +197,27 @@ def add_momentum(
     Args:
         mu: share of the momentum that is carried on, from 0 below 1.
         gamma: scale of a block's own output.
-        kind: "momentum"; "adam", whose first block divides by the root of its output's square and whose others carry
-            momentum; "scale", a control without a memory: each block's output times what momentum of equal steps has
-            grown to there.
+        kind: "momentum"; "adam", whose first block returns its output over the root of its square, and whose others
+            return the momentum of the outputs as they are, the first among them; "scale", a control without a memory:
+            each block's output times what momentum of equal steps has grown to there.
         look_ahead: share of the momentum that is added to a block's input, of robust momentum (`robust_constants`);
             there to the input itself, here behind the norm before the block.
+        adam_gamma: scale of what the first block of "adam" returns, and of nothing else.
 
     Raises:
-        ValueError: a number is out of its range, the kind is unknown, or the model has no layers with experts inside.
+        ValueError: a number is out of its range, the kind is unknown, the model has no layers with experts inside, or
+            its layers hand on something else than hidden states [B, S, D].
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}.")
-    _check_numbers(mu, gamma, look_ahead)
-    become(model, MomentumModel, {"kind": kind, "mu": mu, "gamma": gamma, "look_ahead": look_ahead})
+    _check_numbers(mu, gamma, look_ahead, adam_gamma)
+    numbers = {"mu": mu, "gamma": gamma, "look_ahead": look_ahead, "adam_gamma": adam_gamma}
+    become(model, MomentumModel, {"kind": kind, **numbers})
     return model
 
 
 def set_momentum(model: nn.Module, **numbers: float) -> None:
-    """Set `mu`, `gamma` or `look_ahead` of a model that carries momentum, as the saved model will have them.
+    """Set `mu`, `gamma`, `look_ahead` or `adam_gamma` of a model that carries momentum, and of what is saved of it.
 
     Args:
         model: one that `add_momentum` changed, or one loaded, with adapters around it or not.
@@ -187,7 +228,8 @@ def set_momentum(model: nn.Module, **numbers: float) -> None:
     blocks = [module for module in model.modules() if isinstance(module, MomentumBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} carries no momentum: call add_momentum first.")
-    new = {name: blocks[0].momentum_options[name] for name in ("mu", "gamma", "look_ahead")} | numbers
+    known = blocks[0].momentum_options
+    new = {name: known[name] for name in ("mu", "gamma", "look_ahead", "adam_gamma") if name in known} | numbers
     _check_numbers(**new)
     for block in blocks:
         block.momentum_options |= new
@@ -216,11 +258,13 @@ class MomentumWarmup(TrainerCallback):
         set_momentum(kwargs["model"], mu=self.mu * min(state.global_step / self.steps, 1.0))
 
 
-def _check_numbers(mu: float, gamma: float, look_ahead: float) -> None:
+def _check_numbers(mu: float, gamma: float, look_ahead: float, adam_gamma: float = 1.0) -> None:
     if not 0 <= mu < 1:
         raise ValueError(f"mu must be from 0 below 1, not {mu}: momentum would grow without end.")
-    if not (math.isfinite(gamma) and math.isfinite(look_ahead)):
-        raise ValueError(f"gamma and look_ahead must be finite, not {gamma} and {look_ahead}.")
+    if not all(map(math.isfinite, (gamma, look_ahead, adam_gamma))):
+        raise ValueError(
+            f"gamma, look_ahead and adam_gamma must be finite, not {gamma}, {look_ahead} and {adam_gamma}."
+        )
 
 
 def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
@@ -256,11 +300,23 @@ def _install(stack: nn.ModuleList, width: int, options: dict[str, Any]) -> None:
 def _trim_recorded(module: PreTrainedModel, args: Any, output: Any) -> Any:
     """Leave the hidden states that a model recorded of its layers without the momentum beside them."""
     width = module.config.get_text_config().hidden_size
+    if type(output) is tuple:  # of return_dict=False, which has no names
+        return tuple(_trimmed(states, width) if _are_states(states, width) else states for states in output)
     items = output.items() if isinstance(output, dict) else ()
     for name, states in items:
         if name.endswith("hidden_states") and isinstance(states, tuple):
-            output[name] = tuple(state if state is None else state[..., :width] for state in states)
+            output[name] = _trimmed(states, width)
     return output
+
+
+def _are_states(states: Any, width: int) -> bool:
+    """Return whether these are hidden states of layers, of which the first are embeddings, [B, S, D]."""
+    first = states[0] if isinstance(states, tuple) and states else None
+    return isinstance(first, torch.Tensor) and first.dim() == 3 and first.shape[-1] == width
+
+
+def _trimmed(states: tuple[Any, ...], width: int) -> tuple[Any, ...]:
+    return tuple(state if state is None else state[..., :width] for state in states)
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -39,19 +39,17 @@ def test_without_a_share_nothing_changes_and_with_one_all_later_blocks_do(name: 
 
 
 def _by_hand(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str, mu: float, gamma: float) -> Any:
-    """Compute a Mixtral with outputs of experts replaced from outside, and momentum kept in a list."""
-    steps: list[torch.Tensor] = []
+    """Compute a Mixtral with outputs of experts replaced from outside: sums over the raw outputs kept in a list."""
+    raw: list[torch.Tensor] = []
 
     def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        past = steps[-1] if steps else torch.zeros_like(output)
-        if kind == "adam" and not steps:
-            steps.append(gamma * 0.1 * output / (0.001 * output**2 + 1e-8) ** 0.5)
-        elif kind == "scale":
-            steps.append(output)
-            return output * gamma * (1 - mu ** len(steps)) / (1 - mu)
-        else:
-            steps.append(mu * past + gamma * output)
-        return steps[-1]
+        raw.append(output)
+        last = len(raw) - 1
+        if kind == "adam" and not last:
+            return 0.3 * 0.1 * output / (0.001 * output**2 + 1e-8) ** 0.5
+        if kind == "scale":
+            return output * gamma * (1 - mu ** len(raw)) / (1 - mu)
+        return gamma * sum(mu ** (last - layer) * step for layer, step in enumerate(raw))
 
     hooks = [layer.mlp.register_forward_hook(replace) for layer in model.model.layers]
     expected = logits(model, batch)
@@ -65,8 +63,38 @@ def test_blocks_return_what_the_formulas_say(kind: str) -> None:
     model = build("mixtral")
     batch = tokens(model)
     expected = _by_hand(model, batch, kind, 0.6, 0.8)
-    found = logits(add_momentum(model, 0.6, 0.8, kind=kind), batch)
+    found = logits(add_momentum(model, 0.6, 0.8, kind=kind, adam_gamma=0.3), batch)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_hidden_states_without_names_have_no_momentum_beside_them() -> None:
+    model = add_momentum(build("mixtral"), 0.5)
+    batch = tokens(model)
+    named = model(**batch, output_hidden_states=True, return_dict=True).hidden_states
+    for part in (model, model.model):
+        given = part(**batch, output_hidden_states=True, return_dict=False)
+        states = [item for item in given if isinstance(item, tuple) and item[0].shape[-1] == 32]
+        assert [[tuple(state.shape) for state in item] for item in states] == [[(2, 12, 32)] * 5]
+        torch.testing.assert_close(states[0], named)
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "deepseek_v4", "ernie4_5_vl_moe", "qwen3_vl_moe"])
+def test_families_whose_layers_hand_on_other_shapes_are_refused_at_once(name: str) -> None:
+    model = build(name)
+    cls = type(model)
+    with pytest.raises(ValueError, match=f"Layers of {name}.* add_momentum does not serve this family"):
+        add_momentum(model)
+    assert type(model) is cls
+
+
+def test_a_block_that_returns_rows_of_tokens_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral")
+    block = type(model.model.layers[0].mlp)
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, hidden_states: forward(self, hidden_states).flatten(0, 1))
+    add_momentum(model)
+    with pytest.raises(ValueError, match=r"takes \[2, 12, 32\] and returns \[24, 32\]"):
+        logits(model, tokens(model))
 
 
 def test_the_look_ahead_of_robust_momentum_moves_the_experts_input() -> None:
