@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @dataclass(frozen=True)
 class Greedy:
-    """A prompt and its continuation as token ids, and by how much each token's logit was above the second best."""
+    """A prompt and its continuation as token ids, and the logits (tokens, V) that each token was chosen by."""
 
     prompt: list[int]
     tokens: list[int]
-    margins: list[float]
+    logits: torch.Tensor
     eos: frozenset[int]
 
     def compare(self, tokens: list[int]) -> str:
@@ -22,7 +22,11 @@ class Greedy:
         alike = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(tokens, self.tokens, strict=False))))
         if alike == len(self.tokens):
             return f"the same {alike} greedy tokens"
-        return f"{alike} of {len(self.tokens)} greedy tokens, then one whose logit is {self.margins[alike]:.2g} below"
+        told = f"{alike} of {len(self.tokens)} greedy tokens, then"
+        if alike == len(tokens):
+            return f"{told} the end"
+        logits = self.logits[alike]
+        return f"{told} one whose logit is {float(logits.max() - logits[tokens[alike]]):.2g} below"
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -43,8 +47,7 @@ def with_transformers(folder: str, prompt: str, count: int) -> Greedy:
     inputs = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt", return_token_type_ids=False)
     options = {"do_sample": False, "max_new_tokens": count, "output_logits": True, "return_dict_in_generate": True}
     result = model.generate(**inputs, **options)
-    best = torch.cat(result.logits).topk(2).values  # (tokens, 2)
     end = model.generation_config.eos_token_id
     eos = frozenset(end if isinstance(end, list) else [end])
     ids = inputs["input_ids"][0]
-    return Greedy(ids.tolist(), result.sequences[0, len(ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist(), eos)
+    return Greedy(ids.tolist(), result.sequences[0, len(ids) :].tolist(), torch.cat(result.logits), eos)

@@ -69,7 +69,8 @@ def test_transformers_serves_it(plain: Path) -> None:
     assert result.stdout.strip().endswith(answer), result.stderr
 
 
-def test_the_help_tells_of_code_beside_the_weights() -> None:
-    result = run("serving/with_transformers_serve.py", "--help")
-    assert result.returncode == 0
-    assert "--trust-remote-code" in result.stdout
+def test_a_model_with_code_of_its_own_is_to_be_exported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mcsmoe", "auto_map": {}}))
+    result = run("serving/with_transformers_serve.py", tmp_path)
+    assert result.returncode == 1
+    assert f"hf-mcsmoe export {tmp_path} --output PLAIN" in result.stderr
