@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mcsmoe.cli.display import notes
 from hf_mcsmoe.cli.export import PlainForm
+from hf_mcsmoe.export.architectures import check_architecture
 from hf_mcsmoe.export.calibrate import RouterFit
 from hf_mcsmoe.export.checkpoint import export
 from hf_mcsmoe.export.engines import check_engines, nearest_count
@@ -49,6 +50,7 @@ def plain_config(config: MergeConfig, size: SizeConfig | None, layers: Layers, e
     Raises:
         ValueError: layers of unlike numbers of experts are asked for, or a number that an engine cannot run.
     """
+    check_architecture(engines, type(layers.model).__name__, layers.model.config.model_type)
     if size is not None:
         return _sized(config, size, layers)
     if config.budget == MergeConfig.budget:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.card import planned_layers, render, renew_metadata
 from hf_mcsmoe.evaluation.costs import account
+from hf_mcsmoe.export.architectures import check_architecture
 from hf_mcsmoe.export.calibrate import Fitted, RouterFit, fit_router
 from hf_mcsmoe.export.engines import check_engine_names, check_engines
 from hf_mcsmoe.export.form import PlainForm, plain_form_of, shape_of
@@ -127,7 +128,8 @@ def checked(
         form = substituted_form(layers)
     else:
         form = plain_form_of(layers, expand=expand, engines=engines)
-    advice = check_engines(engines, shape_of(layers, form.num_experts))
+    advice = check_architecture(engines, type(form.plain).__name__, form.plain.config.model_type)
+    advice += check_engines(engines, shape_of(layers, form.num_experts))
     stored = stored_form(form, engines, dense=dense, mxfp4=mxfp4)
     if is_fitted and not any(slot.is_combined for slot in form.slots):
         raise ValueError("The plain router keeps all of its rows, so that there is nothing to fit: leave data out.")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_mcsmoe.export.architectures import check_architecture
 from hf_mcsmoe.export.engines import ENGINES, RULES, Shape, check_engines, nearest_count, preferred_counts
 
 
@@ -29,6 +30,15 @@ def test_what_only_runs_slower_is_told_and_not_refused() -> None:
     assert told[0].startswith("vllm shares experts out evenly")
     assert "powers of two" in told[1]
     assert check_engines(ENGINES, Shape(64, 8, width=768)) == []
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "mlx"])
+def test_families_that_an_engine_does_not_know_are_refused(engine: str) -> None:
+    assert check_architecture([engine], "MixtralForCausalLM", "mixtral") == []
+    with pytest.raises(ValueError, match=f"{engine} does not know JetMoeForCausalLM"):
+        check_architecture([engine], "JetMoeForCausalLM", "jetmoe")
+    (told,) = check_architecture(["vllm", "transformers"], "JetMoeForCausalLM", "jetmoe")
+    assert told == "Whether vllm knows `JetMoeForCausalLM` was not looked up."
 
 
 def test_every_rule_is_of_an_engine_and_tells_its_source() -> None:
