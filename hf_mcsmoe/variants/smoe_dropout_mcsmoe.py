@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers import initialization as init
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, VariantModule, become, generated_in
+from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, VariantModule, become, generated_in, own_configs
 
 # How families call an MLP's projections: gate, up, down.
 LAYOUTS = (
@@ -37,6 +37,7 @@ ALIGNED = 8
 # How configurations and modules call k.
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 TOP_K_ATTRIBUTES = ("top_k", "num_experts_per_tok")
+COUNTS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
 
 
 class SmoeDropoutModel(VariantModel):
@@ -58,9 +59,10 @@ class SmoeDropoutModel(VariantModel):
                 "GPT-2's or GPT-NeoX's)."
             )
         blocks = [MoefiedMLP(self.config, mlp, **options) for _, _, mlp in found]
-        for (parent, name, mlp), block in zip(found, blocks, strict=True):
+        for (_, _, mlp), block in zip(found, blocks, strict=True):
             if not block.gate.weight.is_meta:
                 block.check_same(mlp)
+        for (parent, name, _), block in zip(found, blocks, strict=True):
             setattr(parent, name, block)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -309,17 +311,24 @@ def _bias(projection: Any) -> torch.Tensor:
 def set_top_k(model: nn.Module, top_k: int) -> None:
     """Let every SMoE block of a model pick `top_k` experts, as the saved model will.
 
+    Another model of the same configuration is left alone: this one has a copy of its own from here on.
+
     Raises:
         ValueError: the model has no blocks that pick by a number, or fewer experts can be picked.
     """
     places = list(_top_k_places(model))
     if not places:
         raise ValueError(f"{type(model).__name__} has no blocks whose number of experts a token can be set.")
-    most = min(_most(module) for module, _ in places)
+    most = min(_most(block, module) for block, module, _ in places)
     if not 1 <= top_k <= most:
         raise ValueError(f"top_k must be from 1 to {most}, the experts that a token can get, not {top_k}.")
-    for module, name in places:
+    for _, module, name in places:
         setattr(module, name, top_k)
+    for module in model.modules():  # heads, whose loss of load balancing goes by it
+        if isinstance(module, PreTrainedModel):
+            for name in vars(module).keys() & set(TOP_K_FIELDS):
+                setattr(module, name, top_k)
+    own_configs(model)
     for config in {id(config): config for config in _configs(model)}.values():
         for name in vars(config).keys() & set(TOP_K_FIELDS):
             setattr(config, name, top_k)
@@ -334,23 +343,26 @@ def get_top_k(model: nn.Module) -> int:
     Raises:
         ValueError: the model has no blocks that pick by a number.
     """
-    for module, name in _top_k_places(model):
+    for _, module, name in _top_k_places(model):
         return vars(module)[name]
     raise ValueError(f"{type(model).__name__} has no blocks whose number of experts a token can be set.")
 
 
-def _top_k_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the modules that know k, and what they call it: in the blocks around experts, and in these."""
+def _top_k_places(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
+    """Yield blocks around experts, the modules that know k, these and in these, and what they call it."""
     for block in model.modules():
         if "experts" in dict(block.named_children()):
             for module in block.modules():
-                yield from ((module, name) for name in TOP_K_ATTRIBUTES if type(vars(module).get(name)) is int)
+                yield from ((block, module, name) for name in TOP_K_ATTRIBUTES if type(vars(module).get(name)) is int)
 
 
-def _most(module: nn.Module) -> float:
+def _most(block: nn.Module, router: nn.Module) -> float:
     """Return how many experts a router can pick: all, or those of the groups that a token may choose from."""
-    known = vars(module)
-    count = next((known[name] for name in ("num_experts", "n_routed_experts") if name in known), math.inf)
+    known, experts = vars(router), block.get_submodule("experts")
+    counts = [vars(module)[name] for module in (router, experts) for name in COUNTS if name in vars(module)]
+    stacked = [len(parameter) for parameter in experts.parameters(recurse=False) if parameter.dim() == 3]
+    listed = [len(experts)] if isinstance(experts, nn.ModuleList | nn.ModuleDict) else []
+    count = next(iter(counts + listed + stacked), math.inf)
     groups, chosen = known.get("n_group") or known.get("num_group") or 1, known.get("topk_group") or 1
     return count if groups == 1 else count // groups * chosen
 
@@ -419,6 +431,10 @@ class ElasticTopK(TrainerCallback):
         if k != get_top_k(kwargs["model"]):
             set_top_k(kwargs["model"], k)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the k that growth ends at, which the last step does not reach; it is what is saved from here on."""
+        set_top_k(kwargs["model"], self.k_max)
+
 
 @torch.no_grad()
 def evaluate_k_sweep(
@@ -427,33 +443,44 @@ def evaluate_k_sweep(
     """Return the mean loss per label of a model with each k; its own k and mode are as they were afterwards.
 
     Args:
-        batches: what the model is called with, `labels` among it, -100 where a place has none.
+        batches: what the model is called with, `labels` among it, [B, S] or of classes [B], -100 where a place has
+            none; batches of such places alone are left out.
         ks: numbers of experts a token.
 
     Raises:
-        ValueError: no batch, a batch without labels, or a k that the model cannot have.
+        ValueError: no batch, a batch without labels, labels of which none counts, or a k that the model cannot have.
     """
     given, before, training = list(batches), get_top_k(model), model.training
     if not given or any("labels" not in batch for batch in given):
         raise ValueError("evaluate_k_sweep needs batches with labels, and got one without, or none.")
+    counted = [(batch, count) for batch in given if (count := _count_labels(model, batch["labels"]))]
+    if not counted:
+        raise ValueError("evaluate_k_sweep needs labels that count, and all of its batches have -100 alone.")
     losses = {}
     try:
         model.eval()
         for k in ks:
             set_top_k(model, k)
-            losses[k] = _mean_loss(model, given)
+            losses[k] = _mean_loss(model, counted)
     finally:
         set_top_k(model, before)
         model.train(training)
     return losses
 
 
-def _mean_loss(model: PreTrainedModel, batches: list[Mapping[str, torch.Tensor]]) -> float:
-    # A decoder's first label is predicted by nothing.
-    first = 0 if model.config.is_encoder_decoder else 1
-    counts = [int((batch["labels"][:, first:] != -100).sum()) for batch in batches]
-    losses = [float(model(**batch).loss) for batch in batches]
-    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+def _count_labels(model: PreTrainedModel, labels: torch.Tensor) -> int:
+    """Return how many labels a loss is the mean of."""
+    if labels.dim() > 1 and not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]  # a decoder's first label is predicted by nothing
+    return int((labels != -100).sum())
+
+
+def _mean_loss(model: PreTrainedModel, batches: list[tuple[Mapping[str, torch.Tensor], int]]) -> float:
+    # With the routers' logits the loss of load balancing would be added.
+    has_routers = "output_router_logits" in vars(model.config.get_text_config())
+    without: dict[str, Any] = {"output_router_logits": False} if has_routers else {}
+    losses = [(float(model(**{**batch, **without}).loss), count) for batch, count in batches]
+    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -117,12 +119,51 @@ def test_any_model_gets_another_k_as_its_configuration_would_say(name: str, tmp_
     batch = tokens(model)
     before, k = logits(model, batch), get_top_k(model)
     set_top_k(model, 2 if k == 1 else 1)
-    changed = logits(model, batch)
+    changed, balance = logits(model, batch), model(**batch, output_router_logits=True).aux_loss
     assert not torch.allclose(changed, before)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), batch), changed)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch), changed)
+    assert torch.equal(loaded(**batch, output_router_logits=True).aux_loss, balance), "an old k in the head's loss"
     set_top_k(model, k)
     assert torch.equal(logits(model, batch), before)
+
+
+def test_another_model_of_the_same_configuration_keeps_its_k() -> None:
+    model = build("mixtral")
+    other = type(model)(model.config)
+    before = other.config.to_dict()
+    set_top_k(model, 5)
+    assert (other.config.to_dict(), get_top_k(other)) == (before, before["num_experts_per_tok"])
+    assert model.config.num_experts_per_tok == model.model.config.num_experts_per_tok == 5
+
+
+def test_growth_ends_at_its_largest_k() -> None:
+    model = moefy_dense(dense(), 4, top_k=1)
+    ElasticTopK(1, 4).on_train_end(None, None, None, model=model)
+    assert (get_top_k(model), model.config.variant["options"]["top_k"]) == (4, 4)
+
+
+def test_a_sweep_leaves_out_what_has_no_label_and_the_loss_of_load_balancing() -> None:
+    model = build("mixtral")
+    model.config.output_router_logits, model.router_aux_loss_coef = True, 100.0
+    ids = tokens(model)["input_ids"]
+    batches = [{"input_ids": ids, "labels": ids}, {"input_ids": ids, "labels": torch.full_like(ids, -100)}]
+    losses = evaluate_k_sweep(model, batches, [2])
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert losses == {2: pytest.approx(expected.item(), abs=1e-5)}
+    with pytest.raises(ValueError, match="labels that count"):
+        evaluate_k_sweep(model, batches[1:], [2])
+
+
+def test_a_sweep_of_a_classifier_weighs_batches_by_their_rows() -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**SIZES, **HEADS, num_labels=3)).eval()
+    moefy_dense(model, 2)
+    ids, labels = torch.randint(1, 128, (3, 7)), torch.tensor([0, 2, 1])
+    batches = [{"input_ids": ids[:2], "labels": labels[:2]}, {"input_ids": ids[2:], "labels": labels[2:]}]
+    expected = torch.nn.functional.cross_entropy(model(ids).logits, labels).item()
+    assert evaluate_k_sweep(model, batches, [2]) == {2: pytest.approx(expected, abs=1e-5)}
 
 
 def test_a_sweep_tells_the_loss_of_each_k_and_leaves_the_model_alone() -> None:
@@ -163,6 +204,7 @@ def _t5() -> PreTrainedModel:
         "layout": (lambda: moefy_dense(_t5(), 4), "has no MLP of the layouts"),
         "twice": (lambda: moefy_dense(moefy_dense(dense(), 4), 4), "neither of a compressed one nor of another"),
         "too many": (lambda: set_top_k(build("mixtral"), 9), "from 1 to 8, .* not 9"),
+        "of its experts": (lambda: set_top_k(build("dbrx"), 10_000), "from 1 to 8, .* not 10000"),
         "groups": (lambda: set_top_k(build("deepseek_v3"), 8), "from 1 to 4, .* not 8"),
         "no k": (lambda: set_top_k(build("switch_transformers"), 1), "no blocks whose number"),
         "shrinking": (lambda: ElasticTopK(4, 2), "k_min=4 and k_max=2"),
@@ -185,3 +227,13 @@ def test_an_mlp_that_computes_something_else_is_refused_and_the_model_left_alone
     with pytest.raises(ValueError, match="LlamaMLP computes something else"):
         moefy_dense(model, 4)
     assert type(model.model.layers[0].mlp) is mlp
+
+
+def test_where_a_later_mlp_computes_something_else_no_earlier_one_is_changed() -> None:
+    model = dense()
+    layers = model.model.layers
+    cls, forward = type(layers[0].mlp), layers[1].mlp.forward
+    layers[1].mlp.forward = lambda x: forward(x) + x
+    with pytest.raises(ValueError, match="LlamaMLP computes something else"):
+        moefy_dense(model, 4)
+    assert [type(layer.mlp) for layer in layers] == [cls, cls]
