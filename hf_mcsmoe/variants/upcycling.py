@@ -7,12 +7,15 @@ Source: Sukhbaatar and others, Branch-Train-MiX (COLM 2024, arXiv 2403.07816); t
 (NeurIPS 2024, arXiv 2408.08274).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from hf_mcsmoe.variants.remote_mcsmoe import check_whole
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,27 @@ def upcycle_dense(
         models: dense models for causal language modelling of one family and one configuration.
         into: "mixtral" (of Llama or Mistral models without biases), "qwen3_moe" (Qwen3), "flex_olmo" (OLMo 2), or
             "olmoe" (OLMoE with one expert, which is dense).
-        top_k: how many experts a token gets; at most the number of models.
+        top_k: how many experts a token gets; at most the number of models. With 1 the weight is always 1, so that no
+            gradient of the model's loss reaches the routers, which is warned of.
         router_std: standard deviation of the routers' weights; None for the family's own.
 
     Raises:
-        ValueError: the family is unknown or cannot hold these models, their configurations differ, or `top_k` is out
-            of its range.
+        ValueError: the family is unknown or cannot hold these models, a model has no head, carries adapters or is
+            offloaded, their configurations differ, or `top_k` is out of its range.
     """
     if into not in TARGETS:
         raise ValueError(f"into must be one of {', '.join(TARGETS)}, not {into!r}.")
     if not models or not 1 <= top_k <= len(models):
         raise ValueError(f"Needs 1 <= top_k <= the number of models, not top_k={top_k} and {len(models)} models.")
+    for number, model in enumerate(models):
+        _check_branch(number, model)
     config = _config(models, into, top_k)
+    if top_k == 1 < len(models):
+        warnings.warn(
+            "With top_k=1 the weight of the one expert picked is always 1, so that training gives the routers no "
+            "gradient: take top_k=2 or more where they are to learn.",
+            stacklevel=2,
+        )
     mixture = AutoModelForCausalLM.from_config(config, dtype=models[0].dtype)
     states = [_dense_state(model) for model in models]
     filled = _averaged(states) | _experts(states, config.num_hidden_layers)
@@ -80,6 +92,22 @@ def upcycle_dense(
     return mixture.eval()
 
 
+def _check_branch(number: int, model: Any) -> None:
+    """Refuse what is no whole causal language model of Transformers' own."""
+    # PEFT's wrapper is no model of Transformers, and leaves its adapters in the one inside.
+    if not isinstance(model, PreTrainedModel) or any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"Model {number}, {type(model).__name__}, is no model of Transformers or carries adapters: call "
+            "merge_and_unload() of a PEFT model first."
+        )
+    if not isinstance(model, AutoModelForCausalLM._model_mapping.get(type(model.config), PreTrainedModel)):
+        raise ValueError(
+            f"Model {number}, {type(model).__name__}, has no head for causal language modelling: load it with "
+            "AutoModelForCausalLM."
+        )
+    check_whole(model)
+
+
 def _config(models: Sequence[PreTrainedModel], into: str, top_k: int) -> PreTrainedConfig:
     """Return the mixture's configuration, after a look at whether it can be one."""
     target, configs = TARGETS[into], [model.config for model in models]
@@ -96,6 +124,11 @@ def _config(models: Sequence[PreTrainedModel], into: str, top_k: int) -> PreTrai
     if said[0].get("num_experts", 1) != 1 or (said[0].get("attention_bias") and into == "mixtral"):
         raise ValueError(f"{into} is made of dense models without biases; of OLMoE, of models with num_experts=1.")
     known = {*base().to_dict(), "head_dim"}  # which all families read, and not all declare
+    if len(kinds := sorted(set(said[0].get("layer_types") or ()))) > 1 and "layer_types" not in known:
+        raise ValueError(
+            f"The models' layer_types are {' and '.join(kinds)}, and {into} has one kind of attention in all layers: "
+            "branches must have one kind as well."
+        )
     given = {key: value for key, value in said[0].items() if key in known}
     given |= {"num_experts": len(models), "num_experts_per_tok": top_k, **target.fields}
     if into == "mixtral":

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import logits
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     MistralConfig,
@@ -61,7 +62,10 @@ def test_equal_models_are_their_mixture_whatever_the_routers_say(name: str, tmp_
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_router_that_chooses_one_model_has_its_mlp_and_all_else_is_the_mean(name: str) -> None:
     models = [_branch(name, seed) for seed in range(3)]
-    mixture = upcycle_dense(models, BRANCHES[name][0], top_k=1)
+    with pytest.warns(UserWarning, match="gives the routers no gradient"):
+        mixture = upcycle_dense(models, BRANCHES[name][0], top_k=1)
+    mixture(**tokens(mixture)).logits.logsumexp(-1).sum().backward()
+    assert mixture.model.layers[1].mlp.gate.weight.grad.abs().max() < 1e-5
     states = [model.state_dict() for model in models]
     for key, value in mixture.state_dict().items():
         if ".mlp." not in key:
@@ -95,3 +99,26 @@ def test_biases_that_the_family_has_no_place_for_are_told() -> None:
     models = [dense(mlp_bias=True) for _ in range(2)]
     with pytest.raises(ValueError, match=r"mixtral has no place for \['model.layers.0.mlp.*bias'\]"):
         upcycle_dense(models, "mixtral")
+
+
+def test_layers_of_two_kinds_of_attention_are_refused() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(**GIVEN, head_dim=16, **window))
+    assert len(set(model.config.layer_types)) == 2
+    with pytest.raises(ValueError, match="full_attention and sliding_attention, and qwen3_moe has one kind"):
+        upcycle_dense([model] * 2, "qwen3_moe")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT
+def test_models_without_a_head_with_adapters_or_without_weights_are_refused() -> None:
+    model = dense()
+    with pytest.raises(ValueError, match="Model 1, LlamaModel, has no head for causal"):
+        upcycle_dense([model, model.model], "mixtral")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(ValueError, match="load it without device_map"):
+        upcycle_dense([model, empty], "mixtral")
+    adapted = get_peft_model(dense(), LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    for given, name in ((adapted, "PeftModelForCausalLM"), (adapted.get_base_model(), "LlamaForCausalLM")):
+        with pytest.raises(ValueError, match=f"Model 0, {name}, .* merge_and_unload"):
+            upcycle_dense([given, model], "mixtral")
