@@ -26,7 +26,7 @@ PANELS = {
     "compare": {"Data", "Methods", "Loading", "Output"},
     "compress": {"Data", "Size", "Merge", "Repair", "Storage", "Loading", "Output", "Streaming", "Plain"},
     "distill": {"Data", "Training", "Merge", "Storage", "Loading", "Output"},
-    "export": {"Plain", "Data", "Output"},
+    "export": {"Plain", "Data", "Loading", "Output"},
     "evaluate": {"Data", "Loading", "Output"},
     "report": {"Data", "Output"},
     "methods": {"Output"},
