@@ -63,10 +63,12 @@ def test_its_commands_run_as_typed(folder: Path, run: Run, monkeypatch: pytest.M
     monkeypatch.chdir(folder)
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-mcsmoe")]
     assert [shlex.split(line, comments=True)[1] for line in lines] == [
-        *("inspect", "plan", "compress", "compress", "compress", "calibrate", "compare", "distill", "evaluate", "report")
+        *("inspect", "plan", "compress", "compress", "compress", "calibrate"),
+        *("compare", "distill", "evaluate", "report"),
     ]
     for number, line in enumerate(lines):
-        words = {"MODEL": "model", "DIR": f"out{min(number, 3)}", "DISTILLED": "distilled", "PLAIN": "plain", "sst2": "text.jsonl"}
+        words = {"MODEL": "model", "DIR": f"out{min(number, 3)}", "DISTILLED": "distilled"}
+        words |= {"PLAIN": "plain", "sst2": "text.jsonl"}
         # A rank and a size that experts like these have; text instead of a task's rows.
         more = {"32": "16", "20GB": "0.6", "--task": "--data"}
         arguments = [(words | more).get(word, word) for word in shlex.split(line, comments=True)[1:]]
