@@ -289,15 +289,24 @@ Found in the installed Transformers by their experts, not by a list of names.
 a fresh process without this package, and the same logits. A family that a later Transformers adds and that follows
 its experts interface needs no code here.
 
+The last column is the plain checkpoint of fewer experts ([serving.md](serving.md)), which
+`tests/export/test_plain_families.py` reads with Transformers alone. Routers that pick among groups need as many
+experts in each of them.
+
 Shared experts stay as they are, and so do the experts of vision, audio and speech parts: multimodal models are
 compressed in their text part.
 
 This page is written by `python tests/families.py > docs/families.md`, and a test compares it with the installed
 Transformers.
 
-| family | class built | experts | supported |
-|---|---|---|---|
+| family | class built | experts | supported | plain |
+|---|---|---|---|---|
 """
+# Families of which a merged model has no plain checkpoint but one with all of its router's rows, and why.
+NO_FEWER_ROWS = {
+    "deepseek_v4": "its router sends tokens of the vocabulary to fixed experts",
+    "jetmoe": "its attention has experts of the same number",
+}
 
 
 def families_page() -> str:
@@ -312,8 +321,9 @@ def _support(family: Family) -> str:
         layouts = dict.fromkeys(map(_layout, moe_layers(model)))
         config_class_for(type(model.config).model_type)
     except ValueError as error:
-        return f"| no: {str(error).rpartition('cannot be merged: ')[2].rstrip('.')}"
-    return f"{'; '.join(layouts)} | yes"
+        return f"| no: {str(error).rpartition('cannot be merged: ')[2].rstrip('.')} |"
+    plain = f"expanded alone: {NO_FEWER_ROWS[family.name]}" if family.name in NO_FEWER_ROWS else "yes"
+    return f"{'; '.join(layouts)} | yes | {plain}"
 
 
 def _layout(layer: MoELayer) -> str:
