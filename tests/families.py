@@ -305,6 +305,7 @@ Transformers.
 # Families of which a merged model has no plain checkpoint but one with all of its router's rows, and why.
 NO_FEWER_ROWS = {
     "deepseek_v4": "its router sends tokens of the vocabulary to fixed experts",
+    "ernie4_5_vl_moe": "its experts of images have the same number",
     "jetmoe": "its attention has experts of the same number",
 }
 

@@ -15,6 +15,7 @@ def results() -> dict[str, demo.Result]:
     return {row.name: row for row in demo.run(0.5)}
 
 
+@pytest.mark.slow
 def test_the_original_has_the_figures_that_its_folder_states(results: dict[str, demo.Result]) -> None:
     stated = json.loads((demo.ASSETS / "figures.json").read_text())["all"]
     assert results["original"].loss == pytest.approx(stated["loss"], rel=1e-3)

@@ -120,6 +120,7 @@ print(plan_merge(model, statistics, config).config)
 """
 
 
+@pytest.mark.slow
 def test_the_methods_that_the_page_on_extending_shows_work_as_they_are() -> None:
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)) + MERGES_BY_THEM

@@ -147,7 +147,8 @@ def switch() -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("by", [pytest.param("generation", marks=pytest.mark.slow), "likelihood"])
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+@pytest.mark.slow
 def test_a_model_that_knows_the_answers_is_told_so_and_one_that_is_asked_the_reverse_is_not(
     switch: PreTrainedModel, by: str
 ) -> None:

@@ -157,6 +157,7 @@ def _check_forms(forms: dict[str, Callable[[Path], None]], base: Path, tmp_path:
         assert found[str(source)][1], source.name
 
 
+@pytest.mark.slow
 def test_source_and_result_tokenize_and_template_alike(base: Path, tmp_path: Path) -> None:
     _check_forms(FORMS, base, tmp_path)
 

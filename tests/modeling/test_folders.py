@@ -77,10 +77,11 @@ def _found(folder: Path, answers: dict[str, torch.Tensor]) -> str:
     ("old", "new", "name"),
     [
         ("old, 100KB", "new, 5GB", "SIGKILL"),
-        pytest.param("old, 5GB", "new, 100KB", "SIGTERM", marks=pytest.mark.slow),
-        pytest.param("", "new, 5GB", "SIGKILL", marks=pytest.mark.slow),
+        ("old, 5GB", "new, 100KB", "SIGTERM"),
+        ("", "new, 5GB", "SIGKILL"),
     ],
 )
+@pytest.mark.slow
 def test_a_kill_at_any_move_leaves_the_old_model_the_new_one_or_none(
     old: str, new: str, name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

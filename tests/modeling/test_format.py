@@ -244,6 +244,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_the_files_that_travel_refuse_them_as_well(saved: Path, tmp_path: Path) -> None:
     folders = [_changed(saved, tmp_path / str(place), change) for place, (change, _) in enumerate(WRONG.values())]
     done = run_python(["-c", REFUSED_WITHOUT_PACKAGE, *map(str, folders)], tmp_path)

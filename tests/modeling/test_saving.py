@@ -231,6 +231,7 @@ def test_the_card_tells_the_hub_what_the_model_is(
         assert f"| `{layer}` | 8 | {kept} |" in card.text
 
 
+@pytest.mark.slow
 def test_the_cards_examples_run_as_they_stand(tmp_path: Path) -> None:
     classes = {"mixtral": "AutoModelForCausalLM", "switch_transformers": "AutoModelForSeq2SeqLM"}
     code = ""
@@ -261,6 +262,7 @@ loaded.save_pretrained(f"{scratch}/again")
 """
 
 
+@pytest.mark.slow
 def test_a_push_uploads_all_files_from_where_they_load(case: Example, tmp_path: Path) -> None:
     folder = save(case, tmp_path)
     with running_hub() as hub:
@@ -299,6 +301,7 @@ model.save_pretrained(sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_reloaded_model_is_saved_without_a_warning(tmp_path: Path) -> None:
     folder = save(example("mixtral"), tmp_path)
     done = run_python(["-c", SAVE_AGAIN, str(folder), str(tmp_path / "again")], tmp_path)

@@ -22,8 +22,8 @@ BITS = QuantizationConfig(bits=8, group_size=8)
         ({"config": MergeConfig(experts=1.0), "quantization": BITS, "repair": JOINT}, 1),
         ({"config": MergeConfig(experts=7, budget="uniform"), "quantization": BITS, "repair": JOINT}, 1),
         ({"config": MergeConfig(experts=1.0), "quantization": BITS}, 0),
-        ({"size": 0.7, "repair": JOINT}, 1),
-        ({"size": 0.7, "repair": RepairConfig(method="none")}, 0),
+        pytest.param({"size": 0.7, "repair": JOINT}, 1, marks=pytest.mark.slow),
+        pytest.param({"size": 0.7, "repair": RepairConfig(method="none")}, 0, marks=pytest.mark.slow),
     ],
     ids=["bits", "experts and bits", "bits, no repair", "size", "size, no repair"],
 )

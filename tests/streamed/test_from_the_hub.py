@@ -68,6 +68,7 @@ def fetches(hub: Hub) -> dict[str, int]:
     return {name: sent.get(name, []).count(size) for name, size in sizes.items()}
 
 
+@pytest.mark.slow
 def test_shards_are_fetched_as_blocks_need_them(
     hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

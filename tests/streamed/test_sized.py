@@ -89,7 +89,8 @@ def test_bit_for_bit(name: str, size: SizeConfig, repair: RepairConfig | None, t
     assert stages.isdisjoint(["statistics", "curves"])
 
 
-@pytest.mark.parametrize(("size", "is_mapped"), [(PRUNE, False), pytest.param(FEW, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("size", "is_mapped"), [(PRUNE, False), (FEW, True)])
+@pytest.mark.slow
 def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     size: SizeConfig, is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
