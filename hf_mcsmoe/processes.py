@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 # Seconds that a process waits for the others to take part, between two looks at whether the first is done, and that
-# the first stays for the others to look.
-PATIENCE, POLL, GOODBYE = 1800.0, 0.2, 60.0
+# the first stays for the others to look, or to tell what it tells as well.
+PATIENCE, POLL, GOODBYE, MOMENT = 1800.0, 0.2, 60.0, 5.0
 _MEETINGS = count()
 
 
@@ -69,11 +69,17 @@ class Processes:
         return total
 
     def tells(self, message: str) -> bool:
-        """Return whether this process is the first to tell a message, which several may have to."""
+        """Return whether this process is the first to tell a message, which several may have to.
+
+        What they ask is held by the first of all, which waits a moment for the others that may have the same to tell.
+        """
         if self.store is None:
             return True
         with contextlib.suppress(RuntimeError):  # the store went with the process that held it
-            return self.store.add(f"told {message}", 1) == 1
+            asked = self.store.add(f"told {message}", 1)
+            if self.is_first:
+                self._wait_for(f"told {message}", self.size, MOMENT)
+            return asked == 1
         return True
 
     def sent(self, value: T, source: int) -> T:
@@ -158,9 +164,13 @@ class Processes:
             return
         with contextlib.suppress(RuntimeError):  # what it made is complete, whatever becomes of the others
             self.store.set("done", "1")
-            begin = time.monotonic()
-            while self.store.add("left", 0) < self.size - 1 and time.monotonic() - begin < GOODBYE:
-                time.sleep(POLL)
+            self._wait_for("left", self.size - 1, GOODBYE)
+
+    def _wait_for(self, key: str, number: int, seconds: float) -> None:
+        """Wait until so many were added to a key of the store, or for so long."""
+        begin = time.monotonic()
+        while self.store.add(key, 0) < number and time.monotonic() - begin < seconds:
+            time.sleep(POLL)
 
 
 ALONE = Processes()
