@@ -1,6 +1,7 @@
 """Plain checkpoints: written for the family's own class, and read by it."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def test_rows_of_a_plain_router_are_the_means_of_its_groups_by_their_frequency(t
         members = plan.members(group)
         mean = sum(counts[member] * rows[member] for member in members) / counts[members].sum()
         torch.testing.assert_close(again.get_parameter(router)[group], mean)
+
+
+def test_the_log_of_a_groups_size_is_added_to_the_bias_of_its_mean_row(tmp_path: Path) -> None:
+    case = uniform("gpt_oss")
+    export(case.merged, tmp_path / "plain", router_rows="logsumexp")
+    again = type(case.base).from_pretrained(tmp_path / "plain")
+    for name, plan in case.plan.layers.items():
+        router = name.replace("experts", "router")
+        for part, more in (("weight", 0), ("bias", 1)):
+            rows, found = (model.get_parameter(f"{router}.{part}") for model in (case.base, again))
+            for group in range(len(plan.dominant)):
+                members = plan.members(group)
+                mean = sum(rows[member] for member in members) / len(members)
+                torch.testing.assert_close(found[group], mean + more * math.log(len(members)))
 
 
 def test_layers_of_unlike_numbers_of_experts_are_told_the_nearest_one(tmp_path: Path) -> None:

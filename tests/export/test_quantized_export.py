@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import logits
+from families import build, inputs
+from helpers import batches, logits
 from merged import Example, run_python
 from pruned import pruned
 from quantized import quantize
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from hf_mcsmoe import moe_layers
+from hf_mcsmoe import MergeConfig, QuantizationConfig, compress, moe_layers
 from hf_mcsmoe.export import export
 from hf_mcsmoe.modeling.convert import write_description
 
@@ -203,3 +204,16 @@ def test_stock_transformers_loads_them_in_a_fresh_process(tmp_path: Path) -> Non
     for name, model in models.items():
         found = torch.load(tmp_path / f"{name}.logits")
         torch.testing.assert_close(found, logits(model, uniform(name).batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_merged_experts_in_few_bits_compute_the_same_in_all_their_places(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    config, bits = MergeConfig(experts=0.5, budget="uniform"), QuantizationConfig(bits=4, group_size=8)
+    merged = compress(model, batches(name, model), config, quantization=bits)
+    export(merged, tmp_path / "expanded", expand=True)
+    again, info = type(model).from_pretrained(tmp_path / "expanded", output_loading_info=True)
+    assert not any(info.values()), info
+    batch = inputs(name, model)
+    torch.testing.assert_close(logits(again, batch), logits(merged, batch), atol=1e-5, rtol=1e-5)
