@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from hf_mcsmoe.methods.registry import unknown
 
 ENGINES = ("vllm", "sglang", "llama.cpp", "mlx", "transformers")
-# Numbers of experts that kernels were tuned for, where a layer may have several.
-USUAL = (64, 96, 128, 160, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -151,13 +149,3 @@ def nearest_count(engines: Sequence[str], shape: Shape, *, least: int = 1, most:
             if is_routed and not broken(engines, replace(shape, num_experts=count)):
                 return count
     return None
-
-
-def preferred_counts(shape: Shape, processes: int = 1) -> list[int]:
-    """Return the numbers of experts that suit all engines, below that of a shape.
-
-    They are among those that kernels are tuned for, and multiples of 8, of the router's groups, and of the processes
-    of tensor or expert parallelism.
-    """
-    unit = math.lcm(shape.router_groups, 8, processes)
-    return [count for count in USUAL if count % unit == 0 and shape.top_k <= count < shape.num_experts]

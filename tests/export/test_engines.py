@@ -3,7 +3,7 @@
 import pytest
 
 from hf_mcsmoe.export.architectures import check_architecture
-from hf_mcsmoe.export.engines import ENGINES, RULES, Shape, check_engines, nearest_count, preferred_counts
+from hf_mcsmoe.export.engines import ENGINES, RULES, Shape, check_engines, nearest_count
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,3 @@ def test_the_nearest_number_lies_between_what_a_router_needs_and_what_there_is()
     assert nearest_count([], shape) == 16
     assert nearest_count([], Shape(3, 4), least=2) == 4
     assert nearest_count([], Shape(12, 2), least=14) == 14
-
-
-def test_preferred_numbers_suit_groups_and_processes() -> None:
-    assert preferred_counts(Shape(256, 8, router_groups=8)) == [64, 96, 128, 160, 192]
-    assert preferred_counts(Shape(192, 8), processes=64) == [64, 128]
