@@ -62,6 +62,9 @@ class Snapshot:
         self._own: Own = {}
         self._note: Callable[[Own], object] = lambda own: None
         self._lock = threading.Lock()
+        # What is to be fetched ahead and is not there yet, and who fetches.
+        self._ahead: set[str] = set()
+        self._threads: list[threading.Thread] = []
         source_folder(repo_id, self.commit)
 
     @property
@@ -108,19 +111,34 @@ class Snapshot:
     def fetch_ahead(self, names: Iterable[str]) -> None:
         """Begin to fetch files that will be needed next; whoever needs them waits for them, or is told why not."""
         if missing := [name for name in names if not (self.folder / name).is_file()]:
-            threading.Thread(target=self._fetch_quietly, args=(missing,), daemon=True).start()
+            with self._lock:
+                self._ahead |= {*missing}
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self._threads.append(threading.Thread(target=self._fetch_quietly, args=(missing,), daemon=True))
+            self._threads[-1].start()
 
     def _fetch_quietly(self, names: Iterable[str]) -> None:
+        """Fetch what is still to be fetched ahead; what is dropped in the meantime does not come back."""
         with contextlib.suppress(Exception):
             for name in names:
-                self.fetched(name)
+                if name in self._ahead:
+                    self.fetched(name)
+                    if name not in self._ahead:
+                        self._drop([str(self.folder / name)])
 
     def drop(self, names: Iterable[str]) -> None:
         """Remove files from the cache that were fetched for this, and no others."""
+        names = set(names)
+        with self._lock:
+            self._ahead -= names
         self._drop([str(self.folder / name) for name in names])
 
     def drop_all(self) -> None:
-        """Remove all files from the cache that were fetched for this, of an earlier commit too."""
+        """Remove all files from the cache that were fetched for this, of an earlier commit too, and fetch no more."""
+        with self._lock:
+            self._ahead.clear()
+        for thread in self._threads:
+            thread.join()
         self._drop([*self._own])
 
     def _drop(self, files: Iterable[str]) -> None:

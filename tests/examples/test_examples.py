@@ -126,11 +126,10 @@ def test_methods_are_compared_on_a_trained_model(tmp_path: Path) -> None:
     assert page.read_text().count("<svg") >= 2
 
 
-@pytest.mark.slow
-def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> None:
+def test_all_benchmarks_are_run_but_those_that_are_named_here() -> None:
     listed = (EXAMPLES / "benchmarks" / "run_all.py").read_text()
     # Measures of quality have a model and a text to be told, and the structure is no measure of speed.
-    quality = {"quality_ladder.py", "predicted_effect.py", "search_cost.py"}
+    quality = {"quality_ladder.py", "predicted_effect.py", "search_cost.py", "plain_router.py"}
     scripts = {path.name for path in (EXAMPLES / "benchmarks").glob("*.py") if not path.stem.startswith("compare_")}
     others = {name for name in scripts if f'"{name}"' not in listed}
     assert others - quality - {"structure.py"} - RATES - LARGE == {
@@ -139,5 +138,9 @@ def test_all_benchmarks_are_run_but_the_merge_of_two_billion_parameters() -> Non
         "run_all.py",
         "merge_2b.py",
     }
+
+
+@pytest.mark.slow
+def test_the_merge_of_two_billion_parameters_says_what_it_keeps() -> None:
     command = [sys.executable, EXAMPLES / "benchmarks" / "merge_2b.py", "--help"]
     assert "--keep" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,7 @@
 """A checkpoint of the Hub is read shard by shard, and its cache holds no more of it than is asked for."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,32 @@ def test_only_what_a_run_has_fetched_itself_is_dropped(
     assert cached(tmp_path / "cache") == {before, ours, anew, theirs, late}
     again.drop_all()
     assert cached(tmp_path / "cache") == {before, anew, theirs}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_is_fetched_ahead_is_dropped_when_it_comes_too_late(
+    ends: bool, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, *_ = sorted(fetches(hub))
+    asked, free, download = threading.Event(), threading.Event(), snapshot._download
+
+    def slow(repo_id: str, name: str, commit: str | None) -> Path:
+        asked.set()
+        assert free.wait(60)
+        return download(repo_id, name, commit)
+
+    begun = Snapshot(ID)
+    monkeypatch.setattr(snapshot, "_download", slow)
+    begun.fetch_ahead([first, second])
+    assert asked.wait(60)
+    threading.Timer(0.2, free.set).start()
+    if ends:
+        begun.drop_all()
+    else:
+        begun.drop([first, second])
+        begun._threads[0].join(60)
+    assert not cached(tmp_path / "cache")
+    assert [fetches(hub)[name] for name in (first, second)] == [1, 0], "nothing more was begun"
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
