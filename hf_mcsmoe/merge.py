@@ -238,13 +238,8 @@ def _gone(item: LayerPlan) -> list[int]:
 
 def _install(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, router: str) -> Any:
     """Give a layer of `result` its empty experts, and its router the map, or the rows that are left."""
-    if item.kept is None:
-        return install_layer(result, layer.name, item.expert_map)
-    if router in (ZERO, CONSTANT):
-        gone, count = _gone(item), len(item.kept)
-        places = {expert: count + (place if router == CONSTANT else 0) for place, expert in enumerate(gone)}
-        expert_map = [places.get(expert, group) for expert, group in enumerate(item.expert_map)]
-        return install_layer(result, layer.name, expert_map, gone)
+    if item.kept is None or router in (ZERO, CONSTANT):
+        return install_layer(result, layer.name, *_mapped(item, router))
     cut = _cut_tensors(layer) if router in MIXED or isinstance(layer.source, Folder) else {}
     with _router_tensors(layer, result, cut) as read:  # or they are cut where they are
         entries = {name: _entries(read[name], axis, layer.num_experts, item, router) for name, axis in cut.items()}
@@ -253,6 +248,24 @@ def _install(layer: MoELayer, item: LayerPlan, result: PreTrainedModel, router: 
         path, _, attribute = name.rpartition(".")
         set_tensor(result.get_submodule(path), attribute, values)
     return experts
+
+
+def _mapped(item: LayerPlan, router: str) -> tuple[list[int], list[int]]:
+    """Return the map of a layer whose router knows all experts, and which of them constants stand in for."""
+    if item.kept is None:
+        return list(item.expert_map), []
+    gone, count = _gone(item), len(item.kept)
+    places = {expert: count + (place if router == CONSTANT else 0) for place, expert in enumerate(gone)}
+    return [places.get(expert, group) for expert, group in enumerate(item.expert_map)], gone
+
+
+def described(item: LayerPlan, plan: MergePlan) -> dict[str, Any]:
+    """Return what `config.mcsmoe` says of a layer that a plan has merged."""
+    number = len(item.expert_map)
+    if item.kept is not None and _router_of(plan) not in (ZERO, CONSTANT):
+        return {"num_experts": number, "kept": item.kept}
+    expert_map, gone = _mapped(item, _router_of(plan))
+    return {"num_experts": number, "expert_map": expert_map, **({"approximate_experts": gone} if gone else {})}
 
 
 @contextlib.contextmanager

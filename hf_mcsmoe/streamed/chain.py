@@ -8,6 +8,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import layers_to_decompose
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
@@ -15,8 +16,9 @@ from hf_mcsmoe.repair.repair import RepairReport
 from hf_mcsmoe.repair.rows import Fitted
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.sparsity.config import SparsityConfig
+from hf_mcsmoe.sparsity.sparsify import known_sums
 from hf_mcsmoe.streamed.parts import Stage
-from hf_mcsmoe.streamed.stages import Converting, Decomposing, Merging, Quantizing, Repairing
+from hf_mcsmoe.streamed.stages import Converting, Decomposing, Merging, Quantizing, Repairing, Sparsifying
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Asked:
         Where a fit follows what comes before it, or a router may be cut, it sees what its own stream brings.
         """
         is_cut = "prune" in self.size.reductions if self.size else config.reduce == "prune"
+        before = sum(map(bool, (self.low_rank, self.sparsity)))  # each of which reads the stream before it
         if not (is_cut or (self.repair and self.repair.sequential)):
-            return int(bool(self.low_rank))  # which reads the stream before it
-        return 2 if self.size else sum(map(bool, (self.repair, self.low_rank, self.quantization)))
+            return before
+        return 2 if self.size else before + sum(map(bool, (self.repair, self.quantization)))
 
     @property
     def is_stored(self) -> bool:
@@ -61,14 +64,31 @@ class Chain:
         self.cut = any(item.kept is not None for item in plan.layers.values())
         self.repairs: list[Repairing] = []
         self.stages.append(Merging("merged", self.merged, "merged" if self.merged else "", statistics=statistics))
+        is_merged = bool(self.merged)
+        if asked.sparsity and asked.sparsity.is_units:
+            self._convert(layers.names)
+            self._sparsify(layers, asked.sparsity, plan)
+            self.merged, self.planned = layers.names, layers  # all in the form of merged ones
         if asked.repair and self.merged:
             self._repair("repaired", self.merged, "repaired")
+        if asked.sparsity and not asked.sparsity.is_units:
+            self._sparsify(layers, asked.sparsity, plan)
         if asked.low_rank:
             self._low_rank(asked.low_rank)
         if asked.quantization:
             self._quantize(asked.quantization)
         self.stages[-1].is_counted = True
-        self.stages[0].is_counted = self.stages[0].is_counted or (asked.is_stored and bool(self.merged))
+        self.stages[0].is_counted = self.stages[0].is_counted or (asked.is_stored and is_merged)
+
+    def _convert(self, names: list[str]) -> None:
+        if set(names) - set(self.merged):
+            self.stages.append(Converting("converted", names))
+
+    def _sparsify(self, layers: Layers, config: SparsityConfig, plan: MergePlan) -> None:
+        chosen = layers.selected(config.skip)
+        kept = all(name not in plan.layers or plan.layers[name].is_whole for name in chosen.names)
+        known = known_sums(chosen, self.statistics if kept else None, SCORE.needs(config.score))
+        self.stages.append(Sparsifying("sparse", chosen.names, "sparse", config=config, known=known))
 
     def _repair(self, stream: str, names: list[str], judged: str) -> None:
         options: dict[str, Any] = {"config": self.asked.repair, "may_be_cut": self.cut}
@@ -78,8 +98,7 @@ class Chain:
     def _low_rank(self, config: LoSparseConfig) -> None:
         repair = self.asked.repair
         names = layers_to_decompose(self.planned, config.skip).names
-        if set(names) - set(self.merged):
-            self.stages.append(Converting("converted", names))
+        self._convert(names)
         is_last = not (repair and repair.method == "local")
         self.stages.append(Decomposing("low rank", names, "low rank" if is_last else "", config=config))
         if not is_last:  # once more, with what is stored now

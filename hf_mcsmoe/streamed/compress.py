@@ -21,7 +21,7 @@ from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
-from hf_mcsmoe.options import all_needs, check_options, chosen_repair
+from hf_mcsmoe.options import all_needs, check_options, chosen_repair, sparsity_needs
 from hf_mcsmoe.planning import saved_parameters
 from hf_mcsmoe.processes import Processes, current
 from hf_mcsmoe.progress import Progress, silent
@@ -97,7 +97,7 @@ def compress_folder(
     asked = Asked(repair if search else chosen_repair(repair), low_rank, quantization, sparsity, search)
     check_options(layers, config, **vars(asked))
     check_streamed(layers, config, asked, statistics)
-    needs = all_needs(config, search, quantization)
+    needs = (*all_needs(config, search, quantization), *sparsity_needs(layers, config, sparsity))
     check_reference(needs, base_model, statistics)
     if search and statistics is not None:
         check_curves(layers, statistics, config, search, repair or JOINT)

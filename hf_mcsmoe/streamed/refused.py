@@ -28,8 +28,6 @@ def check_streamed(layers: Layers, config: MergeConfig, asked: Asked, statistics
             "Ranks that compete (scope='global') are chosen with all merged experts at hand: choose scope='layer', or "
             "load the model (--no-stream)."
         )
-    if asked.sparsity:
-        raise ValueError("Zeros or fewer hidden units inside experts are not made block by block: load the model.")
     late = [
         name for name in of_data(all_needs(config, asked.size, asked.quantization)) if STATISTICS.find(name).gradients
     ]

@@ -40,6 +40,7 @@ from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.rows import few_rows
 from hf_mcsmoe.search.conditions import conditions
 from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.sparsity.sparsify import width_of
 from hf_mcsmoe.streamed.chain import Asked, Chain
 from hf_mcsmoe.streamed.curves import curves_by_blocks
 from hf_mcsmoe.streamed.journal import BLOCKS, CURVES, STATISTICS, Journal, sha256_of, source_of_run
@@ -75,7 +76,7 @@ class Data:
 
     def hidden_bytes(self, config: MergeConfig, asked: Asked, judge: Judge) -> int:
         """Return about how many bytes of hidden states wait at a block."""
-        streams = 2 if asked.size else 1 + sum(map(bool, (asked.repair, asked.low_rank, asked.quantization)))
+        streams = 2 if asked.size else 1 + sum(map(bool, asked.stages.values()))
         tokens = sum(_tokens(batch) for batch in self.batches) * (2 if self.repair else 1)
         tokens *= 1 + asked.fitting_streams(config)
         tokens += (1 + streams) * sum(map(_tokens, judge.all_batches))
@@ -230,11 +231,12 @@ class Run:
         """Make what is not finished, and return the student without weights and its record, but for the quality."""
         is_merged = any(not item.is_whole for item in plan.layers.values())
         check_repair(is_merged, **self.asked.stages)
-        student, chain = Student(self.layers, plan), Chain(self.layers, plan, statistics, self.asked)
+        student, chain = Student(self.layers, plan, self._width), Chain(self.layers, plan, statistics, self.asked)
         chain.begin(len(self.rows.fitted))
         if self.asked.low_rank:
             write_description(student.model, keep=self.asked.low_rank.keep)
         sweep = self.swept([Course(student, chain.stages)], judge, tell)
+        student.narrow()
         streams = {"merged": chain.stages[0].stream} if self.asked.is_stored and is_merged else {}
         name = "compressed" if self.asked.is_stored else "merged" if is_merged else "after"
         costs = self.costs(sweep, 0, {**streams, name: chain.stages[-1].stream})
@@ -242,6 +244,12 @@ class Run:
         few, asked = few_rows(chain.refitted, self.data.sequences), self.asked
         report, stored = chain.report(self.data.sequences), (asked.low_rank, asked.quantization, asked.sparsity)
         return student.model, with_steps(record, student.model, report, *stored, few)
+
+    @property
+    def _width(self) -> int | None:
+        """The hidden units of each expert in the end, where some of them go."""
+        sparsity = self.asked.sparsity
+        return width_of(self.layers[0], sparsity) if sparsity and sparsity.is_units else None
 
     def swept(self, courses: Sequence[Course], judge: Judge, tell: Progress) -> Sweep:
         """Make what is not finished of some students, each written by the writer of its number."""

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
+from hf_mcsmoe.calibration.collect import add_sums
 from hf_mcsmoe.calibration.inputs import Captured, LayerInputs
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch
@@ -17,6 +19,7 @@ from hf_mcsmoe.low_rank.decompose import decompose_compactly
 from hf_mcsmoe.low_rank.ranks import layer_ranks
 from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.routed import Routed
+from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.methods.view import Sums
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.quantization.quantize import quantize_fit
@@ -26,6 +29,8 @@ from hf_mcsmoe.repair.methods import LayerRepair, RepairConfig
 from hf_mcsmoe.repair.repair import RepairReport, known_inputs, map_of_fit, original_of, repair_layer
 from hf_mcsmoe.repair.rows import Fitted
 from hf_mcsmoe.search.apply import is_converted, store_layer
+from hf_mcsmoe.sparsity.config import SparsityConfig
+from hf_mcsmoe.sparsity.sparsify import sparsify_shared
 from hf_mcsmoe.streamed.parts import FITTED, MADE, Block, Stage
 
 # A layer's original, what that sees, and what the layer itself sees.
@@ -58,6 +63,48 @@ def _convert(block: Block, layers: Sequence[MoELayer]) -> None:
     for layer in layers:
         if not layer.merged:
             convert_whole(block.student.model, layer)
+
+
+@dataclass
+class Sparsifying(Stage):
+    """Leaves out weights or hidden units inside experts.
+
+    `known` are sums by the layers' names before, where they are known; else it is what its layers see that counts.
+    """
+
+    config: SparsityConfig = field(default_factory=SparsityConfig)
+    known: Mapping[str, Sums] | None = None
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether it reads the stream before it: where sums are not known."""
+        return self.known is None
+
+    def begin(self, block: Block) -> None:
+        """Begin with a block."""
+        self._sums = {layer.original_name: Sums() for layer in self.chosen(block)}
+
+    def see(self, layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        """Add what a layer sees."""
+        add_sums(self._sums[layer.original_name], routed, counted, SCORE.needs(self.config.score))
+
+    def work(self, block: Block) -> Iterator[Turn]:
+        """Leave out what scores least."""
+        sums = self._sums if self.known is None else self.known
+        for layer in self.chosen(block):
+            if block.student.narrower is None:
+                _make_own(layer.container)
+            else:
+                block.student.describe_narrower(layer)
+            sparsify_shared([layer], sums[layer.original_name], self.config, block.student.narrower)
+        yield from ()
+
+
+def _make_own(experts: nn.Module) -> None:
+    """Let experts hold copies of their weights, which they may have borrowed of the original."""
+    for module in experts.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 @dataclass

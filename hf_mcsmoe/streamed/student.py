@@ -17,13 +17,14 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.source import InMemory
 from hf_mcsmoe.layers.streaming import blocks
-from hf_mcsmoe.merge import merge_layer, prepared, sums_of
+from hf_mcsmoe.merge import described, merge_layer, prepared, sums_of
 from hf_mcsmoe.modeling.auto import register_family
 from hf_mcsmoe.modeling.companions_mcsmoe import remember_source
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.modeling_mcsmoe import adopt_inner_models, install_described
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.record import Costs
+from hf_mcsmoe.sparsity.width import narrow_model
 
 
 class Student:
@@ -32,8 +33,12 @@ class Student:
     `teacher` are layers of a `Folder`, none of which share experts.
     """
 
-    def __init__(self, teacher: Layers, plan: MergePlan) -> None:
-        """Make a model without weights of the class of the result, of which no layer is merged yet."""
+    def __init__(self, teacher: Layers, plan: MergePlan, width: int | None = None) -> None:
+        """Make a model without weights of the class of the result, of which no layer is merged yet.
+
+        Args:
+            width: the hidden units of each expert in the end, where some of them go.
+        """
         self.teacher, self.plan = teacher, plan
         whole = [name for name, item in plan.layers.items() if item.is_whole]
         merged = [layer for layer in teacher if layer.name in plan.layers and layer.name not in whole]
@@ -46,6 +51,9 @@ class Student:
         write_description(self.model, whole=whole)
         self.originals = {layer.name: layer for layer in teacher}
         self.names = _stored_names(self.model)
+        self.width, self.narrower = width, cast(PreTrainedModel | None, None)
+        if width is not None:
+            self._key, self.narrower = narrow_model(self.layers, width)
 
     @property
     def layers(self) -> Layers:
@@ -59,9 +67,23 @@ class Student:
     def resume(self, description: dict[str, Any]) -> None:
         """Give it, without weights, all that `config.mcsmoe` said when some of its blocks were done."""
         with torch.device("meta"):
+            if self.narrower is not None:
+                for name in description["layers"]:
+                    _put(self.model, name, self.narrower.get_submodule(name))
             install_described(self.model, description["layers"])
         self.model.config.mcsmoe = description
         self.model.requires_grad_(False)
+
+    def describe_narrower(self, layer: MoELayer) -> None:
+        """Give the narrower model, without weights, the experts that a layer has: as many, and their map."""
+        name = layer.original_name
+        with torch.device("meta"):
+            install_described(cast(PreTrainedModel, self.narrower), {name: self.model.config.mcsmoe["layers"][name]})
+
+    def narrow(self) -> None:
+        """Let the configuration say how wide experts are, once all of them are."""
+        if self.width is not None:
+            setattr(self.model.config.get_text_config(), self._key, self.width)
 
     def merge(self, layers: Iterable[MoELayer], statistics: RoutingStatistics | None) -> None:
         """Merge those of the teacher's layers that the plan merges."""
@@ -106,6 +128,11 @@ class Student:
                     owner[attribute] = empty
 
 
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, own = path.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
 def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Yield where a module keeps its parameters and buffers: the dictionary, the key, and the name in the module."""
     for path, child in module.named_modules():
@@ -138,11 +165,8 @@ def _stored_names(model: nn.Module) -> dict[str, str]:
 
 def merged_costs(teacher: Layers, plan: MergePlan) -> Costs:
     """Return what the merged model holds before anything else is done, from sizes alone."""
-    student, layers = Student(teacher, plan), dict[str, Any]()
-    for name, item in plan.layers.items():
-        reduced = {"kept": item.kept} if item.kept is not None else {"expert_map": item.expert_map}
-        if not item.is_whole:
-            layers[name] = {"num_experts": len(item.expert_map), **reduced}
+    student = Student(teacher, plan)
+    layers = {name: described(item, plan) for name, item in plan.layers.items() if not item.is_whole}
     with torch.device("meta"):
         install_described(student.model, layers)
     write_description(student.model)

@@ -82,14 +82,19 @@ class Sweep:
             turns = partial(self._turns, write, done)
             run_in_turns(self._forwards(), list(of_model), turns)
             for path in of_model:  # those that no forward passes
-                planned = {name for course in self.courses for name in course.student.plan.layers}
-                if path not in self.passed and any(_is_in(name, path) for name in planned):
+                if path not in self.passed and any(_is_in(name, path) for name in self._changed):
                     deque(turns(path), maxlen=0)
                 elif path not in self.passed:
                     with self.folder.loaded(path) as module:
                         check_all(path, module)
         for measure in self._measures.values():
             measure.close()
+
+    @property
+    def _changed(self) -> set[str]:
+        """The layers that a plan or a stage names."""
+        stages = [(course.student.plan.layers, *(stage.names for stage in course.stages)) for course in self.courses]
+        return {name for parts in stages for names in parts for name in names}
 
     def resume(self, inside: dict[str, dict[str, int]], experts: dict[str, dict[str, int]]) -> None:
         """Take the FLOPs that were counted in finished blocks, by stream and block, and by stream and layer."""

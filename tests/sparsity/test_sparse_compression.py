@@ -100,6 +100,13 @@ def test_what_would_fill_the_zeros_is_refused() -> None:
         compress(model, batches("qwen3_moe", model), MergeConfig(experts=1.0), **options)
 
 
+def test_groups_of_bits_that_do_not_divide_what_is_left_are_refused_at_once() -> None:
+    model = build("qwen3_moe")
+    options = {"sparsity": SparsityConfig(pattern="units", share=0.25), "quantization": QuantizationConfig(8, 8)}
+    with pytest.raises(ValueError, match="group_size=8 does not divide the 18 inputs of W_out"):
+        compress(model, [], MergeConfig(experts=4), **options)
+
+
 def test_options_of_the_command_line_make_the_configuration() -> None:
     assert Inside().config() is None
     assert Inside("wanda", "units", 0.25).config() == SparsityConfig("wanda", "units", 0.25)

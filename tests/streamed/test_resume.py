@@ -10,7 +10,7 @@ from families import build
 from helpers import batches
 from scripts import run
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig
+from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, SparsityConfig
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import StreamConfig, held_bytes
@@ -25,6 +25,7 @@ ALL = {
     "low_rank": LoSparseConfig(rank=2, keep=0.25),
     "quantization": QuantizationConfig(bits=4, group_size=8),
 }
+NARROW = {**ALL, "low_rank": None, "sparsity": SparsityConfig("wanda", "units", 1 / 3)}
 
 
 class Killed(BaseException):
@@ -79,6 +80,8 @@ def _interrupted(
     [
         ("mixtral", {"repair": RepairConfig()}, True),
         pytest.param("mixtral", ALL, True, marks=pytest.mark.slow),
+        pytest.param("mixtral", NARROW, True, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", {"sparsity": SparsityConfig()}, False, marks=pytest.mark.slow),
         pytest.param("switch_transformers", {"repair": RepairConfig()}, True, marks=pytest.mark.slow),
         pytest.param("switch_transformers", ALL, False, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", {"repair": RepairConfig()}, False, marks=pytest.mark.slow),

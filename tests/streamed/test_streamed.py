@@ -1,6 +1,7 @@
 """A compression from folder to folder is bit for bit the one in memory, whatever is asked for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import batches
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, compress
+from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, SparsityConfig, compress
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.streamed.compress import compress_folder
 
@@ -34,11 +35,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "bits": {"repair": REFIT, "quantization": BITS},
     "all": {"repair": IN_TURN, "low_rank": RANK, "quantization": BITS},
 }
+ZEROS, PAIRS = SparsityConfig(), SparsityConfig("magnitude", "2:4", skip=("*.1.*",))
+NARROW = SparsityConfig("wanda", "units", 1 / 3)
 # To one count, which a model of the family's own class is.
 PRUNED = MergeConfig(experts=4, reduce="prune", budget="uniform")
 HALF, WHOLE = MergeConfig(experts=4), MergeConfig(experts=1.0)
+SKIPPED = MergeConfig(experts=4, skip=("*.0.*",))
 # A family, what is merged, and what else is done; those of the first list are quick.
-QUICK: list[Any] = [("switch_transformers", HALF, WAYS["refit"]), ("mixtral", PRUNED, {})]
+QUICK: list[Any] = [
+    ("switch_transformers", HALF, WAYS["refit"]),
+    ("mixtral", PRUNED, {}),
+    ("mixtral", SKIPPED, {"sparsity": NARROW}),
+]
 SLOW: list[Any] = [
     *(("mixtral", HALF, way) for way in WAYS.values()),
     *(("switch_transformers", HALF, way) for way in WAYS.values()),
@@ -48,6 +56,14 @@ SLOW: list[Any] = [
     ("switch_transformers", WHOLE, {"repair": LOCAL, "low_rank": RANK, "quantization": BITS}),
     ("mixtral", MergeConfig(experts=4, reduce="prune"), WAYS["bits"]),
     ("mixtral", PRUNED, WAYS["refit"]),
+    *(("mixtral", config, {"sparsity": way}) for config in (WHOLE, PRUNED) for way in (ZEROS, PAIRS, NARROW)),
+    *(("mixtral", HALF, {**WAYS[name], "sparsity": NARROW}) for name in ("low rank, local", "bits")),
+    ("mixtral", WHOLE, {"repair": LOCAL, "sparsity": NARROW}),
+    ("gpt_oss", SKIPPED, {"repair": IN_TURN, "sparsity": ZEROS}),
+    ("gpt_oss", replace(PRUNED, pruned_router="constant"), {"repair": REFIT, "sparsity": NARROW}),
+    ("jetmoe", HALF, {"repair": REFIT, "sparsity": NARROW}),
+    ("switch_transformers", WHOLE, {"sparsity": ZEROS}),
+    ("switch_transformers", HALF, {"sparsity": PAIRS}),
 ]
 
 
