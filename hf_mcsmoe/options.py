@@ -1,13 +1,12 @@
 """Which options of `compress` go together, checked before any forward and without weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
@@ -21,7 +20,7 @@ from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.sparsity.config import SparsityConfig
-from hf_mcsmoe.sparsity.sparsify import check_sparsity, width_of
+from hf_mcsmoe.sparsity.sparsify import check_sparsity, narrowed
 
 
 def all_needs(
@@ -66,19 +65,20 @@ def check_options(
         others = {"low_rank": low_rank, "quantization": quantization, "sparsity": sparsity, "consume": consume}
         _check_for_size(layers, config, size, others)
         return
-    chosen = check_request(layers, config)
+    left = chosen = check_request(layers, config)
     if sparsity:
-        _check_sparse(layers, sparsity, low_rank, quantization)
+        check_sparse(layers, sparsity, low_rank, quantization)
+        left = narrowed(layers, sparsity) if sparsity.is_units else chosen  # of which all are stored so
     if low_rank:
-        check_low_rank(chosen, low_rank)
+        check_low_rank(left, low_rank)
     if quantization:
-        stored = chosen.selected(quantization.skip)
+        stored = left.selected(quantization.skip)
         if shared := next((tied for tied in stored.tied if len(tied) > 1), None):
             raise ValueError(
                 f"{', '.join(layer.name for layer in shared)} share their experts and cannot be stored in few bits: "
                 "name them in `skip`."
             )
-        quantization.check_layers(_narrowed(stored, sparsity))
+        quantization.check_layers(stored)
     check_repair(not merges_nothing(layers, config), repair, low_rank, quantization, sparsity)
     _check_normed(chosen, config, repair, is_quantized=quantization is not None)
     _check_router(config, repair)
@@ -166,7 +166,7 @@ def _check_sequential(config: MergeConfig, repair: RepairConfig | None) -> None:
         raise ValueError(SEQUENTIAL)
 
 
-def _check_sparse(
+def check_sparse(
     layers: Layers,
     sparsity: SparsityConfig,
     low_rank: LoSparseConfig | None,
@@ -180,13 +180,6 @@ def _check_sparse(
             f"{later} would make other values of the zeros that sparsity={sparsity.pattern!r} leaves: leave out one "
             "of them, or choose the pattern 'units', of which none are left."
         )
-
-
-def _narrowed(layers: Layers, sparsity: SparsityConfig | None) -> Sequence[MoELayer]:
-    """Return layers as wide as they are when hidden units have gone."""
-    if sparsity is None or not sparsity.is_units:
-        return layers
-    return [replace(layer, intermediate_size=width_of(layer, sparsity)) for layer in layers]
 
 
 def _check_normed(layers: Layers, config: MergeConfig, repair: RepairConfig | None, *, is_quantized: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.dial import DEFAULT_SIZE, Dial
 from hf_mcsmoe.cli.display import console, notes, stage_bars
-from hf_mcsmoe.cli.options import Loading, Model, Storage, check_dtype, check_file, options_of
+from hf_mcsmoe.cli.options import Inside, Loading, Model, Storage, check_dtype, check_file, options_of
 from hf_mcsmoe.cli.plan_measured import Planning, measured, read_curves
 from hf_mcsmoe.cli.plan_run import Asked, Estimate, told_of_run
 from hf_mcsmoe.cli.plan_tables import figure_lines, rung_table, safe_line, safe_rung
@@ -24,7 +24,6 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_config
 from hf_mcsmoe.layers.stored import Stored, configured_bytes, stored_bytes
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.search.conditions import check_curves
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.ladder import Rung, method_sizes, size_ladder
@@ -34,6 +33,7 @@ from hf_mcsmoe.search.size import bytes_of, bytes_text
 @options_of(Dial, "dial", panel="Size")
 @options_of(MergeConfig, "merge", MERGE, panel="Merge")
 @options_of(Storage, "storage", panel="Storage")
+@options_of(Inside, "inside", panel="Storage")
 @options_of(Estimate, "estimate", panel="Run")
 @options_of(Planning, "calibration", panel="Data")
 @options_of(Loading, "loading", panel="Loading")
@@ -42,6 +42,7 @@ def plan_command(
     dial: Dial,
     merge: MergeConfig,
     storage: Storage,
+    inside: Inside,
     estimate: Estimate,
     calibration: Planning,
     loading: Loading,
@@ -62,8 +63,8 @@ def plan_command(
     """Show what a model is, what it would be at several sizes, and what that takes; reads its configuration alone."""
     target = None if json_file is None else check_file(json_file, "--json")
     check_dtype(loading.dtype)
-    _check_preset(preset, dial)
-    asked = Asked.of(dial, merge, storage, calibration.seed)
+    check_preset(preset, is_by_hand=dial.is_by_hand)
+    asked = Asked.of(dial, merge, storage, inside, calibration.seed)
     search = asked.search or SizeConfig(reduce=dial.reduce or SizeConfig.reduce)
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=True)).uncompressed()
     stored = _stored(model, layers, loading.dtype)
@@ -100,13 +101,6 @@ def plan_command(
         )
     if target is not None:
         write_json(target, told)
-
-
-def _check_preset(preset: str | None, dial: Dial) -> None:
-    """Raise ValueError where a preset does what no plan counts, or does not go with the size."""
-    check_preset(preset, is_by_hand=dial.is_by_hand)
-    if preset is not None and PRESETS[preset].sparsify:
-        raise ValueError(f"--preset {preset} leaves out weights inside all experts, for which nothing is planned.")
 
 
 def _check_curves(layers: Layers, statistics: RoutingStatistics, asked: Asked, search: SizeConfig) -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.dial import Dial
 from hf_mcsmoe.cli.display import console
-from hf_mcsmoe.cli.options import Storage, described
+from hf_mcsmoe.cli.options import Inside, Storage, described
 from hf_mcsmoe.cli.plan_measured import Planning
 from hf_mcsmoe.cli.plan_tables import needs_table
 from hf_mcsmoe.cli.way import judged, refusal, run_for, stream_config, swept, way_line
@@ -26,40 +26,52 @@ from hf_mcsmoe.layers.stored import Stored
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.options import check_unsized
+from hf_mcsmoe.options import check_sparse, check_unsized
 from hf_mcsmoe.planning import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import REPAIR
 from hf_mcsmoe.search.choices import check_reachable, choose
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.size import bytes_of, bytes_text
+from hf_mcsmoe.sparsity.config import SparsityConfig
+from hf_mcsmoe.sparsity.sparsify import narrowed
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for: experts and what they are stored as by hand, or else a size."""
+    """What is asked for: experts, what they are stored as and what inside them goes by hand, or else a size."""
 
     config: MergeConfig
     quantization: QuantizationConfig | None
     low_rank: LoSparseConfig | None
+    sparsity: SparsityConfig | None
     search: SizeConfig | None
 
     @classmethod
-    def of(cls, dial: Dial, merge: MergeConfig, storage: Storage, seed: int) -> "Asked":
+    def of(cls, dial: Dial, merge: MergeConfig, storage: Storage, inside: Inside, seed: int) -> "Asked":
         """Return what options of the command line ask for.
 
         Raises:
-            ValueError: options of a merge that do nothing beside a size.
+            ValueError: options of a merge, or of what is left out inside experts, that do nothing beside a size.
         """
         config, search = replace(dial.apply(merge), seed=seed), dial.size_config(merge, storage)
+        sparsity = inside.config(dial.skip or ())
+        if search and sparsity:
+            raise ValueError(
+                f"--sparsify {inside.sparsify} goes with a number of experts, and a size chooses that: give --experts "
+                "(1.0 for all of them) in place of --size."
+            )
         if search:
             config = replace(config, min_experts=1)  # the size's options have it
             check_unsized(config, search)
-        return cls(config, dial.quantization(), None if search else storage.low_rank(), search)
+        return cls(config, dial.quantization(), None if search else storage.low_rank(), sparsity, search)
 
     def check(self, layers: Layers) -> None:
         """Raise ValueError where this model cannot become what is asked for."""
         check_request(layers, replace(self.config, experts=1.0) if self.search else self.config)
+        if self.sparsity:
+            check_sparse(layers, self.sparsity, self.low_rank, self.quantization)
+            layers = narrowed(layers, self.sparsity)
         if self.quantization:
             self.quantization.check_layers(layers.selected(self.config.skip))
         if self.low_rank:
@@ -67,7 +79,8 @@ class Asked:
 
     def refusal(self, layers: Layers, statistics: RoutingStatistics | None) -> str | None:
         """Return why it cannot be done block by block; None where it can."""
-        stages = {"low_rank": self.low_rank, "quantization": self.quantization, "size": self.search}
+        stages: dict[str, Any] = {"low_rank": self.low_rank, "quantization": self.quantization, "size": self.search}
+        stages["sparsity"] = self.sparsity
         return refusal(layers, self.config, stages, statistics)
 
     def result(self, layers: Layers, statistics: RoutingStatistics | None, source: int) -> Result | None:
@@ -77,7 +90,8 @@ class Asked:
             ValueError: the size cannot be reached.
         """
         if self.search is None:
-            return result_by_hand(layers, self.config, quantization=self.quantization, low_rank=self.low_rank)
+            left = narrowed(layers, self.sparsity)
+            return result_by_hand(left, self.config, quantization=self.quantization, low_rank=self.low_rank)
         limit = bytes_of(self.search.size, source)
         check_reachable(layers, self.search, limit, self.config.skip)
         if statistics is None:
@@ -186,5 +200,7 @@ def _run(
         bool(asked.search or asked.quantization or asked.low_rank),
         asked.search or asked.quantization,
     )
-    repair = repair if fewer or stores else "none"
-    return run_for(layers, result, config, repair, calibration, is_compared=bool(is_compared))
+    narrows = asked.sparsity is not None and asked.sparsity.is_units
+    repair = repair if fewer or stores or narrows else "none"
+    run = run_for(layers, result, config, repair, calibration, is_compared=bool(is_compared))
+    return replace(run, sparse=asked.sparsity is not None)

@@ -22,6 +22,7 @@ from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.probe import TOKENS
 from hf_mcsmoe.search.size import parse_size
+from hf_mcsmoe.sparsity.sparsify import narrowed
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.refused import check_streamed
@@ -64,11 +65,12 @@ def run_by(
 ) -> Run:
     """Return the run of a compression, from its stages; one to a size is of half of the experts in so many bytes."""
     quantization, low_rank, repair, size = (stages[x] for x in ("quantization", "low_rank", "repair", "size"))
-    config = replace(config, experts=0.5) if size else config
-    result = result_by_hand(layers, config, quantization=quantization, low_rank=low_rank)
+    config, sparsity = replace(config, experts=0.5) if size else config, stages["sparsity"]
+    result = result_by_hand(narrowed(layers, sparsity), config, quantization=quantization, low_rank=low_rank)
     result = replace(result, bytes=check_size(layers, config, size)) if size else result
     method = repair.method if repair else "none"
     run = run_for(layers, result, config, method, calibration, is_compared=bool(size or quantization))
+    run = replace(run, sparse=sparsity is not None)
     return swept(run, layers, config, size, held)
 
 

@@ -21,10 +21,10 @@ class Run:
 
     `rows` of `length` tokens in batches of `batch_size`, of which `judged` rows are held out; `result` bytes as saved,
     `merged` bytes of all layers' experts when they are merged and not yet in few bits, `kept` experts of a layer;
-    `repair` by method, "none" for none; whether experts are `aligned`, and the original is used up (`consume`);
-    `sums` bytes of statistics; `threads` that solve assignments; `hidden_limit` bytes of hidden states in memory;
-    `tried` results that are there side by side; `sweeps` over the source, and `copies` bytes of trials on disk, where
-    it is read block by block.
+    `repair` by method, "none" for none; whether something inside experts goes (`sparse`), experts are `aligned`, and
+    the original is used up (`consume`); `sums` bytes of statistics; `threads` that solve assignments;
+    `hidden_limit` bytes of hidden states in memory; `tried` results that are there side by side; `sweeps` over the
+    source, and `copies` bytes of trials on disk, where it is read block by block.
     """
 
     result: int
@@ -35,6 +35,7 @@ class Run:
     length: int = 512
     batch_size: int = 8
     repair: str = "none"
+    sparse: bool = False
     aligned: bool = True
     consume: bool = False
     sums: int = 0
@@ -51,8 +52,12 @@ class Run:
 
     @property
     def waiting(self) -> int:
-        """The tokens whose hidden states wait at a block: those of a fit, and in each model those that are judged."""
-        return self.fitted + self.judged * self.length * (2 if self.repair == "none" else 3)
+        """The tokens whose hidden states wait at a block: those of a fit, and in each model those that are judged.
+
+        What is left out inside experts is chosen by what they see: those of a fit pass in one model more.
+        """
+        models = (2 if self.repair == "none" else 3) + self.sparse
+        return self.fitted * (1 + self.sparse) + self.judged * self.length * models
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,11 @@ def _waiting(sizes: Sizes, run: Run) -> int:
 
 
 def _streams(run: Run) -> int:
-    """Return how many models pass the blocks side by side: the original, and with a repair the merged and repaired."""
-    return 1 if run.repair == "none" else 3
+    """Return how many models pass the blocks side by side: the original, and with a repair the merged and repaired.
+
+    One more passes for what is left out inside experts.
+    """
+    return (1 if run.repair == "none" else 3) + run.sparse
 
 
 def _flight(sizes: Sizes, run: Run) -> dict[str, int]:

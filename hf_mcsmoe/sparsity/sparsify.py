@@ -91,6 +91,17 @@ def width_of(layer: MoELayer, config: SparsityConfig) -> int:
     return max(1, layer.intermediate_size - round(config.share * layer.intermediate_size))
 
 
+def narrowed(layers: Layers, config: SparsityConfig | None) -> Layers:
+    """Return layers, without weights, as wide as they are when what is asked for has been left out.
+
+    Raises:
+        ValueError: see `narrow_model`.
+    """
+    if config is None or not config.is_units:
+        return layers
+    return Layers.of(narrow_model(layers, width_of(layers[0], config))[1])
+
+
 @torch.no_grad()
 def sparsify_layers(
     layers: Layers,

@@ -95,6 +95,25 @@ def test_hidden_states_that_do_not_fit_lie_on_disk(folder: Path, run: Run, monke
     assert streamed[1]["disk"] > 3 * 256 * 512 * width * itemsize
 
 
+def test_what_goes_inside_experts_is_planned_block_by_block_too(folder: Path, run: Run) -> None:
+    ways = {
+        "whole": [],
+        "zeros": ["--preset", "moe-pruner"],
+        "units": ["--sparsify", "wanda", "--pattern", "units", "--sparsity", "0.25", "--repair", "none"],
+    }
+    told = {name: _plan(run, folder, "--experts", "1.0", *options)[0] for name, options in ways.items()}
+    layers = Layers.of(empty_model(str(folder)))
+    quarter = sum(layer.num_parameters for layer in layers) // 4
+    parameters = {name: item["result"]["parameters"] for name, item in told.items()}
+    assert parameters == {name: parameters["whole"] - (quarter if name == "units" else 0) for name in ways}
+    assert told["whole"]["result"]["bytes"] - told["units"]["result"]["bytes"] == 4 * quarter
+    assert all(item["not_streamed"] is None for item in told.values())
+    states = {name: item["needs"][STREAMED]["phases"]["merging"]["hidden states"] for name, item in told.items()}
+    assert states == {name: (1 if name == "whole" else 2) * states["whole"] for name in ways}
+    code, _, error = run("plan", str(folder), "--sparsify", "wanda")
+    assert (code, "give --experts (1.0 for all of them) in place of --size" in error) == (1, True)
+
+
 def test_a_size_is_planned_with_its_sweeps_and_both_results(folder: Path, run: Run) -> None:
     rows = ["--num-samples", "8", "--max-length", "8"]
     told, half = (_plan(run, folder, *options, *rows)[0] for options in (["--size", "0.8"], HALF))
@@ -104,6 +123,7 @@ def test_a_size_is_planned_with_its_sweeps_and_both_results(folder: Path, run: R
     assert parts["results before"] == told["run"]["result"] > 0
     layers, calibration = Layers.of(empty_model(str(folder))), Calibration(["text.jsonl"], num_samples=8)
     stages = {"repair": RepairConfig(), "quantization": None, "low_rank": None, "size": SizeConfig(0.8)}
+    stages["sparsity"] = None
     sums = RoutingStatistics("")
     held = [None, sums, replace(sums, curves={layers.names[0]: None})]
     assert [run_by(layers, MergeConfig(), stages, calibration, one).sweeps for one in held] == [3, 2, 1]
