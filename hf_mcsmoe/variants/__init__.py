@@ -3,6 +3,7 @@
 from hf_mcsmoe.variants.auto import register
 from hf_mcsmoe.variants.elastic_top_k import ElasticTopK, evaluate_k_sweep, get_top_k, set_top_k
 from hf_mcsmoe.variants.expert_cache import ExpertCache, hobbit, lfu, lru, record_trace, simulate
+from hf_mcsmoe.variants.fairseq_moe import convert_fairseq_moe
 from hf_mcsmoe.variants.mixed_precision_mcsmoe import mix_precision, next_layer_accuracy
 from hf_mcsmoe.variants.momentum_mcsmoe import MomentumWarmup, add_momentum, robust_constants, set_momentum
 from hf_mcsmoe.variants.smoe_dropout_mcsmoe import moefy_dense
@@ -22,6 +23,7 @@ __all__ = [
     "ExpertCache",
     "MomentumWarmup",
     "add_momentum",
+    "convert_fairseq_moe",
     "evaluate_k_sweep",
     "get_top_k",
     "hobbit",

@@ -14,7 +14,7 @@ from hub import running_hub
 from huggingface_hub import HfApi, constants
 from merged import check_without_package, run_python
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from variant_folders import dense, save, tokens
+from variant_folders import dense, fairseq, save, tokens, xglm
 
 from hf_mcsmoe.variants import add_momentum, mix_precision, moefy_dense
 
@@ -23,6 +23,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel]
     "momentum": (lambda: build("mixtral"), lambda model: add_momentum(model, 0.6, 0.9)),
     "momentum_seq2seq": (lambda: build("switch_transformers"), lambda model: add_momentum(model, 0.6, kind="adam")),
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4, top_k=2)),
+    "fairseq_moe": (xglm, fairseq),
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, t1=0.5, bits=4, group_size=8)),
 }
 LOADING = [
@@ -32,6 +33,9 @@ LOADING = [
     "loads_as_the_base_model_and_with_a_new_head",
 ]
 TRAINING = ["trains_saves_and_resumes", "takes_lora"]
+# What a variant does not do: which experts are rounded is decided by their weights, where a graph ends; and fairseq's
+# base, XGLM, has no other heads.
+LACKING = {"mixed_precision": {"compiles"}, "fairseq_moe": {"loads_as_the_base_model_and_with_a_new_head"}}
 # What fails of Switch itself: its loop over experts compiles to no graph, and its experts are no stacked matrices.
 SEQ2SEQ = ["loads", "saves_again", "keeps_bfloat16", "loads_by_device_map", "generates", "copies_deeply", "pickles"]
 
