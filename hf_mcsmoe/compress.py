@@ -23,6 +23,8 @@ from hf_mcsmoe.evaluation.held_out import Judge, judge_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
+from hf_mcsmoe.layers.memory import align
+from hf_mcsmoe.layers.source import InMemory
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
@@ -123,6 +125,8 @@ def compress(
     stages: dict[str, Any] = {"repair": repair, "low_rank": low_rank, "quantization": quantization}
     stages["sparsity"] = sparsity
     check_loaded(layers)
+    if isinstance(layers.source, InMemory):
+        align(layers.model)
     check_options(layers, config, **stages, consume=consume, size=search)
     needs = (*all_needs(config, search, quantization), *sparsity_needs(layers, config, sparsity))
     check_reference(needs, base_model, statistics)

@@ -102,18 +102,17 @@ def needs_of(sizes: Sizes, run: Run, stored: int, *, base: int = BASE) -> dict[s
 def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict[str, int]]:
     """Return the parts of each phase where the model is loaded.
 
-    What is made of stored tensors lies beside the mapped files that it was read from; other weights are these files.
+    Files are mapped until all weights are made of them, or copied. The largest that is made takes more once, while
+    those that are copied, and the pages of these, are not there yet.
     """
-    read = max(0, stored - (sizes.weights - sizes.converted))
-    held = {"process": base, "weights": sizes.weights, "mapped files": read}
+    copied = sizes.weights - sizes.converted
+    held = {"process": base, "weights": sizes.weights}
     result = {} if run.consume else {"result": sizes.weights - sizes.experts * sizes.layers + run.merged}
     if run.tried > 1:
         result["results before"] = (run.tried - 1) * run.result
-    # What was made of stored tensors is freed layer by layer; pages of a file stay while any of its weights is in use.
-    merged = run.merged // sizes.layers if sizes.joined else run.merged
-    own = {"merged layers": merged} if run.consume else {}
+    own = {"merged layers": run.merged // sizes.layers} if run.consume else {}  # others are freed layer by layer
     phases = {
-        "loading": held | {"weights": sizes.converted, "conversion": sizes.joined},  # others are mapped when touched
+        "loading": held | {"mapped files": stored, "conversion": max(0, sizes.joined - 2 * copied)},
         "statistics": held | {"sums": run.sums} | _flight(sizes, run) | _judged(sizes, run),
         "merging": held | {"sums": run.sums} | result | own | _alignment(sizes, run) | _judged(sizes, run),
         "saving": held | result | _judged(sizes, run),

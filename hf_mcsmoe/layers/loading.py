@@ -22,6 +22,8 @@ from transformers import (
 from hf_mcsmoe.layers.checkpoint import check_index
 from hf_mcsmoe.layers.config_file import check_config_file
 from hf_mcsmoe.layers.dequantize import dequantized, saved_plainly
+from hf_mcsmoe.layers.memory import align
+from hf_mcsmoe.layers.offloading import is_hooked
 from hf_mcsmoe.modeling import modeling_mcsmoe
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
 
@@ -139,6 +141,8 @@ def load_model(
             f"{name_or_path} lacks {len(lacking)} of the model's weights ({lacking[0]}, ...): the download is "
             "incomplete or the checkpoint belongs to another class."
         )
+    if not is_hooked(model):  # else what is offloaded comes from its file for each forward
+        align(model)
     return model if quantizer is None else saved_plainly(model)
 
 

@@ -1,11 +1,18 @@
-"""Memory that is freed, returned to the system."""
+"""Memory of weights: freed, it goes back to the system; mapped from a file, they may lie as no kernel expects."""
 
 import ctypes
 import functools
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 # Of <malloc.h>: from how many bytes on memory is mapped by itself, and unmapped when it is freed.
 M_MMAP_THRESHOLD = -3
 LARGE = 2**17
+# Where Torch places what it allocates: at multiples of so many bytes.
+ALIGNED = 64
 
 
 @functools.cache
@@ -19,3 +26,19 @@ def return_freed_memory() -> bool:
         return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE))
     except (AttributeError, OSError):  # another C library
         return False
+
+
+def align(model: nn.Module) -> None:
+    """Copy weights of a model on the CPU that do not lie where Torch would have placed them; values stay.
+
+    Those that are mapped from a file lie as they lie in it, and kernels of other alignments add in another order: the
+    same model in memory and read block by block would differ in last bits.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        if _is_plain(tensor) and tensor.data_ptr() % ALIGNED:
+            tensor.data = tensor.data.clone()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    is_dense = tensor.layout is torch.strided and not isinstance(tensor, DTensor)
+    return is_dense and tensor.device.type == "cpu"

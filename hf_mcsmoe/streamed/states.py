@@ -19,11 +19,9 @@ import torch
 from torch import nn
 
 from hf_mcsmoe.layers.batches import hooks
+from hf_mcsmoe.layers.memory import ALIGNED
 from hf_mcsmoe.layers.streaming import blocks, current_key, has_passed, is_between_blocks
 from hf_mcsmoe.streamed.parts import Key
-
-# Where a tensor begins in a file: as Torch places those that it allocates, or kernels may add in another order.
-ALIGNED = 64
 
 
 class States:

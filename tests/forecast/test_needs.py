@@ -66,10 +66,13 @@ def test_hidden_states_beyond_the_limit_are_on_disk_only() -> None:
 
 def test_in_memory_counts_mapped_files_apart() -> None:
     needs = needs_of(SIZES, RUN, 10_500, base=BASE)[IN_MEMORY]
-    assert needs.memory - needs.needed == 9000
-    assert sum(needs.phases["loading"].values()) == BASE + WORKING + 9000 + 9000 + 600
+    assert needs.peak == "loading"
+    assert needs.memory == BASE + WORKING + 2 * 10_500
+    assert needs.memory - 10_500 < needs.needed, "files can be read again"
+    joined = needs_of(replace(SIZES, joined=3100), RUN, 10_500, base=BASE)[IN_MEMORY]
+    assert joined.memory == BASE + WORKING + 9000 + 3100 + 9000, "while 1500 are not read yet"
     kept = needs_of(SIZES, replace(RUN, consume=False), 10_500, base=BASE)[IN_MEMORY]
-    assert sum(kept.phases["saving"].values()) == BASE + WORKING + 9000 + 10_500 + (10_500 - 9000 + 4500)
+    assert sum(kept.phases["saving"].values()) == BASE + WORKING + 10_500 + (10_500 - 9000 + 4500)
 
 
 def test_two_results_are_tried_for_a_size() -> None:

@@ -1,4 +1,4 @@
-"""Blocks of a folder take what their weights take, and give it back."""
+"""Blocks of a folder take what their weights take, and give it back; weights lie where Torch places its own."""
 
 import json
 import subprocess
@@ -6,8 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import construct
+import torch
+from families import build, construct
+from helpers import batches
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
+
+from hf_mcsmoe import MergeConfig, compress
+from hf_mcsmoe.layers.loading import load_model
+from hf_mcsmoe.layers.memory import ALIGNED
 
 PROCESS = """
 import json, sys
@@ -47,3 +54,23 @@ def test_a_block_takes_what_its_weights_take_and_gives_it_back(tmp_path: Path) -
     for loaded, freed in zip(*[iter(json.loads(done.stdout))] * 2, strict=True):
         assert 0.95 * block <= loaded <= 1.1 * block
         assert freed <= 0.1 * block
+
+
+@pytest.mark.parametrize("way", ["command", "compress"])
+def test_weights_that_lie_unaligned_in_their_file_are_copied(way: str, tmp_path: Path) -> None:
+    name, file = "switch_transformers", tmp_path / "model.safetensors"
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(file)
+    for spaces in range(8):  # of which the header has seven that leave the first tensor unaligned
+        save_file(tensors, file, metadata={"format": "pt", "spaces": "12345678" * spaces})
+        loaded = type(model).from_pretrained(tmp_path)
+        if all(parameter.data_ptr() % ALIGNED for parameter in loaded.parameters()):
+            break
+    assert any(parameter.data_ptr() % ALIGNED for parameter in loaded.parameters())
+    if way == "command":
+        loaded = load_model(str(tmp_path))
+    else:
+        compress(loaded, batches(name, model), MergeConfig(experts=1.0))
+    assert not any(parameter.data_ptr() % ALIGNED for parameter in loaded.parameters())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())

@@ -1,6 +1,9 @@
 """A size from folder to folder is bit for bit the one in memory, also where a run was killed."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,20 @@ def test_bit_for_bit(name: str, size: SizeConfig, repair: RepairConfig | None, t
         folder, tmp_path / "c" / "out", config=MERGE, **options, progress=lambda stage, *_: stages.add(stage)
     )
     assert stages.isdisjoint(["statistics", "curves"])
+
+
+@pytest.mark.slow
+def test_bit_for_bit_whichever_kernels_mkl_chooses() -> None:
+    case = [f"{__file__}::test_bit_for_bit", "-k", "switch", "-m", "slow", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *case],
+        env={**os.environ, "MKL_CBWR": ""},  # which the other tests hold to one
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
 
 
 @pytest.mark.parametrize(("size", "is_mapped"), [(PRUNE, False), (FEW, True)])
