@@ -43,8 +43,9 @@ def check_blocks(layers: Layers) -> None:
     for shared in layers.tied:
         if len(shared) > 1:
             raise ValueError(
-                f"{', '.join(layer.name for layer in shared)} share their experts, which lie in several blocks and "
-                "cannot be merged block by block: load the model (--no-stream)."
+                f"{', '.join(layer.name for layer in shared)} share their experts, and lie in several blocks: what "
+                "all of them see is never at hand together, and the later ones read a cache that the earlier ones "
+                "fill, which a run that goes on would lack. Load the model (--no-stream)."
             )
     paths = tuple(f"{path}." for path in blocks(layers.model))
     if outside := [layer.name for layer in layers if not layer.name.startswith(paths)]:

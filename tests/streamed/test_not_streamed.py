@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 from hf_mcsmoe.processes import Processes, working_as
+from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving, StreamConfig, held_bytes
 from hf_mcsmoe.streamed.journal import (
@@ -34,6 +36,7 @@ from hf_mcsmoe.streamed.journal import (
     finished_bytes,
     needed_bytes,
 )
+from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.states import read_nest, write_nest
 
 HALF = MergeConfig(experts=4)
@@ -70,6 +73,15 @@ def test_what_needs_all_of_the_model(
     with pytest.raises(ValueError, match=told):
         compress_folder(**given, output=tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_share_experts() -> None:
+    layers = Layers.of(build("diffusion_gemma"))
+    names = [layer.name for layer in layers.tied[0]]
+    assert len(names) == 2
+    told = f"^{', '.join(names)} share their experts, and lie in several blocks: .* Load the model"
+    with pytest.raises(ValueError, match=told):
+        check_streamed(layers, HALF, Asked(), None)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "switch_transformers"])  # of the second, embeddings are tied
