@@ -16,6 +16,8 @@ from hf_mcsmoe.variants.remote_mcsmoe import own_configs
 # How configurations and modules call k.
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 TOP_K_ATTRIBUTES = ("top_k", "num_experts_per_tok")
+# What Transformers calls the loss of the next token, which the first label of a row is not; None is the default.
+NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration", None)
 COUNTS = ("num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts")
 
 
@@ -154,8 +156,8 @@ def evaluate_k_sweep(
     """Return the mean loss per label of a model with each k; its own k and mode are as they were afterwards.
 
     Args:
-        batches: what the model is called with, `labels` among it, [B, S] or of classes [B], -100 where a place has
-            none; batches of such places alone are left out.
+        batches: what the model is called with, `labels` among it, [B, S] of tokens or [B] of rows, -100 where a place
+            has none; batches of such places alone are left out.
         ks: numbers of experts a token.
 
     Raises:
@@ -181,8 +183,8 @@ def evaluate_k_sweep(
 
 def _count_labels(model: PreTrainedModel, labels: torch.Tensor) -> int:
     """Return how many labels a loss is the mean of."""
-    if labels.dim() > 1 and not model.config.is_encoder_decoder:
-        labels = labels[:, 1:]  # a decoder's first label is predicted by nothing
+    if labels.dim() > 1 and model.loss_type in NEXT_TOKEN and not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]  # the first label of a row is predicted by nothing
     return int((labels != -100).sum())
 
 

@@ -10,6 +10,7 @@ from helpers import logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from variant_folders import dense, tokens
 
+from hf_mcsmoe import MergeConfig, QuantizationConfig, compress, moe_layers
 from hf_mcsmoe.variants import (
     ExpertCache,
     hobbit,
@@ -173,3 +174,32 @@ def test_the_next_layer_is_predicted_where_layers_route_alike() -> None:
 def test_bad_input_is_refused(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_bits_for_good_are_fewest_where_gate_times_output_adds_up_to_least() -> None:
+    model = build("mixtral").requires_grad_(False)
+    generator, name = torch.Generator().manual_seed(0), moe_layers(model)[0].name
+    ids = torch.randint(1, 128, (8, 32), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    calls: list[tuple[torch.Tensor, ...]] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, given: calls.append(given))
+    model(**batch)
+    hook.remove()
+    experts, sums = model.get_submodule(name), [0.0] * 8
+    hidden, index, weights = calls[0]
+    for token, picks in enumerate(index.tolist()):
+        for slot, expert in enumerate(picks):
+            gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            output = experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+            sums[expert] += float(weights[token, slot] * output.norm())
+    least = sorted(sorted(range(8), key=sums.__getitem__)[:4])
+    sizes = {}
+    for low_bits in (None, 2):
+        options = {"low_bits": low_bits, "low_share": 0.5, "method": "nearest", "group_size": 8}
+        kept = compress(
+            build("mixtral"), [batch], MergeConfig(experts=1.0), quantization=QuantizationConfig(bits=4, **options)
+        )
+        sizes[low_bits] = sum(value.nbytes for value in kept.state_dict().values())
+    bits = kept.config.mcsmoe["layers"][name]["quantized"]["down_proj"]["bits"]
+    assert [expert for expert, number in enumerate(bits) if number == 2] == least
+    assert sizes[2] < sizes[None]

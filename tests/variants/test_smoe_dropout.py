@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -164,6 +165,22 @@ def test_a_sweep_of_a_classifier_weighs_batches_by_their_rows() -> None:
     batches = [{"input_ids": ids[:2], "labels": labels[:2]}, {"input_ids": ids[2:], "labels": labels[2:]}]
     expected = torch.nn.functional.cross_entropy(model(ids).logits, labels).item()
     assert evaluate_k_sweep(model, batches, [2]) == {2: pytest.approx(expected, abs=1e-5)}
+
+
+def test_a_sweep_of_a_classifier_of_tokens_counts_the_first_of_a_row() -> None:
+    torch.manual_seed(0)
+    model = moefy_dense(LlamaForTokenClassification(LlamaConfig(**SIZES, **HEADS, num_labels=3)).eval(), 2)
+    batches = []
+    for rows, length in ((4, 2), (1, 7)):
+        labels = torch.randint(0, 3, (rows, length))
+        labels[0, -1] = -100
+        batches.append({"input_ids": torch.randint(1, 128, (rows, length)), "labels": labels})
+    losses = []
+    for batch in batches:
+        logits, labels = model(batch["input_ids"]).logits.log_softmax(-1), batch["labels"]
+        losses += [-logits[b, s, labels[b, s]].item() for b, s in (labels != -100).nonzero().tolist()]
+    assert len(losses) == 13
+    assert evaluate_k_sweep(model, batches, [2]) == {2: pytest.approx(sum(losses) / len(losses), abs=1e-5)}
 
 
 def test_a_sweep_tells_the_loss_of_each_k_and_leaves_the_model_alone() -> None:
