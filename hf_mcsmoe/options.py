@@ -16,6 +16,7 @@ from hf_mcsmoe.planning import check_request
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.repair.repair import SEQUENTIAL
+from hf_mcsmoe.search.budget import Budgeting
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of
@@ -57,8 +58,9 @@ def check_options(
     """Check, before any forward and without weights, that all of `compress` can be done to a model of these `layers`.
 
     Raises:
-        ValueError: see `check_request`, `check_low_rank`, `QuantizationConfig.check_layers` and `check_size`; nothing
-            to repair; `consume` together with what needs the original, or may be refused when it is used up.
+        ValueError: see `check_request`, `Budgeting.of`, `check_low_rank`, `QuantizationConfig.check_layers` and
+            `check_size`; nothing to repair; `consume` together with what needs the original, or may be refused when it
+            is used up.
     """
     if size:
         size.check_repair(repair)
@@ -66,6 +68,8 @@ def check_options(
         _check_for_size(layers, config, size, others)
         return
     left = chosen = check_request(layers, config)
+    if config.budget == MEASURED:
+        Budgeting.of(layers, config, repair)
     if sparsity:
         check_sparse(layers, sparsity, low_rank, quantization)
         left = narrowed(layers, sparsity) if sparsity.is_units else chosen  # of which all are stored so

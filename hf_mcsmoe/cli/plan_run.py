@@ -79,9 +79,13 @@ class Asked:
 
     def refusal(self, layers: Layers, statistics: RoutingStatistics | None) -> str | None:
         """Return why it cannot be done block by block; None where it can."""
-        stages: dict[str, Any] = {"low_rank": self.low_rank, "quantization": self.quantization, "size": self.search}
-        stages["sparsity"] = self.sparsity
-        return refusal(layers, self.config, stages, statistics)
+        return refusal(layers, self.config, self.stages, statistics)
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """What is asked for beside the merge, by name."""
+        stages = {"low_rank": self.low_rank, "quantization": self.quantization}
+        return stages | {"sparsity": self.sparsity, "size": self.search}
 
     def result(self, layers: Layers, statistics: RoutingStatistics | None, source: int) -> Result | None:
         """Return the result; None for a size that nobody measured, which is shared out when text is at hand.
@@ -133,7 +137,7 @@ def told_of_run(
 ) -> dict[str, Any]:
     """Print what a run takes, and return it as JSON values."""
     run = _run(layers, asked, result, stored, estimate, calibration)
-    run = swept(run, layers, asked.config, asked.search, statistics)
+    run = swept(run, layers, asked.config, asked.stages, statistics)
     disk, refused = shutil.disk_usage(Path.cwd()).free, asked.refusal(layers, statistics)
     found = judged(layers, run, stored.bytes, stream_config(estimate.memory), refused=refused, disk=disk)
     needs, way = found.needs, found.way

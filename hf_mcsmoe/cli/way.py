@@ -17,13 +17,14 @@ from hf_mcsmoe.forecast.way import Way, way_for
 from hf_mcsmoe.layers.dequantize import quantization_method
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import load_config
+from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.search.budget import OTHERS, Budgeting
 from hf_mcsmoe.search.compress import check_size
-from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.probe import TOKENS
 from hf_mcsmoe.search.size import parse_size
 from hf_mcsmoe.sparsity.sparsify import narrowed
-from hf_mcsmoe.streamed.chain import Asked
+from hf_mcsmoe.streamed.chain import Asked, may_be_cut
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.trials import copies_bytes
@@ -70,25 +71,34 @@ def run_by(
     result = replace(result, bytes=check_size(layers, config, size)) if size else result
     method = repair.method if repair else "none"
     run = run_for(layers, result, config, method, calibration, is_compared=bool(size or quantization))
-    run = replace(run, sparse=sparsity is not None)
-    return swept(run, layers, config, size, held)
+    return swept(replace(run, sparse=sparsity is not None), layers, config, stages, held)
 
 
 def swept(
-    run: Run, layers: Layers, config: MergeConfig, search: SizeConfig | None, held: RoutingStatistics | None
+    run: Run, layers: Layers, config: MergeConfig, stages: Mapping[str, Any], held: RoutingStatistics | None
 ) -> Run:
-    """Return a run with the sweeps that it takes block by block, and with what is tried for a size.
+    """Return a run with the sweeps that it takes block by block, and with what is tried on the way.
 
     Args:
+        stages: what is asked for beside the merge, by the names of `Asked`.
         held: what is known before; None where the first sweep sums it.
     """
+    size, low_rank = stages["size"], stages["low_rank"]
+    search, plans = size, 0
+    if size is None and config.budget == MEASURED:
+        search = Budgeting.of(layers, config, None).search
+        plans = 1 + len(OTHERS) * len(search.reductions)
     measures = search is not None and not (held and held.curves)
-    run = replace(run, sweeps=1 + (held is None) + measures)
-    if search is None:
-        return run
+    competes = low_rank is not None and low_rank.scope == "global"
     tokens = min(TOKENS, (run.rows - run.judged) * run.length)
-    copies = copies_bytes(layers, tokens, config, search) if measures else 0
-    return replace(run, tried=2, copies=copies)
+    return replace(
+        run,
+        sweeps=1 + (held is None) + measures + (plans > 0) + competes,
+        tried=2 if size else 1,
+        plans=plans,
+        cut=may_be_cut(config),
+        copies=copies_bytes(layers, tokens, config, search) if search and measures else 0,
+    )
 
 
 def judged(

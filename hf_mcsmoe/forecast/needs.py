@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hf_mcsmoe.calibration.inputs import MEMORY_LIMIT
+from hf_mcsmoe.calibration.inputs import HOLD_OUT, MEMORY_LIMIT
 from hf_mcsmoe.evaluation.held_out import MEMORY_LIMIT as JUDGED
 from hf_mcsmoe.forecast.sizes import Sizes
 from hf_mcsmoe.repair.elsewhere import MOST_ROWS
@@ -23,8 +23,9 @@ class Run:
     `merged` bytes of all layers' experts when they are merged and not yet in few bits, `kept` experts of a layer;
     `repair` by method, "none" for none; whether something inside experts goes (`sparse`), experts are `aligned`, and
     the original is used up (`consume`); `sums` bytes of statistics; `threads` that solve assignments;
-    `hidden_limit` bytes of hidden states in memory; `tried` results that are there side by side; `sweeps` over the
-    source, and `copies` bytes of trials on disk, where it is read block by block.
+    `hidden_limit` bytes of hidden states in memory; `tried` results that are there side by side; `plans` that a
+    measured budget compares, of which some may be `cut`, with routers of fewer rows; `sweeps` over the source, and
+    `copies` bytes of trials on disk, where it is read block by block.
     """
 
     result: int
@@ -42,6 +43,8 @@ class Run:
     threads: int = 1
     hidden_limit: int | None = None
     tried: int = 1
+    plans: int = 0
+    cut: bool = False
     sweeps: int = 2
     copies: int = 0
 
@@ -121,6 +124,9 @@ def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict
         seen = min(MEMORY_LIMIT, sizes.layers * _inputs(sizes, run)) + _inputs(sizes, run)
         fit = {"inputs of layers": seen} | _equations(sizes, run) | _judged(sizes, run)
         phases["repair"] = held | {"sums": run.sums} | result | fit
+    if run.plans:  # what was made of one stays until the next is made
+        several = min(run.plans, 2) * (sizes.weights - sizes.experts * sizes.layers + run.merged)
+        phases["comparing"] = held | {"sums": run.sums, "results compared": several} | _judged(sizes, run)
     return phases
 
 
@@ -161,11 +167,14 @@ def _waiting(sizes: Sizes, run: Run) -> int:
 
 
 def _streams(run: Run) -> int:
-    """Return how many models pass the blocks side by side: the original, and with a repair the merged and repaired.
+    """Return of how many models the hidden states of all rows wait side by side.
 
-    One more passes for what is left out inside experts.
+    They are the original and, with a repair, the merged and the repaired one, and one more where something is left out
+    inside experts; or the original and the results that are compared, of which only rows that judge pass, a fifth,
+    unless some are cut, which are fitted to what they see.
     """
-    return (1 if run.repair == "none" else 3) + run.sparse
+    compared = run.plans if run.cut else -(-run.plans // HOLD_OUT)
+    return max((1 if run.repair == "none" else 3) + run.sparse, 1 + compared)
 
 
 def _flight(sizes: Sizes, run: Run) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Which layers are stored as low rank + sparse and of which ranks: by number, ratio or energy, per layer or global."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ def check_low_rank(layers: Layers, config: LoSparseConfig) -> None:
     Raises:
         ValueError: they cannot, or would not, or `skip` matches nothing or leaves nothing.
     """
-    layer_ranks(layers_to_decompose(layers, config.skip), config, weights=False)
+    layer_ranks(layers_to_decompose(layers, config.skip), config, None)
 
 
 def layers_to_decompose(layers: Layers, skip: Sequence[str]) -> Layers:
@@ -35,11 +35,21 @@ def layers_to_decompose(layers: Layers, skip: Sequence[str]) -> Layers:
     return chosen
 
 
-def layer_ranks(layers: Sequence[MoELayer], config: LoSparseConfig, *, weights: bool = True) -> list[dict[str, int]]:
+def spectra_of(layer: MoELayer) -> dict[str, torch.Tensor]:
+    """Return the squared singular values of a layer's "W_in" and "W_out", see `choose_ranks`, in float64."""
+    return {name: _spectrum(layer, name) for name in _shapes(layer)}
+
+
+def layer_ranks(
+    layers: Sequence[MoELayer],
+    config: LoSparseConfig,
+    read: Callable[[MoELayer], Mapping[str, torch.Tensor]] | None = spectra_of,
+) -> list[dict[str, int]]:
     """Return per layer the ranks of "W_in" and "W_out", without those that stay dense.
 
     Args:
-        weights: whether to look at them; without, ranks that depend on them are not chosen, and none is returned.
+        read: gives the squared singular values of a layer, by default those of its weights; with None ranks that
+            depend on them are not chosen, and none is returned.
 
     Raises:
         ValueError: a rank larger than a matrix, factors larger than it (unless `allow_dense`), see `choose_ranks`.
@@ -56,8 +66,8 @@ def layer_ranks(layers: Sequence[MoELayer], config: LoSparseConfig, *, weights: 
     if config.scope == "global":  # where each gets at least one
         for layer, name, shape in stacks:
             _is_smaller(f"{name} of {layer.name}", shape, 1, config)
-    if by_weights and weights:
-        spectra = [_spectrum(layer, name) for layer, name, _ in stacks]
+    if by_weights and read:
+        spectra = [values for layer in layers for values in read(layer).values()]
     chosen = choose_ranks(
         spectra,
         [shape for _, _, shape in stacks],
@@ -65,9 +75,9 @@ def layer_ranks(layers: Sequence[MoELayer], config: LoSparseConfig, *, weights: 
         parameter_ratio=config.parameter_ratio,
         energy=config.energy,
         keep=config.keep,
-        scope=config.scope if weights else "layer",
+        scope=config.scope if read else "layer",
     )
-    if by_weights and not weights:
+    if by_weights and not read:
         return []
     ranks: dict[str, dict[str, int]] = {layer.name: {} for layer in layers}
     for (layer, name, shape), rank in zip(stacks, chosen, strict=True):

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
@@ -33,6 +33,74 @@ NONE = RepairConfig(method="none")
 OTHERS = ("uniform", "adaptive")
 
 
+@dataclass(frozen=True)
+class Budgeting:
+    """What a measured budget tries: a merge with its saliency, ways to fewer experts, and how each of them is fitted.
+
+    `total` experts are asked for, of all layers together.
+    """
+
+    merge: MergeConfig
+    search: SizeConfig
+    repair: RepairConfig
+    total: int
+
+    @classmethod
+    def of(cls, layers: Layers, merge: MergeConfig, repair: RepairConfig | None) -> "Budgeting":
+        """Return what is tried for a merge, found without weights.
+
+        Args:
+            repair: what follows; what trains all weights is measured as the joint refit that it begins with. None for
+                nothing.
+
+        Raises:
+            ValueError: layers that cannot come to so few experts.
+        """
+        merge, groups = merge.resolved(), layers.selected(merge.skip).tied
+        # Behind a norm outputs do not add up: others do not make up for those that are gone, and each is fitted by
+        # itself.
+        is_normed = any(shared[0].is_normed for shared in groups)
+        reduce = "merge" if merge.reduce == AUTO and repair and is_normed else merge.reduce
+        search = SizeConfig(bits=(), ranks=(), reduce=reduce, min_experts=merge.min_experts)
+        total = budget_total(merge.experts, [shared[0].num_experts for shared in groups])
+        least = sum(min(choice.experts for choice in _ways(shared[0], search)) for shared in groups)
+        if least > total:
+            raise ValueError(
+                f"experts={merge.experts!r} is {total} experts in all, and the {len(groups)} layers need at least "
+                f"{least}, as many in each as a token picks: raise `experts`, or take another budget."
+            )
+        fitted = NONE if repair is None else repair if repair.method in CLOSED_FORMS else JOINT
+        fitted = replace(fitted, sequential=False, method="refit" if is_normed and fitted == JOINT else fitted.method)
+        return cls(merge, search, fitted, total)
+
+    def is_covered(self, layers: Layers, statistics: RoutingStatistics) -> bool:
+        """Tell whether statistics hold what fewer experts cost."""
+        return covered(layers, statistics, self.merge, self.search, self.repair)
+
+    def plans(
+        self, layers: Layers, statistics: RoutingStatistics, curves: Mapping[str, LayerCurves]
+    ) -> dict[str, MergePlan]:
+        """Return by name what is compared: first the plan that curves choose, then those of budgets without curves."""
+        firsts = [shared[0] for shared in layers.selected(self.merge.skip).tied]
+        # Of a router that does not allow one of them, or does not tell, "auto" has measured the other alone.
+        ways = [[way for way in _ways(x, self.search) if curves[x.name].reduced.get(way.reduce)] for x in firsts]
+        costs = [_costs(curves[layer.name], own) for layer, own in zip(firsts, ways, strict=True)]
+        chosen = cheapest(costs, self.total)
+        assert chosen is not None  # as was checked
+        choices = {layer.name: own[number] for layer, own, number in zip(firsts, ways, chosen, strict=True)}
+        measured = plan_choices(layers, statistics, self.merge, choices)
+        return {MEASURED: measured, **_other_plans(layers, statistics, self.merge, self.search, measured)}
+
+    def taken(self, plans: Mapping[str, MergePlan], effects: dict[str, float]) -> MergePlan:
+        """Return the plan of least effect, or else the first one.
+
+        Args:
+            effects: of the plans, in nats per position, by name; empty where nobody compared them.
+        """
+        plan = plans[min(effects or plans, key=lambda name: effects.get(name, 0.0))]
+        return replace(plan, provenance={**plan.provenance, "config": self.merge.to_dict(), "budgets": effects})
+
+
 def measured_plan(
     layers: Layers,
     statistics: RoutingStatistics,
@@ -49,43 +117,34 @@ def measured_plan(
     under "budgets".
 
     Args:
-        repair: what follows; what trains all weights is measured as the joint refit that it begins with. None for
-            nothing.
+        repair: see `Budgeting.of`.
         progress: called as `progress(layer name, layers done, layers)`.
 
     Raises:
-        ValueError: see `measure_curves`; layers that cannot come to so few experts.
+        ValueError: see `Budgeting.of` and `measure_curves`.
     """
-    merge = merge.resolved()
-    groups = layers.selected(merge.skip).tied
-    # Behind a norm outputs do not add up: others do not make up for those that are gone, and each is fitted by itself.
-    is_normed = any(shared[0].is_normed for shared in groups)
-    reduce = "merge" if merge.reduce == AUTO and repair and is_normed else merge.reduce
-    search = SizeConfig(bits=(), ranks=(), reduce=reduce, min_experts=merge.min_experts)
-    total = budget_total(merge.experts, [shared[0].num_experts for shared in groups])
-    ways = [_ways(shared[0], search) for shared in groups]
-    least = sum(min(choice.experts for choice in own) for own in ways)
-    if least > total:
-        raise ValueError(
-            f"experts={merge.experts!r} is {total} experts in all, and the {len(groups)} layers need at least "
-            f"{least}, as many in each as a token picks: raise `experts`, or take another budget."
-        )
-    fitted = NONE if repair is None else repair if repair.method in CLOSED_FORMS else JOINT
-    fitted = replace(fitted, sequential=False, method="refit" if is_normed and fitted == JOINT else fitted.method)
-    curves = statistics.curves
-    if not covered(layers, statistics, merge, search, fitted):
-        curves = measure_curves(layers, statistics, batches, merge, search, repair=fitted, progress=progress)
-    names = [shared[0].name for shared in groups]
-    # Of a router that does not allow one of them "auto" has measured the other alone.
-    ways = [[way for way in own if way.reduce in curves[name].reduced] for name, own in zip(names, ways, strict=True)]
-    chosen = cheapest([_costs(curves[name], own) for name, own in zip(names, ways, strict=True)], total)
-    assert chosen is not None  # as was checked
-    choices = {name: own[number] for name, own, number in zip(names, ways, chosen, strict=True)}
-    measured = plan_choices(layers, statistics, merge, choices)
-    plans = {MEASURED: measured, **_other_plans(layers, statistics, merge, search, measured)}
-    effects = _effects(layers, statistics, plans, batches, fitted)
-    plan = plans[min(effects, key=lambda name: effects[name])] if effects else measured
-    return replace(plan, provenance={**plan.provenance, "config": merge.to_dict(), "budgets": effects})
+    asked, curves = Budgeting.of(layers, merge, repair), statistics.curves
+    if not asked.is_covered(layers, statistics):
+        given = layers, statistics, batches, asked.merge, asked.search
+        curves = measure_curves(*given, repair=asked.repair, progress=progress)
+    plans = asked.plans(layers, statistics, curves)
+    return asked.taken(plans, _effects(layers, statistics, plans, batches, asked.repair))
+
+
+def parted(layers: Layers, batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Return the rows that plans are fitted to, and those that judge them."""
+    return parted_rows(list(apart(layers.model, batches)))
+
+
+def comparing_rows(
+    layers: Layers, plans: Mapping[str, MergePlan], batches: Sequence[Batch]
+) -> tuple[list[Batch], list[Batch]] | None:
+    """Return the rows that plans are fitted to and those that judge them; None without a choice, or rows to judge on.
+
+    Effects of layers are added where a plan is chosen; where much is cut, they do not add up.
+    """
+    rows, judges = parted(layers, batches)
+    return (rows, judges) if len(plans) > 1 and rows and judges else None
 
 
 def _other_plans(
@@ -108,14 +167,11 @@ def _effects(
     batches: Sequence[Batch],
     repair: RepairConfig,
 ) -> dict[str, float]:
-    """Return the divergence of what each plan makes of the model, fitted, on rows that no fit saw.
-
-    Effects of layers are added where a plan is chosen; where much is cut, they do not add up. Nothing is returned
-    where there is no choice, or no row to judge on.
-    """
-    rows, judges = parted_rows(list(apart(layers.model, batches)))
-    if len(plans) == 1 or not rows or not judges:
+    """Return the divergence of what each plan makes of the model, fitted, on rows that no fit saw."""
+    found = comparing_rows(layers, plans, batches)
+    if found is None:
         return {}
+    rows, judges = found
     judge, effects = Judge(judges, memory_limit=MEMORY_LIMIT), dict[str, float]()
     judge.remember(layers.model)
     for name, plan in plans.items():

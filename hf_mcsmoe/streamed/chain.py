@@ -1,5 +1,6 @@
 """Which stages follow each other, for what is asked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Asked:
 
         Where a fit follows what comes before it, or a router may be cut, it sees what its own stream brings.
         """
-        is_cut = "prune" in self.size.reductions if self.size else config.reduce == "prune"
+        is_cut = "prune" in self.size.reductions if self.size else may_be_cut(config)
         before = sum(map(bool, (self.low_rank, self.sparsity)))  # each of which reads the stream before it
         if not (is_cut or (self.repair and self.repair.sequential)):
             return before
@@ -53,12 +54,28 @@ class Asked:
         return bool(self.low_rank or self.quantization or self.sparsity)
 
 
+def may_be_cut(config: MergeConfig) -> bool:
+    """Tell whether a merge may leave routers without some of their rows."""
+    return config.reduce != "merge" or config.cuts_router
+
+
 class Chain:
     """The stages of one compression, in the order of `compress`."""
 
-    def __init__(self, layers: Layers, plan: MergePlan, statistics: RoutingStatistics, asked: Asked) -> None:
-        """Choose the stages, and the layers of each."""
-        self.asked, self.statistics, self.stages = asked, statistics, list[Stage]()
+    def __init__(
+        self,
+        layers: Layers,
+        plan: MergePlan,
+        statistics: RoutingStatistics,
+        asked: Asked,
+        ranks: Mapping[str, dict[str, int]] | None = None,
+    ) -> None:
+        """Choose the stages, and the layers of each.
+
+        Args:
+            ranks: of low rank, by the layer's name before; None where each layer's follow from it alone.
+        """
+        self.asked, self.statistics, self.stages, self.ranks = asked, statistics, list[Stage](), ranks
         self.merged = [name for name, item in plan.layers.items() if not item.is_whole]
         self.planned = layers.only([layer for layer in layers if layer.name in plan.layers])
         self.cut = any(item.kept is not None for item in plan.layers.values())
@@ -100,7 +117,8 @@ class Chain:
         names = layers_to_decompose(self.planned, config.skip).names
         self._convert(names)
         is_last = not (repair and repair.method == "local")
-        self.stages.append(Decomposing("low rank", names, "low rank" if is_last else "", config=config))
+        judged = "low rank" if is_last else ""
+        self.stages.append(Decomposing("low rank", names, judged, config=config, ranks=self.ranks))
         if not is_last:  # once more, with what is stored now
             self._repair("second repair", sorted({*names, *self.merged}, key=self.planned.names.index), "low rank")
 

@@ -18,6 +18,7 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.output import check_apart, check_room
 from hf_mcsmoe.layers.shards import as_stored
 from hf_mcsmoe.low_rank.config import LoSparseConfig
+from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
@@ -28,17 +29,20 @@ from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import RepairConfig
+from hf_mcsmoe.search.budget import Budgeting
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.size import bytes_text
 from hf_mcsmoe.sparsity.config import SparsityConfig
+from hf_mcsmoe.streamed.budget import compared_bytes
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
 from hf_mcsmoe.streamed.journal import RESULT, Journal, needed_bytes
+from hf_mcsmoe.streamed.planned import made_by_plan
 from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.run import Data, Run, description_of, shared_statistics
-from hf_mcsmoe.streamed.sized import made_to_size
+from hf_mcsmoe.streamed.sized import made_to_size, with_curves
 from hf_mcsmoe.streamed.trials import trials_bytes
 
 TAKEN = (
@@ -102,7 +106,8 @@ def compress_folder(
     if search and statistics is not None:
         check_curves(layers, statistics, config, search, repair or JOINT)
     norms = None if base_model is None else reference_norms(layers, base_model)
-    reads = statistics is None or any(vars(asked).values())
+    budget = Budgeting.of(layers, config, asked.repair) if config.budget == MEASURED else None
+    reads = statistics is None or budget is not None or any(vars(asked).values())
     batches = as_batches(batches, layers.model)
     given, sample = sampled(list(batches) if search else batches, keep=reads)
     kinds = {name: list(part) for name, part in by_name(check).items()}
@@ -110,13 +115,14 @@ def compress_folder(
     # Of a size each choice is fitted without made rows.
     data, tell = Data(layers.model, list(given), sample, None if search else asked.repair), progress or silent
     hidden, processes = data.hidden_bytes(config, asked, judge), current()
+    hidden = max(hidden, compared_bytes(layers, data, config, budget)) if budget else hidden
     is_mapped = stream.check(folder, hidden)
     if statistics is None:
         _check_share(folder, stream, data, processes)
-    has_curves = statistics is not None and bool(statistics.curves)
+    tried = None if statistics is not None and statistics.curves else search or (budget and budget.search)
 
     def lead() -> Record:
-        copies = trials_bytes(layers, data.batches, config, search) if search and not has_curves else 0
+        copies = trials_bytes(layers, data.batches, config, tried) if tried else 0
         result = _result_bytes(layers, config, search)
         check_room(path, needed_bytes(path, result, hidden, copies, restart=stream.restart), *TAKEN)
         with working_folder(path) as work:
@@ -131,10 +137,10 @@ def compress_folder(
             found = found if norms is None else with_reference(found, layers, norms)
             place = 0
             if search:
-                found = run.curves(found, search, repair or JOINT, tell)
+                found = with_curves(run, found, tell)
                 student, record, place = made_to_size(run, found, judge, tell)
             else:
-                student, record = run.blocks(found, run.plan(found, tell), judge, tell)
+                student, record = made_by_plan(run, found, judge, tell)
             record = replace(record, calibration=checked_on(kinds)).with_quality(judge.quality)
             attach_record(student, saving.told(record))
             writer = run.write_rest(student, place)

@@ -18,10 +18,10 @@ from hf_mcsmoe.modeling.folders_mcsmoe import work_place
 
 # Inside of the working folder beside the output.
 PLACE, FILE = "streamed", "journal.json"
-VERSION = 2
-# The states of a run: it takes statistics, measures what choices cost, makes block after block, or puts the result in
-# its place.
-STATISTICS, CURVES, BLOCKS, RESULT = "statistics", "curves", "blocks", "result"
+VERSION = 3
+# The states of a run in their order: it takes statistics, measures what choices cost, compares budgets, lets ranks
+# compete, makes block after block, or puts the result in its place.
+STATISTICS, CURVES, BUDGETS, RANKS, BLOCKS, RESULT = "statistics", "curves", "budgets", "ranks", "blocks", "result"
 # What the run has fetched into the cache of the Hub, in a file of its own: it is told while blocks are made.
 FETCHED = "fetched.json"
 AGAIN = "--restart (restart=True) begins anew"
@@ -53,7 +53,6 @@ class Journal:
             "run": told,
             "state": STATISTICS,
             STATISTICS: [],
-            BLOCKS: {},
         }
         if (self.folder / FILE).is_file():
             held = read_json(self.folder / FILE, AGAIN)
@@ -131,12 +130,12 @@ def needed_bytes(
     Args:
         result: bytes of all shards that will be there.
         hidden: of hidden states between two blocks; those before a block stay until it is finished.
-        copies: of those of trials, alike; they are gone when the first shard is written.
+        copies: of those of trials, alike; they are gone when the sweep after theirs begins.
         restart: whether what an interrupted run holds is removed before.
     """
     if restart:
         return 2 * hidden + max(result, 2 * copies) - _bytes_of(output, "**/*")
-    copies = 0 if state_of(output) in (BLOCKS, RESULT) else copies
+    copies = copies if state_of(output) in (None, STATISTICS, CURVES) else 0
     held = finished_bytes(output) + _bytes_of(output, "?????.*")
     return max(0, 2 * hidden + max(result, 2 * copies) - held)
 

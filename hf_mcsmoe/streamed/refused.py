@@ -3,7 +3,6 @@
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.streaming import blocks
-from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import STATISTICS, of_data
 from hf_mcsmoe.options import all_needs
@@ -16,18 +15,7 @@ def check_streamed(layers: Layers, config: MergeConfig, asked: Asked, statistics
     Raises:
         ValueError: it cannot; the message says what needs all of the model.
     """
-    if config.budget == MEASURED:
-        raise ValueError(
-            f"budget={MEASURED!r} tries every size of every layer, for which the model is loaded: say how large the "
-            "result is to be instead (--size), which is measured block by block, choose another budget, or leave out "
-            "streaming (--no-stream)."
-        )
     check_blocks(layers)
-    if asked.low_rank and asked.low_rank.scope == "global":
-        raise ValueError(
-            "Ranks that compete (scope='global') are chosen with all merged experts at hand: choose scope='layer', or "
-            "load the model (--no-stream)."
-        )
     late = [
         name for name in of_data(all_needs(config, asked.size, asked.quantization)) if STATISTICS.find(name).gradients
     ]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.attached import new_record
 from hf_mcsmoe.calibration.collect import collect_statistics
+from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
-from hf_mcsmoe.compress import with_steps
 from hf_mcsmoe.data.batches import digest
 from hf_mcsmoe.data.domains import domains_of
 from hf_mcsmoe.evaluation.costs import account, folder_bytes, saved_costs, with_flops
@@ -29,25 +28,28 @@ from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
-from hf_mcsmoe.options import check_repair
 from hf_mcsmoe.plan import MergePlan
-from hf_mcsmoe.planning import plan_merge
 from hf_mcsmoe.processes import ALONE, Processes, working_as
 from hf_mcsmoe.progress import Progress, in_parts, one_step
-from hf_mcsmoe.record import Costs, Record
+from hf_mcsmoe.record import Costs
 from hf_mcsmoe.repair.made import made_batches
 from hf_mcsmoe.repair.methods import RepairConfig
-from hf_mcsmoe.repair.rows import few_rows
-from hf_mcsmoe.search.conditions import conditions
 from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.sparsity.sparsify import width_of
-from hf_mcsmoe.streamed.chain import Asked, Chain
+from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.curves import curves_by_blocks
-from hf_mcsmoe.streamed.journal import BLOCKS, CURVES, STATISTICS, Journal, sha256_of, source_of_run
+from hf_mcsmoe.streamed.journal import (
+    BLOCKS,
+    BUDGETS,
+    CURVES,
+    STATISTICS,
+    Journal,
+    sha256_of,
+    source_of_run,
+)
 from hf_mcsmoe.streamed.parts import ORIGINAL, Course, Rows
 from hf_mcsmoe.streamed.states import States
 from hf_mcsmoe.streamed.statistics import collect_by_blocks
-from hf_mcsmoe.streamed.student import Student, merged_costs
+from hf_mcsmoe.streamed.student import merged_costs
 from hf_mcsmoe.streamed.sweep import Sweep
 
 SUMS, PLAN = "statistics.safetensors", "plan.json"
@@ -86,7 +88,11 @@ class Data:
 
     def share_bytes(self, processes: Processes) -> int:
         """Return about how many bytes of hidden states wait in this process in a first sweep that several share."""
-        return sum(map(_tokens, processes.own(self.batches))) * self._width
+        return self.bytes_of(processes.own(self.batches))
+
+    def bytes_of(self, batches: Iterable[Batch]) -> int:
+        """Return about how many bytes of hidden states some batches have between two blocks."""
+        return sum(map(_tokens, batches)) * self._width
 
     @property
     def _width(self) -> int:
@@ -192,11 +198,14 @@ class Run:
         return collect_by_blocks(self.layers, self.rows.fitted, names, self.states, self.journal, done)
 
     def curves(
-        self, statistics: RoutingStatistics, search: SizeConfig, repair: RepairConfig, tell: Progress
-    ) -> RoutingStatistics:
-        """Return the statistics with what choices cost: as they hold it, or else from a sweep."""
-        if statistics.curves:
-            return statistics
+        self,
+        statistics: RoutingStatistics,
+        merge: MergeConfig,
+        search: SizeConfig,
+        repair: RepairConfig,
+        tell: Progress,
+    ) -> dict[str, LayerCurves]:
+        """Return what choices cost, from a sweep."""
         if self.journal.state == STATISTICS:
             self.journal.state = CURVES
         kept, number = self.journal.content.setdefault(CURVES, {}), len(blocks(self.folder.model))
@@ -212,96 +221,89 @@ class Run:
         tell(CURVES, len(kept.get("finished", ())), number)
         options: dict[str, Any] = {"repair": repair, "states": self.states, "kept": kept, "done": done}
         sources = self.layers, statistics, self.data.batches
-        found = curves_by_blocks(*sources, self.config, search, **options)
-        return replace(statistics, curves=found, conditions=conditions(self.config, search, repair))
+        return curves_by_blocks(*sources, merge, search, **options)
 
-    def plan(self, statistics: RoutingStatistics, tell: Progress) -> MergePlan:
-        """Return the plan of the statistics."""
+    def plan(self, decide: Callable[[], MergePlan], then: str = BLOCKS) -> MergePlan:
+        """Return the plan that was decided on, or is now.
+
+        Args:
+            then: the state that begins when it is known.
+        """
         file = self.journal.folder / PLAN
-        if self.journal.state == STATISTICS:
-            with one_step("planning", tell):
-                plan_merge(self.layers, statistics, self.config).save(file)
-            self.journal.state = BLOCKS
+        if self.journal.state in (STATISTICS, CURVES, BUDGETS):
+            decide().save(file)
+            self.journal.state = then
         methods = [method if callable(method) else None for method in (self.config.alignment, self.config.merging)]
         return replace(MergePlan.load(file), alignment=methods[0], merging=methods[1])
 
-    def blocks(
-        self, statistics: RoutingStatistics, plan: MergePlan, judge: Judge, tell: Progress
-    ) -> tuple[PreTrainedModel, Record]:
-        """Make what is not finished, and return the student without weights and its record, but for the quality."""
-        is_merged = any(not item.is_whole for item in plan.layers.values())
-        check_repair(is_merged, **self.asked.stages)
-        student, chain = Student(self.layers, plan, self._width), Chain(self.layers, plan, statistics, self.asked)
-        chain.begin(len(self.rows.fitted))
-        if self.asked.low_rank:
-            write_description(student.model, keep=self.asked.low_rank.keep)
-        sweep = self.swept([Course(student, chain.stages)], judge, tell)
-        student.narrow()
-        streams = {"merged": chain.stages[0].stream} if self.asked.is_stored and is_merged else {}
-        name = "compressed" if self.asked.is_stored else "merged" if is_merged else "after"
-        costs = self.costs(sweep, 0, {**streams, name: chain.stages[-1].stream})
-        record = replace(new_record(student.model, plan.to_dict()), costs=costs)
-        few, asked = few_rows(chain.refitted, self.data.sequences), self.asked
-        report, stored = chain.report(self.data.sequences), (asked.low_rank, asked.quantization, asked.sparsity)
-        return student.model, with_steps(record, student.model, report, *stored, few)
+    def swept(
+        self,
+        courses: Sequence[Course],
+        judge: Judge,
+        tell: Progress,
+        *,
+        state: str = BLOCKS,
+        rows: Rows | None = None,
+    ) -> Sweep:
+        """Make what is not finished of some students, each written by the writer of its number.
 
-    @property
-    def _width(self) -> int | None:
-        """The hidden units of each expert in the end, where some of them go."""
-        sparsity = self.asked.sparsity
-        return width_of(self.layers[0], sparsity) if sparsity and sparsity.is_units else None
-
-    def swept(self, courses: Sequence[Course], judge: Judge, tell: Progress) -> Sweep:
-        """Make what is not finished of some students, each written by the writer of its number."""
-        judged = sum(bool(stage.judged) for course in courses for stage in course.stages)
-        judge.progress = in_parts("measuring", tell, 1 + judged)
-        self.writers = [ShardWriter(_made(self.journal.folder / str(n)), self.folder) for n in range(len(courses))]
-        sweep, shards = Sweep(self.folder, courses, self.rows, judge), list[list[str]]()
-        finished, number = self._resumed(sweep), len(blocks(self.folder.model))
-        tell(BLOCKS, len(finished), number)
+        Args:
+            state: that the run is in: in one before `BLOCKS` what is made is looked at alone, and not written.
+            rows: what passes; None for what passes in `BLOCKS`.
+        """
+        folders = list[Path]()
+        if state == BLOCKS:
+            judged = sum(bool(stage.judged) for course in courses for stage in course.stages)
+            judge.progress = in_parts("measuring", tell, 1 + judged)
+            folders = [self.journal.folder / str(number) for number in range(len(courses))]
+        self.writers = [ShardWriter(_made(folder), self.folder) for folder in folders]
+        sweep, shards = Sweep(self.folder, courses, rows or self.rows, judge), list[list[str]]()
+        kept, number = self.journal.content.setdefault(state, {}), len(blocks(self.folder.model))
+        finished = self._resumed(sweep, kept)
+        tell(state, len(finished), number)
 
         def write(place: int, path: str, module: Any) -> None:
             student = courses[place].student
-            file = self.writers[place].write_all(path, module, student.names)
+            if self.writers:
+                file = self.writers[place].write_all(path, module, student.names)
+                shards.append([str(file.relative_to(self.journal.folder)), sha256_of(file)])
             write_description(student.model)
-            shards.append([str(file.relative_to(self.journal.folder)), sha256_of(file)])
 
         def done(path: str) -> None:
             self.check_source()
-            self._finish(path, [*shards], sweep)
+            kept.setdefault("finished", {})[path] = [*shards]
             shards.clear()
-            tell(BLOCKS, len(self.journal.content[BLOCKS]), number)
+            self._finish(path, sweep, kept)
+            tell(state, len(kept["finished"]), number)
 
         sweep.run(self.states, finished, write, done)
         return sweep
 
-    def _finish(self, path: str, shards: list[list[str]], sweep: Sweep) -> None:
-        content = self.journal.content
-        content[BLOCKS][path] = shards
-        content["descriptions"] = [course.student.model.config.mcsmoe for course in sweep.courses]
-        content["told"] = [[stage.told for stage in course.stages] for course in sweep.courses]
-        content["inside"] = sweep.inside
-        content["experts"] = {stream: counting.experts for stream, counting in sweep.counts.items()}
+    def _finish(self, path: str, sweep: Sweep, kept: dict[str, Any]) -> None:
+        kept["descriptions"] = [course.student.model.config.mcsmoe for course in sweep.courses]
+        kept["told"] = [[stage.told for stage in course.stages] for course in sweep.courses]
+        kept["inside"] = sweep.inside
+        kept["experts"] = {stream: counting.experts for stream, counting in sweep.counts.items()}
         self.journal.save()
         self.states.forget(path)
 
-    def _resumed(self, sweep: Sweep) -> list[str]:
-        """Give a sweep what the journal knows of finished blocks, whose paths are returned."""
-        content, finished = self.journal.content, list(self.journal.content[BLOCKS])
+    def _resumed(self, sweep: Sweep, kept: dict[str, Any]) -> list[str]:
+        """Give a sweep what is known of finished blocks, whose paths are returned."""
+        finished = list(kept.get("finished", ()))
         if not finished:
             self.states.clear()  # of the sweep before
             return []
-        for shards in content[BLOCKS].values():
+        for shards in kept["finished"].values():
             for writer, (name, digest_of_file) in zip(self.writers, shards, strict=True):
                 file = self.journal.folder / name
                 if not file.is_file() or sha256_of(file) != digest_of_file:
                     raise ValueError(f"{file} is not what the run has written: begin anew (--restart).")
                 writer.take(file)
-        for course, description, told in zip(sweep.courses, content["descriptions"], content["told"], strict=True):
+        for course, description, told in zip(sweep.courses, kept["descriptions"], kept["told"], strict=True):
             for stage, own in zip(course.stages, told, strict=True):
                 stage.told = own
             course.student.resume(description)
-        sweep.resume(content["inside"], content["experts"])
+        sweep.resume(kept["inside"], kept["experts"])
         return finished
 
     def write_rest(self, student: PreTrainedModel, place: int = 0) -> ShardWriter:

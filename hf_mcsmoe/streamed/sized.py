@@ -24,12 +24,22 @@ from hf_mcsmoe.search.compress import (
     shared_bits,
     source_bytes,
 )
+from hf_mcsmoe.search.conditions import conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.streamed.journal import BLOCKS, CURVES, STATISTICS
 from hf_mcsmoe.streamed.parts import Course
 from hf_mcsmoe.streamed.run import Run
 from hf_mcsmoe.streamed.stages import Merging, Storing
 from hf_mcsmoe.streamed.student import Student
+
+
+def with_curves(run: Run, statistics: RoutingStatistics, tell: Progress) -> RoutingStatistics:
+    """Return the statistics with what choices for a size cost: as they hold it, or else from a sweep."""
+    if statistics.curves:
+        return statistics
+    merge, search, repair = run.config, cast(SizeConfig, run.asked.size), run.asked.repair or JOINT
+    curves = run.curves(statistics, merge, search, repair, tell)
+    return replace(statistics, curves=curves, conditions=conditions(merge, search, repair))
 
 
 def made_to_size(

@@ -16,7 +16,7 @@ from hf_mcsmoe.layers.streaming import Turn
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import decompose_compactly
-from hf_mcsmoe.low_rank.ranks import layer_ranks
+from hf_mcsmoe.low_rank.ranks import layer_ranks, spectra_of
 from hf_mcsmoe.methods.choice import Choice
 from hf_mcsmoe.methods.routed import Routed
 from hf_mcsmoe.methods.sparsity import SCORE
@@ -168,9 +168,10 @@ def _repaired(values: dict[str, Any]) -> LayerRepair:
 
 @dataclass
 class Decomposing(Stage):
-    """Stores experts as low rank + sparse."""
+    """Stores experts as low rank + sparse, of `ranks` by the layer's name before; None for those that its own give."""
 
     config: LoSparseConfig = field(default_factory=LoSparseConfig)
+    ranks: Mapping[str, dict[str, int]] | None = None
 
     @property
     def reads_before(self) -> bool:
@@ -189,8 +190,19 @@ class Decomposing(Stage):
         """Decompose."""
         for layer in self.chosen(block):
             inputs: LayerInputs = self._seen.joined(layer.name)
-            (ranks,) = layer_ranks([layer], self.config)
+            ranks = layer_ranks([layer], self.config)[0] if self.ranks is None else self.ranks[layer.original_name]
             decompose_compactly(layer.container, ranks, self.config, inputs)
+        yield from ()
+
+
+@dataclass
+class Weighing(Stage):
+    """Tells the squared singular values of layers, by which ranks compete, and changes nothing."""
+
+    def work(self, block: Block) -> Iterator[Turn]:
+        """Tell."""
+        for layer in self.chosen(block):
+            self.told[layer.original_name] = {name: values.tolist() for name, values in spectra_of(layer).items()}
         yield from ()
 
 

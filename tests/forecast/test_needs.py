@@ -90,6 +90,16 @@ def test_two_results_are_tried_for_a_size() -> None:
     assert (few[IN_MEMORY].disk, few[IN_MEMORY].read) == (6000, 10_500)
 
 
+@pytest.mark.parametrize(("plans", "cut", "streams"), [(0, True, 1), (3, False, 2), (5, True, 6)])
+def test_plans_are_compared_for_a_measured_budget(plans: int, cut: bool, streams: int) -> None:
+    needs = needs_of(SIZES, replace(RUN, plans=plans, cut=cut, sweeps=4), 10_500, base=BASE)
+    waiting = 4 * 3 * (10 * 2 + 3)
+    assert (needs[STREAMED].disk, needs[STREAMED].read) == (6000 + streams * waiting, 4 * 10_500)
+    assert needs[STREAMED].phases["merging"]["hidden states"] == streams * waiting
+    compared = needs[IN_MEMORY].phases.get("comparing", {}).get("results compared")
+    assert compared == (2 * (10_500 - 9000 + 4500) if plans else None)
+
+
 def test_a_repair_and_an_alignment_take_more() -> None:
     plain, repaired = (
         needs_of(SIZES, replace(RUN, repair=name, aligned=True, consume=False), 10_500, base=BASE)

@@ -14,7 +14,7 @@ from helpers import batches
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_mcsmoe import LoSparseConfig, MergeConfig, RepairConfig, collect_statistics
+from hf_mcsmoe import MergeConfig, RepairConfig, collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
@@ -58,9 +58,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"config": MergeConfig(budget="measured")}, "budget='measured' tries every size"),
+        (
+            {"config": MergeConfig(experts=1, budget="measured")},
+            r"experts=1 is 4 experts in all, and the 4 layers need",
+        ),
         ({"config": MergeConfig(experts=4, saliency="taylor")}, "after a backward pass"),
-        ({"config": HALF, "low_rank": LoSparseConfig(rank=2, scope="global")}, "Ranks that compete"),
         (
             {"config": HALF, "stream": StreamConfig(memory=1000)},
             r"1 kB of memory are too small for one block: model.layers.0 takes [\d.]+ kB",

@@ -14,7 +14,7 @@ from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairCon
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import StreamConfig, held_bytes
-from hf_mcsmoe.streamed.journal import Journal
+from hf_mcsmoe.streamed.journal import BLOCKS, BUDGETS, CURVES, RANKS, STATISTICS, Journal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The repair left"),
@@ -26,6 +26,8 @@ ALL = {
     "quantization": QuantizationConfig(bits=4, group_size=8),
 }
 NARROW = {**ALL, "low_rank": None, "sparsity": SparsityConfig("wanda", "units", 1 / 3)}
+MEASURED = MergeConfig(experts=4, budget="measured", reduce="auto")
+COMPETING = {"low_rank": LoSparseConfig(energy=0.5, scope="global", keep=0.1, allow_dense=True)}
 
 
 class Killed(BaseException):
@@ -46,12 +48,14 @@ def source(name: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, save: int, *, after: bool) -> None:
-    """Let the journal's n-th save end the run, before or after it has been written."""
+def killed_at(monkeypatch: pytest.MonkeyPatch, save: int, *, after: bool, states: set[str]) -> None:
+    """Let the journal's n-th save end the run, before or after it has been written; adds its state to `states`."""
     count, write = iter(range(1, 1000)), Journal.save
 
     def watched(self: Journal) -> None:
         number = next(count)
+        if number == save:
+            states.add(self.state)
         if number == save and not after:
             raise Killed
         write(self)
@@ -62,14 +66,14 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, save: int, *, after: bool) -> Non
 
 
 def _interrupted(
-    given: dict[str, Any], output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+    given: dict[str, Any], output: Path, monkeypatch: pytest.MonkeyPatch, states: set[str]
 ) -> Iterator[int]:
     """Begin a run again and again, each ended one save later than the last; yields the saves of each."""
     for save in range(1, 100):
         with monkeypatch.context() as patch:
-            killed_at(patch, 2, after=save % 2 == 0)
+            killed_at(patch, 2, after=save % 2 == 0, states=states)
             try:
-                compress_folder(output=output, **given, **options)
+                compress_folder(output=output, **given)
                 return
             except Killed:
                 yield save
@@ -79,6 +83,10 @@ def _interrupted(
     ("name", "options", "is_mapped"),
     [
         ("mixtral", {"repair": RepairConfig()}, True),
+        pytest.param("mixtral", {"config": MEASURED}, False, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {"config": MEASURED, "repair": RepairConfig()}, True, marks=pytest.mark.slow),
+        pytest.param("mixtral", ALL | COMPETING, True, marks=pytest.mark.slow),
+        pytest.param("switch_transformers", COMPETING | {"config": MEASURED}, False, marks=pytest.mark.slow),
         pytest.param("mixtral", ALL, True, marks=pytest.mark.slow),
         pytest.param("mixtral", NARROW, True, marks=pytest.mark.slow),
         pytest.param("gpt_oss", {"sparsity": SparsityConfig()}, False, marks=pytest.mark.slow),
@@ -90,13 +98,16 @@ def _interrupted(
 def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     name: str, options: dict[str, Any], is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = source(name, tmp_path)
-    compress_folder(output=tmp_path / "whole" / "out", **given, **options)
+    given, states = source(name, tmp_path) | options, set[str]()
+    compress_folder(output=tmp_path / "whole" / "out", **given)
     if is_mapped:  # no byte is left for hidden states
         given["stream"] = StreamConfig(memory=held_bytes(Folder(tmp_path / "source").model))
     (tmp_path / "parts").mkdir()
-    ends = list(_interrupted(given, tmp_path / "parts" / "out", monkeypatch, **options))
+    ends = list(_interrupted(given, tmp_path / "parts" / "out", monkeypatch, states))
     assert len(ends) > 5
+    more = {CURVES, BUDGETS} if given["config"] == MEASURED else set()
+    more |= {RANKS} if COMPETING.items() <= given.items() else set()
+    assert states >= {STATISTICS, BLOCKS, *more}
     assert hashes(tmp_path / "parts" / "out") == hashes(tmp_path / "whole" / "out")
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["out"]
 

@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 REFIT, LOCAL = RepairConfig(), RepairConfig(method="local", steps=30, batch_tokens=64)
 IN_TURN = RepairConfig(method="joint", sequential=True)
 BITS, RANK = QuantizationConfig(bits=4, group_size=8), LoSparseConfig(rank=2, keep=0.25)
+COMPETING = LoSparseConfig(energy=0.5, scope="global", keep=0.1, allow_dense=True)
 WAYS: dict[str, dict[str, Any]] = {
     "merge": {},
     "refit": {"repair": REFIT},
@@ -41,11 +42,14 @@ NARROW = SparsityConfig("wanda", "units", 1 / 3)
 PRUNED = MergeConfig(experts=4, reduce="prune", budget="uniform")
 HALF, WHOLE = MergeConfig(experts=4), MergeConfig(experts=1.0)
 SKIPPED = MergeConfig(experts=4, skip=("*.0.*",))
+MEASURED = MergeConfig(experts=4, budget="measured")
 # A family, what is merged, and what else is done; those of the first list are quick.
 QUICK: list[Any] = [
     ("switch_transformers", HALF, WAYS["refit"]),
     ("mixtral", PRUNED, {}),
     ("mixtral", SKIPPED, {"sparsity": NARROW}),
+    ("mixtral", MEASURED, {}),
+    ("mixtral", HALF, {"low_rank": COMPETING}),
 ]
 SLOW: list[Any] = [
     *(("mixtral", HALF, way) for way in WAYS.values()),
@@ -64,6 +68,13 @@ SLOW: list[Any] = [
     ("jetmoe", HALF, {"repair": REFIT, "sparsity": NARROW}),
     ("switch_transformers", WHOLE, {"sparsity": ZEROS}),
     ("switch_transformers", HALF, {"sparsity": PAIRS}),
+    ("qwen3_moe", replace(MEASURED, reduce="auto"), WAYS["refit"]),
+    ("qwen3_moe", replace(MEASURED, reduce="prune", experts=0.5), WAYS["bits"]),
+    ("switch_transformers", MEASURED, WAYS["all"]),
+    ("switch_transformers", HALF, {"repair": LOCAL, "low_rank": COMPETING, "quantization": BITS}),
+    ("qwen3_moe", HALF, {"repair": IN_TURN, "low_rank": LoSparseConfig(rank=3, scope="global")}),
+    ("mixtral", WHOLE, {"low_rank": LoSparseConfig(parameter_ratio=0.4, scope="global")}),
+    ("mixtral", MEASURED, {"repair": REFIT, "sparsity": NARROW, "low_rank": COMPETING}),
 ]
 
 
