@@ -12,10 +12,11 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.dial import DEFAULT_SIZE, Dial
 from hf_mcsmoe.cli.display import console, notes, stage_bars
 from hf_mcsmoe.cli.options import Inside, Loading, Model, Storage, check_dtype, check_file, options_of
-from hf_mcsmoe.cli.plan_measured import Planning, measured, read_curves
+from hf_mcsmoe.cli.plan_measured import Measuring, Planning, measured, read_curves
 from hf_mcsmoe.cli.plan_run import Asked, Estimate, told_of_run
 from hf_mcsmoe.cli.plan_tables import figure_lines, rung_table, safe_line, safe_rung
 from hf_mcsmoe.cli.preset import MERGE, PresetName, check_preset
+from hf_mcsmoe.cli.way import measuring_run
 from hf_mcsmoe.files import write_json
 from hf_mcsmoe.forecast.figures import figures_of
 from hf_mcsmoe.forecast.result import Result, predicted_effect
@@ -37,6 +38,7 @@ from hf_mcsmoe.search.size import bytes_of, bytes_text
 @options_of(Estimate, "estimate", panel="Run")
 @options_of(Planning, "calibration", panel="Data")
 @options_of(Loading, "loading", panel="Loading")
+@options_of(Measuring, "measuring", panel="Loading")
 def plan_command(
     model: Model,
     dial: Dial,
@@ -46,6 +48,7 @@ def plan_command(
     estimate: Estimate,
     calibration: Planning,
     loading: Loading,
+    measuring: Measuring,
     preset: PresetName = None,
     scores: Annotated[
         Path | None,
@@ -72,9 +75,13 @@ def plan_command(
     statistics = read_curves(scores, layers) if scores else None
     if statistics:
         _check_curves(layers, statistics, asked, search)
-    if statistics is None and calibration.data:
+    is_measured = statistics is None and bool(calibration.data)
+    measuring.check(model, layers, is_measured=is_measured)
+    if is_measured:
+        run = measuring_run(layers, asked.config, search, calibration)
+        stream = measuring.config if measuring.is_chosen(layers, run, stored.bytes) else None
         with stage_bars() as progress:
-            layers, statistics = measured(model, calibration, loading, asked.config, search, progress)
+            layers, statistics = measured(model, calibration, loading, stream, asked.config, search, progress)
         if scores:
             statistics.save(scores)
     figures = figures_of(layers)

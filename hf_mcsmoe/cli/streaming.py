@@ -13,7 +13,7 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import console, notes
 from hf_mcsmoe.cli.options import SPREAD, Loading, Output, described
 from hf_mcsmoe.cli.sources import Calibration
-from hf_mcsmoe.cli.way import judged, refusal, run_by, stream_config
+from hf_mcsmoe.cli.way import Judgement, judged, refusal, run_by, stream_config
 from hf_mcsmoe.forecast.needs import IN_MEMORY
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
@@ -103,10 +103,7 @@ class Streaming:
         if found.way.name == IN_MEMORY:
             return False
         check_streamed(layers, config, Asked(**stages), held)
-        notes.print(
-            f"in memory it takes {bytes_text(found.needs[IN_MEMORY].needed)}, of which there are "
-            f"{bytes_text(found.memory)}: block by block (--no-stream loads all of it)"
-        )
+        tell_streamed(found)
         return True
 
     def _asked(self, layers: Layers, config: MergeConfig, stages: dict[str, Any], held: Any) -> bool:
@@ -118,6 +115,14 @@ class Streaming:
         if self.stream and (refused := refusal(layers, config, stages, held)):
             raise ValueError(refused)
         return bool(self.stream)
+
+
+def tell_streamed(found: Judgement) -> None:
+    """Say that a model is read block by block, and why."""
+    notes.print(
+        f"in memory it takes {bytes_text(found.needs[IN_MEMORY].needed)}, of which there are "
+        f"{bytes_text(found.memory)}: block by block (--no-stream loads all of it)"
+    )
 
 
 @contextlib.contextmanager

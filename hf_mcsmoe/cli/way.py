@@ -21,6 +21,7 @@ from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.search.budget import OTHERS, Budgeting
 from hf_mcsmoe.search.compress import check_size
+from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.probe import TOKENS
 from hf_mcsmoe.search.size import parse_size
 from hf_mcsmoe.sparsity.sparsify import narrowed
@@ -72,6 +73,14 @@ def run_by(
     method = repair.method if repair else "none"
     run = run_for(layers, result, config, method, calibration, is_compared=bool(size or quantization))
     return swept(replace(run, sparse=sparsity is not None), layers, config, stages, held)
+
+
+def measuring_run(layers: Layers, config: MergeConfig, search: SizeConfig, calibration: Calibration) -> Run:
+    """Return the run that measures what choices cost, and makes nothing of it: each layer is fitted by itself."""
+    nothing, stages = Result({}, 0, 0, 0), {"size": search, "low_rank": None}
+    run = run_for(layers, nothing, config, "joint", calibration, is_compared=True)
+    run = replace(run, merged=0, aligned=False, consume=True)
+    return replace(swept(run, layers, config, stages, None), tried=1, sweeps=2)
 
 
 def swept(

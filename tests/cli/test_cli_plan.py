@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from families import build
 from helpers import Run, batches
+from transformers import PreTrainedTokenizerFast
 
 from hf_mcsmoe import MergeConfig, collect_statistics
 from hf_mcsmoe.calibration.curves import LayerCurves, Part
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.methods.choice import Grid
 from hf_mcsmoe.search.conditions import conditions
 from hf_mcsmoe.search.config import JOINT, SizeConfig
@@ -72,6 +74,53 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
     told = json.loads((tmp_path / "a").read_text())["result"]
     assert told["predicted_kl"] == pytest.approx(len(statistics.layers) / 4)
     assert not list(tmp_path.glob("*.mcsmoe-work"))
+
+
+@pytest.fixture
+def source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Save a small model with a tokenizer, and text beside it."""
+    folder = tmp_path / "source"
+    build("mixtral").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("\n".join(f"what is {n} {n % 7}" for n in range(32)))
+    return folder
+
+
+@pytest.mark.slow
+def test_choices_are_measured_block_by_block(
+    source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = ["plan", source, "--data", tmp_path / "text.txt", "--max-length", 8]
+    measured = {}
+    for name, more in (("loaded", ["--no-stream"]), ("streamed", ["--stream"]), ("chosen", [])):
+        with monkeypatch.context() as patch:
+            if name != "loaded":
+                patch.setattr("hf_mcsmoe.cli.plan_measured.load_model", lambda *a, **k: pytest.fail("loaded"))
+            if name == "chosen":
+                patch.setattr("hf_mcsmoe.cli.way.free_memory", lambda: 0)
+            files = ["--scores", tmp_path / f"{name}.safetensors", "--json", tmp_path / f"{name}.json"]
+            code, _, error = run(*text, *more, *files)
+        assert code == 0, error
+        assert ("block by block (--no-stream loads all of it)" in " ".join(error.split())) == (name == "chosen")
+        statistics = RoutingStatistics.load(files[1])
+        told = json.loads(files[3].read_text())
+        measured[name] = statistics.curves, statistics.conditions, told["sizes"], told["safe"], told["result"]
+    assert measured["loaded"][0]
+    assert measured["loaded"] == measured["streamed"] == measured["chosen"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--stream"], "--stream says how choices are measured on --data: give that as well"),
+        (["--drop-source-cache"], "--drop-source-cache goes with --stream"),
+        (["--stream", "--drop-source-cache", "--data", "no.txt"], "is a folder, of which nothing is fetched"),
+    ],
+)
+def test_reading_block_by_block_that_has_nothing_to_say(options: list[str], told: str, source: Path, run: Run) -> None:
+    code, _, error = run("plan", source, *options)
+    assert (code, told in " ".join(error.split())) == (1, True)
 
 
 def test_plan_of_a_configuration_alone(tmp_path: Path, run: Run) -> None:
