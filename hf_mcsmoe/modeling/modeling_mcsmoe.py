@@ -5,22 +5,18 @@ configuration says, and whose routers return stored experts; module paths are th
 every checkpoint: torch, transformers and its siblings only.
 """
 
-import contextlib
 import copy
-import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers import PreTrainedModel
 
 from .configuration_mcsmoe import (
     PREFIX,
     MCSMoEConfig,
-    auto_map,
     check_layer,
     config_class_for,
 )
@@ -35,6 +31,7 @@ from .experts_mcsmoe import (
     num_original,
 )
 from .forward_mcsmoe import IMPLEMENTATION, low_rank_of
+from .generated_mcsmoe import library_class, library_name, model_class, serve_generic_heads
 from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows, final_rows
 from .pruned_mcsmoe import CUT, CutRouter, check_cut, cut_of, cut_router, joins_logits
 from .quantized_mcsmoe import frozen_parameters, quantized_of, uncounted
@@ -56,7 +53,7 @@ class MCSMoEModel(SavedWhole):
         Raises:
             ValueError: the configuration names what is no layer of experts, or one layer twice.
         """
-        _serve_generic_heads(config)
+        serve_generic_heads(config, generated_class)
         if not self._has_own_choice():
             prefer_ours(config, [None])
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -198,15 +195,6 @@ def prefer_ours(config: Any, instead_of: list[str | None]) -> None:
             prefer_ours(part, instead_of)
 
 
-def _serve_generic_heads(config: Any) -> None:
-    """Let `AutoModel.from_config(config)`, which the library's generic heads call, build the generated base model."""
-    # Its presence would ask for `trust_remote_code`, whose answer does not reach that call. Saving writes it anew.
-    vars(config).pop("auto_map", None)
-    path = auto_map(config.base_model_type).get("AutoModel") if hasattr(config, "base_model_type") else None
-    if path is not None and type(config) not in AutoModel._model_mapping:
-        AutoModel.register(type(config), generated_class(path.rpartition(".")[2]), exist_ok=True)
-
-
 def layer_path(model: nn.Module, name: str) -> str:
     """Return the path in `model` of the layer that the configuration calls `name`.
 
@@ -339,14 +327,13 @@ def merged_class(base: type[nn.Module], kind: str = "") -> type[nn.Module]:
     Raises:
         ValueError: the class is not one of Transformers, so a checkpoint could not name it.
     """
-    parts = base.__module__.split(".")
-    if parts[:2] != ["transformers", "models"]:
+    name = library_name(base)
+    if name is None:
         raise ValueError(
             f"{base.__name__} is defined in {base.__module__}, not in Transformers. A merged checkpoint of it could "
             "not be loaded elsewhere; only models of Transformers itself are supported."
         )
-    exported = getattr(importlib.import_module("transformers"), base.__name__, None) is base
-    return generated_class(PREFIX + kind + base.__name__ + ("" if exported else "__" + "__".join(parts[2:])))
+    return generated_class(PREFIX + kind + name)
 
 
 @cache
@@ -356,11 +343,10 @@ def generated_class(name: str) -> type[nn.Module]:
     Raises:
         AttributeError: the name leads to no class of Transformers.
     """
-    base_name, _, module = name.removeprefix(PREFIX).partition("__")
-    is_cut, base_name = base_name.startswith(CUT), base_name.removeprefix(CUT)
-    source = "transformers.models." + module.replace("__", ".") if module else "transformers"
-    base = getattr(importlib.import_module(source), base_name, None) if name.startswith(PREFIX) else None
-    if not isinstance(base, type) or not issubclass(base, nn.Module):
+    own = name.removeprefix(PREFIX)
+    is_cut = own.startswith(CUT)
+    base = library_class(own.removeprefix(CUT)) if name.startswith(PREFIX) else None
+    if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     fields: dict[str, Any] = {
         "__module__": __name__,
@@ -372,17 +358,7 @@ def generated_class(name: str) -> type[nn.Module]:
     if not issubclass(base, PreTrainedModel):
         mixin = MergedExperts if hasattr(base, "_apply_gate") else MAPPED.get(base.__name__, MappedRouter)
         return type(name, (mixin, base), fields)
-    # Named among the direct bases, or Auto classes would derive a further class, which could not be pickled.
-    generation = (GenerationMixin,) if issubclass(base, GenerationMixin) else ()
-    # Read off the source of a class's module, which for a generated class is this one.
-    fields["_can_set_experts_implementation_cached_value"] = base._can_set_experts_implementation()
-    if getattr(base.config_class, "model_type", None):
-        with contextlib.suppress(ValueError):  # an inner model whose configuration is not registered by itself
-            fields["config_class"] = config_class_for(base.config_class.model_type)
-    cls = type(name, (MCSMoEModel, base, *generation), fields)
-    # Done by `__init__` for the class that it builds. Without it `output_router_logits` and the like record nothing.
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)
-    return cls
+    return model_class(name, MCSMoEModel, base, config_class_for, fields)
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -5,24 +5,23 @@ generated from it and a class of Transformers; `config.variant` holds the varian
 the files that the variant's file imports, directly or not, with imports of the package turned into relative ones.
 """
 
-import contextlib
 import copy
 import importlib
 import inspect
 import os
 import re
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe.modeling.companions_mcsmoe import copy_companions, source_of
 from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX, auto_map
 from hf_mcsmoe.modeling.folders_mcsmoe import COMMIT_ARGUMENTS, completed_folder, repository
+from hf_mcsmoe.modeling.generated_mcsmoe import library_class, library_name, model_class, serve_generic_heads
 
 MODEL_TYPE, OF = "mcsmoe_variant", "Variant"
 # An import of a file that travels, in the package and beside a checkpoint.
@@ -115,7 +114,7 @@ class VariantModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the base model for `config`, then change it as the variant's options say."""
-        _serve_generic_heads(type(self), config)
+        serve_generic_heads(config, partial(generated, _mixin(type(self))))
         wanted = config._experts_implementation
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         change(self, config.variant["options"])
@@ -301,14 +300,13 @@ def subclass(mixin: type, base: type[nn.Module]) -> type[Any]:
     Raises:
         ValueError: the class is not one of Transformers, so a checkpoint could not name it.
     """
-    parts = base.__module__.split(".")
-    if parts[:2] != ["transformers", "models"]:
+    name = library_name(base)
+    if name is None:
         raise ValueError(
             f"{base.__name__} is defined in {base.__module__}, not in Transformers: a variant is made of a model of "
             "one of Transformers' own classes, neither of a compressed one nor of another variant."
         )
-    exported = getattr(importlib.import_module("transformers"), base.__name__, None) is base
-    return generated(mixin, mixin.prefix + base.__name__ + ("" if exported else "__" + "__".join(parts[2:])))
+    return generated(mixin, mixin.prefix + name)
 
 
 def generated_in(mixins: tuple[type, ...], name: str) -> type[Any]:
@@ -330,10 +328,8 @@ def generated(mixin: type, name: str) -> type[Any]:
     Raises:
         AttributeError: the name leads to no class of Transformers.
     """
-    base_name, _, module = name.removeprefix(mixin.prefix).partition("__")
-    source = "transformers.models." + module.replace("__", ".") if module else "transformers"
-    base = getattr(importlib.import_module(source), base_name, None)
-    if not isinstance(base, type) or not issubclass(base, nn.Module):
+    base = library_class(name.removeprefix(mixin.prefix))
+    if base is None:
         raise AttributeError(f"module {mixin.__module__!r} has no attribute {name!r}")
     fields: dict[str, Any] = {
         "__module__": mixin.__module__,
@@ -343,29 +339,11 @@ def generated(mixin: type, name: str) -> type[Any]:
     }
     if not issubclass(base, PreTrainedModel):
         return type(name, (mixin, base), fields)
-    # Named among the direct bases, or Auto classes would derive a further class, which could not be pickled.
-    generation = (GenerationMixin,) if issubclass(base, GenerationMixin) else ()
     # Read off the source of a class's module, which for a generated class is the variant's file.
-    fields["_can_set_experts_implementation_cached_value"] = (
-        mixin.brings_experts or base._can_set_experts_implementation()
-    )
+    brings = mixin.brings_experts or base._can_set_experts_implementation()
+    fields["_can_set_experts_implementation_cached_value"] = brings
     fields["_can_set_attn_implementation_cached_value"] = base._can_set_attn_implementation()
-    if getattr(base.config_class, "model_type", None):
-        with contextlib.suppress(ValueError):  # an inner model whose configuration is not registered by itself
-            fields["config_class"] = config_class_for(variant_name(mixin), base.config_class.model_type)
-    cls = type(name, (mixin, base, *generation), fields)
-    # Done by `__init__` for the class that it builds. Without it `output_router_logits` and the like record nothing.
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)
-    return cls
-
-
-def _serve_generic_heads(cls: type, config: Any) -> None:
-    """Let `AutoModel.from_config(config)`, which the library's generic heads call, build the generated base model."""
-    # Its presence would ask for `trust_remote_code`, whose answer does not reach that call. Saving writes it anew.
-    vars(config).pop("auto_map", None)
-    path = vars(type(config)).get("auto_classes", {}).get("AutoModel")
-    if path is not None and type(config) not in AutoModel._model_mapping:
-        AutoModel.register(type(config), generated(_mixin(cls), path.rpartition(".")[2]), exist_ok=True)
+    return model_class(name, mixin, base, partial(config_class_for, variant_name(mixin)), fields)
 
 
 def copy_code(file: str, folder: Path) -> None:

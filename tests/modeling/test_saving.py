@@ -29,8 +29,8 @@ FILES = {
     *("README.md", "config.json", "generation_config.json", "mcsmoe_plan.json", "mcsmoe_record.json"),
     *("model.safetensors",),
     *("companions_mcsmoe.py", "configuration_mcsmoe.py", "constants_mcsmoe.py", "experts_mcsmoe.py"),
-    *("folders_mcsmoe.py", "forward_mcsmoe.py", "losparse_mcsmoe.py", "plain_mcsmoe.py", "pruned_mcsmoe.py"),
-    *("modeling_mcsmoe.py", "quantized_mcsmoe.py", "router_mcsmoe.py", "saving_mcsmoe.py"),
+    *("folders_mcsmoe.py", "forward_mcsmoe.py", "generated_mcsmoe.py", "losparse_mcsmoe.py", "plain_mcsmoe.py"),
+    *("modeling_mcsmoe.py", "pruned_mcsmoe.py", "quantized_mcsmoe.py", "router_mcsmoe.py", "saving_mcsmoe.py"),
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
