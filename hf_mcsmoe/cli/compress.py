@@ -31,7 +31,15 @@ from hf_mcsmoe.cli.options import (
     itemsize,
     options_of,
 )
-from hf_mcsmoe.cli.plain import check_plain_asked, check_plain_in_memory, fit_of, plain_config, write_plain
+from hf_mcsmoe.cli.plain import (
+    check_plain_asked,
+    check_unfitted,
+    exported,
+    fit_of,
+    form_bytes,
+    plain_config,
+    write_plain,
+)
 from hf_mcsmoe.cli.preset import MERGE, PresetName, check_preset
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
@@ -125,14 +133,16 @@ def compress_command(
     # The same in all processes, whatever each has free.
     streaming = current().agreed(partial(streaming.going_on, target.output))
     is_streamed = current().agreed(partial(streaming.is_chosen, layers, config, stages, held, calibration))
-    check_plain_in_memory(plain=plain, is_streamed=is_streamed)
     if not is_streamed:
         streaming.tell_unused()
+    check_unfitted(form if plain and is_streamed else None, config, size)
     goes_on = is_streamed and not streaming.restart
     claims = replace(target, overwrite=True) if goes_on and is_placing(target.output) else target
     done = finished_bytes(target.output) if goes_on else 0
+    whole = empty.num_parameters() * itemsize(loading.dtype, empty)
+    beside = form_bytes(form if plain and is_streamed else None, needed, whole)
     needed *= 2 if is_streamed and size else 1  # two results lie on disk until one of them is taken
-    output = claims.claimed(max(0, needed - done), model=model, **read)
+    output = claims.claimed(max(0, needed + beside - done), model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or config.budget == MEASURED or any(stages.values())
     started = time.perf_counter()
@@ -165,7 +175,9 @@ def compress_command(
         shown: dict[str, Any] = {"progress": progress, "repetitions": REPETITIONS, "held_out": held_out}
         shown["check"] = check
         if folder:
-            saving = Saving(own, lambda record: replace(record, calibration=told, recipe=text), draw, scores)
+            told_of = partial(replace, calibration=told, recipe=text)
+            written = {"form": exported(form, progress), "form_bytes": beside} if plain else {"after": draw}
+            saving = Saving(own, told_of, scores=scores, **written)
             with telling_what_is_kept(output):
                 record = compress_folder(
                     folder,

@@ -1,6 +1,6 @@
 """`compress --plain`: what is checked before any work so that the result can be an ordinary checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hf_mcsmoe.export.engines import check_engines, nearest_count
 from hf_mcsmoe.export.form import router_groups, shape_of
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.methods.config import UNIFORM, MergeConfig
 from hf_mcsmoe.progress import Progress
 from hf_mcsmoe.record import Calibration, Record
@@ -35,13 +36,42 @@ def check_plain_asked(form: PlainForm, *, plain: bool, stages: dict[str, Any]) -
         )
 
 
-def check_plain_in_memory(*, plain: bool, is_streamed: bool) -> None:
-    """Raise ValueError where a model that is read block by block is to become plain in the same run."""
-    if plain and is_streamed:
+def check_unfitted(form: PlainForm | None, config: MergeConfig, size: SizeConfig | None) -> None:
+    """Note that routers of merged experts are not fitted where the model is read block by block.
+
+    Args:
+        form: None where no plain checkpoint is made block by block.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if form is None or form.expand or (size.reductions == ("prune",) if size else config.reduce == "prune"):
+        return
+    if form.router_steps not in (0, PlainForm.router_steps):
         raise ValueError(
-            "--plain needs the model in memory: compress block by block without it, and make the result plain with "
-            "hf-mcsmoe export, which reads block by block as well."
+            f"--router-steps {form.router_steps} distils the router with the result in memory, and the model is read "
+            "block by block: leave it out, or leave out --plain and run hf-mcsmoe export --data on the result."
         )
+    notes.print(
+        "block by block the router's rows are combined and not fitted: without --plain, hf-mcsmoe export --data fits "
+        "them, where the result fits into memory",
+        soft_wrap=True,
+    )
+
+
+def form_bytes(form: PlainForm | None, result: int, whole: int) -> int:
+    """Return about how many bytes a plain form takes, which is made while the result lies beside it; None for none.
+
+    Args:
+        result: bytes of the result in our own format.
+        whole: of the model with all of its experts.
+    """
+    return 0 if form is None else whole if form.expand else result
+
+
+def exported(form: PlainForm, progress: Progress) -> Callable[[Path, Path], Record]:
+    """Return what makes of the folder of a compressed model, block by block, a plain checkpoint in another one."""
+    return lambda ours, output: export(Folder(ours), output, **form.options, overwrite=True, progress=progress)
 
 
 def plain_config(config: MergeConfig, size: SizeConfig | None, layers: Layers, engines: Sequence[str]) -> MergeConfig:

@@ -1,10 +1,13 @@
 """The story from folder to folder: statistics, plan, and one sweep that merges, repairs and stores block by block."""
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from hf_mcsmoe.attached import attach_record
 from hf_mcsmoe.calibration.reference import check_reference, reference_norms, with_reference
@@ -16,7 +19,7 @@ from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.output import check_apart, check_room
-from hf_mcsmoe.layers.shards import as_stored
+from hf_mcsmoe.layers.shards import ShardWriter, as_stored
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
@@ -45,6 +48,8 @@ from hf_mcsmoe.streamed.run import Data, Run, description_of, shared_statistics
 from hf_mcsmoe.streamed.sized import made_to_size, with_curves
 from hf_mcsmoe.streamed.trials import trials_bytes
 
+# Where the result lies in the working folder from which another form of it is made.
+FORM = "form"
 TAKEN = (
     "The result and hidden states of all rows take",
     ": fewer or shorter rows (--num-samples, --max-length) take less",
@@ -123,7 +128,7 @@ def compress_folder(
 
     def lead() -> Record:
         copies = trials_bytes(layers, data.batches, config, tried) if tried else 0
-        result = _result_bytes(layers, config, search)
+        result = _result_bytes(layers, config, search) + saving.form_bytes
         check_room(path, needed_bytes(path, result, hidden, copies, restart=stream.restart), *TAKEN)
         with working_folder(path) as work:
             wanted = description_of(
@@ -145,21 +150,45 @@ def compress_folder(
             attach_record(student, saving.told(record))
             writer = run.write_rest(student, place)
             journal.state = RESULT
-            with completed_folder(path) as target:
-                plain = plain_form(student)
-                writer = writer.placed(target) if plain is None else writer.converted(target, as_stored(plain))
-                cast(Any, student)._save_into(path, target, path.name, state_dict={}, tokenizer=saving.tokenizer)
-                writer.close()
+            record = _placed(student, writer, path, saving, journal.folder / FORM)
             saving.after(path)
             folder.drop_fetched()
             journal.remove()
             if saving.scores and (statistics is None or search):
                 found.save(saving.scores)  # last: a run that goes on would read it, and be another one
-        return cast(Any, student).mcsmoe_record
+        return record
 
     if not processes.is_first and processes.sent(None, 0):
         shared_statistics(layers, data.batches, needs, processes)
     return processes.led(lead)
+
+
+def _placed(student: PreTrainedModel, writer: ShardWriter, path: Path, saving: Saving, ours: Path) -> Record:
+    """Put a result in its place; returns the record of what lies there.
+
+    Args:
+        writer: of the shards of all of it.
+        ours: a folder for the result in our own format, where another form of it is saved.
+    """
+    if saving.form is not None:
+        shutil.rmtree(ours, ignore_errors=True)  # of a run that was killed
+        ours.mkdir()
+        vars(student)["mcsmoe_is_written"] = False  # so that a pruned one is saved in our format as well
+        _write(student, writer.placed(ours), ours, path.name, saving)
+        return saving.form(ours, path)
+    with completed_folder(path) as target:
+        plain = plain_form(student)
+        writer = writer.placed(target) if plain is None else writer.converted(target, as_stored(plain))
+        _write(student, writer, target, path.name, saving, path)
+    return cast(Any, student).mcsmoe_record
+
+
+def _write(
+    student: PreTrainedModel, writer: ShardWriter, folder: Path, name: str, saving: Saving, target: Path | None = None
+) -> None:
+    """Write all but the shards that lie in a folder, which will be moved to `target`."""
+    cast(Any, student)._save_into(target or folder, folder, name, state_dict={}, tokenizer=saving.tokenizer)
+    writer.close()
 
 
 def _result_bytes(layers: Layers, config: MergeConfig, search: SizeConfig | None) -> int:

@@ -119,7 +119,7 @@ def commit_of(output: str | os.PathLike) -> str | None:
 
 def finished_bytes(output: str | os.PathLike) -> int:
     """Return the bytes of shards that an interrupted run to this output has written, of which results are made."""
-    return _bytes_of(output, "*/*.safetensors")
+    return _bytes_of(output, "[0-9]*/*.safetensors")
 
 
 def needed_bytes(

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import build
 from helpers import Run
 from merged import merge, tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mcsmoe import MergeConfig
@@ -98,13 +100,51 @@ def test_compress_writes_a_plain_checkpoint_of_a_family_whose_router_picks_among
         assert sum(expert < 4 for expert in layer["dominant"]) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        (["--reduce", "prune", "--repair", "refit"], False),
+        (["--bits", 4, "--group-size", 8, "--reduce", "prune"], False),
+        (["--expand", "--repair", "none"], False),
+        (["--repair", "none", "--for", "vllm"], True),
+    ],
+)
+def test_compress_writes_a_plain_checkpoint_block_by_block(
+    options: list[Any], is_told: bool, tmp_path: Path, run: Run
+) -> None:
+    build("mixtral").save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{48 + (5 * i + j) % 80}" for j in range(24)) for i in range(48)))
+    weights = {}
+    for name, way in (("loaded", "--no-stream"), ("streamed", "--stream")):
+        place = tmp_path / name / "plain"
+        given = ["--data", text, "--experts", 4, "--plain", way, "--output", place, *options]
+        code, _, err = run("compress", tmp_path / "base", *given)
+        assert code == 0, err
+        assert ("the router's rows are combined and not fitted" in " ".join(err.split())) == (
+            is_told and name == "streamed"
+        )
+        assert [path.name for path in place.parent.iterdir()] == ["plain"]
+        files = {file.name: file for file in place.iterdir()}
+        found = {key: value for file in place.glob("*.safetensors") for key, value in load_file(file).items()}
+        weights[name] = found, files.keys(), json.loads(files["config.json"].read_text())
+    (one, *others), (two, *same) = weights["loaded"], weights["streamed"]
+    assert others == same
+    unlike = {key for key, value in one.items() if not torch.equal(value, two[key])}
+    assert one.keys() == two.keys()
+    assert bool(unlike) == is_told
+    assert all("gate.weight" in key for key in unlike), "all but routers is the same"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--experts", 0.5, "--for", "vllm"], "are about --plain"),
         (["--experts", 0.5, "--plain", "--rank", 4], "multiply them out with --dense"),
         (["--size", 0.5, "--plain"], "give --uniform-experts as well"),
-        (["--experts", 0.5, "--plain", "--stream"], "--plain needs the model in memory"),
+        (["--experts", 0.5, "--plain", "--stream", "--router-steps", 5], "--router-steps 5 distils the router"),
         (["--experts", 0.5, "--plain", "--skip", "*.0.*"], "a plain checkpoint cannot hold"),
     ],
 )
