@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from hf_mcsmoe.layers.checkpoint import Conversion, Part, StoredTensor, find_tensors
 from hf_mcsmoe.layers.dequantize import check_not_quantized, dequantized
 from hf_mcsmoe.layers.loading import load_config, model_class
-from hf_mcsmoe.layers.memory import return_freed_memory
+from hf_mcsmoe.layers.memory import keep_few_kernels, return_freed_memory
 from hf_mcsmoe.layers.snapshot import Passage, Snapshot
 from hf_mcsmoe.layers.streaming import Run, Turnstile, blocks
 
@@ -62,6 +62,7 @@ class Folder:
         quantizer = dequantized(config, str(folder)) if dequantize else None
         check_not_quantized(config, str(folder))
         return_freed_memory()
+        keep_few_kernels()
         self.stored = find_tensors(folder) if self.snapshot is None else self.snapshot.tensors()
         self.device = torch.device(device)
         dtype = _dtype(dtype, config, self.stored)

@@ -1,7 +1,11 @@
-"""Memory of weights: freed, it goes back to the system; mapped from a file, they may lie as no kernel expects."""
+"""Memory of weights: freed, it goes back to the system; mapped from a file, they may lie as no kernel expects.
+
+And of kernels: few are kept.
+"""
 
 import ctypes
 import functools
+import os
 from itertools import chain
 
 import torch
@@ -42,3 +46,13 @@ def align(model: nn.Module) -> None:
 def _is_plain(tensor: torch.Tensor) -> bool:
     is_dense = tensor.layout is torch.strided and not isinstance(tensor, DTensor)
     return is_dense and tensor.device.type == "cpu"
+
+
+def keep_few_kernels() -> None:
+    """Let torch keep 64 kernels of products in bfloat16 on a CPU, where the environment says nothing else.
+
+    oneDNN makes one for each number of rows, which differs with every expert, and keeps the last 1,024 of them in each
+    of two places: some 800 MB, beside a block that is freed.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")

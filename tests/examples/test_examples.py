@@ -141,6 +141,17 @@ def test_all_benchmarks_are_run_but_those_that_are_named_here() -> None:
 
 
 @pytest.mark.slow
+def test_four_gigabytes_pass_through_one_and_a_half(tmp_path: Path) -> None:
+    options = ["--gigabytes", "4", "--limit", "1.5", "--num-experts", "32"]
+    result = run("benchmarks/larger_than_memory.py", tmp_path / "work", *options)
+    assert result.returncode == 0, result.stderr
+    source, output, peak, *_ = (float(cell.strip("| GB")) for cell in result.stdout.splitlines()[-1].split("|")[1:4])
+    assert source > 4 > output > 2
+    assert peak < 1.5
+    assert not [*(tmp_path / "work").iterdir()], "made, and removed"
+
+
+@pytest.mark.slow
 def test_the_merge_of_two_billion_parameters_says_what_it_keeps() -> None:
     command = [sys.executable, EXAMPLES / "benchmarks" / "merge_2b.py", "--help"]
     assert "--keep" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

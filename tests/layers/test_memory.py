@@ -74,3 +74,46 @@ def test_weights_that_lie_unaligned_in_their_file_are_copied(way: str, tmp_path:
         compress(loaded, batches(name, model), MergeConfig(experts=1.0))
     assert not any(parameter.data_ptr() % ALIGNED for parameter in loaded.parameters())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+PRODUCTS = """
+import sys
+from pathlib import Path
+import torch
+from hf_mcsmoe.layers.folder import Folder
+
+torch.set_num_threads(1)
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+Folder(sys.argv[1])
+rows, weight = torch.randn(400, 1024).bfloat16(), torch.randn(512, 1024).bfloat16()
+for number in range(1, 100):
+    rows[:number] @ weight.T
+    torch.nn.functional.linear(rows[:number], weight)
+before = held()
+for number in range(100, 400):
+    torch.nn.functional.linear(rows[:number], weight)
+print(held() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells of memory otherwise")
+def test_kernels_of_each_number_of_rows_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    construct("qwen3_moe").save_pretrained(tmp_path)
+    found = {}
+    for kept in (None, "1024"):  # what torch does by itself
+        for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+            monkeypatch.delenv(name, raising=False)
+            if kept is not None:
+                monkeypatch.setenv(name, kept)
+        command = [sys.executable, "-c", PRODUCTS, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found[kept] = int(done.stdout)
+    if found["1024"] < 50e6:
+        pytest.skip("this CPU makes no kernels of its own for bfloat16")
+    assert found[None] < found["1024"] / 3
