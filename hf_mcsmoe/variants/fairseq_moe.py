@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedModel, XGLMConfig
 
@@ -20,6 +21,12 @@ SHARED = "-shared.pt"
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
 # Options that would change the forward, without weights that would tell, and the value that is read here.
 NEEDED = {"decoder_normalize_before": True, "moe_top1_expert": False, "no_decoder_final_norm": False}
+# What files may hold beside tensors and plain values: options, and NumPy's numbers, by its older name as well.
+SCALAR: Any = numpy.float64().__reduce__()[0]
+SAFE: list[Any] = [
+    *(Namespace, numpy.dtype, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")),
+    *(type(numpy.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+]
 GATE = re.compile(r"decoder\.layers\.(\d+)\.moe_layer\.gate\.wg\.weight")
 EXPERT = re.compile(r"decoder\.layers\.(\d+)\.moe_layer\.experts\.(\d+)\.(fc[12])\.(weight|bias)")
 PARAMETERS = {
@@ -95,7 +102,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: copy it beside the others, of which each holds some of the experts.")
     try:
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals(SAFE):
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(

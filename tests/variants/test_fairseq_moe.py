@@ -1,11 +1,13 @@
 """Models of fairseq converted: checkpoints of its layout are made here, and computed here with plain tensors."""
 
 import math
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from helpers import logits
@@ -187,6 +189,21 @@ def test_it_is_not_merged(tmp_path: Path) -> None:
     model = convert_fairseq_moe(write(tmp_path, weights(), options()))
     with pytest.raises(ValueError, match="only models of Transformers itself are supported"):
         compress(model, [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}], MergeConfig(experts=3))
+
+
+def test_numbers_of_the_training_are_read_by_either_name_of_numpy(tmp_path: Path) -> None:
+    write(tmp_path, weights(), options())
+    file = tmp_path / "checkpoint_last-shared.pt"
+    _changed(tmp_path, "shared", lambda held: held.update(extra_state={"best": numpy.float64(2.5)}))
+    expected = convert_fairseq_moe(tmp_path).state_dict()
+    with zipfile.ZipFile(file) as archive:
+        held = {name: archive.read(name) for name in archive.namelist()}
+    assert any(b"numpy._core.multiarray" in value for value in held.values())
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, value in held.items():
+            archive.writestr(name, value.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    found = convert_fairseq_moe(tmp_path).state_dict()
+    assert all(found[name].equal(value) for name, value in expected.items())
 
 
 def _without(folder: Path, name: str) -> None:
