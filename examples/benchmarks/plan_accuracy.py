@@ -1,7 +1,8 @@
-"""What `hf-mcsmoe plan` says beforehand, against what a run then takes: bytes of the result, and memory.
+"""What `hf-mcsmoe plan` says beforehand, against what a run then takes: bytes of the result, memory, and time.
 
 Each family gets a checkpoint of some hundred megabytes, of random weights; each way runs in a process of its own, and
 the largest resident set of that (VmHWM, Linux) counts, pages of mapped files included. Half of the experts are merged.
+With `--time` the machine is measured just before, as `plan --time` does, on one thread like the run.
 
 python examples/benchmarks/plan_accuracy.py --families qwen3_moe,mixtral --repair refit
 """
@@ -11,7 +12,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, RepairConfig, compress
 from hf_mcsmoe.evaluation.costs import bytes_on_disk
-from hf_mcsmoe.forecast.machine import resident
-from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED, Needs, needs_of
+from hf_mcsmoe.forecast.duration import seconds_of
+from hf_mcsmoe.forecast.figures import figures_of
+from hf_mcsmoe.forecast.machine import measure_pace, resident
+from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED, Needs, Run, needs_of
 from hf_mcsmoe.forecast.result import Result, result_by_hand
 from hf_mcsmoe.forecast.run import run_of
 from hf_mcsmoe.forecast.sizes import sizes_of
@@ -84,43 +89,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(FAMILIES), help="default: %(default)s")
     parser.add_argument("--repair", choices=("none", "refit", "joint"), default="none")
+    parser.add_argument("--time", action="store_true", help="compare seconds as well")
     parser.add_argument("--way", choices=(IN_MEMORY, STREAMED), help="run it in this process, and print its memory")
     parser.add_argument("--folder", type=Path, help="with --way: the model, and below it the result")
     arguments = parser.parse_args()
     if arguments.way:
         print(json.dumps(run(arguments.folder, arguments.way, arguments.repair)))
     else:
-        print("| family | what | predicted, MB | measured, MB | predicted / measured |\n|---|---|---:|---:|---:|")
+        print("| family | what | predicted | measured | predicted / measured |\n|---|---|---:|---:|---:|")
         for name in arguments.families.split(","):
-            compare(name, arguments.repair)
+            compare(name, arguments.repair, is_timed=arguments.time)
 
 
-def compare(name: str, repair: str) -> None:
-    """Print prediction and measurement of a family: the bytes of the result, and memory both ways."""
+def compare(name: str, repair: str, *, is_timed: bool) -> None:
+    """Print prediction and measurement of a family: the bytes of the result, and memory and time both ways."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         make(name, folder)
-        result, predicted = predict(folder, repair)
-        told = {"bytes": result.bytes}
+        layers, result, wanted, predicted = predict(folder, repair)
+        told = {"bytes": ("bytes", result.bytes)}
         for way, needs in predicted.items():
+            seconds = estimate(folder, layers, wanted, needs) if is_timed else None
             command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--repair", repair]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             measured = json.loads(output.splitlines()[-1])
-            for what, value in [*told.items(), (f"memory {way} ({needs.peak})", needs.memory)]:
-                found = measured["bytes" if what == "bytes" else "memory"]
-                ratio = value / found
-                print(f"| {name} | {what} | {value / 1e6:.0f} | {found / 1e6:.0f} | {ratio:.3f} |", flush=True)
+            told[f"memory {way} ({needs.peak})"] = ("memory", needs.memory)
+            for what, (key, value) in told.items():
+                show(name, what, value / 1e6, measured[key] / 1e6, "MB")
+            if seconds is not None:
+                show(name, f"time {way}", seconds, measured["seconds"], "s")
             told = {}
 
 
-def predict(folder: Path, repair: str) -> tuple[Result, dict[str, Needs]]:
+def show(name: str, what: str, predicted: float, measured: float, unit: str) -> None:
+    """Print a row."""
+    ratio, number = predicted / measured, ".0f" if unit == "MB" else ".1f"
+    cells = f"{predicted:{number}} {unit} | {measured:{number}} {unit} | {ratio:.3f}"
+    print(f"| {name} | {what} | {cells} |", flush=True)
+
+
+def estimate(folder: Path, layers: Layers, wanted: Run, needs: Needs) -> float:
+    """Return the seconds that are told of a run, after measuring this machine."""
+    torch.set_num_threads(1)
+    sizes = sizes_of(layers)
+    tokens = max(1, BATCH * LENGTH * sizes.top_k // sizes.num_experts)
+    pace = measure_pace(tokens, sizes.hidden_size, sizes.intermediate_size, layers.model.dtype, folder)
+    return sum(seconds_of(sizes, figures_of(layers), replace(wanted, threads=1), needs, pace).values())
+
+
+def predict(folder: Path, repair: str) -> tuple[Layers, Result, Run, dict[str, Needs]]:
     """Return what is known beforehand, from the configuration and the length of the files."""
     layers = Layers.of(empty_model(str(folder)))
     config = MergeConfig(experts=0.5)
     result = result_by_hand(layers, config)
     judged = {"rows": ROWS, "judged": 0, "length": LENGTH, "batch_size": BATCH}
     wanted = run_of(layers, result, config, repair=repair, **judged)
-    return result, needs_of(sizes_of(layers), wanted, bytes_on_disk(folder), base=resident() or 0)
+    needs = needs_of(sizes_of(layers), wanted, bytes_on_disk(folder), base=resident() or 0)
+    return layers, result, wanted, needs
 
 
 def make(name: str, folder: Path) -> None:
@@ -140,8 +165,8 @@ def make(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def run(folder: Path, way: str, repair: str) -> dict[str, int]:
-    """Compress a folder, and return the memory that this process took at most, and the bytes of the result."""
+def run(folder: Path, way: str, repair: str) -> dict[str, float]:
+    """Compress a folder; return the memory that this process took at most, the bytes of the result, and seconds."""
     warnings.simplefilter("ignore")  # so few tokens that the groups mean nothing
     torch.set_num_threads(1)
     generator, config, target = torch.Generator().manual_seed(0), MergeConfig(experts=0.5), folder.parent / way
@@ -150,13 +175,15 @@ def run(folder: Path, way: str, repair: str) -> dict[str, int]:
     if empty_model(str(folder)).config.is_encoder_decoder:
         batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
     wanted = None if repair == "none" else RepairConfig(method=repair)
+    begin = time.perf_counter()
     if way == IN_MEMORY:
         compress(load_model(str(folder)), batches, config, repair=wanted, consume=wanted is None).save_pretrained(
             target
         )
     else:
         compress_folder(folder, target, batches, config, repair=wanted)
-    return {"memory": resident("VmHWM") or 0, "bytes": bytes_on_disk(target)}
+    seconds = time.perf_counter() - begin
+    return {"memory": resident("VmHWM") or 0, "bytes": bytes_on_disk(target), "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from hf_mcsmoe.forecast.sizes import Sizes
 ASSIGNMENT = 1.9
 # Decompositions for each fitted expert: one to choose the ridge, one on all tokens, and what goes on around them.
 DECOMPOSITIONS = 3
+# How many times each byte that is read goes through memory: stacked, checked, merged, hashed and written. Set on runs
+# of examples/benchmarks/plan_accuracy.py.
+HANDLED = 6
 
 
 def seconds_of(sizes: Sizes, figures: Figures, run: Run, needs: Needs, pace: Pace) -> dict[str, float]:
@@ -26,6 +29,7 @@ def seconds_of(sizes: Sizes, figures: Figures, run: Run, needs: Needs, pace: Pac
     solved = DECOMPOSITIONS * pace.decomposition * (sizes.intermediate_size / pace.width) ** 3
     return {
         "forwards": 2 * (figures.active - figures.embedding) * passed / pace.products,
+        "handling": HANDLED * needs.read / pace.copying,
         "reading": needs.read / pace.reading,
         "writing": needs.disk / pace.reading,
         "aligning": gone * (assigned + products) / run.threads if run.aligned else 0.0,

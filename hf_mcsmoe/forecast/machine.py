@@ -18,17 +18,20 @@ STATUS = Path("/proc/self/status")
 PROBE, SECONDS = 256 * 2**20, 2.0
 # The largest width of the assignment and of the decomposition that are timed.
 WIDTH = 512
+# Bytes that are copied into memory that the system gives anew.
+COPIED = 2**26
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a machine is: operations a second in a dtype, bytes read a second, and seconds of what a layer takes.
+    """How fast a machine is: operations a second in a dtype; bytes read and bytes copied a second.
 
-    `assignment` of one alignment and `decomposition` of one symmetric matrix, each of `width`.
+    And seconds: `assignment` of one alignment, and `decomposition` of one symmetric matrix, each of `width`.
     """
 
     products: float
     reading: float
+    copying: float
     assignment: float
     decomposition: float
     width: int
@@ -54,6 +57,7 @@ def measure_pace(tokens: int, hidden_size: int, width: int, dtype: torch.dtype, 
     return Pace(
         products=2 * tokens * hidden_size * width / seconds,
         reading=_reading(folder),
+        copying=COPIED / _fastest(torch.zeros(COPIED, dtype=torch.uint8).clone),
         assignment=_fastest(lambda: linear_sum_assignment(costs.numpy())),
         decomposition=_fastest(lambda: torch.linalg.eigh(symmetric)),
         width=size,

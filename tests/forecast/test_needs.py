@@ -162,9 +162,12 @@ def test_time_follows_from_the_pace() -> None:
     config = MergeConfig(experts=4)
     run = run_of(layers, result_by_hand(layers, config), config, rows=10, judged=0, length=100)
     needs = needs_of(sizes, run, 10**6)
-    pace = Pace(products=1e6, reading=1e5, assignment=2.0, decomposition=1.0, width=sizes.intermediate_size)
+    pace = Pace(
+        products=1e6, reading=1e5, copying=1e6, assignment=2.0, decomposition=1.0, width=sizes.intermediate_size
+    )
     told = seconds_of(sizes, figures, run, needs[STREAMED], pace)
     assert told["reading"] == pytest.approx(2 * 10**6 / 1e5)
+    assert told["handling"] == pytest.approx(6 * 2 * 10**6 / 1e6)
     assert told["forwards"] == pytest.approx(2 * (figures.active - figures.embedding) * 1000 / 1e6)
     assert told["aligning"] >= 4 * len(layers) * 2.0 / run.threads
     assert told["fitting"] == 0
