@@ -6,6 +6,7 @@ from hf_mcsmoe.variants.expert_cache import ExpertCache, hobbit, lfu, lru, recor
 from hf_mcsmoe.variants.fairseq_moe import convert_fairseq_moe
 from hf_mcsmoe.variants.mixed_precision_mcsmoe import mix_precision, next_layer_accuracy
 from hf_mcsmoe.variants.momentum_mcsmoe import MomentumWarmup, add_momentum, robust_constants, set_momentum
+from hf_mcsmoe.variants.similarity_routing import add_attention_routing, add_similarity_routing
 from hf_mcsmoe.variants.smoe_dropout_mcsmoe import moefy_dense
 from hf_mcsmoe.variants.specialization import (
     DenseMixture,
@@ -22,7 +23,9 @@ __all__ = [
     "ElasticTopK",
     "ExpertCache",
     "MomentumWarmup",
+    "add_attention_routing",
     "add_momentum",
+    "add_similarity_routing",
     "convert_fairseq_moe",
     "evaluate_k_sweep",
     "get_top_k",

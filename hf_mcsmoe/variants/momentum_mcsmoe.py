@@ -10,7 +10,6 @@ x - m; a trained model adds its experts' output, so here it is x + m.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, generated_in, subclass
+from hf_mcsmoe.variants.stacks_mcsmoe import block_path, stacks
 
 KINDS = ("momentum", "adam", "scale")
 # Decay rates of Adam's moments, and what keeps its root from zero.
@@ -47,12 +47,12 @@ class MomentumModel(VariantModel):
                 f"Layers of {min(other)} do not hand on hidden states [B, S, D] from one to the next and through "
                 "their experts, so no momentum can travel beside them: add_momentum does not serve this family."
             )
-        stacks = list(_stacks(self))
-        if not stacks:
+        found = [stack for _, stack in stacks(self)]
+        if not found:
             raise ValueError(
                 f"{type(self).__name__} has no layers with a block of experts inside, so there is no momentum to add."
             )
-        for stack in stacks:
+        for stack in found:
             _install(stack, self.config.get_text_config().hidden_size, options)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
@@ -267,25 +267,9 @@ def _check_numbers(mu: float, gamma: float, look_ahead: float, adam_gamma: float
         )
 
 
-def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
-    """Yield the outermost lists of layers of which some have a block of experts inside."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        is_inside = path.startswith(tuple(f"{other}." for other in found))
-        if isinstance(module, nn.ModuleList) and not is_inside and any(_block(layer) for layer in module):
-            found.append(path)
-            yield module
-
-
-def _block(layer: nn.Module) -> str | None:
-    """Return where in a layer its block of experts is."""
-    paths = [path for path, module in layer.named_modules() if path and "experts" in dict(module.named_children())]
-    return paths[0] if paths else None
-
-
 def _install(stack: nn.ModuleList, width: int, options: dict[str, Any]) -> None:
     """Re-class the layers of a stack from the first with experts to the last, and their blocks."""
-    blocks = {index: path for index, layer in enumerate(stack) if (path := _block(layer))}
+    blocks = {index: path for index, layer in enumerate(stack) if (path := block_path(layer))}
     for index in range(min(blocks), max(blocks) + 1):
         layer: Any = stack[index]
         layer.__class__ = subclass(MomentumLayer, type(layer))

@@ -16,7 +16,20 @@ from merged import check_without_package, run_python
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from variant_folders import dense, fairseq, save, tokens, xglm
 
-from hf_mcsmoe.variants import add_momentum, mix_precision, moefy_dense
+from hf_mcsmoe.variants import (
+    add_attention_routing,
+    add_momentum,
+    add_similarity_routing,
+    mix_precision,
+    moefy_dense,
+)
+
+
+def _eager() -> PreTrainedModel:
+    model = build("mixtral")
+    model.set_attn_implementation("eager")
+    return model
+
 
 # A variant and the model that it is made of.
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel], PreTrainedModel]]] = {
@@ -25,6 +38,8 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel]
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4, top_k=2)),
     "fairseq_moe": (xglm, fairseq),
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, t1=0.5, bits=4, group_size=8)),
+    "similarity_routing": (lambda: build("mixtral"), add_similarity_routing),
+    "attention_routing": (_eager, add_attention_routing),
 }
 LOADING = [
     *("loads", "saves_again", "keeps_bfloat16", "builds_from_its_configuration", "loads_by_device_map"),
@@ -59,7 +74,7 @@ def test_a_folder_has_the_code_that_its_variant_imports_and_no_other(tmp_path: P
     add_momentum(build("mixtral")).save_pretrained(tmp_path)
     names = {file.name for file in tmp_path.glob("*.py")}
     shared = {"remote_mcsmoe.py", "companions_mcsmoe.py", "configuration_mcsmoe.py", "folders_mcsmoe.py"}
-    assert names == {"momentum_mcsmoe.py", "generated_mcsmoe.py", *shared}
+    assert names == {"momentum_mcsmoe.py", "stacks_mcsmoe.py", "generated_mcsmoe.py", *shared}
     assert not any(
         "hf_mcsmoe." in file.read_text() for file in tmp_path.glob("*.py") if "import hf" in file.read_text()
     )
@@ -113,6 +128,7 @@ CHANGES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedMode
     "momentum": (lambda: build("mixtral"), add_momentum),
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, group_size=8)),
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4)),
+    "similarity_routing": (lambda: build("mixtral"), add_similarity_routing),
 }
 
 
