@@ -68,6 +68,17 @@ def check_upcycling(folder: Path) -> None:
     assert rows["mixture, trained"][2] < rows["mixture, untrained"][2]
 
 
+def check_similarity_routing(folder: Path) -> None:
+    (found,) = tables(printed("similarity_routing.py", "--text", text(folder, "one two three four"), *SHORT))
+    assert [row["routers"].split(",")[0] for row in found] == ["plain", "similarity", "attention"]
+    for row in found:
+        assert 1 < float(row["perplexity"]) < NOTHING / 4
+        assert 0 <= float(row["changed"].rstrip("%")) <= 100
+        assert 100 / 8 - 1 <= float(row["most chosen"].rstrip("%")) <= 100, "of 8 experts"
+        assert all(0 <= float(row[f"entropy of {name}"]) <= math.log(8) + 1e-3 for name in "pr")
+    assert found[0]["entropy of p"] == found[0]["entropy of r"], "a plain router picks by its own probabilities"
+
+
 def check_specialization(folder: Path) -> None:
     (found,) = tables(printed("specialization.py", "--steps", "150", "--seeds", "2"))
     assert len(found) == 5
@@ -114,6 +125,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "smoe_dropout.py": check_smoe_dropout,
     "momentum.py": check_momentum,
     "upcycling.py": check_upcycling,
+    "similarity_routing.py": check_similarity_routing,
     "specialization.py": check_specialization,
     "train_small_moe.py": check_train_small_moe,
     "mixed_precision.py": check_mixed_precision,
