@@ -24,6 +24,7 @@ from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.memory import align
+from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.layers.source import InMemory
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
@@ -125,6 +126,7 @@ def compress(
     stages: dict[str, Any] = {"repair": repair, "low_rank": low_rank, "quantization": quantization}
     stages["sparsity"] = sparsity
     check_loaded(layers)
+    check_whole(layers.model, "a compression")
     if isinstance(layers.source, InMemory):
         align(layers.model)
     check_options(layers, config, **stages, consume=consume, size=search)

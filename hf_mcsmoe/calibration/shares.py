@@ -25,7 +25,7 @@ def check_layout(model: PreTrainedModel, names: Iterable[str]) -> None:
     computed = next((method.name for method in methods if method.products), None)
     reason = None
     if tensors > 1:
-        reason = f"tp_size={tensors} leaves each process a part of every token's picks"
+        reason = f"with tp_size={tensors} all processes run each batch together, and here each is given its own"
     elif late and is_sharded(model):
         reason = f"{late} reads gradients of whole experts"
     elif computed and experts > 1:

@@ -1,7 +1,7 @@
 """Models whose weights are split over processes (FSDP2, expert or tensor parallelism): whole tensors of parts."""
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -14,6 +14,23 @@ def is_sharded(model: PreTrainedModel) -> bool:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor of which this process may hold a part; all processes have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that a process holds of one that is split as `like` is, by leading axes."""
+    if not isinstance(like, DTensor):
+        return tensor
+    replicated = [Replicate()] * like.device_mesh.ndim
+    return (
+        DTensor.from_local(tensor, like.device_mesh, replicated, run_check=False)
+        .redistribute(placements=like.placements)
+        .to_local()
+    )
 
 
 def check_whole(model: PreTrainedModel, purpose: str) -> None:

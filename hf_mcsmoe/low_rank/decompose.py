@@ -15,6 +15,7 @@ from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import layer_ranks, layers_to_decompose
@@ -64,6 +65,7 @@ def decompose_experts(
     """
     check_given(config=(config, (LoSparseConfig, NoneType)))
     found = Layers.of(model)
+    check_whole(found.model, "a decomposition")
     decompose_layers(found, config or LoSparseConfig(), batches, prune=prune, progress=progress)
     _renew_costs(found.model)
     return found.model

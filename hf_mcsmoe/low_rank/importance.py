@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from hf_mcsmoe.layers.sharded import local
 from hf_mcsmoe.methods.registry import Registry
 from hf_mcsmoe.modeling.losparse_mcsmoe import SparsePart
 
@@ -36,14 +38,23 @@ def row_scores(parts: dict[str, SparsePart], importance: str | Callable, aggrega
     for name, part in parts.items():
         chunks = [AGGREGATES[aggregate](entries) for _, entries in _chunks(part, importance)]
         if chunks:
-            scores[name] = torch.cat(chunks).view(part.kept.shape)
+            scores[name] = _of_rows(torch.cat(chunks), part)
     return scores
+
+
+def _of_rows(scores: torch.Tensor, part: SparsePart) -> torch.Tensor:
+    """Return the scores [*, out] of all rows of S from those of the rows that this process holds."""
+    if not isinstance(part.weight, DTensor):
+        return scores.view(part.kept.shape)
+    own = scores.view(local(part.weight).shape[:-1])
+    mesh, placements, shape = part.weight.device_mesh, part.weight.placements, part.kept.shape
+    return DTensor.from_local(own, mesh, placements, shape=shape, stride=part.kept.stride()).full_tensor()
 
 
 def _chunks(part: SparsePart, importance: str | Callable) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield some rows of S at a time, and the importance [n, in] of their entries in float32; nothing without one."""
-    method, weight, gradient = IMPORTANCE[importance], part.weight.detach(), part.weight.grad
-    width = weight.shape[-1]
+    method, weight, gradient = IMPORTANCE[importance], local(part.weight.detach()), part.weight.grad
+    width, gradient = weight.shape[-1], None if gradient is None else local(gradient)
     weight, gradient = weight.view(-1, width), None if gradient is None else gradient.reshape(-1, width)
     step = max(1, CHUNK // width) if weight.device.type == "cpu" else len(weight)
     for start in range(0, len(weight), step):
@@ -82,9 +93,9 @@ class RowAverages:
             self.scores[name] = _average(old, new, self.beta)
 
     def _update_entries(self, name: str, part: SparsePart, beta2: float) -> None:
-        weight, chunks = part.weight, []
+        weight, chunks = local(part.weight.detach()), []
         if name not in self.entries:
-            shape = (2, part.kept.numel(), weight.shape[-1])
+            shape = (2, weight.shape[:-1].numel(), weight.shape[-1])
             self.entries[name] = torch.zeros(shape, device=weight.device)
         importance, uncertainty = self.entries[name] = self.entries[name].to(weight.device)
         for rows, new in _chunks(part, self.importance):
@@ -92,7 +103,7 @@ class RowAverages:
             spread = _average(uncertainty[rows], new.sub_(mean).abs_(), beta2)
             chunks.append(AGGREGATES[self.aggregate](mean * spread))
         if chunks:
-            self.scores[name] = torch.cat(chunks).view(part.kept.shape)
+            self.scores[name] = _of_rows(torch.cat(chunks), part)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all that the averages need to go on, by name, on the CPU."""

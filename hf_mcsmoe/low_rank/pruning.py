@@ -17,6 +17,7 @@ from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.files import replaced, write_json
 from hf_mcsmoe.layers.batches import Batch, each, forward
 from hf_mcsmoe.layers.packing import apart
+from hf_mcsmoe.layers.sharded import local, part_of
 from hf_mcsmoe.low_rank.config import KEEP
 from hf_mcsmoe.low_rank.importance import AGGREGATES, IMPORTANCE, RowAverages, Scores, row_scores
 from hf_mcsmoe.methods.checks import check_value
@@ -61,7 +62,7 @@ def prune_rows(model: nn.Module, scores: Scores, keep: float) -> None:
         for part, share in zip(parts.values(), shares, strict=True):
             part.kept.logical_and_(share.view(part.kept.shape).to(part.kept.device))
     for part in parts.values():
-        part.weight.data.mul_(part.kept[..., None])
+        local(part.weight.data).mul_(part_of(part.kept, part.weight)[..., None])
 
 
 def _highest(scores: Scores, parts: dict[str, SparsePart], number: int) -> torch.Tensor:
@@ -117,7 +118,8 @@ def _parts(model: nn.Module) -> dict[str, SparsePart]:
 def _check_scored(parts: dict[str, SparsePart], importance: str | Callable) -> None:
     """Raise ValueError where no S has a gradient, which its importance needs."""
     method = IMPORTANCE[importance]
-    rows = [part.weight.detach().reshape(-1, part.weight.shape[-1])[:1].float() for part in parts.values()]
+    weights = [local(part.weight.detach()) for part in parts.values()]
+    rows = [weight.reshape(-1, weight.shape[-1])[:1].float() for weight in weights]
     without = all(method(row, None) is None for row in rows)
     if without and not any(part.weight.requires_grad for part in parts.values()):
         raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 
 from .configuration_mcsmoe import check_low_rank
@@ -177,6 +178,11 @@ def sparse_parts(model: nn.Module) -> dict[str, SparsePart]:
     }
 
 
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of which this process may hold a part (FSDP2); all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def final_rows(model: nn.Module, keep: float | None) -> dict[str, torch.Tensor]:
     """Return the rows of S, bool [*, out], that the compact form of each weight in training form will hold.
 
@@ -195,7 +201,7 @@ def final_rows(model: nn.Module, keep: float | None) -> dict[str, torch.Tensor]:
             stacklevel=3,
         )
         scores = [
-            part.weight.detach().float().abs().mean(-1).masked_fill(~part.kept, -1).flatten().cpu()
+            _whole(part.weight.detach().float().abs().mean(-1)).masked_fill(~part.kept, -1).flatten().cpu()
             for part in parts.values()
         ]
         chosen = torch.zeros(total, dtype=torch.bool)
@@ -211,6 +217,7 @@ def compact_rows(part: SparsePart, kept: torch.Tensor) -> tuple[torch.Tensor, to
     Args:
         kept: bool [*, out].
     """
-    kept = kept.reshape(-1, kept.shape[-1]).to(part.weight.device)
-    values = part.weight.detach().reshape(-1, part.weight.shape[-1])[kept.flatten()]
+    weight = _whole(part.weight.detach())
+    kept = kept.reshape(-1, kept.shape[-1]).to(weight.device)
+    values = weight.reshape(-1, weight.shape[-1])[kept.flatten()]
     return values.contiguous(), kept.nonzero()[:, 1].to(torch.int32), kept.sum(1).tolist()

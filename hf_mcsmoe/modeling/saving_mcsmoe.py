@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, metadata_load, metadata_save
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .companions_mcsmoe import (
@@ -155,6 +156,15 @@ class SavedWhole:
             super().save_pretrained(folder, **kwargs | {"save_original_format": False})
         finally:
             self.config.mcsmoe = mcsmoe
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: Any, state_dict: dict, *args: Any, **kwargs: Any
+    ) -> dict:
+        """Gather what is split over processes; the rest is as given, which the library would take from the model."""
+        found = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
+        if not found:  # in processes that write nothing
+            return found
+        return {name: found[name] if isinstance(value, DTensor) else value for name, value in state_dict.items()}
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: bool | str | None = None, **kwargs: Any

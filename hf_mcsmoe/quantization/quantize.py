@@ -15,6 +15,7 @@ from hf_mcsmoe.evaluation.costs import saved_costs
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.layers.whole import convert_whole
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.choice import Grid
@@ -69,6 +70,7 @@ def quantize_experts(
     """
     check_given(config=(config, (QuantizationConfig, NoneType)), repair=(repair, (RepairConfig, NoneType)))
     found, config = Layers.of(student), config or QuantizationConfig()
+    check_whole(found.model, "what is stored in few bits")
     original = None if teacher is None else Layers.of(teacher)
     found, few = quantize_layers(
         found, original, batches, config, repair=repair, progress=progress, statistics=statistics

@@ -17,6 +17,7 @@ from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.record import Step
@@ -132,6 +133,8 @@ def repair_experts(
     check_given(config=(config, (RepairConfig, NoneType)))
     config, begin = config or RepairConfig(), time.perf_counter()
     student, teacher = Layers.of(student), Layers.of(teacher)
+    for found in (student, teacher):
+        check_whole(found.model, "a repair")
     groups = matching_layers(student, teacher)
     batches = list(as_batches(batches, teacher.model, tokenizer))
     if not batches:

@@ -16,6 +16,7 @@ from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.layer import MoELayer
+from hf_mcsmoe.layers.sharded import check_whole
 from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.experts import Expert, permute
 from hf_mcsmoe.methods.sparsity import PATTERN, SCORE, kept_units
@@ -55,6 +56,7 @@ def sparsify_experts(
     """
     check_given(config=(config, (SparsityConfig, NoneType)))
     config, found = config or SparsityConfig(), Layers.of(model)
+    check_whole(found.model, "what goes inside experts")
     check_weights(found.source)
     check_sparsity(found, config, has_data=batches is not None)
     sparsify_layers(found, list(as_batches(batches, found.model)) if batches is not None else [], config, progress)
