@@ -23,6 +23,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, RepairConfig, compress
+from hf_mcsmoe.cli.way import swept
 from hf_mcsmoe.evaluation.costs import bytes_on_disk
 from hf_mcsmoe.forecast.duration import seconds_of
 from hf_mcsmoe.forecast.figures import figures_of
@@ -33,6 +34,7 @@ from hf_mcsmoe.forecast.run import run_of
 from hf_mcsmoe.forecast.sizes import sizes_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model
+from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.streamed.compress import compress_folder
 
 ROWS, LENGTH, BATCH = 8, 64, 4
@@ -90,27 +92,29 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="default: %(default)s")
     parser.add_argument("--repair", choices=("none", "refit", "joint"), default="none")
     parser.add_argument("--time", action="store_true", help="compare seconds as well")
+    parser.add_argument("--budget", choices=("adaptive", MEASURED), default="adaptive")
     parser.add_argument("--way", choices=(IN_MEMORY, STREAMED), help="run it in this process, and print its memory")
     parser.add_argument("--folder", type=Path, help="with --way: the model, and below it the result")
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(run(arguments.folder, arguments.way, arguments.repair)))
+        print(json.dumps(run(arguments.folder, arguments.way, arguments.repair, arguments.budget)))
     else:
         print("| family | what | predicted | measured | predicted / measured |\n|---|---|---:|---:|---:|")
         for name in arguments.families.split(","):
-            compare(name, arguments.repair, is_timed=arguments.time)
+            compare(name, arguments.repair, arguments.budget, is_timed=arguments.time)
 
 
-def compare(name: str, repair: str, *, is_timed: bool) -> None:
+def compare(name: str, repair: str, budget: str, *, is_timed: bool) -> None:
     """Print prediction and measurement of a family: the bytes of the result, and memory and time both ways."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         make(name, folder)
-        layers, result, wanted, predicted = predict(folder, repair)
+        layers, result, wanted, predicted = predict(folder, repair, budget)
         told = {"bytes": ("bytes", result.bytes)}
         for way, needs in predicted.items():
             seconds = estimate(folder, layers, wanted, needs) if is_timed else None
             command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--repair", repair]
+            command += ["--budget", budget]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             measured = json.loads(output.splitlines()[-1])
             told[f"memory {way} ({needs.peak})"] = ("memory", needs.memory)
@@ -137,13 +141,14 @@ def estimate(folder: Path, layers: Layers, wanted: Run, needs: Needs) -> float:
     return sum(seconds_of(sizes, figures_of(layers), replace(wanted, threads=1), needs, pace).values())
 
 
-def predict(folder: Path, repair: str) -> tuple[Layers, Result, Run, dict[str, Needs]]:
+def predict(folder: Path, repair: str, budget: str) -> tuple[Layers, Result, Run, dict[str, Needs]]:
     """Return what is known beforehand, from the configuration and the length of the files."""
     layers = Layers.of(empty_model(str(folder)))
-    config = MergeConfig(experts=0.5)
+    config = MergeConfig(experts=0.5, budget=budget)
     result = result_by_hand(layers, config)
     judged = {"rows": ROWS, "judged": 0, "length": LENGTH, "batch_size": BATCH}
     wanted = run_of(layers, result, config, repair=repair, **judged)
+    wanted = swept(wanted, layers, config, {"size": None, "low_rank": None}, None)
     needs = needs_of(sizes_of(layers), wanted, bytes_on_disk(folder), base=resident() or 0)
     return layers, result, wanted, needs
 
@@ -165,11 +170,12 @@ def make(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def run(folder: Path, way: str, repair: str) -> dict[str, float]:
+def run(folder: Path, way: str, repair: str, budget: str) -> dict[str, float]:
     """Compress a folder; return the memory that this process took at most, the bytes of the result, and seconds."""
     warnings.simplefilter("ignore")  # so few tokens that the groups mean nothing
     torch.set_num_threads(1)
-    generator, config, target = torch.Generator().manual_seed(0), MergeConfig(experts=0.5), folder.parent / way
+    generator, target = torch.Generator().manual_seed(0), folder.parent / way
+    config = MergeConfig(experts=0.5, budget=budget)
     rows = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=generator)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(BATCH)]
     if empty_model(str(folder)).config.is_encoder_decoder:

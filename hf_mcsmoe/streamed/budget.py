@@ -12,9 +12,10 @@ from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.budget import OTHERS, Budgeting, comparing_rows, parted
 from hf_mcsmoe.search.probe import MEMORY_LIMIT
 from hf_mcsmoe.streamed.chain import may_be_cut
+from hf_mcsmoe.streamed.data import Data
 from hf_mcsmoe.streamed.journal import BUDGETS, CURVES, STATISTICS
 from hf_mcsmoe.streamed.parts import Course, Stage
-from hf_mcsmoe.streamed.run import Data, Run
+from hf_mcsmoe.streamed.run import Run
 from hf_mcsmoe.streamed.stages import Merging, Repairing
 from hf_mcsmoe.streamed.student import Student
 

@@ -41,10 +41,11 @@ from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.budget import compared_bytes
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
+from hf_mcsmoe.streamed.data import Data
 from hf_mcsmoe.streamed.journal import RESULT, Journal, needed_bytes
 from hf_mcsmoe.streamed.planned import made_by_plan
 from hf_mcsmoe.streamed.refused import check_streamed
-from hf_mcsmoe.streamed.run import Data, Run, description_of, shared_statistics
+from hf_mcsmoe.streamed.run import Run, description_of, shared_statistics
 from hf_mcsmoe.streamed.sized import made_to_size, with_curves
 from hf_mcsmoe.streamed.trials import trials_bytes
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,6 @@ from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
-from hf_mcsmoe.layers.packing import apart, unpacked
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.methods.config import MergeConfig
@@ -32,11 +31,11 @@ from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.processes import ALONE, Processes, working_as
 from hf_mcsmoe.progress import Progress, in_parts, one_step
 from hf_mcsmoe.record import Costs
-from hf_mcsmoe.repair.made import made_batches
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.curves import curves_by_blocks
+from hf_mcsmoe.streamed.data import Data
 from hf_mcsmoe.streamed.journal import (
     BLOCKS,
     BUDGETS,
@@ -53,55 +52,6 @@ from hf_mcsmoe.streamed.student import merged_costs
 from hf_mcsmoe.streamed.sweep import Sweep
 
 SUMS, PLAN = "statistics.safetensors", "plan.json"
-
-
-@dataclass(frozen=True)
-class Data:
-    """The calibration batches of a model, one of them to measure costs on, and the repair that makes rows of them."""
-
-    model: PreTrainedModel
-    batches: Sequence[Batch]
-    sample: Batch | None
-    repair: RepairConfig | None
-
-    def rows(self) -> Rows:
-        """Return what passes the blocks."""
-        repair, encoder_decoder = self.repair, self.model.config.is_encoder_decoder
-        made = made_batches(self.model, self.batches, repair.made, repair.seed) if repair else []
-        sample = self.sample and unpacked(self.sample, encoder_decoder=encoder_decoder)
-        return Rows(list(apart(self.model, self.batches)), list(apart(self.model, made)), sample)
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences are fitted to."""
-        return sum(map(num_sequences, self.batches))
-
-    def hidden_bytes(self, config: MergeConfig, asked: Asked, judge: Judge) -> int:
-        """Return about how many bytes of hidden states wait at a block."""
-        streams = 2 if asked.size else 1 + sum(map(bool, asked.stages.values()))
-        tokens = sum(_tokens(batch) for batch in self.batches) * (2 if self.repair else 1)
-        tokens *= 1 + asked.fitting_streams(config)
-        tokens += (1 + streams) * sum(map(_tokens, judge.all_batches))
-        counted = 2 if asked.size else 1 + asked.is_stored
-        tokens += 0 if self.sample is None else (1 + counted) * _tokens(self.sample)
-        return tokens * self._width
-
-    def share_bytes(self, processes: Processes) -> int:
-        """Return about how many bytes of hidden states wait in this process in a first sweep that several share."""
-        return self.bytes_of(processes.own(self.batches))
-
-    def bytes_of(self, batches: Iterable[Batch]) -> int:
-        """Return about how many bytes of hidden states some batches have between two blocks."""
-        return sum(map(_tokens, batches)) * self._width
-
-    @property
-    def _width(self) -> int:
-        """The bytes of a token's hidden state."""
-        return self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
-
-
-def _tokens(batch: Batch) -> int:
-    return max((x.shape[:2].numel() for x in batch.values() if isinstance(x, torch.Tensor)), default=0)
 
 
 def description_of(

@@ -175,15 +175,24 @@ def test_the_disk_has_to_hold_what_is_not_finished(
 
 @pytest.mark.parametrize(
     ("config", "repair"),
-    [(MergeConfig(experts=4, reduce="prune"), RepairConfig()), (HALF, RepairConfig(method="joint", sequential=True))],
+    [
+        (MergeConfig(experts=4, reduce="prune"), RepairConfig()),
+        (HALF, RepairConfig(method="joint", sequential=True)),
+        pytest.param(MergeConfig(experts=4, budget="measured"), None, marks=pytest.mark.slow),
+        pytest.param(MergeConfig(experts=4, budget="measured", reduce="auto"), RepairConfig(), marks=pytest.mark.slow),
+    ],
 )
 def test_hidden_states_take_what_is_counted(
-    config: MergeConfig, repair: RepairConfig, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: MergeConfig,
+    repair: RepairConfig | None,
+    given: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counted, seen, save, check = [], [0], Journal.save, StreamConfig.check
 
     def watched(self: Journal) -> None:
-        files = sorted(self.folder.glob("0000[0-9].*"))
+        files = [file for file in sorted(self.folder.glob("0000[0-9].*")) if ".trial-" not in file.name]
         blocks = {file.name[:5]: [other for other in files if other.name[:5] == file.name[:5]] for file in files}
         seen.extend(sum(map(_payload, own)) for own in blocks.values())
         save(self)
@@ -192,7 +201,9 @@ def test_hidden_states_take_what_is_counted(
     monkeypatch.setattr(StreamConfig, "check", lambda *given: counted.append(given[2]) or check(*given))
     held_out = batches("mixtral", build("mixtral"), 3)[2:]
     compress_folder(**given, output=tmp_path / "out", config=config, repair=repair, held_out=held_out)
-    assert max(seen) <= counted[0] < 1.5 * max(seen)
+    # Plans that are the same are compared once, which nobody knows beforehand.
+    most = 2 if config.budget == "measured" else 1.5
+    assert max(seen) <= counted[0] < most * max(seen)
 
 
 def _payload(file: Path) -> int:
