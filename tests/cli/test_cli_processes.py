@@ -67,12 +67,13 @@ def test_compress_shares_its_work(folder: Path, run: Run, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Few calibration tokens", "ignore:The repair left")
+@pytest.mark.parametrize("way", [["--experts", 4, "--repair", "refit"], ["--size", 0.7, "--reduce", "prune"]])
 def test_compress_block_by_block_shares_the_first_sweep(
-    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    way: list[Any], folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = [folder / "mixtral", "--data", folder / "text.txt", "--num-samples", 6, "--batch-size", 1, "--experts", 4]
-    given += ["--stream", "--repair", "refit"]
-    output, scores = folder / "streamed", folder / "streamed.safetensors"
+    given = [folder / "mixtral", "--data", folder / "text.txt", "--num-samples", 6, "--batch-size", 1, "--stream"]
+    given += [*way, "--overwrite"]
+    output, scores = folder / "streamed", folder / f"streamed{way[0]}.safetensors"
     first, second = _in_two(monkeypatch, folder, "compress", *given, "--output", output, "--scores", scores)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert second[1:] == ("", "")
