@@ -50,7 +50,9 @@ class Bench:
         whole = LayerPlan(*_identity(layer.num_experts))
         some = next(iter(plans.values()))[0]
         fit = self._fit(whole, some)
-        kept = {name: value.detach().clone() for name, value in fit.experts.named_parameters()}
+        # Weights to go back to after each rounding, where any is tried.
+        before = fit.experts.named_parameters() if search.bits else ()
+        kept = {name: value.detach().clone() for name, value in before}
         w_out = dict(self._rounded(fit, kept, grids(layer.intermediate_size, search), False))
         w_in = dict(self._rounded(fit, kept, grids(layer.hidden_size, search), True))
         del fit, kept
