@@ -68,6 +68,8 @@ SLOW: list[Any] = [
     ("jetmoe", HALF, {"repair": REFIT, "sparsity": NARROW}),
     ("switch_transformers", WHOLE, {"sparsity": ZEROS}),
     ("switch_transformers", HALF, {"sparsity": PAIRS}),
+    ("mixtral", HALF, {"sparsity": NARROW, "low_rank": LoSparseConfig(energy=0.5, scope="global", allow_dense=True)}),
+    ("mixtral", MergeConfig(experts=4, budget="measured"), {"sparsity": NARROW}),
     ("qwen3_moe", replace(MEASURED, reduce="auto"), WAYS["refit"]),
     ("qwen3_moe", replace(MEASURED, reduce="prune", experts=0.5), WAYS["bits"]),
     ("switch_transformers", MEASURED, WAYS["all"]),
