@@ -1,7 +1,8 @@
 """Dense models of one ancestor as the experts of one Mixture-of-Experts model (Branch-Train-MiX).
 
 The branches' MLPs become the experts, everything else is averaged, and the routers are random: the mixture is to be
-trained. The result is a model of Transformers' own, saved and served like any other.
+trained. The result is a model of Transformers' own, saved and served like any other, unless attention is mixed as well
+(attention_mixture_mcsmoe.py).
 
 Source: Sukhbaatar and others, Branch-Train-MiX (COLM 2024, arXiv 2403.07816); the baseline of Zhang and others, BAM
 (NeurIPS 2024, arXiv 2408.08274).
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_mcsmoe.variants.remote_mcsmoe import check_whole
+from hf_mcsmoe.variants.attention_mixture_mcsmoe import AttentionMixtureModel, stacked
+from hf_mcsmoe.variants.remote_mcsmoe import become, check_whole
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,19 @@ TARGETS = {
 }
 # Fields that are the model's own, whatever the branch says.
 OWN = {"architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map"}
+ATTENTIONS = ("average", "mixture", "shared_kv")
+ROUTERS = ("mlp.gate.weight", "self_attn.router.weight")
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 
 
 @torch.no_grad()
 def upcycle_dense(
-    models: Sequence[PreTrainedModel], into: str, *, top_k: int = 2, router_std: float | None = None
+    models: Sequence[PreTrainedModel],
+    into: str,
+    *,
+    top_k: int = 2,
+    router_std: float | None = None,
+    attention: str = "average",
 ) -> PreTrainedModel:
     """Return a Mixture-of-Experts model with the MLP of each given model as an expert in every layer.
 
@@ -56,6 +65,9 @@ def upcycle_dense(
         top_k: how many experts a token gets; at most the number of models. With 1 the weight is always 1, so that no
             gradient of the model's loss reaches the routers, which is warned of.
         router_std: standard deviation of the routers' weights; None for the family's own.
+        attention: "average" of the models', which makes a model of Transformers' own; "mixture", all of them, weighed
+            by a router of its own (BAM), or "shared_kv", the same with averaged projections of keys and values, both
+            saved with code beside the weights.
 
     Raises:
         ValueError: the family is unknown or cannot hold these models, a model has no head, carries adapters or is
@@ -67,7 +79,12 @@ def upcycle_dense(
         raise ValueError(f"Needs 1 <= top_k <= the number of models, not top_k={top_k} and {len(models)} models.")
     for number, model in enumerate(models):
         _check_branch(number, model)
+    _check_attention(attention, models[0].config)
     config = _config(models, into, top_k)
+    if attention != "average" and "attention_bias" in vars(config) and config.attention_bias:
+        raise ValueError(
+            "Attention with biases is averaged alone: take attention='average', or models without biases."
+        )
     if top_k == 1 < len(models):
         warnings.warn(
             "With top_k=1 the weight of the one expert picked is always 1, so that training gives the routers no "
@@ -77,15 +94,19 @@ def upcycle_dense(
     mixture = AutoModelForCausalLM.from_config(config, dtype=models[0].dtype)
     states = [_dense_state(model) for model in models]
     filled = _averaged(states) | _experts(states, config.num_hidden_layers)
+    if attention != "average":
+        shared_kv = attention == "shared_kv"
+        become(mixture, AttentionMixtureModel, {"num_branches": len(models), "shared_kv": shared_kv})
+        filled = _with_attention(filled, states, config.num_key_value_heads, shared_kv)
     result = mixture.load_state_dict(filled, strict=False)
-    lacking = [name for name in result.missing_keys if not name.endswith("mlp.gate.weight")]
+    lacking = [name for name in result.missing_keys if not name.endswith(ROUTERS)]
     if lacking or result.unexpected_keys:
         raise ValueError(
             f"{into} has no place for {result.unexpected_keys[:1] or 'nothing'} of the models, and they lack "
             f"{lacking[:1] or 'nothing'} that it has: biases and norms of other places cannot be carried over."
         )
     for name, parameter in mixture.named_parameters():
-        if name.endswith("mlp.gate.weight") and router_std is not None:
+        if name.endswith(ROUTERS) and router_std is not None:
             parameter.normal_(0, router_std)
     mixture.tie_weights()
     mixture.generation_config = models[0].generation_config
@@ -106,6 +127,15 @@ def _check_branch(number: int, model: Any) -> None:
             "AutoModelForCausalLM."
         )
     check_whole(model)
+
+
+def _check_attention(attention: str, config: Any) -> None:
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}.")
+    if attention != "average" and vars(config).get("attention_bias"):
+        raise ValueError(
+            "Attention with biases is averaged alone: take attention='average', or models without biases."
+        )
 
 
 def _config(models: Sequence[PreTrainedModel], into: str, top_k: int) -> PreTrainedConfig:
@@ -165,3 +195,24 @@ def _experts(states: Sequence[Mapping[str, torch.Tensor]], num_layers: int) -> d
         stacked[f"{path}mlp.experts.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in parts])
         stacked[f"{path}mlp.experts.down_proj"] = torch.stack([down for _, _, down in parts])
     return stacked
+
+
+def _with_attention(
+    filled: dict[str, torch.Tensor], states: Sequence[Mapping[str, torch.Tensor]], groups: int, shared_kv: bool
+) -> dict[str, torch.Tensor]:
+    """Return the weights of a mixture with the attention of each model in the place of the mean."""
+    own = ("q",) if shared_kv else ("q", "k", "v")
+    result = {}
+    for name, mean in filled.items():
+        path, _, last = name.rpartition("self_attn.")
+        parts = [state[name] for state in states] if path else []
+        if last in {f"{letter}_proj.weight" for letter in own}:
+            result[name] = stacked(parts, groups, 0)
+        elif last == "o_proj.weight":
+            result[f"{path}self_attn.o_proj.linear.weight"] = stacked(parts, groups, 1)
+        elif last in {f"{letter}_norm.weight" for letter in own}:
+            kind = last.partition(".")[0]
+            result |= {f"{path}self_attn.{kind}.branches.{i}.weight": part for i, part in enumerate(parts)}
+        else:
+            result[name] = mean
+    return result

@@ -122,3 +122,62 @@ def test_models_without_a_head_with_adapters_or_without_weights_are_refused() ->
     for given, name in ((adapted, "PeftModelForCausalLM"), (adapted.get_base_model(), "LlamaForCausalLM")):
         with pytest.raises(ValueError, match=f"Model 0, {name}, .* merge_and_unload"):
             upcycle_dense([given, model], "mixtral")
+
+
+@pytest.mark.parametrize("attention", ["mixture", "shared_kv"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_equal_models_are_their_mixture_of_attention_too(name: str, attention: str, tmp_path: Path) -> None:
+    model = _branch(name)
+    batch = tokens(model)
+    mixture = upcycle_dense([model] * 3, BRANCHES[name][0], router_std=1.0, attention=attention)
+    torch.testing.assert_close(logits(mixture, batch), logits(model, batch), atol=1e-4, rtol=1e-4)
+    mixture.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(mixture, batch))
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_mixed_attention_is_the_weighed_sum_of_the_models_attention(name: str) -> None:
+    models = [_branch(name, seed) for seed in range(3)]
+    mixture = upcycle_dense(models, BRANCHES[name][0], router_std=1.0, attention="mixture")
+    parts = [model.model.layers[1].self_attn for model in models]
+    mixed, hidden = mixture.model.layers[1].self_attn, torch.randn(2, 5, 32)
+    places = mixture.model.rotary_emb(hidden, torch.arange(5)[None])
+    mask = torch.full((5, 5), -torch.inf).triu(1)[None, None]
+    for part in (mixed, *parts):
+        part.config._attn_implementation = "eager"
+    with torch.no_grad():
+        outputs = [part(hidden_states=hidden, position_embeddings=places, attention_mask=mask)[0] for part in parts]
+        shares = (hidden @ mixed.router.weight.T).softmax(-1)
+        expected = sum(shares[..., i, None] * output for i, output in enumerate(outputs))
+        found = mixed(hidden_states=hidden, position_embeddings=places, attention_mask=mask)[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        for chosen, output in enumerate(outputs):
+            hook = mixed.router.register_forward_hook(
+                lambda _, __, out, chosen=chosen: torch.where(torch.arange(3) == chosen, 1e4, torch.zeros_like(out))
+            )
+            found = mixed(hidden_states=hidden, position_embeddings=places, attention_mask=mask)[0]
+            torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-4)
+            hook.remove()
+
+
+@pytest.mark.parametrize("attention", ["mixture", "shared_kv"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_mixed_attention_generates_with_a_cache_as_without(name: str, attention: str) -> None:
+    models = [_branch(name, seed) for seed in range(3)]
+    mixture = upcycle_dense(models, BRANCHES[name][0], router_std=1.0, attention=attention)
+    ids = torch.randint(50, 120, (2, 7))
+    options = {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    cached, whole = (mixture.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(cached.logits, whole.logits, atol=1e-4, rtol=1e-4)
+    assert cached.past_key_values.layers[0].keys.shape[1] == (2 if attention == "shared_kv" else 2 * 3)
+
+
+def test_attention_of_another_name_or_with_biases_is_refused() -> None:
+    with pytest.raises(ValueError, match="average, mixture, shared_kv, not 'moa'"):
+        upcycle_dense([_branch("llama")] * 2, "mixtral", attention="moa")
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**GIVEN, head_dim=16, attention_bias=True))
+    with pytest.raises(ValueError, match="Attention with biases is averaged alone"):
+        upcycle_dense([model] * 2, "qwen3_moe", attention="mixture")

@@ -22,6 +22,7 @@ from hf_mcsmoe.variants import (
     add_similarity_routing,
     mix_precision,
     moefy_dense,
+    upcycle_dense,
 )
 
 
@@ -29,6 +30,10 @@ def _eager() -> PreTrainedModel:
     model = build("mixtral")
     model.set_attn_implementation("eager")
     return model
+
+
+def _upcycled(attention: str) -> PreTrainedModel:
+    return upcycle_dense([dense(0), dense(1)], "mixtral", attention=attention)
 
 
 # A variant and the model that it is made of.
@@ -40,6 +45,8 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel]
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, t1=0.5, bits=4, group_size=8)),
     "similarity_routing": (lambda: build("mixtral"), add_similarity_routing),
     "attention_routing": (_eager, add_attention_routing),
+    "attention_mixture": (lambda: _upcycled("average"), lambda model: _upcycled("mixture")),
+    "shared_kv": (lambda: _upcycled("average"), lambda model: _upcycled("shared_kv")),
 }
 LOADING = [
     *("loads", "saves_again", "keeps_bfloat16", "builds_from_its_configuration", "loads_by_device_map"),
