@@ -8,7 +8,6 @@ Source: Chen, Zhang, Jaiswal, Liu and Wang, Sparse MoE as the New Dropout (ICLR 
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,18 +16,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from hf_mcsmoe.variants.dense_mlps_mcsmoe import activation, dense_mlps, matrix, projections
 from hf_mcsmoe.variants.remote_mcsmoe import VariantModule, become, generated_in
 from hf_mcsmoe.variants.variant_experts_mcsmoe import ModelWithExperts, VariantExperts
 
-# How families call an MLP's projections: gate, up, down.
-LAYOUTS = (
-    ("gate_proj", "up_proj", "down_proj"),
-    (None, "up_proj", "down_proj"),
-    (None, "fc1", "fc2"),
-    (None, "c_fc", "c_proj"),
-    (None, "dense_h_to_4h", "dense_4h_to_h"),
-)
-ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 # How far the experts, all of them, may be from the MLP that they were made of, relative to its output.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 GATE_SCALES = ("exact", "softmax")
@@ -45,7 +36,7 @@ class SmoeDropoutModel(ModelWithExperts):
         Raises:
             ValueError: there is no MLP that can be split, or a width is no multiple of the number of experts.
         """
-        found = list(_dense_mlps(self))
+        found = list(dense_mlps(self))
         if not found:
             raise ValueError(
                 f"{type(self).__name__} has no MLP of the layouts that can be split into experts (Llama's, Phi's, "
@@ -103,8 +94,8 @@ class MoefiedMLP(nn.Module):
             ValueError: its width is no multiple of the number of experts.
         """
         super().__init__()
-        gate, up, down = _projections(mlp)
-        (width, hidden_size), has_bias = _matrix(up).shape, up.bias is not None or down.bias is not None
+        gate, up, down = projections(mlp)
+        (width, hidden_size), has_bias = matrix(up).shape, up.bias is not None or down.bias is not None
         if width % num_experts:
             raise ValueError(
                 f"An MLP of {width} hidden units cannot be split evenly into {num_experts} experts: choose a divisor "
@@ -112,7 +103,7 @@ class MoefiedMLP(nn.Module):
             )
         self.gate = FrozenRouter(hidden_size, num_experts, top_k, gate_scale)
         self.experts = cast(Any, VariantExperts)(
-            config, num_experts, (width // num_experts, hidden_size), _activation(mlp)
+            config, num_experts, (width // num_experts, hidden_size), activation(mlp)
         )
         self.experts.allocate(gate is not None, has_bias)
         self.dropout = dict(mlp.named_children()).get("dropout", nn.Identity())
@@ -191,48 +182,15 @@ def moefy_dense(
     return model
 
 
-def _dense_mlps(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield the MLPs in the layers of a model that can be split: the module around each, its name in there, itself."""
-    for path, module in model.named_modules():
-        # Not those inside of experts, nor a head's.
-        if "experts" in path.split(".") or not any(part.isdigit() for part in path.split(".")):
-            continue
-        for name, child in module.named_children():
-            if not name.isdigit() and "expert" not in name and _layout(child) and _activation(child, missing=None):
-                yield module, name, child
-
-
-def _layout(mlp: nn.Module) -> tuple[str | None, str, str] | None:
-    names = {name for name, child in mlp.named_children() if len(getattr(child, "weight", torch.empty(0)).shape) == 2}
-    return next((layout for layout in LAYOUTS if {name for name in layout if name} == names), None)
-
-
-def _projections(mlp: nn.Module) -> tuple[Any, Any, Any]:
-    children: dict[str | None, Any] = {None: None, **dict(mlp.named_children())}
-    gate, up, down = cast(tuple[str | None, str, str], _layout(mlp))
-    return children[gate], children[up], children[down]
-
-
-def _activation(mlp: nn.Module, **default: Any) -> Any:
-    members = {**vars(mlp), **dict(mlp.named_children())}
-    found = [members[name] for name in ACTIVATIONS if name in members]
-    return found[0] if found else default["missing"]
-
-
-def _matrix(projection: Any) -> torch.Tensor:
-    """Return a weight as [out, in], which GPT-2 keeps the other way round."""
-    return projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
-
-
 def _fill(experts: Any, gate: Any, up: Any, down: Any) -> None:
     """Give each expert its share of the hidden units, and an N-th of the output's bias."""
     count = experts.num_experts
     ups = [projection for projection in (gate, up) if projection is not None]
     target = "gate_up_proj" if experts.has_gate else "up_proj"
-    split = [_matrix(projection).unflatten(0, (count, -1)) for projection in ups]
+    split = [matrix(projection).unflatten(0, (count, -1)) for projection in ups]
     weights = dict(experts.named_parameters(recurse=False))
     weights[target].copy_(torch.cat(split, dim=1))
-    weights["down_proj"].copy_(_matrix(down).unflatten(1, (count, -1)).transpose(0, 1))
+    weights["down_proj"].copy_(matrix(down).unflatten(1, (count, -1)).transpose(0, 1))
     if experts.has_bias:
         biases = [_bias(projection).unflatten(0, (count, -1)) for projection in ups]
         weights[f"{target}_bias"].copy_(torch.cat(biases, dim=1))
@@ -240,7 +198,7 @@ def _fill(experts: Any, gate: Any, up: Any, down: Any) -> None:
 
 
 def _bias(projection: Any) -> torch.Tensor:
-    return _matrix(projection).new_zeros(len(_matrix(projection))) if projection.bias is None else projection.bias
+    return matrix(projection).new_zeros(len(matrix(projection))) if projection.bias is None else projection.bias
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -26,6 +26,8 @@ class Target:
 
     # Model types of the branches; "olmoe" stands for OLMoE with one expert, for no dense family is built like it.
     branches: tuple[str, ...]
+    # The one of them that its experts become again where they are merged into one.
+    dense: str
     # What the configuration calls the width of an expert.
     width: str
     # Fields that have to be so for the sum of equal experts to be one of them.
@@ -33,10 +35,12 @@ class Target:
 
 
 TARGETS = {
-    "mixtral": Target(("llama", "mistral"), "intermediate_size"),
-    "qwen3_moe": Target(("qwen3",), "moe_intermediate_size", {"norm_topk_prob": True, "decoder_sparse_step": 1}),
-    "olmoe": Target(("olmoe",), "intermediate_size", {"norm_topk_prob": True}),
-    "flex_olmo": Target(("olmo2",), "intermediate_size", {"norm_topk_prob": True}),
+    "mixtral": Target(("llama", "mistral"), "mistral", "intermediate_size"),
+    "qwen3_moe": Target(
+        ("qwen3",), "qwen3", "moe_intermediate_size", {"norm_topk_prob": True, "decoder_sparse_step": 1}
+    ),
+    "olmoe": Target(("olmoe",), "olmoe", "intermediate_size", {"norm_topk_prob": True}),
+    "flex_olmo": Target(("olmo2",), "olmo2", "intermediate_size", {"norm_topk_prob": True}),
 }
 # Fields that are the model's own, whatever the branch says.
 OWN = {"architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map"}

@@ -79,6 +79,16 @@ def check_similarity_routing(folder: Path) -> None:
     assert found[0]["entropy of p"] == found[0]["entropy of r"], "a plain router picks by its own probabilities"
 
 
+def check_lory(folder: Path) -> None:
+    names = [text(folder, "one two three four"), text(folder, "ALPHA BETA GAMMA DELTA")]
+    trained, halves = tables(printed("lory.py", "--text", *names, *SHORT))
+    assert all(1 < float(row["perplexity"]) < NOTHING for row in trained)
+    rows = {row["second halves"]: [float(cell) for cell in list(row.values())[2:] if cell] for row in halves}
+    assert [len(row) for row in rows.values()] == [1, 4, 4]
+    soft = rows["merged softly"]
+    assert soft[1] == pytest.approx(soft[0], rel=0.02), "a prompt says what a segment does"
+
+
 def check_specialization(folder: Path) -> None:
     (found,) = tables(printed("specialization.py", "--steps", "150", "--seeds", "2"))
     assert len(found) == 5
@@ -126,6 +136,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "momentum.py": check_momentum,
     "upcycling.py": check_upcycling,
     "similarity_routing.py": check_similarity_routing,
+    "lory.py": check_lory,
     "specialization.py": check_specialization,
     "train_small_moe.py": check_train_small_moe,
     "mixed_precision.py": check_mixed_precision,

@@ -22,6 +22,7 @@ from hf_mcsmoe.variants import (
     add_similarity_routing,
     mix_precision,
     moefy_dense,
+    soft_merge,
     upcycle_dense,
 )
 
@@ -40,6 +41,7 @@ def _upcycled(attention: str) -> PreTrainedModel:
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel], PreTrainedModel]]] = {
     "momentum": (lambda: build("mixtral"), lambda model: add_momentum(model, 0.6, 0.9)),
     "momentum_seq2seq": (lambda: build("switch_transformers"), lambda model: add_momentum(model, 0.6, kind="adam")),
+    "lory": (lambda: build("mixtral"), lambda model: soft_merge(model, segment_length=4)),
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4, top_k=2)),
     "fairseq_moe": (xglm, fairseq),
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, t1=0.5, bits=4, group_size=8)),
@@ -133,6 +135,7 @@ def test_the_original_folder_is_not_overwritten(tmp_path: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel], PreTrainedModel]]] = {
     "momentum": (lambda: build("mixtral"), add_momentum),
+    "lory": (lambda: build("mixtral"), soft_merge),
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, group_size=8)),
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4)),
     "similarity_routing": (lambda: build("mixtral"), add_similarity_routing),
