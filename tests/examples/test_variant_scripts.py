@@ -58,14 +58,17 @@ def check_momentum(folder: Path) -> None:
 
 def check_upcycling(folder: Path) -> None:
     names = [text(folder, "one two three four"), text(folder, "ALPHA BETA GAMMA DELTA")]
-    (found,) = tables(printed("upcycling.py", "--text", *names, *SHORT))
+    kinds = ["average", "mixture", "shared_kv"]
+    (found,) = tables(printed("upcycling.py", "--text", *names, *SHORT, "--attention", *kinds))
     rows = {row["model"]: [float(row[key]) for key in ("one.txt", "ALP.txt", "mean")] for row in found}
-    assert len(rows) == 6
+    assert len(rows) == 10
     assert all(sum(row[:2]) / 2 == pytest.approx(row[2], abs=2e-3) for row in rows.values())
     assert all(1 < value < NOTHING for row in rows.values() for value in row)
     assert rows["branch 1"][0] < rows["branch 2"][0], "a branch is better on its own text"
     assert rows["branch 2"][1] < rows["branch 1"][1]
-    assert rows["mixture, trained"][2] < rows["mixture, untrained"][2]
+    for name in ("mixture", "mixture, attention mixed", "mixture, keys and values shared"):
+        assert rows[f"{name}, trained"][2] < rows[f"{name}, untrained"][2]
+    assert len({rows[name][2] for name in rows if name.endswith("untrained")}) == 3, "three models"
 
 
 def check_similarity_routing(folder: Path) -> None:
