@@ -20,7 +20,13 @@ SHARED = "-shared.pt"
 # fairseq's names of activations, and Transformers' own.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
 # Options that would change the forward, without weights that would tell, and the value that is read here.
-NEEDED = {"decoder_normalize_before": True, "moe_top1_expert": False, "no_decoder_final_norm": False}
+NEEDED = {
+    "decoder_normalize_before": True,
+    "moe_top1_expert": False,
+    "no_decoder_final_norm": False,
+    "no_token_positional_embeddings": False,
+}
+SIZES = ("decoder_layers", "decoder_attention_heads", "decoder_ffn_embed_dim")
 # What files may hold beside tensors and plain values: options, and NumPy's numbers, by its older name as well.
 SCALAR: Any = numpy.float64().__reduce__()[0]
 SAFE: list[Any] = [
@@ -62,6 +68,8 @@ def convert_fairseq_moe(checkpoint: str | Path) -> PreTrainedModel:
     weights: dict[str, torch.Tensor] = {
         name: value for name, value in shared["model"].items() if name not in NO_WEIGHTS
     }
+    if EMBEDDING not in weights:
+        raise ValueError(f"{shared_file} lacks {EMBEDDING}: it is of no decoder, or damaged.")
     first = _load(_rank_file(shared_file, 0))
     args = _options(shared) or _options(first)
     _check_options(args, shared_file)
@@ -123,8 +131,8 @@ def _options(held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(args: Mapping[str, Any], path: Path) -> None:
-    if "decoder_attention_heads" not in args:
-        raise ValueError(f"{path} tells no options of a model (`args` or `cfg.model`), so it cannot be built.")
+    if lacking := [name for name in SIZES if name not in args]:
+        raise ValueError(f"{path} tells no {lacking[0]} (in `args` or `cfg.model`), so no model can be built of it.")
     for name, needed in NEEDED.items():
         if bool(args.get(name, needed)) is not needed:
             raise ValueError(f"{path} is of a model with {name}={args[name]!r}; only {needed} is read here.")

@@ -239,7 +239,15 @@ FC1 = "decoder.layers.3.moe_layer.experts.1.fc1.weight"
         "objects": (lambda f: _changed(f, "rank-0", lambda held: held.update(x=Path())), "holds objects besides"),
         "no options": (
             lambda f: [_changed(f, n, lambda held: held.update(args=None)) for n in ("shared", "rank-0")],
-            "tells no options",
+            "tells no decoder_layers",
+        ),
+        "no width": (
+            lambda f: _changed(f, "shared", lambda held: held["args"].pop("decoder_ffn_embed_dim")),
+            "shared.pt tells no decoder_ffn_embed_dim",
+        ),
+        "no embedding": (
+            lambda f: _changed(f, "shared", lambda h: h["model"].pop("decoder.embed_tokens.weight")),
+            "lacks decoder.embed_tokens.weight: it is of no decoder",
         ),
         "lacks": (lambda f: _changed(f, "rank-2", lambda h: h["model"].pop(FC1)), r"lacks weights .*up_proj\[5\]"),
         "lacks a norm": (
@@ -266,6 +274,7 @@ def test_a_damaged_checkpoint_is_refused(damage: Callable[[Path], None], message
         "after": ({"decoder_normalize_before": False}, False, "decoder_normalize_before=False; only True"),
         "top 1": ({"moe_top1_expert": True}, False, "moe_top1_expert=True; only False"),
         "activation": ({"activation_fn": "tanh"}, False, "activation_fn='tanh'"),
+        "no positions": ({"no_token_positional_embeddings": True}, False, "positional_embeddings=True; only False"),
         "both": ({}, True, "learned positions and scaled embeddings"),
     }.values(),
 )
