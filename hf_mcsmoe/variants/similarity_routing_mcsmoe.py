@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
 
     # [B, K] of all tokens with those in the cache; None where all are visible.
     mask: torch.Tensor | None
-    # To which of a row's packed texts a token belongs, [B, S]; None where there is one.
+    # To which of a row's packed texts a token belongs, [B, S]; None where there is one. Read where there is no cache.
     texts: torch.Tensor | None
     # How many tokens the cache holds.
     seen: int
@@ -241,7 +241,7 @@ class SimilarityRouter(nn.Module):
             )
         if mask is not None:
             visible = visible & mask[:, None].bool()
-        if texts is not None:
+        if texts is not None and routing.cache is None:
             visible = visible & (texts[:, :, None] == texts[:, None])
         return visible | (places == own)
 
@@ -297,9 +297,8 @@ def _tell_layers(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if value is not None and (not isinstance(value, torch.Tensor) or value.dim() != 2):
             raise ValueError(f"Similarity routing needs {name} as a tensor [B, S], and reads no other form of it.")
     seen = 0 if cache is None else cache.get_seq_length()
-    # As the attention does, which does not separate texts where there is a mask.
-    is_packed = positions is not None and mask is None and not seen
-    texts = find_packed_sequence_indices(positions) if is_packed else None
+    # As the attention does, which does not separate texts where there is a mask, or a cache.
+    texts = find_packed_sequence_indices(positions) if positions is not None and mask is None else None
     return args, kwargs | {"routing_tokens": Tokens(mask, texts, seen)}
 
 

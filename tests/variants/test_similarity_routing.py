@@ -170,6 +170,19 @@ def test_packed_texts_are_apart(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_with_a_cache_texts_are_one_as_they_are_to_attention_and_may_come_in_parts(kind: str) -> None:
+    model = _changed("mixtral", kind)
+    ids = torch.randint(50, 120, (1, 9), generator=torch.Generator().manual_seed(0))
+    positions, cache = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), DynamicCache(config=model.config)
+    whole = logits(model, {"input_ids": ids, "position_ids": positions, "use_cache": True})
+    parts = [
+        logits(model, {"input_ids": ids[:, part], "position_ids": positions[:, part], "past_key_values": cache})
+        for part in (slice(0, 6), slice(6, 9))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation_with_a_cache_is_that_without_one(name: str, kind: str) -> None:
     model = _changed(name, kind)
