@@ -30,7 +30,12 @@ def library_class(name: str) -> type[nn.Module] | None:
     """Return the class of Transformers that `library_name` gave this name, or None where there is none."""
     own, _, module = name.partition("__")
     source = "transformers.models." + module.replace("__", ".") if module else "transformers"
-    base = getattr(importlib.import_module(source), own, None)
+    try:
+        base = getattr(importlib.import_module(source), own, None)
+    except ModuleNotFoundError as error:
+        if not source.startswith(str(error.name)):
+            raise
+        return None  # a name that is none of ours, or of a module that another version has
     return base if isinstance(base, type) and issubclass(base, nn.Module) else None
 
 

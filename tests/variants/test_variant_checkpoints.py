@@ -16,12 +16,14 @@ from merged import check_without_package, run_python
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from variant_folders import dense, fairseq, save, tokens, xglm
 
+from hf_mcsmoe.modeling import modeling_mcsmoe
 from hf_mcsmoe.variants import (
     add_attention_routing,
     add_momentum,
     add_similarity_routing,
     mix_precision,
     moefy_dense,
+    momentum_mcsmoe,
     soft_merge,
     upcycle_dense,
 )
@@ -99,6 +101,17 @@ def test_with_the_package_it_loads_without_the_flag(tmp_path: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert type(loaded) is type(model)
         assert torch.equal(logits(loaded, tokens(model)), logits(model, tokens(model)))
+
+
+def test_names_that_lead_to_no_class_are_no_attributes() -> None:
+    for module, prefix in ((momentum_mcsmoe, "Momentum"), (modeling_mcsmoe, "MCSMoE")):
+        for name in (
+            "Other",
+            f"{prefix}Nothing",
+            f"{prefix}Nothing__mixtral__modeling_mixtral",
+            f"{prefix}A__nothing",
+        ):
+            assert not hasattr(module, name), name
 
 
 @pytest.mark.slow
