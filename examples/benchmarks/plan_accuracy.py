@@ -38,6 +38,7 @@ from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.streamed.compress import compress_folder
 
 ROWS, LENGTH, BATCH = 8, 64, 4
+BEGINNING = resident() or 0  # that a process holds before it does anything; this one makes models
 VOCABULARY, D, EXPERTS = 8192, 1024, 64
 COMMON: dict[str, Any] = {
     **{"vocab_size": VOCABULARY, "hidden_size": D, "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -149,7 +150,7 @@ def predict(folder: Path, repair: str, budget: str) -> tuple[Layers, Result, Run
     judged = {"rows": ROWS, "judged": 0, "length": LENGTH, "batch_size": BATCH}
     wanted = run_of(layers, result, config, repair=repair, **judged)
     wanted = swept(wanted, layers, config, {"size": None, "low_rank": None}, None)
-    needs = needs_of(sizes_of(layers), wanted, bytes_on_disk(folder), base=resident() or 0)
+    needs = needs_of(sizes_of(layers), wanted, bytes_on_disk(folder), base=BEGINNING)
     return layers, result, wanted, needs
 
 
