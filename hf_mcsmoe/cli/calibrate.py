@@ -15,7 +15,6 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.display import console, notes, stage_bars
 from hf_mcsmoe.cli.needs import costs, needs_of_names, usual
 from hf_mcsmoe.cli.options import BaseModel, Loading, Model, check_device_map, check_dtype, check_file, options_of
-from hf_mcsmoe.cli.plan_measured import add_curves
 from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import opened
@@ -32,6 +31,7 @@ from hf_mcsmoe.search.conditions import covered
 from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.config import StreamConfig
+from hf_mcsmoe.streamed.curves import add_curves
 from hf_mcsmoe.streamed.refused import check_blocks
 
 DATA = ["data", "column", "target_column", "split", "num_samples", "max_length", "batch_size", "seed"]

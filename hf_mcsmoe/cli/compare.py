@@ -31,6 +31,7 @@ from hf_mcsmoe.cli.options import (
 from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.shares import Shared, parsed
 from hf_mcsmoe.cli.sources import Calibration, public_names
+from hf_mcsmoe.cli.streaming import opened
 from hf_mcsmoe.compare.cells import Cell, rows_of
 from hf_mcsmoe.compare.grid import Draw, Grid, norms_of, planned
 from hf_mcsmoe.compare.journal import Journal
@@ -49,6 +50,7 @@ from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 from hf_mcsmoe.presets import PRESETS
 from hf_mcsmoe.progress import Progress, one_step, silent
 from hf_mcsmoe.report.words import figure, size
+from hf_mcsmoe.streamed.config import StreamConfig
 
 Batches = list[dict[str, Any]]
 
@@ -166,6 +168,9 @@ def compare_command(
     scores: Annotated[
         Path | None, typer.Option(help="file of statistics, as `calibrate` writes it", rich_help_panel="Data")
     ] = None,
+    stream: Annotated[
+        bool, typer.Option(help="read the model and each result block by block", rich_help_panel="Loading")
+    ] = False,
     task: Annotated[
         str | None, typer.Option(help="a task whose metrics are measured as well", rich_help_panel="Data")
     ] = None,
@@ -177,9 +182,11 @@ def compare_command(
     check_device_map(loading.device_map)
     check_dtype(loading.dtype)
     grid = chosen.grid()
+    if stream and task is not None:
+        raise ValueError(f"--task {task} is measured on a model that is loaded: leave it out, or --stream.")
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
     held = _held(scores, layers, texts)
-    tasks, refused = planned(layers, grid, held)
+    tasks, refused = planned(layers, grid, held, by_blocks=stream)
     _check_held(held, needed(tasks))
     norms_of(layers, grid, tasks)  # which refuses one that is not read, or cannot be
     _check_output(output, overwrite, model, texts)
@@ -190,11 +197,9 @@ def compare_command(
     with stage_bars() as progress:
         samples, judging = texts.read(progress), texts.read_judging()
         with one_step("loading", progress):
-            loaded = load_model(
-                model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize
-            )
-        draws = texts.drawn(samples, tokenizer, loaded, progress)
-        judges = texts.judges(judging, tokenizer, loaded)
+            loaded = _opened(model, loading, output, stream=stream)
+        draws = texts.drawn(samples, tokenizer, loaded.model, progress)
+        judges = texts.judges(judging, tokenizer, loaded.model)
     with _live() as (progress, told):
         done = compare(
             loaded,
@@ -215,6 +220,15 @@ def compare_command(
             sentence = f"{cell.method} at {cell.level}, seed {cell.seed}, failed: {cell.error}"
             notes.print(escape(sentence), highlight=False)
     console.print(f"[bold]{escape(str(output))}[/]: report.html, compare.csv, compare.json", highlight=False)
+
+
+def _opened(model: str, loading: Loading, output: Path, *, stream: bool) -> Layers:
+    """Return the model's layers: loaded, or of a `Folder`."""
+    if stream:
+        return Layers.of(opened(model, loading, StreamConfig(None, True), output))
+    return Layers.of(
+        load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
+    )
 
 
 def _held(scores: Path | None, layers: Layers, texts: Texts) -> RoutingStatistics | None:

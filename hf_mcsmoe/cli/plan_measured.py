@@ -1,6 +1,5 @@
 """What `hf-mcsmoe plan` knows of what choices cost: from a file of statistics, or measured on text."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,14 @@ from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import opened, tell_streamed
 from hf_mcsmoe.cli.way import judged
 from hf_mcsmoe.forecast.needs import IN_MEMORY, Run
-from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.progress import Progress, counted, one_step
-from hf_mcsmoe.search.conditions import conditions
-from hf_mcsmoe.search.config import JOINT, SizeConfig
-from hf_mcsmoe.search.curves import measure_curves, needs_of
+from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.config import StreamConfig
-from hf_mcsmoe.streamed.curves import curves_of_folder
+from hf_mcsmoe.streamed.curves import add_curves
 from hf_mcsmoe.streamed.refused import check_blocks
 
 
@@ -138,29 +134,3 @@ def measured(
     if folder:
         folder.drop_fetched()
     return layers, statistics
-
-
-def add_curves(
-    layers: Layers,
-    batches: Sequence[Batch],
-    statistics: RoutingStatistics,
-    config: MergeConfig,
-    search: SizeConfig,
-    progress: Progress,
-    place: Path,
-) -> None:
-    """Measure what choices cost, of a `Folder` block by block, and keep it with the statistics.
-
-    Args:
-        place: a folder on the disk of which hidden states may lie meanwhile.
-    """
-
-    def tell(name: str, done: int, total: int) -> None:
-        progress("curves", done, total)
-
-    given = layers, statistics, batches, config, search
-    if isinstance(layers.source, Folder):
-        statistics.curves = curves_of_folder(*given, repair=JOINT, progress=tell, place=place)
-    else:
-        statistics.curves = measure_curves(*given, progress=tell)
-    statistics.conditions = conditions(config, search, JOINT)

@@ -10,6 +10,8 @@ from hf_mcsmoe.compare.cells import Figures
 from hf_mcsmoe.evaluation.held_out import MEMORY_LIMIT, Judge
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.source import Source
 from hf_mcsmoe.progress import Progress, one_after_another, silent
 from hf_mcsmoe.repair.fit import LayerFit, layer_error, original_sum
 from hf_mcsmoe.repair.repair import Pair, map_of_fit, matching_layers, student_inputs
@@ -23,6 +25,7 @@ class Bench:
     """The original's layers, and what is kept of it to compare results with; it runs once over each text.
 
     Args:
+        layers: of a model, or of a `Folder`, of which no outputs of layers are compared.
         texts: batches by the name of their text; the outputs of layers are compared on rows of the first.
     """
 
@@ -33,18 +36,19 @@ class Bench:
             judge = Judge(
                 batches, memory_limit=MEMORY_LIMIT // len(texts), progress=lambda *done: tell("judging", *done)
             )
-            judge.remember(layers.model)
+            judge.remember(layers.source)
             judge.progress = None
             self.judges[name] = judge
         self.rows = first_rows(next(iter(texts.values())), POSITIONS)
-        self.inputs, self.targets = self._captured(), dict[str, torch.Tensor]()
+        self.inputs = {} if isinstance(layers.source, Folder) else self._captured()
+        self.targets = dict[str, torch.Tensor]()
 
     @property
     def original(self) -> dict[str, Figures]:
         """What the original is worth on each text."""
         return {name: _figures(judge, ORIGINAL) for name, judge in self.judges.items()}
 
-    def figures(self, student: PreTrainedModel) -> dict[str, Figures]:
+    def figures(self, student: PreTrainedModel | Source) -> dict[str, Figures]:
         """Return what a result is worth on each text."""
         found = {}
         for name, judge in self.judges.items():
@@ -58,6 +62,8 @@ class Bench:
 
         Of layers that share experts it is told under the first's name; of a layer that was left as it was it is 0.
         """
+        if not self.inputs:
+            return {}
         found, errors = Layers.of(student), dict.fromkeys(self.inputs, 0.0)
         if not any(layer.merged for layer in found):
             return errors

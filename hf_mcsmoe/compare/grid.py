@@ -16,11 +16,15 @@ from hf_mcsmoe.compare.ways import Task, Way, task_of, ways_of
 from hf_mcsmoe.data.batches import digest
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.record import public_name
+from hf_mcsmoe.streamed.chain import Asked
+from hf_mcsmoe.streamed.refused import check_streamed
 
 # One batch of so many is held out of what the methods read, for those that choose among results.
 HELD_OUT = 8
+BY_BLOCKS = "; one block in memory"
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,19 @@ def conditions_of(
         "texts": {name: digest(batches) for name, batches in texts.items()},
         "draws": {str(seed): digest([*draw.fitted, *draw.held_out]) for seed, draw in draws.items()},
         "methods": {way.name: way.told() for way in grid.ways},
-        "memory": measured_by(layers.model.device),
+        "memory": measured_by(layers.model.device) + (BY_BLOCKS if isinstance(layers.source, Folder) else ""),
         "versions": {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")},
     }
 
 
 def planned(
-    layers: Layers, grid: Grid, held: RoutingStatistics | None = None
+    layers: Layers, grid: Grid, held: RoutingStatistics | None = None, *, by_blocks: bool = False
 ) -> tuple[list[Task], list[tuple[Way, Level, str]]]:
     """Return the cells that can be made, and those that cannot with the reason, before any forward.
 
     Args:
         held: statistics of an earlier pass.
+        by_blocks: whether the model is read block by block, of which not all can be made.
 
     Raises:
         ValueError: none can be made.
@@ -129,13 +134,21 @@ def planned(
                 if grid.base_model is None:
                     check_reference(way.needs, None, held)
                 check_loss(layers.model, way.needs)
-                tasks.append(task_of(layers, way, level))
+                task = task_of(layers, way, level)
+                if by_blocks:
+                    _check_by_blocks(layers, task, held)
+                tasks.append(task)
             except ValueError as error:
                 refused.append((way, level, sentence_of(error)))
     if not tasks:
         way, level, sentence = refused[0]
         raise ValueError(f"No method can be tried on this model. {way.name} at {level}: {sentence}")
     return tasks, refused
+
+
+def _check_by_blocks(layers: Layers, task: Task, held: RoutingStatistics | None) -> None:
+    asked = Asked(**{name: value for name, value in task.options.items() if name != "config"})
+    check_streamed(layers, task.options["config"], asked, held)
 
 
 def sentence_of(error: Exception) -> str:

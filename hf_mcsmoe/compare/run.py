@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.calibration.reference import with_reference
 from hf_mcsmoe.calibration.scores import extended
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
@@ -32,18 +31,20 @@ from hf_mcsmoe.compare.grid import (
 from hf_mcsmoe.compare.journal import SCORES, Journal
 from hf_mcsmoe.compare.memory import peak_memory
 from hf_mcsmoe.compare.page import ORIGINAL, write_outputs
+from hf_mcsmoe.compare.results import remove_results, result
 from hf_mcsmoe.compare.ways import Task, needed
-from hf_mcsmoe.compress import compress
 from hf_mcsmoe.evaluation.costs import saved_bytes, saved_costs
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.source import Source
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
 from hf_mcsmoe.progress import Progress, silent
-from hf_mcsmoe.search.conditions import conditions, covered
+from hf_mcsmoe.search.conditions import covered
 from hf_mcsmoe.search.config import AUTO, JOINT, SizeConfig
-from hf_mcsmoe.search.curves import measure_curves
+from hf_mcsmoe.streamed.curves import add_curves
 from hf_mcsmoe.tables import outcome
 
 # What of one method is told in its cells, and leaves the others alone.
@@ -77,7 +78,9 @@ def compare(
     """Compare methods at several levels, and write the cells into a folder; those that lie there already are kept.
 
     Args:
-        model: the original, or its layers where they are found already; it is left as it was.
+        model: the original, or its layers where they are found already; it is left as it was. Layers of a `Folder` are
+            read block by block, and so is every result, which lies beside `output` until it is judged: then the errors
+            of layers are not measured.
         draws: calibration batches by the seed of their draw; statistics are collected once for each. Methods that are
             random take this seed, unless they are given one.
         texts: batches that judge, by the name of their text, the calibrated kind first. Nothing is fitted to them.
@@ -95,13 +98,17 @@ def compare(
             that cannot be made is told in the results.
     """
     layers = Layers.of(model).uncompressed()
+    if isinstance(layers.source, Folder) and metric is not None:
+        raise ValueError(
+            "A task is measured on a model that is loaded: leave out --task (metric), or --stream (Folder)."
+        )
     check_given(layers, draws, texts, statistics)
     parted = {seed: Draw.of(seed, batches) for seed, batches in draws.items()}
     found = conditions_of(layers, parted, texts, grid) | {"metric": metric_of or ("a metric" if metric else None)}
-    with working_folder(Path(os.path.realpath(output))):
+    with working_folder(Path(os.path.realpath(output))) as work:
         journal = Journal(Path(output)) if overwrite else Journal.read(output)
         journal.check(found)
-        tasks, refused = planned(layers, grid, statistics)
+        tasks, refused = planned(layers, grid, statistics, by_blocks=isinstance(layers.source, Folder))
         check_statistics(statistics, tasks)
         norms = norms_of(layers, grid, tasks)
         journal.begin(found, anew=overwrite)
@@ -109,8 +116,9 @@ def compare(
             for way, level, sentence in refused:
                 if (way.name, str(level), seed) not in journal.cells:
                     journal.append(Cell(way.name, str(level), seed, error=sentence))
-        run = _Run(layers, texts, journal, metric, progress, told, norms)
+        run = _Run(layers, texts, journal, work, metric, progress, told, norms)
         run.all_of(tasks, parted, statistics)
+        remove_results(work)
         write_outputs(journal)
         return Comparison(journal.folder, journal.conditions, list(journal.cells.values()))
 
@@ -127,6 +135,7 @@ class _Run:
     layers: Layers
     texts: Mapping[str, Sequence[Batch]]
     journal: Journal
+    work: Path
     metric: Metric | None
     progress: Progress
     told: Callable[[list[Cell]], None] | None
@@ -220,16 +229,9 @@ class _Run:
         if covered(self.layers, statistics, MergeConfig(), widest, JOINT):
             return
 
-        def tell(name: str, done: int, total: int) -> None:
-            self.progress("curves", done, total)
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = measure_curves(
-                self.layers, statistics, draw.fitted, MergeConfig(), widest, repair=JOINT, progress=tell
-            )
-        statistics.curves = found
-        statistics.conditions = conditions(MergeConfig(), widest, JOINT)
+            add_curves(self.layers, draw.fitted, statistics, MergeConfig(), widest, self.progress, self.work)
         if file:
             statistics.save(file)
 
@@ -247,17 +249,18 @@ class _Run:
                     measure_curves()
                 begin = time.perf_counter()
                 peak = stack.enter_context(peak_memory(self.layers.model.device))
-                student = self._made(draw, task)
+                made = stack.enter_context(result(self.layers, draw, task, self.work))
+                student = made.source.model
                 seconds, memory = time.perf_counter() - begin, peak()
                 costs = saved_costs(student)
                 cell = replace(
                     cell,
-                    done=outcome(record_of(student).layers),
+                    done=outcome(made.record.layers),
                     parameters=costs.parameters,
                     bytes=costs.bytes_on_disk,
                     seconds=seconds,
                     memory=memory,
-                    **self._judged(student),
+                    **self._judged(made.source),
                 )
                 if not cell.is_finite:
                     raise ValueError(
@@ -267,19 +270,7 @@ class _Run:
                 cell = _failed(task, draw.seed, sentence_of(error))
         return replace(cell, notes=list(dict.fromkeys(sentence_of(item.message) for item in said)))  # type: ignore[arg-type]
 
-    def _made(self, draw: Draw, task: Task) -> PreTrainedModel:
-        given: dict[str, Any] = {"statistics": draw.statistics}
-        options = dict(task.options)
-        if not task.way.has_seed:
-            options["config"] = replace(options["config"], seed=draw.seed)
-        if task.options.get("size"):
-            given["held_out"] = draw.held_out
-        return compress(self.layers, draw.fitted if task.reads else [], **options, **given)
-
-    def _judged(self, student: PreTrainedModel) -> dict[str, Any]:
+    def _judged(self, made: Source) -> dict[str, Any]:
         assert self.bench is not None
-        found: dict[str, Any] = {
-            "texts": self.bench.figures(student),
-            "layers": self.bench.layer_errors(student),
-        }
-        return found | ({"metrics": dict(self.metric(student))} if self.metric else {})
+        found: dict[str, Any] = {"texts": self.bench.figures(made), "layers": self.bench.layer_errors(made.model)}
+        return found | ({"metrics": dict(self.metric(made.model))} if self.metric else {})

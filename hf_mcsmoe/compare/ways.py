@@ -16,7 +16,7 @@ from hf_mcsmoe.presets import PRESETS, check_untrained
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.compress import check_size, source_bytes
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.config import AUTO, SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.search.size import bytes_of
 
@@ -75,7 +75,10 @@ class Way:
             return needs_of(MergeConfig(), self.search)
         options = self.options()
         sparsity = options.get("sparsity")
-        return (*options["config"].needs, *(SCORE.needs(sparsity.score) if sparsity else ()))
+        config = options["config"]
+        tries = config.budget == MEASURED
+        tried = needs_of(MergeConfig(), SizeConfig(bits=(), ranks=(), reduce=AUTO)) if tries else ()
+        return (*config.needs, *tried, *(SCORE.needs(sparsity.score) if sparsity else ()))
 
     def told(self) -> dict[str, Any]:
         """Return all that the method is made of, as JSON values."""

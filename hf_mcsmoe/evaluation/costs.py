@@ -96,7 +96,13 @@ def saved_bytes(model: PreTrainedModel) -> int:
 
 
 def saved_costs(model: PreTrainedModel) -> Costs:
-    """Return what a compressed model holds as it will be saved: S compact, without adapters. Runs no forward."""
+    """Return what a compressed model holds as it will be saved: S compact, without adapters. Runs no forward.
+
+    Of a model in the plain form of its family it is all that it holds.
+    """
+    if not hasattr(model.config, "mcsmoe"):
+        size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        return Costs(model.num_parameters(), size, saved_bytes(model))
     own = [(name, tensor) for name, tensor in model.named_parameters() if ".lora_" not in name]
     buffers, saved = dict(model.named_buffers()), model.state_dict().keys()
     parameters = sum(tensor.numel() for _, tensor in own) + uncounted(model)

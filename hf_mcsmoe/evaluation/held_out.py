@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.batches import Batch, evaluation_mode, forward
+from hf_mcsmoe.layers.source import Source, source_of
 from hf_mcsmoe.record import Quality
 
 # Bytes for the original's distributions [positions, V] in float32: every position of a small model, some of a large.
@@ -47,12 +48,15 @@ class Judge:
         """The held-out batches, then those of other text."""
         return [*self.batches, *self.check]
 
-    def remember(self, model: PreTrainedModel, stage: str = "original") -> None:
+    def remember(self, model: PreTrainedModel | Source, stage: str = "original") -> None:
         """Measure the original's loss, and keep its distributions at evenly spread positions of each batch."""
         self._run(self.of_original(stage), model)
 
-    def measure(self, stage: str, model: PreTrainedModel) -> None:
-        """Measure a stage: its loss, and its divergence from the original where the original was kept."""
+    def measure(self, stage: str, model: PreTrainedModel | Source) -> None:
+        """Measure a stage: its loss, and its divergence from the original where that was kept.
+
+        A `Folder` runs block by block, on all batches together.
+        """
         if self.kept:
             self._run(self.of_stage(stage), model)
 
@@ -65,10 +69,14 @@ class Judge:
         return Measure(self, stage)
 
     @torch.no_grad()
-    def _run(self, measure: "Measure", model: PreTrainedModel) -> None:
-        with evaluation_mode(model):
-            for number, batch in enumerate(self.all_batches):
-                measure.take(number, predictions(model, batch))
+    def _run(self, measure: "Measure", model: PreTrainedModel | Source) -> None:
+        source = source_of(model)
+
+        def take(given: tuple[int, Batch]) -> None:
+            measure.take(given[0], predictions(source.model, given[1]))
+
+        with evaluation_mode(source.model), source.streamed() as run:
+            run(take, enumerate(self.all_batches))
         measure.close()
 
 

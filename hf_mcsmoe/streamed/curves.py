@@ -21,10 +21,12 @@ from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, run_in_turns
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.processes import current
+from hf_mcsmoe.progress import Progress
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.bench import Bench
-from hf_mcsmoe.search.config import SizeConfig
-from hf_mcsmoe.search.curves import check_sums, plans_of_all
+from hf_mcsmoe.search.conditions import conditions
+from hf_mcsmoe.search.config import JOINT, SizeConfig
+from hf_mcsmoe.search.curves import check_sums, measure_curves, plans_of_all
 from hf_mcsmoe.search.observed import Observations
 from hf_mcsmoe.streamed.parts import FITTED, ORIGINAL, Key
 from hf_mcsmoe.streamed.refused import check_blocks
@@ -137,3 +139,29 @@ def curves_of_folder(
 def _passing(folder: Folder, left: Mapping[str, nn.Module]) -> Iterator[None]:
     with folder.loaded_outside(), Turnstile(left, folder.loaded).installed():
         yield
+
+
+def add_curves(
+    layers: Layers,
+    batches: Sequence[Batch],
+    statistics: RoutingStatistics,
+    config: MergeConfig,
+    search: SizeConfig,
+    progress: Progress,
+    place: Path,
+) -> None:
+    """Measure what choices cost, of a `Folder` block by block, and keep it with the statistics.
+
+    Args:
+        place: a folder on the disk of which hidden states may lie meanwhile.
+    """
+
+    def tell(name: str, done: int, total: int) -> None:
+        progress("curves", done, total)
+
+    given = layers, statistics, batches, config, search
+    if isinstance(layers.source, Folder):
+        statistics.curves = curves_of_folder(*given, repair=JOINT, progress=tell, place=place)
+    else:
+        statistics.curves = measure_curves(*given, repair=JOINT, progress=tell)
+    statistics.conditions = conditions(config, search, JOINT)

@@ -56,6 +56,22 @@ def test_a_comparison_is_a_table_and_a_folder_that_goes_on(source: Path, tmp_pat
     assert "--overwrite" in err
 
 
+@pytest.mark.slow
+def test_block_by_block_the_figures_are_the_same(source: Path, tmp_path: Path, run: Run) -> None:
+    told = {}
+    for name, more in (("loaded", []), ("streamed", ["--stream"])):
+        given = [*_given(source, tmp_path / name), "--methods", "reap", "--experts", "0.5", *more]
+        code, _, err = run("compare", *given)
+        assert code == 0, err
+        cells = json.loads((tmp_path / name / "compare.json").read_text())["cells"]
+        told[name] = [(cell["method"], cell["bytes"], cell["texts"]) for cell in cells]
+    for ours, theirs in zip(told["streamed"], told["loaded"], strict=True):
+        assert ours[:2] == theirs[:2]
+        assert [text["kl"] for text in ours[2].values()] == pytest.approx([text["kl"] for text in theirs[2].values()])
+    code, _, err = run("compare", *_given(source, tmp_path / "task"), "--stream", "--task", "copa")
+    assert (code, "leave it out, or --stream" in " ".join(err.split())) == (1, True)
+
+
 def test_what_cannot_be_compared_is_refused_before_weights_are_loaded(
     source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

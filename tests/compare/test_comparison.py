@@ -16,7 +16,7 @@ from helpers import batches, logits
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, QuantizationConfig, RepairConfig, collect_statistics, compress
-from hf_mcsmoe.compare import run
+from hf_mcsmoe.compare import results, run
 from hf_mcsmoe.compare.cells import Cell
 from hf_mcsmoe.compare.grid import Grid
 from hf_mcsmoe.compare.run import Comparison, compare
@@ -131,7 +131,7 @@ def _counting(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(given)
         return compress(*given, **options)
 
-    monkeypatch.setattr(run, "compress", counted)
+    monkeypatch.setattr(results, "compress", counted)
     return made
 
 
@@ -375,7 +375,7 @@ def test_curves_that_cannot_be_measured_are_told_in_their_cell(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory for curves")
 
-    monkeypatch.setattr(run, "measure_curves", broken)
+    monkeypatch.setattr(run, "add_curves", broken)
     cells = _cells(_compared(model, data, tmp_path, Grid(["frequency-prune", "ours"], [0.5])))
     assert cells["ours"].error == "no memory for curves"
     assert not cells["frequency-prune"].error
