@@ -7,6 +7,7 @@ from hf_mcsmoe.variants.fairseq_moe import convert_fairseq_moe
 from hf_mcsmoe.variants.lory_mcsmoe import soft_merge
 from hf_mcsmoe.variants.mixed_precision_mcsmoe import mix_precision, next_layer_accuracy
 from hf_mcsmoe.variants.momentum_mcsmoe import MomentumWarmup, add_momentum, robust_constants, set_momentum
+from hf_mcsmoe.variants.peer_mcsmoe import PEERLayer, swap_peer
 from hf_mcsmoe.variants.prompt_merging import merge_for_prompt
 from hf_mcsmoe.variants.similarity_routing import add_attention_routing, add_similarity_routing
 from hf_mcsmoe.variants.smoe_dropout_mcsmoe import moefy_dense
@@ -25,6 +26,7 @@ __all__ = [
     "ElasticTopK",
     "ExpertCache",
     "MomentumWarmup",
+    "PEERLayer",
     "add_attention_routing",
     "add_momentum",
     "add_similarity_routing",
@@ -48,6 +50,7 @@ __all__ = [
     "set_top_k",
     "simulate",
     "soft_merge",
+    "swap_peer",
     "upcycle_dense",
     "utilization_entropy",
 ]

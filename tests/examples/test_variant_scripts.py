@@ -92,6 +92,17 @@ def check_lory(folder: Path) -> None:
     assert soft[1] == pytest.approx(soft[0], rel=0.02), "a prompt says what a segment does"
 
 
+def check_peer(folder: Path) -> None:
+    (found,) = tables(printed("peer.py", "--text", text(folder, "one two three four"), *SHORT))
+    assert [row["trained"] for row in found] == ["dense", "PEER", "PEER, no query BatchNorm"]
+    assert all(1 < float(row["perplexity"]) < NOTHING / 4 for row in found)
+    for row in found[1:]:
+        entropy, share = (float(cell.rstrip("%")) for cell in list(row.values())[3:])
+        count = share / 100 * 4096
+        assert 16 <= count + 3 <= 4099, "of 4096 experts, no fewer than a head picks for a token"
+        assert 0 < entropy <= math.log(count) + 0.02, "no more even than all that are used"
+
+
 def check_specialization(folder: Path) -> None:
     (found,) = tables(printed("specialization.py", "--steps", "150", "--seeds", "2"))
     assert len(found) == 5
@@ -140,6 +151,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "upcycling.py": check_upcycling,
     "similarity_routing.py": check_similarity_routing,
     "lory.py": check_lory,
+    "peer.py": check_peer,
     "specialization.py": check_specialization,
     "train_small_moe.py": check_train_small_moe,
     "mixed_precision.py": check_mixed_precision,

@@ -25,6 +25,7 @@ from hf_mcsmoe.variants import (
     moefy_dense,
     momentum_mcsmoe,
     soft_merge,
+    swap_peer,
     upcycle_dense,
 )
 
@@ -39,12 +40,17 @@ def _upcycled(attention: str) -> PreTrainedModel:
     return upcycle_dense([dense(0), dense(1)], "mixtral", attention=attention)
 
 
+def _peer(model: PreTrainedModel) -> PreTrainedModel:
+    return swap_peer(model, num_experts=36, heads=3, top_k=4, key_size=8)
+
+
 # A variant and the model that it is made of.
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel], PreTrainedModel]]] = {
     "momentum": (lambda: build("mixtral"), lambda model: add_momentum(model, 0.6, 0.9)),
     "momentum_seq2seq": (lambda: build("switch_transformers"), lambda model: add_momentum(model, 0.6, kind="adam")),
     "lory": (lambda: build("mixtral"), lambda model: soft_merge(model, segment_length=4)),
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4, top_k=2)),
+    "peer": (dense, _peer),
     "fairseq_moe": (xglm, fairseq),
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, t1=0.5, bits=4, group_size=8)),
     "similarity_routing": (lambda: build("mixtral"), add_similarity_routing),
@@ -59,9 +65,13 @@ LOADING = [
     "loads_as_the_base_model_and_with_a_new_head",
 ]
 TRAINING = ["trains_saves_and_resumes", "takes_lora"]
-# What a variant does not do: which experts are rounded is decided by their weights, where a graph ends; and fairseq's
-# base, XGLM, has no other heads.
-LACKING = {"mixed_precision": {"compiles"}, "fairseq_moe": {"loads_as_the_base_model_and_with_a_new_head"}}
+# What a variant does not do: which experts are rounded is decided by their weights, where a graph ends; fairseq's
+# base, XGLM, has no other heads; and PEER's neurons are not computed by the library's implementations.
+LACKING = {
+    "mixed_precision": {"compiles"},
+    "fairseq_moe": {"loads_as_the_base_model_and_with_a_new_head"},
+    "peer": {"runs_every_experts_implementation"},
+}
 # What fails of Switch itself: its loop over experts compiles to no graph, and its experts are no stacked matrices.
 SEQ2SEQ = ["loads", "saves_again", "keeps_bfloat16", "loads_by_device_map", "generates", "copies_deeply", "pickles"]
 
@@ -151,6 +161,7 @@ CHANGES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedMode
     "lory": (lambda: build("mixtral"), soft_merge),
     "mixed_precision": (lambda: build("mixtral"), lambda model: mix_precision(model, group_size=8)),
     "smoe_dropout": (dense, lambda model: moefy_dense(model, 4)),
+    "peer": (dense, _peer),
     "similarity_routing": (lambda: build("mixtral"), add_similarity_routing),
 }
 
