@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -31,12 +30,11 @@ from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.decompose import compact_layers, decompose_layers, low_rank_step
 from hf_mcsmoe.merge import check_loaded, merge_layers
 from hf_mcsmoe.methods.budget import MEASURED
-from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.modeling.losparse_mcsmoe import sparse_parts
-from hf_mcsmoe.options import all_needs, check_options, check_repair, chosen_repair, sparsity_needs
+from hf_mcsmoe.options import all_needs, check_kinds, check_options, check_repair, chosen_repair, sparsity_needs
 from hf_mcsmoe.plan import MergePlan
 from hf_mcsmoe.planning import plan_merge
 from hf_mcsmoe.progress import Progress, counted, in_parts, one_step, silent
@@ -112,14 +110,7 @@ def compress(
             ranks by `energy` that make an expert larger, and a repair where an adaptive budget kept all experts, are
             refused later, with `model` unchanged.
     """
-    check_given(
-        config=(config, (MergeConfig, NoneType)),
-        repair=(repair, (RepairConfig, NoneType)),
-        low_rank=(low_rank, (LoSparseConfig, NoneType)),
-        quantization=(quantization, (QuantizationConfig, NoneType)),
-        sparsity=(sparsity, (SparsityConfig, NoneType)),
-        statistics=(statistics, (RoutingStatistics, NoneType)),
-    )
+    check_kinds(config, repair, low_rank, quantization, sparsity, statistics)
     config, search = config or MergeConfig(), SizeConfig.of(size)
     repair = repair if search else chosen_repair(repair)
     layers = Layers.of(model).uncompressed()

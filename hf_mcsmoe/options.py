@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 import torch
 
+from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.low_rank.ranks import check_low_rank
 from hf_mcsmoe.methods.budget import BUDGET, MEASURED, adaptive_budget, uniform_budget
+from hf_mcsmoe.methods.checks import check_given
 from hf_mcsmoe.methods.config import MIXED, MergeConfig
 from hf_mcsmoe.methods.sparsity import SCORE
 from hf_mcsmoe.planning import check_request
@@ -22,6 +25,18 @@ from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.sparsity.sparsify import check_sparsity, narrowed
+
+
+def check_kinds(config: Any, repair: Any, low_rank: Any, quantization: Any, sparsity: Any, statistics: Any) -> None:
+    """Raise TypeError where an argument of a compression is of the wrong kind."""
+    check_given(
+        config=(config, (MergeConfig, NoneType)),
+        repair=(repair, (RepairConfig, NoneType)),
+        low_rank=(low_rank, (LoSparseConfig, NoneType)),
+        quantization=(quantization, (QuantizationConfig, NoneType)),
+        sparsity=(sparsity, (SparsityConfig, NoneType)),
+        statistics=(statistics, (RoutingStatistics, NoneType)),
+    )
 
 
 def all_needs(

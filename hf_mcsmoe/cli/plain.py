@@ -47,9 +47,9 @@ def check_unfitted(form: PlainForm | None, config: MergeConfig, size: SizeConfig
     """
     if form is None or form.expand or (size.reductions == ("prune",) if size else config.reduce == "prune"):
         return
-    if form.router_steps not in (0, PlainForm.router_steps):
+    if form.router_steps != PlainForm.router_steps:
         raise ValueError(
-            f"--router-steps {form.router_steps} distils the router with the result in memory, and the model is read "
+            f"--router-steps {form.router_steps} fits the router with the result in memory, and the model is read "
             "block by block: leave it out, or leave out --plain and run hf-mcsmoe export --data on the result."
         )
     notes.print(

@@ -76,7 +76,7 @@ def plan_command(
     if statistics:
         _check_curves(layers, statistics, asked, search)
     is_measured = statistics is None and bool(calibration.data)
-    measuring.check(model, layers, is_measured=is_measured)
+    measuring.check(model, layers, has_text=bool(calibration.data))
     if is_measured:
         run = measuring_run(layers, asked.config, search, calibration)
         stream = measuring.config if measuring.is_chosen(layers, run, stored.bytes) else None
@@ -100,7 +100,10 @@ def plan_command(
     is_asked = dial.is_by_hand or dial.size is not None
     with contextlib.nullcontext() if is_asked else contextlib.suppress(ValueError):
         result = asked.result(layers, statistics, stored.bytes)
-        effect = None if statistics is None or result is None else predicted_effect(statistics.curves, result)
+        is_predicted = statistics is not None and asked.sparsity is None
+        effect = predicted_effect(statistics.curves, result) if result and statistics and is_predicted else None
+        if statistics is not None and not is_predicted:
+            notes.print("what --sparsify costs is not measured, so that no KL is predicted", highlight=False)
         told["result"] = None if result is None else _told(result, effect)
         console.print(_result_line(dial, result, effect, asked, stored), highlight=False, soft_wrap=True)
         told |= told_of_run(
@@ -158,6 +161,7 @@ def _result_line(dial: Dial, result: Result | None, effect: float | None, asked:
     """Return the sentence that tells what the options given lead to."""
     size = None if dial.is_by_hand else dial.size or DEFAULT_SIZE
     options = {"experts": dial.experts, "size": size, "bits": dial.bits, "reduce": dial.reduce}
+    options["sparsify"] = str(asked.sparsity.score) if asked.sparsity else None
     given = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
     if result is None:
         limit = bytes_of(asked.search.size if asked.search else 1.0, stored.bytes)

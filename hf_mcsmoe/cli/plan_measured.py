@@ -63,9 +63,9 @@ class Measuring:
         """How to stream: anew, for nothing is kept."""
         return StreamConfig(None, True, self.drop_source_cache)
 
-    def check(self, model: str, layers: Layers, *, is_measured: bool) -> None:
+    def check(self, model: str, layers: Layers, *, has_text: bool) -> None:
         """Raise ValueError, before any work, where it is asked for and cannot be done, or has nothing to say."""
-        if self.stream and not is_measured:
+        if self.stream and not has_text:
             raise ValueError("--stream says how choices are measured on --data: give that as well, or leave it out.")
         self.config.check_drops(model)
         if self.stream:

@@ -1,7 +1,7 @@
 """Narrower experts: the key of a configuration that says how wide experts are, and containers of another width."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,7 +39,7 @@ def _with_width(model: PreTrainedModel, key: str, width: int) -> PreTrainedModel
     setattr(config.get_text_config(), key, width)
     try:
         with torch.device("meta"):
-            return type(model)(config)
+            return cast(Any, type(model)(config)).to(model.dtype)
     except (ValueError, RuntimeError):
         return None
 

@@ -25,7 +25,7 @@ from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
-from hf_mcsmoe.options import all_needs, check_options, chosen_repair, sparsity_needs
+from hf_mcsmoe.options import all_needs, check_kinds, check_options, chosen_repair, sparsity_needs
 from hf_mcsmoe.planning import saved_parameters
 from hf_mcsmoe.processes import Processes, current
 from hf_mcsmoe.progress import Progress, silent
@@ -94,10 +94,12 @@ def compress_folder(
         The record that was saved.
 
     Raises:
+        TypeError: see `compress`.
         ValueError: see `compress`; what needs the whole model at once, see `check_streamed`; shards to be dropped that
             are not this run's; an output that is the source or lies in it; an earlier run on the output that was asked
             for something else; too little memory or disk.
     """
+    check_kinds(config, repair, low_rank, quantization, sparsity, statistics)
     stream, saving, path = stream or StreamConfig(), saving or Saving(), Path(os.path.realpath(output))
     stream.check_drops(source)
     folder = source if isinstance(source, Folder) else stream.opened(source, path)

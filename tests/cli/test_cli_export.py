@@ -144,7 +144,8 @@ def test_compress_writes_a_plain_checkpoint_block_by_block(
         (["--experts", 0.5, "--for", "vllm"], "are about --plain"),
         (["--experts", 0.5, "--plain", "--rank", 4], "multiply them out with --dense"),
         (["--size", 0.5, "--plain"], "give --uniform-experts as well"),
-        (["--experts", 0.5, "--plain", "--stream", "--router-steps", 5], "--router-steps 5 distils the router"),
+        (["--experts", 0.5, "--plain", "--stream", "--router-steps", 0], "--router-steps 0 fits the router"),
+        (["--experts", 0.5, "--plain", "--stream", "--router-steps", 5], "--router-steps 5 fits the router"),
         (["--experts", 0.5, "--plain", "--skip", "*.0.*"], "a plain checkpoint cannot hold"),
     ],
 )

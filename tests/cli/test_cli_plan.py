@@ -73,6 +73,12 @@ def test_plan_tells_sizes_and_with_curves_what_they_cost(tmp_path: Path, run: Ru
     assert code == 0, error
     told = json.loads((tmp_path / "a").read_text())["result"]
     assert told["predicted_kl"] == pytest.approx(len(statistics.layers) / 4)
+    zeros = ["--sparsify", "wanda", "--json", str(tmp_path / "b")]
+    code, out, error = run("plan", str(folder), "--scores", str(scores), "--experts", "4", *zeros)
+    assert code == 0, error
+    assert json.loads((tmp_path / "b").read_text())["result"]["predicted_kl"] is None
+    assert "no KL is predicted" in error
+    assert "--experts 4 --sparsify wanda" in out
     assert not list(tmp_path.glob("*.mcsmoe-work"))
 
 
@@ -107,6 +113,8 @@ def test_choices_are_measured_block_by_block(
         measured[name] = statistics.curves, statistics.conditions, told["sizes"], told["safe"], told["result"]
     assert measured["loaded"][0]
     assert measured["loaded"] == measured["streamed"] == measured["chosen"]
+    code, _, error = run(*text, "--stream", "--scores", tmp_path / "streamed.safetensors")
+    assert code == 0, error  # with the file that is there now
     assert not list(tmp_path.glob(".*"))
 
 

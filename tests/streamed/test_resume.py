@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import build
 from helpers import batches
 from scripts import run
@@ -38,9 +39,9 @@ def hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def source(name: str, folder: Path) -> dict[str, Any]:
+def source(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Save a model; returns the arguments of `compress_folder` but for output and options."""
-    model = build(name)
+    model = build(name).to(dtype)
     model.save_pretrained(folder / "source")
     rows, held_out = batches(name, model, 2), batches(name, model, 3)[2:]
     return {
@@ -88,7 +89,7 @@ def _interrupted(
         pytest.param("mixtral", ALL | COMPETING, True, marks=pytest.mark.slow),
         pytest.param("switch_transformers", COMPETING | {"config": MEASURED}, False, marks=pytest.mark.slow),
         pytest.param("mixtral", ALL, True, marks=pytest.mark.slow),
-        pytest.param("mixtral", NARROW, True, marks=pytest.mark.slow),
+        pytest.param("mixtral", NARROW | {"dtype": torch.bfloat16}, True, marks=pytest.mark.slow),
         pytest.param("gpt_oss", {"sparsity": SparsityConfig()}, False, marks=pytest.mark.slow),
         pytest.param("switch_transformers", {"repair": RepairConfig()}, True, marks=pytest.mark.slow),
         pytest.param("switch_transformers", ALL, False, marks=pytest.mark.slow),
@@ -98,7 +99,8 @@ def _interrupted(
 def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     name: str, options: dict[str, Any], is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, states = source(name, tmp_path) | options, set[str]()
+    options = {"dtype": torch.float32} | options
+    given, states = source(name, tmp_path, options.pop("dtype")) | options, set[str]()
     compress_folder(output=tmp_path / "whole" / "out", **given)
     if is_mapped:  # no byte is left for hidden states
         given["stream"] = StreamConfig(memory=held_bytes(Folder(tmp_path / "source").model))
