@@ -97,7 +97,7 @@ def check_peer(folder: Path) -> None:
     assert [row["trained"] for row in found] == ["dense", "PEER", "PEER, no query BatchNorm"]
     assert all(1 < float(row["perplexity"]) < NOTHING / 4 for row in found)
     for row in found[1:]:
-        entropy, share = (float(cell.rstrip("%")) for cell in list(row.values())[3:])
+        entropy, share = (float(cell.rstrip("%")) for cell in list(row.values())[4:])
         count = share / 100 * 4096
         assert 16 <= count + 3 <= 4099, "of 4096 experts, no fewer than a head picks for a token"
         assert 0 < entropy <= math.log(count) + 0.02, "no more even than all that are used"
