@@ -125,7 +125,7 @@ def compress_command(
     low_rank = None if size else storage.low_rank()  # a size has its rank among its options
     stages: dict[str, Any] = {"low_rank": low_rank, "quantization": dial.quantization(), "size": size}
     stages["sparsity"] = inside.config(dial.skip or ())
-    check_plain_asked(form, plain=plain, stages=stages)
+    check_plain_asked(form, layers, plain=plain, stages=stages)
     config = plain_config(config, size, layers, form.names) if plain else config
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)

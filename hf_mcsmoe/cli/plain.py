@@ -14,6 +14,8 @@ from hf_mcsmoe.export.calibrate import RouterFit
 from hf_mcsmoe.export.checkpoint import export
 from hf_mcsmoe.export.engines import check_engines, nearest_count
 from hf_mcsmoe.export.form import router_groups, shape_of
+from hf_mcsmoe.export.router_rows import bias_name
+from hf_mcsmoe.export.stored import check_mxfp4
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
@@ -23,8 +25,8 @@ from hf_mcsmoe.record import Calibration, Record
 from hf_mcsmoe.search.config import SizeConfig
 
 
-def check_plain_asked(form: PlainForm, *, plain: bool, stages: dict[str, Any]) -> None:
-    """Raise ValueError where options of a plain checkpoint go without --plain, or with what none can hold."""
+def check_plain_asked(form: PlainForm, layers: Layers, *, plain: bool, stages: dict[str, Any]) -> None:
+    """Raise ValueError where options of a plain checkpoint go without --plain, or with what no such one can hold."""
     if not plain:
         if form.is_given:
             raise ValueError("--for, --router-rows, --expand and the like are about --plain: give that too.")
@@ -34,6 +36,11 @@ def check_plain_asked(form: PlainForm, *, plain: bool, stages: dict[str, Any]) -
             f"--rank {stages['low_rank'].rank} stores experts as no model of the family's class does: leave it out, "
             "or multiply them out with --dense."
         )
+    if form.mxfp4:
+        check_mxfp4(layers, is_dense=form.dense or not (stages["quantization"] or stages["size"]))
+    if form.router_rows == "logsumexp":
+        for layer in layers:
+            bias_name(layer)
 
 
 def check_unfitted(form: PlainForm | None, config: MergeConfig, size: SizeConfig | None) -> None:

@@ -139,7 +139,7 @@ def checked(
 def _router(form: PlainForm, router_rows: str, plan: dict[str, Any]) -> dict[str, State]:
     """Return the tensors of the plain routers; see `router_tensors`."""
     planned = plan.get("layers", {})
-    biases = [bias_name(slot) for slot in form.slots] if router_rows == "logsumexp" else []
+    biases = [bias_name(slot.plain) for slot in form.slots] if router_rows == "logsumexp" else []
     weights = {
         slot.layer.name: row_weights(slot, router_rows, planned.get(slot.layer.original_name, {}))
         for slot in form.slots

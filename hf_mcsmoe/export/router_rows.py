@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_mcsmoe.export.form import Slots
+from hf_mcsmoe.layers.layer import MoELayer
 
 # By which weights the rows of a group's experts become one. With the last, a bias of log n follows.
 ROUTER_ROWS = ("frequency", "dominant", "mean", "logsumexp")
@@ -77,19 +78,19 @@ def group_bias(slots: Slots) -> torch.Tensor:
     return torch.tensor([math.log(len(rows)) for rows in slots.rows], dtype=torch.float64)
 
 
-def bias_name(slots: Slots) -> str:
-    """Return the name in the model of the bias that is added to a layer's router logits.
+def bias_name(layer: MoELayer) -> str:
+    """Return the name in the model of the bias that is added to the router logits of a layer in its plain form.
 
     Raises:
         ValueError: there is none.
     """
-    path = slots.plain.router_rows
+    path = layer.router_rows
     owner = path.rpartition(".")[0] if path else ""
-    router = slots.plain.model.get_submodule(owner) if path else None
+    router = layer.model.get_submodule(owner) if path else None
     bias = router._parameters.get(BIAS) if router is not None else None
-    if bias is None or bias.shape != (slots.plain.num_routed,):
+    if bias is None or bias.shape != (layer.num_routed,):
         raise ValueError(
-            f"router_rows='logsumexp' adds log n to the logit of a group of n, and the router of {slots.layer.name} "
+            f"router_rows='logsumexp' adds log n to the logit of a group of n, and the router of {layer.name} "
             "has no bias to hold it: choose router_rows='frequency'."
         )
     return f"{owner}.{BIAS}"

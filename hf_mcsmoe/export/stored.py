@@ -1,6 +1,6 @@
 """How the experts of a plain checkpoint are stored: dense, in few bits as they are, or in MXFP4."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_mcsmoe.export.quantized import (
 )
 from hf_mcsmoe.export.substituted import approximate_experts, substituted_bytes, substituted_experts
 from hf_mcsmoe.export.write import Experts, State, dense_experts
+from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.record import Record, Step
 
 # How experts may be stored other than dense, by the name of that in the configuration.
@@ -120,22 +121,36 @@ def _packed(form: PlainForm, found: Mapping[str, Scheme | None], engines: Sequen
     return Stored(experts, size, config, lines, layers=layers, bits=bits)
 
 
-def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
-    kind = type(form.plain).__name__
-    if form.plain.config.model_type != MXFP4_FAMILY:
+def check_mxfp4(layers: Iterable[MoELayer], *, is_dense: bool) -> None:
+    """Check that the experts of a model, compressed or not, can be stored in MXFP4.
+
+    Args:
+        is_dense: whether they are dense, or are to be multiplied out.
+
+    Raises:
+        ValueError: no checkpoint of the family is stored so, or groups of 32 do not divide the experts' sizes.
+    """
+    layers = list(layers)
+    model = layers[0].model
+    if model.config.model_type != MXFP4_FAMILY:
         raise ValueError(
-            f"MXFP4 is how gpt-oss stores its experts, and {kind} has no such form: quantize with bits=4."
+            f"MXFP4 is how gpt-oss stores its experts, and {type(model).__name__} has no such form: quantize with "
+            "bits=4."
         )
     if not is_dense:
         raise ValueError(
             "The experts are stored in another way, and in MXFP4 they would be rounded once more: start from the "
             "model before that, or ask for it with dense=True (--dense)."
         )
-    widths = {size for slot in form.slots for size in (slot.plain.hidden_size, slot.plain.intermediate_size)}
+    widths = {size for layer in layers for size in (layer.hidden_size, layer.intermediate_size)}
     if odd := sorted(width for width in widths if width % GROUP):
         raise ValueError(
             f"MXFP4 has a scale for {GROUP} weights, which do not divide the {odd[0]} inputs of a matrix."
         )
+
+
+def _in_mxfp4(form: PlainForm, is_dense: bool) -> Stored:
+    check_mxfp4((slot.plain for slot in form.slots), is_dense=is_dense)
     layers = {slot.layer.name: mxfp4_bytes(slot.plain.parameters) for slot in form.slots}
     size = _other_bytes(form) + sum(layers.values())
     line = f"Experts are stored in MXFP4, as those of gpt-oss: {_size(size)} of weights with the rest of the model."

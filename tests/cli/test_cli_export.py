@@ -146,6 +146,8 @@ def test_compress_writes_a_plain_checkpoint_block_by_block(
         (["--size", 0.5, "--plain"], "give --uniform-experts as well"),
         (["--experts", 0.5, "--plain", "--stream", "--router-steps", 0], "--router-steps 0 fits the router"),
         (["--experts", 0.5, "--plain", "--stream", "--router-steps", 5], "--router-steps 5 fits the router"),
+        (["--experts", 0.5, "--plain", "--mxfp4"], "MXFP4 is how gpt-oss stores its experts"),
+        (["--experts", 0.5, "--plain", "--router-rows", "logsumexp"], "has no bias to hold it"),
         (["--experts", 0.5, "--plain", "--skip", "*.0.*"], "a plain checkpoint cannot hold"),
     ],
 )
