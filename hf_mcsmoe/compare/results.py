@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from hf_mcsmoe.attached import record_of
 from hf_mcsmoe.compare.grid import Draw
 from hf_mcsmoe.compare.ways import Task
 from hf_mcsmoe.compress import compress
+from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.source import InMemory, Source
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.streamed.compress import compress_folder
+from hf_mcsmoe.streamed.config import StreamConfig
 
 # The folder of a result that is judged; a run that was killed goes on with it.
 NAME = "result-{}"
@@ -51,10 +53,21 @@ def result(layers: Layers, draw: Draw, task: Task, work: Path) -> Iterator[Resul
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No tokenizer lies")
-            record = compress_folder(layers.source, place, batches, **options)
+            record = _made(layers.source, place, batches, options)
         yield Result(Folder(place, device=str(layers.source.device)), record)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _made(source: Folder, place: Path, batches: Sequence[Batch], options: Mapping[str, Any]) -> Record:
+    """Write a result; one that was begun with other statistics or versions, with which it cannot go on, anew."""
+    is_begun = any(place.parent.glob(f".{place.name}*"))
+    try:
+        return compress_folder(source, place, batches, **options)
+    except ValueError:
+        if not is_begun:
+            raise
+        return compress_folder(source, place, batches, **options, stream=StreamConfig(restart=True))
 
 
 def remove_results(work: Path) -> None:

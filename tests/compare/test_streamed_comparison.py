@@ -15,6 +15,7 @@ from hf_mcsmoe.compare.run import Comparison, compare
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import load_model
+from hf_mcsmoe.streamed.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Few calibration tokens")
 FEW: dict[str, dict[str, Any]] = {
@@ -93,6 +94,31 @@ def test_a_run_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "whole"]
     with pytest.raises(ValueError, match="one block in memory"):
         compared(load_model(str(tmp_path / "source")), data, tmp_path / "out", grid)
+
+
+def test_a_result_that_was_begun_with_fewer_statistics_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("mixtral")
+    data = batches("mixtral", model, number=6)
+    model.save_pretrained(tmp_path / "source")
+    layers, one = Layers.of(Folder(tmp_path / "source")), {"merged": FEW["merged"]}
+    write, saves = Journal.save, iter(range(99))
+
+    def save(self: Journal) -> None:
+        write(self)
+        if next(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            compared(layers, data, tmp_path / "out", Grid(one, [0.5]))
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    more = one | {"other": {"config": MergeConfig(reduce="prune", saliency="contribution", budget="uniform")}}
+    found = told(compared(layers, data, tmp_path / "out", Grid(more, [0.5])))
+    assert not [cell.error for cell in found.values() if cell.error]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_what_needs_a_loaded_model_is_refused(tmp_path: Path) -> None:
