@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,8 @@ class Snapshot:
         self._own: Own = {}
         self._note: Callable[[Own], object] = lambda own: None
         self._lock = threading.Lock()
+        # Of each file, who may fetch it: what is being fetched ahead is waited for, and not fetched anew.
+        self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
         # What is to be fetched ahead and is not there yet, and who fetches.
         self._ahead: set[str] = set()
         self._threads: list[threading.Thread] = []
@@ -80,16 +83,17 @@ class Snapshot:
             OSError: the Hub cannot be reached, or the disk is full.
         """
         file = self.folder / name
-        if file.is_file():
+        with self._turns[name]:
+            if file.is_file():
+                return file
+            before = set(_files_in(self._blobs))
+            file = _download(self.repo_id, name, self.commit)
+            content = Path(os.path.realpath(file))
+            if content not in before:
+                with self._lock:
+                    self._own[str(file)] = [str(content), content.stat().st_mtime_ns]
+                    self._note(self._own)
             return file
-        before = set(_files_in(self._blobs))
-        file = _download(self.repo_id, name, self.commit)
-        content = Path(os.path.realpath(file))
-        if content not in before:
-            with self._lock:
-                self._own[str(file)] = [str(content), content.stat().st_mtime_ns]
-                self._note(self._own)
-        return file
 
     def follow(self, own: Own, note: Callable[[Own], object]) -> None:
         """Go on from what an earlier run has fetched, and tell `note` of that and of what is fetched."""
@@ -121,10 +125,12 @@ class Snapshot:
         """Fetch what is still to be fetched ahead; what is dropped in the meantime does not come back."""
         with contextlib.suppress(Exception):
             for name in names:
-                if name in self._ahead:
-                    self.fetched(name)
-                    if name not in self._ahead:
-                        self._drop([str(self.folder / name)])
+                # Nobody else fetches it now; what another has fetched is there, or dropped and not ahead any more.
+                with self._turns[name]:
+                    if not (self.folder / name).is_file() and name in self._ahead:
+                        self.fetched(name)
+                        if name not in self._ahead:
+                            self._drop([str(self.folder / name)])
 
     def drop(self, names: Iterable[str]) -> None:
         """Remove files from the cache that were fetched for this, and no others."""

@@ -193,6 +193,28 @@ def test_what_is_fetched_ahead_is_dropped_when_it_comes_too_late(
     assert [fetches(hub)[name] for name in (first, second)] == [1, 0], "nothing more was begun"
 
 
+def test_what_a_block_fetches_itself_is_not_fetched_ahead_as_well(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, begun, download = min(fetches(hub)), Snapshot(ID), snapshot._download
+    asked: list[threading.Thread] = []
+
+    def slow(*arguments: Any) -> Path:
+        asked.append(threading.current_thread())
+        if len(asked) == 1:
+            begun.fetch_ahead([name])
+            begun._threads[0].join(0.3)  # it asks for the file now, if it does not wait
+        return download(*arguments)
+
+    monkeypatch.setattr(snapshot, "_download", slow)
+    begun.fetched(name)
+    begun.drop([name])
+    begun._threads[0].join(60)
+    assert asked == [threading.current_thread()]
+    assert fetches(hub)[name] == 1
+    assert not cached(tmp_path / "cache")
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_a_share_of_a_model_is_of_its_files_wherever_they_are(dtype: str, hub: Hub, source: Path) -> None:
     files = sum(file.stat().st_size for file in source.glob("*.safetensors"))
