@@ -4,12 +4,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.checkpoint import find_tensors
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.source import Source, source_of
 from hf_mcsmoe.layers.streaming import blocks
+
+# Values that are widened together.
+PIECE = 2**22
 
 
 def check_weights(model: PreTrainedModel | Source | str | Path) -> None:
@@ -43,10 +47,12 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.dtype.itemsize == 1:  # of these formats Torch knows no sum
-        tensor = tensor.float()
-    # A sum reads each value once and needs no memory; one that is not finite may still be of large values.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    if isinstance(tensor, DTensor):  # the extremes of a process whose part holds NaN may get lost among the others'
+        return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    if tensor.dtype.itemsize == 1:  # of these formats Torch knows no order
+        return all(_is_finite(piece.float()) for piece in tensor.flatten().split(PIECE))
+    # NaN is both of the extremes, which are found without a copy of the values.
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _check_modules(source: Source) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from families import build, inputs
 from helpers import Run, batches
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import MergeConfig, check_weights, collect_statistics, compress, merge_experts, plan_merge
+from hf_mcsmoe.layers.finite import check_tensor
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.merge import merge_to_folder
 
@@ -47,6 +49,32 @@ def test_large_values_are_finite() -> None:
     model = build(NAME)
     model.lm_head.weight.data.fill_(3e38)
     check_weights(model)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (9,), (3, 33, 65)])
+def test_one_value_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    whole = torch.randn(shape).to(dtype)
+    check_tensor("whole", whole)
+    check_tensor("empty", whole[:0])
+    for place in {0, whole.numel() // 2, whole.numel() - 1}:
+        tensor = whole.float().flatten()
+        tensor[place] = torch.nan
+        for given in (tensor.view(shape), tensor.view(shape).mT if len(shape) > 1 else tensor):
+            with pytest.raises(ValueError, match="The weight w is nan at"):
+                check_tensor("w", given.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_are_not_copied_to_be_checked(dtype: torch.dtype) -> None:
+    tensor = torch.ones(4, 2**22).to(dtype)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        check_tensor("w", tensor)
+    most = max(event.cpu_memory_usage for event in recorded.events())
+    assert most <= 2**22 * 4, "a piece of it at most"
 
 
 def merged(model: PreTrainedModel) -> Any:
