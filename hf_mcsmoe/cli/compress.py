@@ -129,6 +129,7 @@ def compress_command(
     config = plain_config(config, size, layers, form.names) if plain else config
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
+    held = streaming.given(held, target.output)
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
     # The same in all processes, whatever each has free.
     streaming = current().agreed(partial(streaming.going_on, target.output))

@@ -23,8 +23,9 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.search.size import bytes_text
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import StreamConfig
-from hf_mcsmoe.streamed.journal import forget, is_begun
+from hf_mcsmoe.streamed.journal import forget, has_written, is_begun
 from hf_mcsmoe.streamed.refused import check_streamed
+from hf_mcsmoe.streamed.run import digests_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Streaming:
             return self
         notes.print("block by block, as the run to this output that was interrupted (--no-stream loads the model)")
         return replace(self, stream=True)
+
+    def given(self, held: RoutingStatistics | None, output: Path) -> RoutingStatistics | None:
+        """Return the statistics of a file; None where a run to this output that goes on has written them itself."""
+        goes_on = held is not None and self.stream is not False and not self.restart
+        return None if goes_on and has_written(output, digests_of(held)) else held
 
     def config(self) -> StreamConfig:
         """Return how to stream.

@@ -42,10 +42,10 @@ from hf_mcsmoe.streamed.budget import compared_bytes
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
 from hf_mcsmoe.streamed.data import Data
-from hf_mcsmoe.streamed.journal import RESULT, Journal, needed_bytes
+from hf_mcsmoe.streamed.journal import RESULT, SCORES, Journal, needed_bytes
 from hf_mcsmoe.streamed.planned import made_by_plan
 from hf_mcsmoe.streamed.refused import check_streamed
-from hf_mcsmoe.streamed.run import Run, description_of, shared_statistics
+from hf_mcsmoe.streamed.run import Run, description_of, digests_of, shared_statistics
 from hf_mcsmoe.streamed.sized import made_to_size, with_curves
 from hf_mcsmoe.streamed.trials import trials_bytes
 
@@ -156,9 +156,11 @@ def compress_folder(
             record = _placed(student, writer, path, saving, journal.folder / FORM)
             saving.after(path)
             folder.drop_fetched()
-            journal.remove()
             if saving.scores and (statistics is None or search):
-                found.save(saving.scores)  # last: a run that goes on would read it, and be another one
+                journal.content[SCORES] = digests_of(found)  # a run that goes on knows them for its own
+                journal.save()
+                found.save(saving.scores)
+            journal.remove()
         return record
 
     if not processes.is_first and processes.sent(None, 0):

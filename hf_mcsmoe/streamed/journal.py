@@ -24,6 +24,8 @@ VERSION = 3
 STATISTICS, CURVES, BUDGETS, RANKS, BLOCKS, RESULT = "statistics", "curves", "budgets", "ranks", "blocks", "result"
 # What the run has fetched into the cache of the Hub, in a file of its own: it is told while blocks are made.
 FETCHED = "fetched.json"
+# What tells the statistics that the run has written to a file, or is about to.
+SCORES = "scores"
 AGAIN = "--restart (restart=True) begins anew"
 
 
@@ -42,10 +44,11 @@ class Journal:
         """
         self.folder = work / PLACE
         fetched = read_json(self.folder / FETCHED, AGAIN) if (self.folder / FETCHED).is_file() else {}
-        if restart:
+        is_new = restart or not (self.folder / FILE).is_file()
+        if is_new:  # of a run that was killed while it removed what it had kept, the rest as well
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
-        if restart and fetched:  # which is still to be dropped
+        if is_new and fetched:  # which is still to be dropped
             write_json(self.folder / FETCHED, fetched)
         told = json.loads(json.dumps(run))
         self.content: dict[str, Any] = {
@@ -54,7 +57,7 @@ class Journal:
             "state": STATISTICS,
             STATISTICS: [],
         }
-        if (self.folder / FILE).is_file():
+        if not is_new:
             held = read_json(self.folder / FILE, AGAIN)
             self._check(held, told)
             self.content = held
@@ -67,6 +70,9 @@ class Journal:
                 f"{self.folder / FILE} was written by another version of hf_mcsmoe (its format is "
                 f"{held.get('version')!r}, this one's {VERSION}): go on with that one, or {AGAIN}."
             )
+        own = held.get(SCORES, {})
+        if own and own.items() <= told.items():  # it is given what it has written itself
+            told = {**told, **{name: held["run"][name] for name in own}}
         if changed := difference(held["run"], told):
             raise ValueError(
                 f"A run that was interrupted is to go on, and {changed}: ask for the same again, or {AGAIN}."
@@ -92,7 +98,8 @@ class Journal:
         snapshot.follow(read_json(file, AGAIN) if file.is_file() else {}, partial(write_json, file))
 
     def remove(self) -> None:
-        """Remove all that the run has kept."""
+        """Remove all that the run has kept; it is finished from the first moment on."""
+        (self.folder / FILE).unlink()
         shutil.rmtree(self.folder)
 
 
@@ -112,8 +119,8 @@ def forget(output: str | os.PathLike) -> bool:
 
 def commit_of(output: str | os.PathLike) -> str | None:
     """Return the commit of the Hub that an interrupted run to this output reads; None where there is none."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
-        return json.loads((_place(output) / FILE).read_text(encoding="utf-8"))["run"]["source"].get("commit")
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        return _content(output)["run"]["source"].get("commit")
     return None
 
 
@@ -153,9 +160,21 @@ def is_placing(output: str | os.PathLike) -> bool:
 
 def state_of(output: str | os.PathLike) -> str | None:
     """Return the state that a run to this output was interrupted in; None where there was none."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads((_place(output) / FILE).read_text(encoding="utf-8")).get("state")
-    return None
+    return _content(output).get("state")
+
+
+def has_written(output: str | os.PathLike, told: Mapping[str, Any]) -> bool:
+    """Tell whether an interrupted run to this output that was given no statistics has written those that are told."""
+    content = _content(output)
+    return content.get(SCORES) == told and content["run"]["statistics"] is None
+
+
+def _content(output: str | os.PathLike) -> dict[str, Any]:
+    """Return what the journal of an interrupted run to this output holds; nothing where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((_place(output) / FILE).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _place(output: str | os.PathLike) -> Path:

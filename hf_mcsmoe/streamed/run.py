@@ -64,19 +64,23 @@ def description_of(
 ) -> dict[str, Any]:
     """Return what decides on the bytes of a result, as JSON values; `norms` are those of a reference's routers."""
     options = {name: None if value is None else value.to_dict() for name, value in vars(asked).items()}
-    held = None if statistics is None else digest(list(statistics.layers.values()))
-    told = {} if statistics is None else {name: item.to_dict() for name, item in statistics.curves.items()}
     return {
         "source": source_of_run(folder),
         "options": {"merge": config.to_dict(), **options, "dtype": str(folder.model.dtype)},
         "data": [digest(part) + digest([_domains(batch) for batch in part]) for part in data],
-        "statistics": held,
-        "curves": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16],
+        **digests_of(statistics),
         "base_model": None if norms is None else digest([norms]),
         "device": str(folder.device),
         "packages": {name: version(name) for name in ("hf_mcsmoe", "transformers", "torch")},
         "threads": torch.get_num_threads(),
     }
+
+
+def digests_of(statistics: RoutingStatistics | None) -> dict[str, str | None]:
+    """Return what tells statistics from any others, as JSON values."""
+    held = None if statistics is None else digest(list(statistics.layers.values()))
+    told = {} if statistics is None else {name: item.to_dict() for name, item in statistics.curves.items()}
+    return {"statistics": held, "curves": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}
 
 
 def _domains(batch: Batch) -> dict[str, torch.Tensor]:
