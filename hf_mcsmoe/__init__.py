@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from transformers import AutoConfig
 
+import hf_mcsmoe.variants  # noqa: F401  (whose folders load from here on)
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.compress import compress

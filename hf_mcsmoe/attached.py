@@ -15,7 +15,7 @@ from yaml import YAMLError
 from hf_mcsmoe.card import LICENCE, PIPELINES, planned_layers, render
 from hf_mcsmoe.files import damage
 from hf_mcsmoe.modeling.companions_mcsmoe import source_folder, source_of
-from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map
+from hf_mcsmoe.modeling.configuration_mcsmoe import auto_map, family_of
 from hf_mcsmoe.modeling.convert import describe
 from hf_mcsmoe.modeling.modeling_mcsmoe import layer_path
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
@@ -113,7 +113,7 @@ def _read_record(text: str, plan: dict[str, Any]) -> Record:
 
 def loading_class(model: PreTrainedModel) -> str:
     """Return the Auto class that loads the model's own class."""
-    entries = auto_map(model.config.base_model_type).items()
+    entries = auto_map(*family_of(type(model.config))).items()
     names = [name for name, path in entries if path.rpartition(".")[2] == type(model).__name__]
     return next((name for name in names if name in PIPELINES), names[0] if names else "AutoModel")
 

@@ -152,7 +152,7 @@ def merge_layers(
     write_description(result, whole=[name for name in plan.layers if name not in merged])
     adopt_inner_models(result)
     _redispatch(result)
-    register_family(result.config.base_model_type)
+    register_family(type(result.config))
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from hf_mcsmoe.files import damage, read_json, write_text
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
+from hf_mcsmoe.modeling.configuration_mcsmoe import family_of
 from hf_mcsmoe.record import json_text, public_name
 
 FORMAT = "mcsmoe-plan"
@@ -218,7 +219,7 @@ def provenance(layers: Layers, tokens: dict[str, int], config: MergeConfig) -> d
     model = layers.model
     return {
         "model": public_name(model.name_or_path),
-        "model_type": model.config.model_type,
+        "model_type": family_of(type(model.config))[0],
         "fingerprint": layers.fingerprint,
         "tokens": tokens,
         "versions": {package: version(package) for package in ("hf_mcsmoe", "transformers", "torch")},

@@ -22,7 +22,7 @@ from hf_mcsmoe.methods.registry import method_name
 from hf_mcsmoe.methods.saliency import SALIENCY
 from hf_mcsmoe.methods.subsets import check_subsets
 from hf_mcsmoe.methods.view import Sums
-from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for
+from hf_mcsmoe.modeling.configuration_mcsmoe import config_class_for, family_of
 from hf_mcsmoe.modeling.modeling_mcsmoe import merged_class
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
 from hf_mcsmoe.plan import LayerPlan, MergePlan, provenance
@@ -137,7 +137,7 @@ def check_request(layers: Layers, config: MergeConfig) -> Layers:
             a model whose class or type a merged checkpoint could not name.
     """
     merged_class(type(layers.model))
-    config_class_for(type(layers.model.config).model_type)
+    config_class_for(*family_of(type(layers.model.config)))
     layers = layers.selected(config.skip)
     for layer in layers:
         if isinstance(config.experts, int) and config.experts > layer.num_experts:

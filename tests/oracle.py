@@ -154,8 +154,8 @@ def group(layer: Sums, number: int) -> tuple[list[int], list[int]]:
     return expert_map, dominant
 
 
-# Axis of the hidden neurons in an expert's matrices.
-AXES = {"up": 0, "gate": 0, "down": 1}
+# Axis of the hidden neurons in an expert's matrices; a bias of theirs is a matrix of one column.
+AXES = {"up": 0, "gate": 0, "up_bias": 0, "down": 1}
 
 
 def aligned(expert: Expert, reference: Expert) -> Expert:

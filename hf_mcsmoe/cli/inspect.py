@@ -12,6 +12,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.loading import empty_model
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.modeling.configuration_mcsmoe import family_of
 from hf_mcsmoe.planning import check_request, saved_parameters
 from hf_mcsmoe.progress import one_step
 
@@ -33,7 +34,7 @@ def inspect_command(
     empty = empty_model(model, dequantize=dequantize)
     layers = Layers.of(empty)
     merged = layers.compressed
-    kind = empty.config.base_model_type if merged else empty.config.model_type
+    kind = family_of(type(empty.config))[0]
     console.print(f"[bold]{type(empty).__name__}[/], family {kind}" + (", merged" if merged else ""))
     console.print(layer_table(layers))
     if merged:

@@ -13,7 +13,7 @@ from hf_mcsmoe.export.architectures import check_architecture
 from hf_mcsmoe.export.calibrate import RouterFit
 from hf_mcsmoe.export.checkpoint import export
 from hf_mcsmoe.export.engines import check_engines, nearest_count
-from hf_mcsmoe.export.form import router_groups, shape_of
+from hf_mcsmoe.export.form import check_family, router_groups, shape_of
 from hf_mcsmoe.export.router_rows import bias_name
 from hf_mcsmoe.export.stored import check_mxfp4
 from hf_mcsmoe.layers.batches import Batch
@@ -31,6 +31,7 @@ def check_plain_asked(form: PlainForm, layers: Layers, *, plain: bool, stages: d
         if form.is_given:
             raise ValueError("--for, --router-rows, --expand and the like are about --plain: give that too.")
         return
+    check_family(layers)
     if stages["low_rank"] and not form.dense:
         raise ValueError(
             f"--rank {stages['low_rank'].rank} stores experts as no model of the family's class does: leave it out, "

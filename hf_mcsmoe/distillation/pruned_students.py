@@ -89,7 +89,7 @@ def _copied(expert: Expert) -> Expert:
 def _finish(model: Any, whole: Sequence[str]) -> None:
     write_description(model, whole=whole)
     adopt_inner_models(model)
-    register_family(model.config.base_model_type)
+    register_family(type(model.config))
 
 
 def prune_layer(model: PreTrainedModel, name: str, places: Sequence[int], optimizer: Any = None) -> None:

@@ -15,7 +15,7 @@ from hf_mcsmoe.evaluation.costs import account
 from hf_mcsmoe.export.architectures import check_architecture
 from hf_mcsmoe.export.calibrate import Fitted, RouterFit, fit_router
 from hf_mcsmoe.export.engines import check_engine_names, check_engines
-from hf_mcsmoe.export.form import PlainForm, plain_form_of, shape_of
+from hf_mcsmoe.export.form import PlainForm, check_family, plain_form_of, shape_of
 from hf_mcsmoe.export.router_rows import bias_name, check_router_rows, group_bias, row_weights
 from hf_mcsmoe.export.stored import Stored, stored_form
 from hf_mcsmoe.export.substituted import ENGINE, is_substituted, substituted_form
@@ -121,6 +121,7 @@ def checked(
     """
     check_engine_names(engines)
     layers = Layers.of(source)
+    check_family(layers)
     if is_substituted(layers, engines):
         if expand or is_fitted:
             what = "expand (--expand)" if expand else "data"

@@ -10,6 +10,7 @@ from hf_mcsmoe.export.engines import Shape, nearest_count
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.layers.source import InMemory
+from hf_mcsmoe.modeling.configuration_mcsmoe import family_of
 from hf_mcsmoe.modeling.plain_mcsmoe import empty_plain
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
 from hf_mcsmoe.modeling.router_mcsmoe import router_beside
@@ -68,6 +69,15 @@ def _limits(layer: MoELayer) -> tuple[int, int]:
     """Return `cut_limits` of a layer; those of a router of fixed picks are none."""
     is_fixed = "tid2eid" in router_beside(layer.model, layer.name)._buffers
     return (1, 1) if is_fixed else cut_limits(layer.model, layer.name)
+
+
+def check_family(layers: Layers) -> None:
+    """Raise ValueError where a model is built on code beside its checkpoint, so that it is of no family."""
+    if variant := family_of(type(layers.model.config))[1]:
+        raise ValueError(
+            f"{type(layers.model).__name__} is of the variant {variant!r}, which is no family of Transformers: "
+            "there is no plain checkpoint of it, save it in our format."
+        )
 
 
 def plain_form_of(layers: Layers, *, expand: bool = False, engines: Sequence[str] = ()) -> PlainForm:

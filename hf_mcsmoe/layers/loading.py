@@ -25,7 +25,8 @@ from hf_mcsmoe.layers.dequantize import dequantized, saved_plainly
 from hf_mcsmoe.layers.memory import align
 from hf_mcsmoe.layers.offloading import is_hooked
 from hf_mcsmoe.modeling import modeling_mcsmoe
-from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX
+from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX, family_of
+from hf_mcsmoe.modeling.generated_mcsmoe import known_class
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -36,8 +37,15 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     names = config.architectures or ["(none)"]
     name = names[0] if isinstance(names, list) else names
-    ours = isinstance(name, str) and name.startswith(PREFIX)
-    found = getattr(modeling_mcsmoe if ours else transformers, str(name), None)
+    ours, (_, variant) = isinstance(name, str) and name.startswith(PREFIX), family_of(type(config))
+    found: Any = getattr(modeling_mcsmoe if ours else transformers, str(name), None)
+    if variant and not ours:
+        found = known_class(f"{name}__{variant}_mcsmoe")
+        if found is None:
+            raise ValueError(
+                f"The configuration is of the variant {variant!r}, whose models are neither compressed nor run from a "
+                "folder: name the model that it was made of."
+            )
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"The configuration names the architecture {name!r}, which the installed Transformers lacks.")
     if found.forward is nn.Module.forward:

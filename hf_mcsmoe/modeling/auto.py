@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_mcsmoe.modeling import modeling_mcsmoe
-from hf_mcsmoe.modeling.configuration_mcsmoe import MCSMoEConfig, auto_map, config_class_for
+from hf_mcsmoe.modeling.configuration_mcsmoe import MCSMoEConfig
 
 
 class RegisteredConfig(MCSMoEConfig):
@@ -14,21 +14,32 @@ class RegisteredConfig(MCSMoEConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration of the checkpoint's family, whose models the Auto classes now know."""
+        """Return the configuration of the checkpoint's family, whose models the Auto classes now know.
+
+        Raises:
+            ValueError: see `MCSMoEConfig.from_dict` and `register_family`.
+        """
         answer = super().from_dict(config_dict, **kwargs)
-        register_family(config_dict["base_model_type"])
+        register_family(type(answer[0] if isinstance(answer, tuple) else answer))
         return answer
 
 
-def register_family(base_model_type: str) -> type[PreTrainedConfig]:
-    """Make `AutoModel` and every head of the family know its generated classes; returns the configuration class."""
-    config_class = config_class_for(base_model_type)
-    for name, path in auto_map(base_model_type).items():
+def register_family(config_class: type[PreTrainedConfig]) -> None:
+    """Make `AutoModel` and every head of the family of a generated configuration class know its generated classes.
+
+    Raises:
+        ValueError: the family is of a variant that this version does not know.
+    """
+    for name, path in config_class.auto_classes.items():
         auto_class = getattr(modeling_auto, name, None)
         if auto_class is not None and config_class not in auto_class._model_mapping._extra_content:
-            model_class = getattr(modeling_mcsmoe, path.rpartition(".")[2])
+            model_class = getattr(modeling_mcsmoe, path.rpartition(".")[2], None)
+            if model_class is None:
+                raise ValueError(
+                    f"This version of hf_mcsmoe merges no models of the variant {config_class.variant_name!r}: "
+                    "upgrade it, or load with trust_remote_code=True in an environment without it."
+                )
             auto_class.register(config_class, model_class, exist_ok=True)
-    return config_class
 
 
 def compression(model: PreTrainedModel) -> dict[str, Any] | None:

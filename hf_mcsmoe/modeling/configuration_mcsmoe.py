@@ -14,21 +14,32 @@ BITS = (8, 4, 3, 2)
 SCALE_DTYPES = ("bfloat16", "float16")
 
 
+def class_prefix(variant: str) -> str:
+    """Return how the classes of a variant begin: "SmoeDropout" for "smoe_dropout"."""
+    return "".join(part.capitalize() for part in variant.split("_"))
+
+
 @cache
-def auto_map(base_model_type: str) -> dict[str, str]:
+def auto_map(base_model_type: str, variant: str | None = None) -> dict[str, str]:
     """Return the `auto_map` entry of `config.json`: for each Auto class that serves the base family, our class.
 
     Heads that are built from a part of the configuration (the text model of a multimodal family) are left out.
+
+    Args:
+        variant: on whose code, beside the checkpoint, the model is built; None for Transformers' own.
     """
     modeling_auto = importlib.import_module("transformers.models.auto.modeling_auto")
     entries = {"AutoConfig": f"configuration_mcsmoe.{PREFIX}Config"}
+    place, end = f"modeling_mcsmoe.{PREFIX}", ""
+    if variant is not None:
+        place, end = f"merged_{variant}_mcsmoe.{PREFIX}{class_prefix(variant)}", f"__{variant}_mcsmoe"
     for name in modeling_auto.__all__:
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and base_model_type in mapping._model_mapping:
             base = mapping[CONFIG_MAPPING[base_model_type]]
             base = base[0] if isinstance(base, tuple | list) else base
             if base.config_class is CONFIG_MAPPING[base_model_type]:
-                entries[name] = f"modeling_mcsmoe.{PREFIX}{base.__name__}"
+                entries[name] = place + base.__name__ + end
     return entries
 
 
@@ -48,6 +59,8 @@ class MergedConfigMixin:
     model_type = "mcsmoe"
     base_model_type: str | None = None
     mcsmoe: dict | None = None
+    # On whose code, beside the checkpoint, the model is built, with options in the field `variant`.
+    variant_name: ClassVar[str | None] = None
     # Made with the class: some models call `to_dict` in their forward, where a compiler cannot follow imports.
     auto_classes: ClassVar[dict[str, str]] = {}
 
@@ -78,10 +91,21 @@ class MCSMoEConfig(MergedConfigMixin, PreTrainedConfig):
         """Return the configuration of `config_dict["base_model_type"]` with merged experts.
 
         Raises:
-            ValueError: the dictionary names no base family, one that the installed Transformers lacks, or merged
-                layers that `check_mcsmoe` refuses.
+            ValueError: the dictionary names no base family, one that the installed Transformers lacks, a variant that
+                is none, or merged layers that `check_mcsmoe` refuses.
         """
-        return config_class_for(config_dict.get("base_model_type")).from_dict(config_dict, **kwargs)
+        config_class = config_class_for(config_dict.get("base_model_type"), _variant_in(config_dict))
+        return config_class.from_dict(config_dict, **kwargs)
+
+
+def _variant_in(config_dict: dict[str, Any]) -> str | None:
+    """Return the name of the variant on whose code a model is built; None for a model of Transformers' own."""
+    variant = config_dict.get("variant")
+    if variant is None:
+        return None
+    is_told = isinstance(variant, dict) and "options" in variant and str(variant.get("name")).isidentifier()
+    _refuse(not is_told, f"`variant` must hold `name` and `options`, not {variant!r}.")
+    return variant["name"]
 
 
 def _refuse(is_wrong: bool, sentence: str) -> None:
@@ -244,8 +268,20 @@ def _up_to(most: int | None) -> str:
     return " on" if most is None else f" to {most}"
 
 
-def config_class_for(base_model_type: str | None) -> type[PreTrainedConfig]:
+def family_of(config_class: type[PreTrainedConfig]) -> tuple[str, str | None]:
+    """Return the model type of the family that a configuration is of, and the name of the variant of it, if it is one.
+
+    What `config_class_for` takes, of a class of Transformers, of a variant, or of a merged model.
+    """
+    family = getattr(config_class, "base_model_type", None) or config_class.model_type
+    return family, getattr(config_class, "variant_name", None)
+
+
+def config_class_for(base_model_type: str | None, variant: str | None = None) -> type[PreTrainedConfig]:
     """Return the generated configuration class of a family, e.g. `MCSMoEMixtralConfig` for "mixtral".
+
+    Args:
+        variant: see `auto_map`; its name ends that of the class.
 
     Raises:
         ValueError: the installed Transformers does not know the family.
@@ -256,17 +292,21 @@ def config_class_for(base_model_type: str | None) -> type[PreTrainedConfig]:
             "could not be loaded: it is not supported. A later version of transformers may know it."
         )
     base = CONFIG_MAPPING[base_model_type]
-    return generated_config_class(PREFIX + base.__name__)
+    return generated_config_class(PREFIX + base.__name__ + (f"__{variant}_mcsmoe" if variant else ""))
 
 
 @cache
 def generated_config_class(name: str) -> type[PreTrainedConfig]:
     """Return the class called `MCSMoE<BaseConfig>`: the base configuration with `model_type` "mcsmoe".
 
+    `MCSMoE<BaseConfig>__<variant>_mcsmoe` is that of a model that is built on a variant's code.
+
     Raises:
         AttributeError: `name` does not name a configuration class of Transformers.
     """
-    base = getattr(importlib.import_module("transformers"), name.removeprefix(PREFIX), None)
+    base_name, _, file = name.removeprefix(PREFIX).partition("__")
+    variant = file.removesuffix("_mcsmoe") or None
+    base = getattr(importlib.import_module("transformers"), base_name, None)
     if not name.startswith(PREFIX) or not isinstance(base, type) or not issubclass(base, PreTrainedConfig):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     fields = {
@@ -274,10 +314,13 @@ def generated_config_class(name: str) -> type[PreTrainedConfig]:
         "__doc__": f"`{base.__name__}` of a model whose experts were merged.",
         "__annotations__": {"base_model_type": str | None, "mcsmoe": dict | None},
         "base_model_type": base.model_type,
-        "auto_classes": auto_map(base.model_type),
+        "auto_classes": auto_map(base.model_type, variant),
         "mcsmoe": None,
         "model_type": "mcsmoe",
     }
+    if variant is not None:
+        fields["__annotations__"]["variant"] = dict | None
+        fields |= {"variant": None, "variant_name": variant}
     return type(name, (MergedConfigMixin, base), fields)
 
 

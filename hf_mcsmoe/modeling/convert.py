@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_mcsmoe.modeling.configuration_mcsmoe import FORMAT_VERSION, config_class_for
+from hf_mcsmoe.modeling.configuration_mcsmoe import FORMAT_VERSION, config_class_for, family_of
 from hf_mcsmoe.modeling.constants_mcsmoe import num_constants
 from hf_mcsmoe.modeling.experts_mcsmoe import MergedJetMoeMoE
 from hf_mcsmoe.modeling.forward_mcsmoe import low_rank_of
@@ -32,8 +32,8 @@ def convert_model(model: PreTrainedModel) -> None:
 
 def _convert_config(config: PreTrainedConfig) -> None:
     """Turn the configuration object of a base model, in place, into that of a merged model."""
-    base_model_type = type(config).model_type
-    config.__class__ = config_class_for(base_model_type)
+    base_model_type, variant = family_of(type(config))
+    config.__class__ = config_class_for(base_model_type, variant)
     # An instance attribute would win over the class: the base's name would then choose the base's weight conversions.
     for stale in ("model_type", "auto_map", "architectures"):
         vars(config).pop(stale, None)

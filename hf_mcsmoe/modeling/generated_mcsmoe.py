@@ -13,6 +13,31 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+# Full names of modules, beside this one or in another room, whose classes models are built on, by the last part.
+BUILT_ON: dict[str, str] = {}
+
+
+def build_on(*classes: type) -> None:
+    """Let `known_class` find these classes, and all others of their modules, which travel with checkpoints."""
+    BUILT_ON.update({cls.__module__.rpartition(".")[2]: cls.__module__ for cls in classes})
+
+
+def known_name(base: type[nn.Module]) -> str | None:
+    """Return the name by which `known_class` finds a class; None where a checkpoint could not name it.
+
+    It is that of `library_name`, or the class's with `__<file>` where it is of a file given to `build_on`.
+    """
+    file = base.__module__.rpartition(".")[2]
+    return f"{base.__name__}__{file}" if BUILT_ON.get(file) == base.__module__ else library_name(base)
+
+
+def known_class(name: str) -> type[nn.Module] | None:
+    """Return the class that `known_name` gave this name, or None where there is none."""
+    own, _, file = name.rpartition("__")
+    if file not in BUILT_ON:
+        return library_class(name)
+    return _model_part(getattr(importlib.import_module(BUILT_ON[file]), own, None))
+
 
 def library_name(base: type[nn.Module]) -> str | None:
     """Return the name by which `library_class` finds a class, or None where it is not one of Transformers' own.
@@ -36,20 +61,24 @@ def library_class(name: str) -> type[nn.Module] | None:
         if not source.startswith(str(error.name)):
             raise
         return None  # a name that is none of ours, or of a module that another version has
-    return base if isinstance(base, type) and issubclass(base, nn.Module) else None
+    return _model_part(base)
+
+
+def _model_part(found: Any) -> type[nn.Module] | None:
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 def model_class(
     name: str,
     mixin: type,
     base: type[PreTrainedModel],
-    config_class: Callable[[str], type[PreTrainedConfig]],
+    config_class: Callable[[type[PreTrainedConfig]], type[PreTrainedConfig]],
     fields: dict[str, Any],
 ) -> type[Any]:
     """Make the class of a model: a mixin before a class of Transformers.
 
     Args:
-        config_class: called with the family's model type; where it raises ValueError the base's own class stays.
+        config_class: called with the base's own; where it raises ValueError that stays.
         fields: of the class, `__module__` among them.
     """
     # Named among the direct bases, or Auto classes would derive a further class, which could not be pickled.
@@ -58,7 +87,7 @@ def model_class(
     fields = {"_can_set_experts_implementation_cached_value": base._can_set_experts_implementation(), **fields}
     if getattr(base.config_class, "model_type", None):
         with contextlib.suppress(ValueError):  # an inner model whose configuration is not registered by itself
-            fields["config_class"] = config_class(base.config_class.model_type)
+            fields["config_class"] = config_class(base.config_class)
     cls = type(name, (mixin, base, *generation), fields)
     # Done by `__init__` for the class that it builds. Without it `output_router_logits` and the like record nothing.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)

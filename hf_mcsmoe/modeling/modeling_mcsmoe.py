@@ -19,6 +19,7 @@ from .configuration_mcsmoe import (
     MCSMoEConfig,
     check_layer,
     config_class_for,
+    family_of,
 )
 from .constants_mcsmoe import stored_count
 from .experts_mcsmoe import (
@@ -31,7 +32,7 @@ from .experts_mcsmoe import (
     num_original,
 )
 from .forward_mcsmoe import IMPLEMENTATION, low_rank_of
-from .generated_mcsmoe import library_class, library_name, model_class, serve_generic_heads
+from .generated_mcsmoe import known_class, known_name, model_class, serve_generic_heads
 from .losparse_mcsmoe import LowRankSparse, SparsePart, check_rows, compact_rows, final_rows
 from .pruned_mcsmoe import CUT, CutRouter, check_cut, cut_of, cut_router, joins_logits
 from .quantized_mcsmoe import frozen_parameters, quantized_of, uncounted
@@ -319,15 +320,15 @@ def adopt_inner_models(model: nn.Module) -> None:
 
 
 def merged_class(base: type[nn.Module], kind: str = "") -> type[nn.Module]:
-    """Return the generated subclass `MCSMoE<base>` of a model, router or experts class of Transformers.
+    """Return the generated subclass `MCSMoE<base>` of a model, router or experts class, be it of a file that travels.
 
     Args:
         kind: "Cut" for that of a router whose other experts are gone.
 
     Raises:
-        ValueError: the class is not one of Transformers, so a checkpoint could not name it.
+        ValueError: the class is not one of Transformers, nor known to `build_on`, so a checkpoint could not name it.
     """
-    name = library_name(base)
+    name = known_name(base)
     if name is None:
         raise ValueError(
             f"{base.__name__} is defined in {base.__module__}, not in Transformers. A merged checkpoint of it could "
@@ -341,11 +342,11 @@ def generated_class(name: str) -> type[nn.Module]:
     """Return the class called `MCSMoE<Base>`, or `MCSMoE<Base>__<module>` where Transformers does not export `Base`.
 
     Raises:
-        AttributeError: the name leads to no class of Transformers.
+        AttributeError: the name leads to no class that `known_class` finds.
     """
     own = name.removeprefix(PREFIX)
     is_cut = own.startswith(CUT)
-    base = library_class(own.removeprefix(CUT)) if name.startswith(PREFIX) else None
+    base = known_class(own.removeprefix(CUT)) if name.startswith(PREFIX) else None
     if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     fields: dict[str, Any] = {
@@ -358,7 +359,7 @@ def generated_class(name: str) -> type[nn.Module]:
     if not issubclass(base, PreTrainedModel):
         mixin = MergedExperts if hasattr(base, "_apply_gate") else MAPPED.get(base.__name__, MappedRouter)
         return type(name, (mixin, base), fields)
-    return model_class(name, MCSMoEModel, base, config_class_for, fields)
+    return model_class(name, MCSMoEModel, base, lambda config: config_class_for(*family_of(config)), fields)
 
 
 def __getattr__(name: str) -> type[nn.Module]:

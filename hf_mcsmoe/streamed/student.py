@@ -47,7 +47,7 @@ class Student:
         adopt_inner_models(self.model)
         # What lies beside the weights is of the same commit, and at hand.
         remember_source(self.model, str(cast(Folder, teacher.source).place))
-        register_family(self.model.config.base_model_type)
+        register_family(type(self.model.config))
         write_description(self.model, whole=whole)
         self.originals = {layer.name: layer for layer in teacher}
         self.names = _stored_names(self.model)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
+import hf_mcsmoe.variants.merged_fairseq_moe_mcsmoe  # noqa: F401  (whose models can be merged from here on)
 from hf_mcsmoe.variants.remote_mcsmoe import MODEL_TYPE, VariantConfig
 
 

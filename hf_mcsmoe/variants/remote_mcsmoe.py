@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe.modeling.companions_mcsmoe import copy_companions, source_of
-from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX, auto_map
+from hf_mcsmoe.modeling.configuration_mcsmoe import PREFIX, auto_map, class_prefix
 from hf_mcsmoe.modeling.folders_mcsmoe import COMMIT_ARGUMENTS, completed_folder, repository
 from hf_mcsmoe.modeling.generated_mcsmoe import library_class, library_name, model_class, serve_generic_heads
 
@@ -36,6 +37,7 @@ class VariantConfigMixin:
     variant: dict | None = None
     # Made with the class: some models call `to_dict` in their forward, where a compiler cannot follow imports.
     auto_classes: ClassVar[dict[str, str]] = {}
+    variant_name: ClassVar[str | None] = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for `config.json`."""
@@ -100,6 +102,7 @@ def generated_config(name: str) -> type[PreTrainedConfig]:
         "auto_classes": classes | {"AutoConfig": f"{Path(__file__).stem}.{VariantConfig.__name__}"},
         "model_type": MODEL_TYPE,
         "variant": None,
+        "variant_name": code,
     }
     return type(name, (VariantConfigMixin, base), fields)
 
@@ -163,7 +166,7 @@ class VariantModel:
             return
         self._check_savable(target, kwargs.get("state_dict"))
         with completed_folder(target) as folder:
-            self._save_into(folder, **kwargs)
+            self._save_with_code(folder, **kwargs)
             written = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
         if push_to_hub:
             api.upload_folder(repo_id=repo_id, folder_path=target, allow_patterns=written, **commit)
@@ -180,10 +183,10 @@ class VariantModel:
                 f"{target} holds the original model, which saving here would destroy: name another folder."
             )
 
-    def _save_into(self, folder: Path, tokenizer: Any = None, **kwargs: Any) -> None:
+    def _save_with_code(self, folder: Path, tokenizer: Any = None, **kwargs: Any) -> None:
         # The base family's reverse conversion would take fused experts apart, and no load would join them.
         super().save_pretrained(folder, **kwargs | {"save_original_format": False})
-        copy_code(inspect.getfile(_mixin(type(self))), folder)
+        copy_code({path.partition(".")[0] for path in type(self.config).auto_classes.values()}, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if source := source_of(self):
@@ -195,11 +198,6 @@ class VariantModule(nn.Module):
 
     def init_weights(self, std: float) -> None:
         """Fill what no checkpoint filled, by functions of `transformers.initialization`."""
-
-
-def class_prefix(name: str) -> str:
-    """Return how the classes of a variant begin: "SmoeDropout" for "smoe_dropout"."""
-    return "".join(part.capitalize() for part in name.split("_"))
 
 
 def variant_name(mixin: type) -> str:
@@ -287,8 +285,8 @@ def _adopt(model: Any, mixin: type) -> None:
 
 
 def _mixin(cls: type) -> type[VariantModel]:
-    """Return the variant's own base of a generated class."""
-    return cls.__bases__[0] if "generated_from" in vars(cls) else _mixin(cls.__bases__[0])
+    """Return the variant's own base of a generated class, or of one that is made of it."""
+    return next(base for base in cls.__mro__ if "generated_from" in vars(base)).__bases__[0]
 
 
 def subclass(mixin: type, base: type[nn.Module]) -> type[Any]:
@@ -343,12 +341,18 @@ def generated(mixin: type, name: str) -> type[Any]:
     brings = mixin.brings_experts or base._can_set_experts_implementation()
     fields["_can_set_experts_implementation_cached_value"] = brings
     fields["_can_set_attn_implementation_cached_value"] = base._can_set_attn_implementation()
-    return model_class(name, mixin, base, partial(config_class_for, variant_name(mixin)), fields)
+    return model_class(
+        name, mixin, base, lambda config: config_class_for(variant_name(mixin), config.model_type), fields
+    )
 
 
-def copy_code(file: str, folder: Path) -> None:
-    """Copy a variant's file and all that it imports of ours into `folder`, where they import each other relatively."""
-    names, done = [Path(file).stem], set[str]()
+def copy_code(entries: Iterable[str], folder: Path) -> None:
+    """Copy files of code and all that they import of ours into `folder`, where they import each other relatively.
+
+    Args:
+        entries: their names, which those of classes in `auto_map` begin with.
+    """
+    names, done = [*entries], set[str]()
     while names:
         name = names.pop()
         if name in done:

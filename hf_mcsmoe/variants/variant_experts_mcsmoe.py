@@ -21,9 +21,10 @@ class ModelWithExperts(VariantModel):
 
     def get_correct_experts_implementation(self: Any, requested_experts: str | None) -> str:
         """Return what is asked for; by default what can compute experts of this width."""
-        experts = [module for module in self.modules() if isinstance(module, VariantExperts)]
-        if requested_experts is None and any(module.intermediate_size % ALIGNED for module in experts):
-            return "eager"
+        if requested_experts is None and vars(self).get("has_own_experts"):
+            experts = [module for module in self.modules() if isinstance(module, VariantExperts)]
+            if any(module.intermediate_size % ALIGNED for module in experts):
+                return "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
 
