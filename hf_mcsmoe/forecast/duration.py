@@ -1,14 +1,13 @@
 """How long a run will take on a machine that was measured for some seconds: an estimate, by what it does."""
 
 from hf_mcsmoe.forecast.figures import Figures
+from hf_mcsmoe.forecast.fitting import Work, work_of
 from hf_mcsmoe.forecast.machine import Pace
 from hf_mcsmoe.forecast.needs import Needs, Run
 from hf_mcsmoe.forecast.sizes import Sizes
 
 # Growth of an assignment's time with the width: 7.4 s at 8192 for 2.0 s at 4096, unrelated neurons.
 ASSIGNMENT = 1.9
-# Decompositions for each fitted expert: one to choose the ridge, one on all tokens, and what goes on around them.
-DECOMPOSITIONS = 3
 # How many times each byte that is read goes through memory: stacked, checked, merged, hashed and written. Set on runs
 # of examples/benchmarks/plan_accuracy.py.
 HANDLED = 6
@@ -18,20 +17,26 @@ def seconds_of(sizes: Sizes, figures: Figures, run: Run, needs: Needs, pace: Pac
     """Return the seconds of each part of a run that was estimated, none of which overlap.
 
     Forwards take two operations for each parameter that a token meets. There is one for the statistics and, with a
-    repair, one of the original and of the result for what it is fitted to; what is judged passes each stage.
+    repair, one of the original for what it is fitted to; what is judged passes each stage.
     """
     tokens, judged = run.rows * run.length, run.judged * run.length
     stages = 2 if run.repair == "none" else 3
-    passed = tokens + judged * stages + (2 * run.fitted if run.repair != "none" else 0)
+    passed = tokens + judged * stages + (run.fitted if run.repair != "none" else 0)
     gone = max(0, sizes.num_experts - run.kept) * sizes.layers
     assigned = pace.assignment * (sizes.intermediate_size / pace.width) ** ASSIGNMENT
     products = 4 * sizes.intermediate_size**2 * sizes.hidden_size / pace.products  # costs of one assignment
-    solved = DECOMPOSITIONS * pace.decomposition * (sizes.intermediate_size / pace.width) ** 3
     return {
         "forwards": 2 * (figures.active - figures.embedding) * passed / pace.products,
         "handling": HANDLED * needs.read / pace.copying,
         "reading": needs.read / pace.reading,
         "writing": needs.disk / pace.reading,
         "aligning": gone * (assigned + products) / run.threads if run.aligned else 0.0,
-        "fitting": solved * run.kept * sizes.layers if run.repair != "none" else 0.0,
+        "fitting": _fitting(work_of(sizes, run), sizes, pace),
     }
+
+
+def _fitting(work: Work, sizes: Sizes, pace: Pace) -> float:
+    """Return the seconds of fits."""
+    products = work.experts / pace.products + work.single / pace.single + work.double / pace.double
+    decomposed = pace.decomposition * (sizes.intermediate_size / pace.width) ** 3
+    return products + work.decompositions * decomposed + work.moved / pace.copying

@@ -15,21 +15,26 @@ from hf_mcsmoe.forecast.memory import bytes_of_field
 
 STATUS = Path("/proc/self/status")
 # Bytes of the file that is read where there is none of the model's; seconds that each measurement takes at most.
-PROBE, SECONDS = 256 * 2**20, 2.0
+PROBE, SECONDS = 256 * 2**20, 1.4
 # The largest width of the assignment and of the decomposition that are timed.
 WIDTH = 512
+# Rows of the products in single precision that are timed.
+ROWS = 256
 # Bytes that are copied into memory that the system gives anew.
 COPIED = 2**26
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a machine is: operations a second in a dtype; bytes read and bytes copied a second.
+    """How fast a machine is: operations a second of products in the model's dtype, in `single` and `double` precision.
 
-    And seconds: `assignment` of one alignment, and `decomposition` of one symmetric matrix, each of `width`.
+    Those in double are judged as a repair does it. Bytes read and bytes copied a second. And seconds: `assignment` of
+    one alignment, and `decomposition` of one symmetric matrix, each of `width`.
     """
 
     products: float
+    single: float
+    double: float
     reading: float
     copying: float
     assignment: float
@@ -54,8 +59,12 @@ def measure_pace(tokens: int, hidden_size: int, width: int, dtype: torch.dtype, 
     size = min(width, WIDTH)
     costs = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     symmetric = costs @ costs.T
+    floats, output = torch.randn(ROWS, hidden_size), torch.randn(hidden_size, size)
+    start = output.double()
     return Pace(
         products=2 * tokens * hidden_size * width / seconds,
+        single=2 * ROWS * hidden_size * size / _fastest(lambda: floats @ output),
+        double=2 * hidden_size * size**2 / _fastest(lambda: ((start @ symmetric - 2 * start) * start).sum()),
         reading=_reading(folder),
         copying=COPIED / _fastest(torch.zeros(COPIED, dtype=torch.uint8).clone),
         assignment=_fastest(lambda: linear_sum_assignment(costs.numpy())),

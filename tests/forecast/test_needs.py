@@ -10,6 +10,7 @@ from families import build
 from hf_mcsmoe import MergeConfig
 from hf_mcsmoe.forecast.duration import seconds_of
 from hf_mcsmoe.forecast.figures import figures_of
+from hf_mcsmoe.forecast.fitting import work_of
 from hf_mcsmoe.forecast.machine import Pace, measure_pace, resident
 from hf_mcsmoe.forecast.memory import free_memory
 from hf_mcsmoe.forecast.needs import IN_MEMORY, STREAMED, WORKING, Run, needs_of
@@ -162,15 +163,20 @@ def test_time_follows_from_the_pace() -> None:
     config = MergeConfig(experts=4)
     run = run_of(layers, result_by_hand(layers, config), config, rows=10, judged=0, length=100)
     needs = needs_of(sizes, run, 10**6)
-    pace = Pace(
-        products=1e6, reading=1e5, copying=1e6, assignment=2.0, decomposition=1.0, width=sizes.intermediate_size
-    )
+    speeds = {"products": 1e6, "single": 2e6, "double": 3e6, "reading": 1e5, "copying": 1e6}
+    pace = Pace(**speeds, assignment=2.0, decomposition=5.0, width=sizes.intermediate_size // 2)
     told = seconds_of(sizes, figures, run, needs[STREAMED], pace)
     assert told["reading"] == pytest.approx(2 * 10**6 / 1e5)
     assert told["handling"] == pytest.approx(6 * 2 * 10**6 / 1e6)
     assert told["forwards"] == pytest.approx(2 * (figures.active - figures.embedding) * 1000 / 1e6)
     assert told["aligning"] >= 4 * len(layers) * 2.0 / run.threads
     assert told["fitting"] == 0
+    fitted = replace(run, repair="refit")
+    work = work_of(sizes, fitted)
+    taken = work.experts / 1e6 + work.single / 2e6 + work.double / 3e6 + work.moved / 1e6
+    told = seconds_of(sizes, figures, fitted, needs[STREAMED], pace)
+    assert told["fitting"] == pytest.approx(taken + work.decompositions * 5.0 * 2**3)
+    assert told["forwards"] == pytest.approx(2 * (figures.active - figures.embedding) * 3000 / 1e6)
 
 
 def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
