@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
 from hf_mcsmoe.options import all_needs, check_kinds, check_options, chosen_repair, sparsity_needs
 from hf_mcsmoe.planning import saved_parameters
-from hf_mcsmoe.processes import Processes, current
+from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, silent
 from hf_mcsmoe.quantization.config import QuantizationConfig
 from hf_mcsmoe.record import Record
@@ -36,17 +37,17 @@ from hf_mcsmoe.search.budget import Budgeting
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
 from hf_mcsmoe.search.config import JOINT, SizeConfig
-from hf_mcsmoe.search.size import bytes_text
 from hf_mcsmoe.sparsity.config import SparsityConfig
 from hf_mcsmoe.streamed.budget import compared_bytes
 from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import Saving, StreamConfig
 from hf_mcsmoe.streamed.data import Data
-from hf_mcsmoe.streamed.journal import RESULT, SCORES, Journal, needed_bytes
+from hf_mcsmoe.streamed.journal import RESULT, SCORES, Journal, needed_bytes, place_of
 from hf_mcsmoe.streamed.planned import made_by_plan
 from hf_mcsmoe.streamed.refused import check_streamed
-from hf_mcsmoe.streamed.run import Run, description_of, digests_of, shared_statistics
+from hf_mcsmoe.streamed.run import Run, description_of, digests_of
 from hf_mcsmoe.streamed.sized import made_to_size, with_curves
+from hf_mcsmoe.streamed.statistics import first_sweep
 from hf_mcsmoe.streamed.trials import trials_bytes
 
 # Where the result lies in the working folder from which another form of it is made.
@@ -125,8 +126,10 @@ def compress_folder(
     hidden, processes = data.hidden_bytes(config, asked, judge), current()
     hidden = max(hidden, compared_bytes(layers, data, config, budget)) if budget else hidden
     is_mapped = stream.check(folder, hidden)
-    if statistics is None:
-        _check_share(folder, stream, data, processes)
+    wanted = description_of(folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms)
+    share = data.share_bytes(processes)
+    how: dict[str, Any] = {"restart": stream.restart, "mapped": stream.check(folder, share)}
+    sweep = partial(first_sweep, layers, data.batches, needs, place_of(path), wanted, processes, **how)
     tried = None if statistics is not None and statistics.curves else search or (budget and budget.search)
 
     def lead() -> Record:
@@ -134,14 +137,11 @@ def compress_folder(
         result = _result_bytes(layers, config, search) + saving.form_bytes
         check_room(path, needed_bytes(path, result, hidden, copies, restart=stream.restart), *TAKEN)
         with working_folder(path) as work:
-            wanted = description_of(
-                folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms
-            )
             journal = Journal(work, wanted, restart=stream.restart)
             if folder.snapshot is not None:
                 journal.follow(folder.snapshot)
             run = Run(layers, config, asked, data, journal, is_mapped=is_mapped)
-            found = run.statistics(statistics, needs, tell, processes)
+            found = run.statistics(statistics, partial(sweep, tell), processes)
             found = found if norms is None else with_reference(found, layers, norms)
             place = 0
             if search:
@@ -164,7 +164,8 @@ def compress_folder(
         return record
 
     if not processes.is_first and processes.sent(None, 0):
-        shared_statistics(layers, data.batches, needs, processes)
+        check_room(path, needed_bytes(path, 0, share), "The hidden states of this process's rows take", TAKEN[1])
+        sweep(silent)
     return processes.led(lead)
 
 
@@ -204,13 +205,3 @@ def _result_bytes(layers: Layers, config: MergeConfig, search: SizeConfig | None
     if search:
         return 2 * check_size(layers, config, search)
     return (layers.model.num_parameters() - saved_parameters(layers, config)) * layers.model.dtype.itemsize
-
-
-def _check_share(folder: Folder, stream: StreamConfig, data: Data, processes: Processes) -> None:
-    """Raise ValueError where several processes share the first sweep, and the hidden states of one do not fit."""
-    if processes.size > 1 and stream.check(folder, share := data.share_bytes(processes)):
-        raise ValueError(
-            f"The hidden states of this process's rows take about {bytes_text(share)}, more than memory has "
-            "beside a block; of several processes none maps them from the disk. Give more (--memory), start more "
-            "processes, or one alone."
-        )

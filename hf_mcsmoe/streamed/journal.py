@@ -14,16 +14,18 @@ from hf_mcsmoe.files import read_json, write_json
 from hf_mcsmoe.layers.checkpoint import INDEX
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.snapshot import Snapshot
-from hf_mcsmoe.modeling.folders_mcsmoe import work_place
+from hf_mcsmoe.modeling.folders_mcsmoe import WORK, work_place
 
 # Inside of the working folder beside the output.
 PLACE, FILE = "streamed", "journal.json"
-VERSION = 3
+VERSION = 4
 # The states of a run in their order: it takes statistics, measures what choices cost, compares budgets, lets ranks
 # compete, makes block after block, or puts the result in its place.
 STATISTICS, CURVES, BUDGETS, RANKS, BLOCKS, RESULT = "statistics", "curves", "budgets", "ranks", "blocks", "result"
 # What the run has fetched into the cache of the Hub, in a file of its own: it is told while blocks are made.
 FETCHED = "fetched.json"
+# Folders in the run's of the processes that share its first sweep, each with a journal of its own.
+PARTS = f".rank-*{WORK}"
 # What tells the statistics that the run has written to a file, or is about to.
 SCORES = "scores"
 AGAIN = "--restart (restart=True) begins anew"
@@ -43,7 +45,7 @@ class Journal:
             ValueError: the earlier run was another one, or of another version; the message says what has changed.
         """
         self.folder = work / PLACE
-        fetched = read_json(self.folder / FETCHED, AGAIN) if (self.folder / FETCHED).is_file() else {}
+        fetched = self._fetched()
         is_new = restart or not (self.folder / FILE).is_file()
         if is_new:  # of a run that was killed while it removed what it had kept, the rest as well
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -55,7 +57,6 @@ class Journal:
             "version": VERSION,
             "run": told,
             "state": STATISTICS,
-            STATISTICS: [],
         }
         if not is_new:
             held = read_json(self.folder / FILE, AGAIN)
@@ -94,8 +95,21 @@ class Journal:
 
     def follow(self, snapshot: Snapshot) -> None:
         """Keep what the run fetches from the Hub, however often it goes on: that alone is its own to drop."""
-        file = self.folder / FETCHED
-        snapshot.follow(read_json(file, AGAIN) if file.is_file() else {}, partial(write_json, file))
+        snapshot.follow(self._fetched(), partial(write_json, self.folder / FETCHED))
+
+    def _fetched(self) -> dict[str, Any]:
+        """Return what was fetched for the run, by those too that shared its first sweep and had not handed it over."""
+        files = [self.folder / FETCHED, *self.folder.glob(f"{PARTS}/{PLACE}/{FETCHED}")]
+        return {name: own for file in files if file.is_file() for name, own in read_json(file, AGAIN).items()}
+
+    def check_source(self, folder: Folder) -> None:
+        """Raise ValueError where the source has changed since the run began."""
+        held, found = self.content["run"]["source"], source_of_run(folder)
+        if other := [name for name in held if held[name] != found.get(name)]:
+            raise ValueError(
+                f"{other[0]} of {folder.model.name_or_path} has changed while it was read: begin anew when nobody "
+                "writes to it (--restart)."
+            )
 
     def remove(self) -> None:
         """Remove all that the run has kept; it is finished from the first moment on."""
@@ -106,14 +120,14 @@ class Journal:
 def is_begun(output: str | os.PathLike) -> bool:
     """Tell whether a run to this output was interrupted, and can go on."""
     with contextlib.suppress(OSError):  # a name that no disk takes, which others refuse
-        return (_place(output) / FILE).is_file()
+        return (place_of(output) / FILE).is_file()
     return False
 
 
 def forget(output: str | os.PathLike) -> bool:
     """Remove what an interrupted run to this output has finished; returns whether there was anything."""
-    is_there = _place(output).is_dir()
-    shutil.rmtree(_place(output), ignore_errors=True)
+    is_there = place_of(output).is_dir()
+    shutil.rmtree(place_of(output), ignore_errors=True)
     return is_there
 
 
@@ -143,13 +157,13 @@ def needed_bytes(
     if restart:
         return 2 * hidden + max(result, 2 * copies) - _bytes_of(output, "**/*")
     copies = copies if state_of(output) in (None, STATISTICS, CURVES) else 0
-    held = finished_bytes(output) + _bytes_of(output, "?????.*")
+    held = finished_bytes(output) + _bytes_of(output, "**/?????.*")
     return max(0, 2 * hidden + max(result, 2 * copies) - held)
 
 
 def _bytes_of(output: str | os.PathLike, files: str) -> int:
     with contextlib.suppress(OSError):
-        return sum(file.stat().st_size for file in _place(output).glob(files) if file.is_file())
+        return sum(file.stat().st_size for file in place_of(output).glob(files) if file.is_file())
     return 0
 
 
@@ -172,12 +186,13 @@ def has_written(output: str | os.PathLike, told: Mapping[str, Any]) -> bool:
 def _content(output: str | os.PathLike) -> dict[str, Any]:
     """Return what the journal of an interrupted run to this output holds; nothing where it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((_place(output) / FILE).read_text(encoding="utf-8"))
+        found = json.loads((place_of(output) / FILE).read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
 
 
-def _place(output: str | os.PathLike) -> Path:
+def place_of(output: str | os.PathLike) -> Path:
+    """Return the folder of what a run to this output has finished."""
     return work_place(Path(os.path.realpath(output))) / PLACE
 
 

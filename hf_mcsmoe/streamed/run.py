@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
@@ -25,11 +24,10 @@ from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.shards import ShardWriter
 from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.convert import write_description
 from hf_mcsmoe.plan import MergePlan
-from hf_mcsmoe.processes import ALONE, Processes, working_as
-from hf_mcsmoe.progress import Progress, in_parts, one_step
+from hf_mcsmoe.processes import Processes
+from hf_mcsmoe.progress import Progress, in_parts
 from hf_mcsmoe.record import Costs
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.config import SizeConfig
@@ -47,11 +45,11 @@ from hf_mcsmoe.streamed.journal import (
 )
 from hf_mcsmoe.streamed.parts import ORIGINAL, Course, Rows
 from hf_mcsmoe.streamed.states import States
-from hf_mcsmoe.streamed.statistics import collect_by_blocks
+from hf_mcsmoe.streamed.statistics import SUMS, forget_others
 from hf_mcsmoe.streamed.student import merged_costs
 from hf_mcsmoe.streamed.sweep import Sweep
 
-SUMS, PLAN = "statistics.safetensors", "plan.json"
+PLAN = "plan.json"
 
 
 def description_of(
@@ -87,14 +85,6 @@ def _domains(batch: Batch) -> dict[str, torch.Tensor]:
     return {"domain": domains_of(batch, num_sequences(batch))}
 
 
-def shared_statistics(
-    layers: Layers, batches: Sequence[Batch], needs: Sequence[str], processes: Processes
-) -> RoutingStatistics:
-    """Return the sums over all batches, of which each process runs its share."""
-    with working_as(processes):
-        return collect_statistics(layers, batches, of_data(needs))
-
-
 class Run:
     """A run, and its journal."""
 
@@ -109,47 +99,21 @@ class Run:
         self.states = States(journal.folder, list(blocks(self.folder.model)), mapped=is_mapped)
         self.writers: list[ShardWriter] = []
 
-    def check_source(self) -> None:
-        """Raise ValueError where the source has changed since the run began."""
-        held, found = self.journal.content["run"]["source"], source_of_run(self.folder)
-        if other := [name for name in held if held[name] != found.get(name)]:
-            raise ValueError(
-                f"{other[0]} of {self.folder.model.name_or_path} has changed while it was read: begin anew when "
-                "nobody writes to it (--restart)."
-            )
-
     def statistics(
-        self, given: RoutingStatistics | None, needs: Sequence[str], tell: Progress, processes: Processes = ALONE
+        self, given: RoutingStatistics | None, sweep: Callable[[], RoutingStatistics], processes: Processes
     ) -> RoutingStatistics:
         """Return the statistics that are given, or those of the first sweep, which several processes share.
 
-        Of the sweep of one process every block that is finished is kept; several begin it again.
+        Args:
+            sweep: does this process's part of it, see `first_sweep`, and the others theirs meanwhile.
         """
-        file, is_lacking = self.journal.folder / SUMS, given is None and self.journal.state == STATISTICS
+        is_lacking = given is None and not (self.journal.folder / SUMS).is_file()
+        if is_lacking:
+            forget_others(self.journal.folder, processes)
         processes.sent(is_lacking, 0)
         if given is not None:
             return given
-        if not is_lacking:
-            return RoutingStatistics.load(file)
-        if processes.size == 1:
-            found = self._first_sweep(of_data(needs), tell)
-        else:
-            with one_step(STATISTICS, tell):
-                found = shared_statistics(self.layers, self.data.batches, needs, processes)
-            self.check_source()
-        found.save(file)
-        return found
-
-    def _first_sweep(self, names: list[str], tell: Progress) -> RoutingStatistics:
-        """Return the sums of the first sweep by this process, which goes on from the blocks that are finished."""
-        number = len(blocks(self.folder.model))
-
-        def done() -> None:
-            self.check_source()
-            tell(STATISTICS, len(self.journal.content[STATISTICS]) + 1, number)
-
-        tell(STATISTICS, len(self.journal.content[STATISTICS]), number)
-        return collect_by_blocks(self.layers, self.rows.fitted, names, self.states, self.journal, done)
+        return sweep() if is_lacking else RoutingStatistics.load(self.journal.folder / SUMS)
 
     def curves(
         self,
@@ -167,7 +131,7 @@ class Run:
             self.states.clear()  # of the sweep before
 
         def done(path: str) -> None:
-            self.check_source()
+            self.journal.check_source(self.folder)
             self.journal.save()
             self.states.forget(path)
             tell(CURVES, len(kept["finished"]), number)
@@ -224,7 +188,7 @@ class Run:
             write_description(student.model)
 
         def done(path: str) -> None:
-            self.check_source()
+            self.journal.check_source(self.folder)
             kept.setdefault("finished", {})[path] = [*shards]
             shards.clear()
             self._finish(path, sweep, kept)
@@ -263,7 +227,7 @@ class Run:
     def write_rest(self, student: PreTrainedModel, place: int = 0) -> ShardWriter:
         """Write what lies outside of the blocks that were made; returns the student's writer."""
         self.writers[place].write_rest(student)
-        self.check_source()
+        self.journal.check_source(self.folder)
         return self.writers[place]
 
     def costs(self, sweep: Sweep, place: int, streams: Mapping[str, str]) -> dict[str, Costs]:

@@ -1,21 +1,107 @@
-"""The first sweep: what routers and experts do, summed block by block, each block's sums on disk when it is done."""
+"""The first sweep: what routers and experts do, summed block by block, each block's sums on disk when it is done.
 
-from collections.abc import Callable, Iterator, Sequence
+Several processes share it, and each goes on from the blocks that it has finished itself, however far the others are:
+nothing is exchanged before the end.
+"""
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from hf_mcsmoe.calibration.collect import add_sums, check_collected, check_finite
+from hf_mcsmoe.calibration.shares import summed
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, Watch, evaluation_mode, hooks
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_all, check_outside
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, run_in_turns
-from hf_mcsmoe.methods.statistics import with_tokens
+from hf_mcsmoe.methods.statistics import of_data, with_tokens
 from hf_mcsmoe.methods.view import Sums
-from hf_mcsmoe.streamed.journal import STATISTICS, Journal
+from hf_mcsmoe.modeling.folders_mcsmoe import WORK, working_folder
+from hf_mcsmoe.processes import Processes, working_as
+from hf_mcsmoe.progress import Progress
+from hf_mcsmoe.streamed.journal import PARTS, STATISTICS, Journal
 from hf_mcsmoe.streamed.parts import FITTED, ORIGINAL, Key
 from hf_mcsmoe.streamed.states import States
+
+# In the folder of a run, the sums of its first sweep.
+SUMS = "statistics.safetensors"
+
+
+def first_sweep(
+    layers: Layers,
+    batches: Sequence[Batch],
+    needs: Sequence[str],
+    place: Path,
+    run: Mapping[str, Any],
+    processes: Processes,
+    tell: Progress,
+    *,
+    restart: bool,
+    mapped: bool,
+) -> RoutingStatistics:
+    """Return the sums over all batches, of which each process runs its share and keeps what it has finished.
+
+    Args:
+        place: the folder of the run, where the first process writes the sums.
+        run: what decides on them, see `Journal`. What is kept of another run, which the first process has refused, is
+            on another machine, and is begun anew.
+        restart: whether all is.
+        mapped: whether hidden states are mapped from the disk.
+
+    Raises:
+        ValueError: see `collect_by_blocks`.
+        RuntimeError: another process failed.
+    """
+    folder, paths = cast(Folder, layers.source), list(blocks(layers.model))
+    with _part(place, run, processes, restart=restart) as part:
+        kept = part.content.setdefault(STATISTICS, [])
+
+        def done() -> None:
+            part.check_source(folder)
+            tell(STATISTICS, len(kept) + 1, len(paths))
+
+        tell(STATISTICS, len(kept), len(paths))
+        states, own = States(part.folder, paths, mapped=mapped), list(processes.own(apart(layers.model, batches)))
+        with working_as(processes):
+            found = collect_by_blocks(layers, own, of_data(needs), states, part, done)
+            summed(found)
+        processes.agreed(partial(found.save, place / SUMS))
+        part.remove()
+    return found
+
+
+@contextlib.contextmanager
+def _part(place: Path, run: Mapping[str, Any], processes: Processes, *, restart: bool) -> Iterator[Journal]:
+    """Yield the journal of this process, in a folder of its own in that of the run."""
+    with working_folder(place / f"rank-{processes.rank}-of-{processes.size}") as work:
+        try:
+            part = Journal(work, run, restart=restart)
+        except ValueError:
+            part = Journal(work, run, restart=True)
+        yield part
+    for empty in (place, place.parent):  # on another machine than the first process's
+        with contextlib.suppress(OSError):
+            empty.rmdir()
+
+
+def forget_others(place: Path, processes: Processes) -> None:
+    """Remove what another number of processes has kept of the first sweep, and tell it."""
+    for part in place.glob(PARTS):
+        number = part.name.removesuffix(WORK).rpartition("-")[2]
+        if number != str(processes.size):
+            shutil.rmtree(part)
+            warnings.warn(
+                f"The first sweep was begun by {number} processes and begins anew with {processes.size}: each goes on "
+                "with its own share of the rows alone.",
+                stacklevel=2,
+            )
 
 
 def collect_by_blocks(
@@ -38,7 +124,7 @@ def collect_by_blocks(
     names = with_tokens(needs)
     check_collected(names)
     folder, found = cast(Folder, layers.source), RoutingStatistics(layers.fingerprint)
-    finished: list[str] = journal.content[STATISTICS]
+    finished: list[str] = journal.content.setdefault(STATISTICS, [])
     for number, _ in enumerate(finished):
         found.layers |= RoutingStatistics.load(_file(journal, number)).layers
     found.layers = {layer.name: found.layers.get(layer.name, Sums()) for layer in layers}

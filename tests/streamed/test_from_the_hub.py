@@ -107,7 +107,7 @@ def _killed(output: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch, stre
 
     def save(self: Journal) -> None:
         write(self)
-        if next(saves) == 1:
+        if next(saves) == 2:
             raise Killed
 
     with monkeypatch.context() as patch:
