@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_mcsmoe.variants.remote_mcsmoe import own_configs
+from hf_mcsmoe.variants.remote_mcsmoe import check_counts, own_configs
 
 # How configurations and modules call k.
 TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -35,6 +35,7 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
     most = min(_most(block, module) for block, module, _ in places)
     if not 1 <= top_k <= most:
         raise ValueError(f"top_k must be from 1 to {most}, the experts that a token can get, not {top_k}.")
+    check_counts(top_k=top_k)
     for _, module, name in places:
         setattr(module, name, top_k)
     for module in model.modules():  # heads, whose loss of load balancing goes by it
@@ -117,16 +118,23 @@ class ElasticTopK(TrainerCallback):
                 1 - 0.99^(300 t / T), 95 % of the way; "multistep", doubled from `k_min` on, each for as long.
 
         Raises:
-            ValueError: k would shrink, or the schedule is unknown.
+            ValueError: k would shrink or is no whole number, or the schedule is unknown.
         """
         if not 1 <= k_min <= k_max:
             raise ValueError(f"Needs 1 <= k_min <= k_max, not k_min={k_min} and k_max={k_max}.")
+        check_counts(k_min=k_min, k_max=k_max)
         if schedule not in (*SCHEDULES, "multistep"):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, multistep, not {schedule!r}.")
         self.k_min, self.k_max, self.schedule = k_min, k_max, schedule
 
     def k_at(self, step: int, steps: int) -> int:
-        """Return k at a step of so many."""
+        """Return k at a step of so many.
+
+        Raises:
+            ValueError: there are no steps, or the step is below 0.
+        """
+        if not 0 <= step < math.inf or not steps >= 1:
+            raise ValueError(f"Needs a step from 0 on, of 1 or more, not step {step} of {steps}.")
         share = min(step / steps, 1.0)
         if self.schedule == "multistep":
             doublings = math.ceil(math.log2(self.k_max / self.k_min))

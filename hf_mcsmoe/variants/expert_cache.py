@@ -58,7 +58,7 @@ def hobbit(weights: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.25)
     Raises:
         ValueError: a weight is negative, or they do not sum to 1.
     """
-    if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+    if not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):
         raise ValueError(f"The four weights must be 0 or more and sum to 1, not {weights}.")
 
     def priority(key: Key, use: Use, moment: Moment) -> float:
@@ -79,7 +79,7 @@ class ExpertCache(Generic[Value]):
         Raises:
             ValueError: the capacity is negative, or there are no layers.
         """
-        if capacity < 0 or num_layers < 1:
+        if not (capacity >= 0 and num_layers >= 1):
             raise ValueError(f"Needs capacity >= 0 and num_layers >= 1, not {capacity} and {num_layers}.")
         self.capacity, self.priority, self.num_layers = capacity, priority, num_layers
         self.kept: dict[Key, Value] = {}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, generated_in, subclass
+from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, check_counts, generated_in, subclass
 from hf_mcsmoe.variants.stacks_mcsmoe import block_path, stacks
 
 WEIGHTS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
@@ -222,11 +222,10 @@ def soft_merge(model: PreTrainedModel, *, segment_length: int = 256) -> PreTrain
         segment_length: T, how many tokens are computed with the same merged experts.
 
     Raises:
-        ValueError: `segment_length` is below 1, or the model has no experts of the library's stacked layout behind
-            routers of their own.
+        ValueError: `segment_length` is no whole number from 1 on, or the model has no experts of the library's stacked
+            layout behind routers of their own.
     """
-    if segment_length < 1:
-        raise ValueError(f"segment_length must be 1 or more, not {segment_length}.")
+    check_counts(segment_length=segment_length)
     become(model, LoryModel, {"segment_length": segment_length})
     return model
 

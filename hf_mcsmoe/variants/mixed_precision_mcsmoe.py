@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, generated_in, subclass
+from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, check_counts, generated_in, subclass
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 BITS = (8, 4, 3, 2)
@@ -134,8 +134,7 @@ def mix_precision(
         raise ValueError(f"Needs 0 <= t1 <= t2 <= 1, not t1={t1} and t2={t2}.")
     if bits not in (*BITS, 0):
         raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, or 0 to skip, not {bits}.")
-    if group_size < 1:
-        raise ValueError(f"group_size must be 1 or more, not {group_size}.")
+    check_counts(group_size=group_size)
     become(model, MixedPrecisionModel, {"t1": t1, "t2": t2, "bits": bits, "group_size": group_size})
     return model
 

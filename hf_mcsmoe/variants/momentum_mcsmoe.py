@@ -16,12 +16,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, generated_in, subclass
+from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, become, check_counts, generated_in, subclass
 from hf_mcsmoe.variants.stacks_mcsmoe import block_path, stacks
 
 KINDS = ("momentum", "adam", "scale")
 # Decay rates of Adam's moments, and what keeps its root from zero.
 DECAYS, EPSILON = (0.9, 0.999), 1e-8
+# What scales may be at most, or float32 does not hold what they scale.
+LARGEST = 1e9
 # Model types whose experts return rows of tokens, whose layers hand on several streams of hidden states, or whose
 # model adds to the hidden states between two layers (Qwen3-VL-MoE's deepstack).
 OTHERS = {
@@ -246,11 +248,10 @@ class MomentumWarmup(TrainerCallback):
         """Take the value that mu ends at, and the number of steps.
 
         Raises:
-            ValueError: mu is not from 0 below 1, or steps is below 1.
+            ValueError: mu is not from 0 below 1, or steps is no whole number from 1 on.
         """
         _check_numbers(mu, 1.0, 0.0)
-        if steps < 1:
-            raise ValueError(f"steps must be 1 or more, not {steps}.")
+        check_counts(steps=steps)
         self.mu, self.steps = mu, steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -261,9 +262,10 @@ class MomentumWarmup(TrainerCallback):
 def _check_numbers(mu: float, gamma: float, look_ahead: float, adam_gamma: float = 1.0) -> None:
     if not 0 <= mu < 1:
         raise ValueError(f"mu must be from 0 below 1, not {mu}: momentum would grow without end.")
-    if not all(map(math.isfinite, (gamma, look_ahead, adam_gamma))):
+    if not all(abs(scale) <= LARGEST for scale in (gamma, look_ahead, adam_gamma)):
         raise ValueError(
-            f"gamma, look_ahead and adam_gamma must be finite, not {gamma}, {look_ahead} and {adam_gamma}."
+            f"gamma, look_ahead and adam_gamma must be from {-LARGEST:.0e} to {LARGEST:.0e}, not {gamma}, "
+            f"{look_ahead} and {adam_gamma}."
         )
 
 

@@ -8,6 +8,7 @@ them. The output is the sum over heads of the experts retrieved, weighed by a so
 Source: He, Mixture of A Million Experts (2024, arXiv 2407.04153), section 2.
 """
 
+import inspect
 import math
 from typing import Any, ClassVar
 
@@ -18,8 +19,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from hf_mcsmoe.variants.dense_mlps_mcsmoe import dense_mlps, matrix, projections
-from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, VariantModule, become, generated_in
+from hf_mcsmoe.variants.remote_mcsmoe import VariantModel, VariantModule, become, check_counts, generated_in
 from hf_mcsmoe.variants.stacks_mcsmoe import block_path, stacks
+
+# The argument, and the option of a configuration, by which a model returns what its routers say, and a loss of it.
+ROUTER_LOGITS = "output_router_logits"
 
 
 class PeerModel(VariantModel):
@@ -54,6 +58,9 @@ class PeerModel(VariantModel):
             peer.init_weights(getattr(self.config.get_text_config(), "initializer_range", 0.02))
         parent, _, name = path.rpartition(".")
         setattr(self.get_submodule(parent), name, peer.train(module.training))
+        arguments = inspect.signature(type(self).forward).parameters
+        if ROUTER_LOGITS in arguments and all(block is peer for _, block in _blocks(self)):
+            self.register_forward_pre_hook(_without_router_logits, with_kwargs=True)
 
 
 class PEERLayer(VariantModule):
@@ -176,12 +183,22 @@ def product_key_top_k(queries: torch.Tensor, keys: torch.Tensor, k: int) -> tupl
     return scores, numbers.gather(-1, best)
 
 
+def _blocks(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the layers that have experts, and the block of each."""
+    layers = [layer for _, stack in stacks(model) for layer in stack]
+    return [(layer, layer.get_submodule(path)) for layer in layers if (path := block_path(layer))]
+
+
+def _without_router_logits(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Ask no logits of routers where none is left, of which the family would make a loss."""
+    return args, kwargs | {ROUTER_LOGITS: False}
+
+
 def feed_forwards(model: PreTrainedModel) -> list[tuple[str, int]]:
     """Return where a model has its MLPs and blocks of experts, in the order of its layers, and D of each."""
     width = model.config.get_text_config().hidden_size
     widths = {mlp: matrix(projections(mlp)[1]).shape[1] for _, _, mlp in dense_mlps(model)}
-    layers = [layer for _, stack in stacks(model) for layer in stack]
-    widths |= {layer.get_submodule(path): width for layer in layers if (path := block_path(layer))}
+    widths |= {block: width for _, block in _blocks(model)}
     found: list[tuple[str, int]] = []
     for path, module in model.named_modules():
         is_inside = bool(found) and path.startswith(f"{found[-1][0]}.")  # an expert that all tokens share
@@ -230,7 +247,7 @@ def _side(num_experts: int, heads: int, top_k: int, key_size: int) -> int:
     Raises:
         ValueError: a number is out of its range.
     """
-    side = math.isqrt(max(num_experts, 0))
+    side = math.isqrt(num_experts) if isinstance(num_experts, int) and num_experts > 0 else 0
     if side < 1 or side**2 != num_experts:
         raise ValueError(f"num_experts must be a square, such as 1024 * 1024, not {num_experts}.")
     if heads < 1 or not 1 <= top_k <= side:
@@ -240,6 +257,7 @@ def _side(num_experts: int, heads: int, top_k: int, key_size: int) -> int:
         )
     if key_size < 2 or key_size % 2:
         raise ValueError(f"key_size must be even, for a query is cut into halves, not {key_size}.")
+    check_counts(heads=heads, top_k=top_k, key_size=key_size)
     return side
 
 

@@ -248,6 +248,13 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+def check_counts(**numbers: Any) -> None:
+    """Raise ValueError where a number, by its name, is no whole one from 1 on."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more, not {number!r}.")
+
+
 def own_configs(model: nn.Module) -> None:
     """Give a model a copy of each configuration in it, which other models may share, to be changed freely."""
     copies: dict[int, Any] = {}  # as deepcopy keeps them: what is the same object stays so, also a part of another

@@ -4,7 +4,6 @@ Source: as that of similarity_routing_mcsmoe.py, which is what travels.
 """
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,9 @@ from hf_mcsmoe.variants.stacks_mcsmoe import block_path, stacks
 
 # How many random tokens tell what rule a router follows, and how far its weights may be from it.
 PROBES, TOLERANCE = 64, 1e-4
+# What sigma may be, and the root of tau: float32 does not tell similarities apart that are nearer than their rounding,
+# and overflows where they are divided by less than it holds.
+LEAST, MOST = 1e-3, 1e6
 # Weights that a router of the rule has.
 KNOWN = {"weight", "bias"}
 
@@ -30,10 +32,10 @@ def add_similarity_routing(model: PreTrainedModel, tau: float = 0.1, *, normaliz
             similar to a token as itself; False as published.
 
     Raises:
-        ValueError: `tau` is not above 0, or the model has no routers that take the largest of a softmax.
+        ValueError: `tau` is not from 1e-6 to 1e12, or the model has no routers that take the largest of a softmax.
     """
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau must be above 0 and finite, not {tau}.")
+    if not LEAST**2 <= tau <= MOST**2:
+        raise ValueError(f"tau must be from {LEAST**2:g} to {MOST**2:g}, not {tau}.")
     return _add(model, {"kind": "similarity", "tau": tau, "normalize": normalize})
 
 
@@ -48,11 +50,11 @@ def add_attention_routing(model: PreTrainedModel, sigma: float | None = 1.0) -> 
             for the attention alone.
 
     Raises:
-        ValueError: the model was not loaded with `attn_implementation="eager"`, `sigma` is not above 0, or the model
-            has no routers that take the largest of a softmax, or no attention before one.
+        ValueError: the model was not loaded with `attn_implementation="eager"`, `sigma` is not from 1e-3 to 1e6, or
+            the model has no routers that take the largest of a softmax, or no attention before one.
     """
-    if sigma is not None and not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be above 0 and finite, or None, not {sigma}.")
+    if sigma is not None and not LEAST <= sigma <= MOST:
+        raise ValueError(f"sigma must be from {LEAST:g} to {MOST:g}, or None for the attention alone, not {sigma}.")
     if model.config._attn_implementation != "eager":
         raise ValueError(EAGER)
     return _add(model, {"kind": "attention", "sigma": sigma})

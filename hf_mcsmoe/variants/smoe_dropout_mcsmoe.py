@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from hf_mcsmoe.variants.dense_mlps_mcsmoe import activation, dense_mlps, matrix, projections
-from hf_mcsmoe.variants.remote_mcsmoe import VariantModule, become, generated_in
+from hf_mcsmoe.variants.remote_mcsmoe import VariantModule, become, check_counts, generated_in
 from hf_mcsmoe.variants.variant_experts_mcsmoe import ModelWithExperts, VariantExperts
 
 # How far the experts, all of them, may be from the MLP that they were made of, relative to its output.
@@ -173,6 +173,7 @@ def moefy_dense(
     top_k = num_experts if top_k is None else top_k
     if num_experts < 1 or not 1 <= top_k <= num_experts:
         raise ValueError(f"Needs 1 <= top_k <= num_experts, not top_k={top_k} and num_experts={num_experts}.")
+    check_counts(top_k=top_k, num_experts=num_experts)
     if gate_scale not in GATE_SCALES:
         raise ValueError(f"gate_scale must be one of {', '.join(GATE_SCALES)}, not {gate_scale!r}.")
     with torch.random.fork_rng(enabled=seed is not None):

@@ -4,8 +4,12 @@ Source: Krishnamurthy, Watkins and Gaertner, Improving Expert Specialization in 
 arXiv 2302.14703). The sample-similarity loss is normalised by the number of pairs in both of its terms.
 """
 
+import math
+
 import torch
 from torch import nn
+
+from hf_mcsmoe.variants.remote_mcsmoe import check_counts
 
 
 def sample_entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -71,8 +75,11 @@ def sample_similarity_loss(
         most: so many samples at most, evenly spaced, are compared.
 
     Raises:
-        ValueError: not one row of the gate for each sample, or a single expert.
+        ValueError: not one row of the gate for each sample, a single expert, or a weight that is negative or not
+            finite, or `most` below 1.
     """
+    _check_weights(same=same, different=different)
+    check_counts(most=most)
     if len(probabilities) != len(samples) or probabilities.shape[-1] < 2:
         raise ValueError(
             f"Needs a row of two or more experts for each sample, not probabilities {list(probabilities.shape)} and "
@@ -89,12 +96,23 @@ def sample_similarity_loss(
     return same * own / experts - different * (pairs.sum() - own) / (experts * (experts - 1))
 
 
+def _check_weights(**weights: float) -> None:
+    """Raise ValueError where the weight of a loss, by its name, is negative or not finite."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be 0 or more and finite, not {weight}.")
+
+
 def importance_loss(probabilities: torch.Tensor, weight: float = 1e-2) -> torch.Tensor:
     """Return the squared coefficient of variation of the experts' use, over samples.
 
     Args:
         probabilities: of the gate, [B, E].
+
+    Raises:
+        ValueError: the weight is negative or not finite.
     """
+    _check_weights(weight=weight)
     use = probabilities.sum(dim=0)
     return weight * (use.std(correction=0) / use.mean()) ** 2
 

@@ -17,7 +17,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_mcsmoe.variants.attention_mixture_mcsmoe import AttentionMixtureModel, stacked
-from hf_mcsmoe.variants.remote_mcsmoe import become, check_whole
+from hf_mcsmoe.variants.remote_mcsmoe import become, check_counts, check_whole
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def upcycle_dense(
         raise ValueError(f"into must be one of {', '.join(TARGETS)}, not {into!r}.")
     if not models or not 1 <= top_k <= len(models):
         raise ValueError(f"Needs 1 <= top_k <= the number of models, not top_k={top_k} and {len(models)} models.")
+    check_counts(top_k=top_k)
     for number, model in enumerate(models):
         _check_branch(number, model)
     _check_attention(attention, models[0].config)

@@ -1,6 +1,7 @@
 """Soft merging by segments: by hand, where it is another model, what it may know, and what a prompt is merged into."""
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,8 @@ def _continued() -> None:
 
 REFUSED = {
     "length": (lambda: soft_merge(build("mixtral"), segment_length=0), "1 or more, not 0"),
+    "nan": (lambda: soft_merge(build("mixtral"), segment_length=math.nan), "segment_length must be a whole number"),
+    "half": (lambda: soft_merge(build("mixtral"), segment_length=2.5), "1 or more, not 2.5"),
     "dense": (lambda: soft_merge(dense()), "no layers with a block of experts"),
     "layout": (lambda: soft_merge(build("dbrx")), "serves Mixtral, Qwen3-MoE, OLMoE"),
     "twice": (lambda: soft_merge(_soft()), "neither of a compressed one nor of another"),

@@ -1,5 +1,6 @@
 """High or low precision token by token, the cache of experts and its policies, prediction of the next layer."""
 
+import math
 import random
 from pathlib import Path
 
@@ -163,6 +164,10 @@ def test_the_next_layer_is_predicted_where_layers_route_alike() -> None:
         "bits": (lambda: mix_precision(build("mixtral"), bits=5), "or 0 to skip, not 5"),
         "group": (lambda: mix_precision(build("mixtral"), group_size=7), "divide the 32 inputs of gate_up_proj"),
         "zero": (lambda: mix_precision(build("mixtral"), group_size=0), "1 or more, not 0"),
+        "half": (lambda: mix_precision(build("mixtral"), group_size=1.5), "group_size must be a whole number"),
+        "nan": (lambda: mix_precision(build("mixtral"), t1=math.nan), "not t1=nan and t2=0.9"),
+        "nan weights": (lambda: hobbit((0.5, 0.5, math.nan, 0)), "0 or more and sum to 1"),
+        "nan capacity": (lambda: ExpertCache(math.nan, lru, 2), "not nan and 2"),
         "dense": (lambda: mix_precision(dense()), "no experts of the library"),
         "weights": (lambda: hobbit((0.5, 0.5, 0.5, 0)), "sum to 1"),
         "capacity": (lambda: ExpertCache(-1, lru, 2), "not -1 and 2"),

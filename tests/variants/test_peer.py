@@ -9,7 +9,16 @@ import torch
 from families import build
 from helpers import logits
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from variant_folders import dense, tokens
 
@@ -184,6 +193,34 @@ def test_what_adapters_are_trained_with_is_saved_with_them(tmp_path: Path) -> No
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path), batch), expected)
 
 
+def _recording(num_layers: int) -> MixtralForCausalLM:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_hidden_layers=num_layers, output_router_logits=True)
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_the_only_block_of_experts_leaves_no_loss_of_routers(is_loaded: bool, tmp_path: Path) -> None:
+    model, ids = swap_peer(_recording(1), **SMALL), torch.randint(3, 64, (2, 9))
+    if is_loaded:
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = model(input_ids=ids, labels=ids, output_router_logits=False)
+    for asked in ({}, {"output_router_logits": True}):
+        found = model(input_ids=ids, labels=ids, **asked)
+        assert torch.equal(found.loss, plain.loss)
+        assert found.aux_loss is None
+
+
+def test_a_block_of_experts_that_is_left_keeps_its_loss() -> None:
+    model, ids = swap_peer(_recording(2), 0, **SMALL), torch.randint(3, 64, (2, 9))
+    found = model(input_ids=ids, labels=ids)
+    assert [item.shape for item in found.router_logits] == [(18, 8)]
+    plain = model(input_ids=ids, labels=ids, output_router_logits=False)
+    assert found.aux_loss > 0
+    torch.testing.assert_close(found.loss, plain.loss + model.config.router_aux_loss_coef * found.aux_loss)
+
+
 def _tuple() -> PreTrainedModel:
     model = build("mixtral")
     model.model.layers[0].mlp.forward = lambda hidden_states: (hidden_states, None)
@@ -197,6 +234,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no k": (lambda: PEERLayer(WIDTH, **SMALL | {"top_k": 0}), "top_k=0"),
     "heads": (lambda: PEERLayer(WIDTH, **SMALL | {"heads": 0}), "heads=0"),
     "halves": (lambda: PEERLayer(WIDTH, **SMALL | {"key_size": 7}), "cut into halves, not 7"),
+    "nan": (lambda: PEERLayer(WIDTH, **SMALL | {"num_experts": float("nan")}), "must be a square, .* not nan"),
+    "no number of heads": (
+        lambda: PEERLayer(WIDTH, **SMALL | {"heads": float("inf")}),
+        "heads must be a whole number",
+    ),
+    "half a k": (
+        lambda: PEERLayer(WIDTH, **SMALL | {"top_k": 1.5}),
+        "top_k must be a whole number, 1 or more, not 1.5",
+    ),
     "activation": (lambda: swap_peer(dense(), **SMALL, activation="none"), "no activation 'none'"),
     "layer": (lambda: swap_peer(dense(), 2, **SMALL), "from -2 to 1, .* not 2"),
     "layout": (lambda: swap_peer(_bert(), **SMALL), "has no block of experts"),

@@ -243,6 +243,25 @@ def _use(**inputs: Any) -> Any:
     return model(**{"input_ids": torch.full((1, 4), 60), **inputs})
 
 
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf"), 1e-45, 1e-25, 1e200])
+def test_temperatures_that_float32_cannot_divide_by_are_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="tau must be from 1e-06 to 1e"):
+        add_similarity_routing(build("mixtral"), wrong)
+    with pytest.raises(ValueError, match=r"sigma must be from 0\.001 to 1e"):
+        add_attention_routing(_eager("mixtral"), wrong)
+
+
+@pytest.mark.parametrize("is_least", [True, False])
+def test_temperatures_at_their_bounds_give_finite_logits(is_least: bool) -> None:
+    changed = [
+        add_similarity_routing(build("mixtral"), 1e-6 if is_least else 1e12, normalize=normalize)
+        for normalize in (True, False)
+    ]
+    changed.append(add_attention_routing(_eager("mixtral"), 1e-3 if is_least else 1e6))
+    for model in changed:
+        assert logits(model, tokens(model)).isfinite().all()
+
+
 def _foreign_cache() -> DynamicCache:
     base = build("mixtral")
     return base(input_ids=torch.full((1, 3), 60), use_cache=True).past_key_values
@@ -251,8 +270,8 @@ def _foreign_cache() -> DynamicCache:
 @pytest.mark.parametrize(
     ("call", "message"),
     {
-        "tau": (lambda: add_similarity_routing(build("mixtral"), 0.0), "above 0 and finite, not 0.0"),
-        "sigma": (lambda: add_attention_routing(_eager("mixtral"), -1.0), "or None, not -1.0"),
+        "tau": (lambda: add_similarity_routing(build("mixtral"), 0.0), r"from 1e-06 to 1e\+12, not 0.0"),
+        "sigma": (lambda: add_attention_routing(_eager("mixtral"), -1.0), "or None for the attention alone, not -1.0"),
         "sdpa": (lambda: add_attention_routing(build("mixtral")), 'attn_implementation="eager"'),
         "sdpa later": (
             lambda: _changed("mixtral", "attention").set_attn_implementation("sdpa"), 'attn_implementation="eager"',

@@ -85,6 +85,10 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts_logits(attentive: bool) ->
         "labels": (lambda: mutual_information(ONE_HOT, LABELS[:3]), "each of 4 samples"),
         "rows": (lambda: sample_similarity_loss(ONE_HOT, torch.zeros(3, 2)), "for each sample"),
         "one expert": (lambda: sample_similarity_loss(torch.ones(3, 1), torch.zeros(3, 2)), "two or more experts"),
+        "same": (lambda: sample_similarity_loss(ONE_HOT, torch.zeros(4, 2), same=math.nan), "same must be 0 or more"),
+        "different": (lambda: sample_similarity_loss(ONE_HOT, torch.zeros(4, 2), different=-1.0), "must be 0 or more"),
+        "most": (lambda: sample_similarity_loss(ONE_HOT, torch.zeros(4, 2), most=0), "most must be a whole number"),
+        "importance": (lambda: importance_loss(ONE_HOT, math.inf), "weight must be 0 or more and finite, not inf"),
         "mixture": (lambda: DenseMixture(4, 3, num_experts=1), "num_experts=1"),
     }.values(),
 )  # fmt: skip

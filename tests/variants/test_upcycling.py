@@ -88,6 +88,7 @@ def test_a_router_that_chooses_one_model_has_its_mlp_and_all_else_is_the_mean(na
         "mixed": (["llama", "mistral"], "mixtral", {}, "branches must be of one ancestor"),
         "few": (["llama"], "mixtral", {}, "top_k=2 and 1 models"),
         "none": ([], "mixtral", {}, "top_k=2 and 0 models"),
+        "half": (["llama", "llama"], "mixtral", {"top_k": 1.5}, "top_k must be a whole number, 1 or more, not 1.5"),
     }.values(),
 )
 def test_bad_input_is_refused(models: list[str], into: str, options: dict, message: str) -> None:
