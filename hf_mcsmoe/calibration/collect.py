@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,13 +11,14 @@ from hf_mcsmoe.calibration.gradients import check_loss, gradients_of_experts, lo
 from hf_mcsmoe.calibration.shares import Filler, check_layout, own_batches, summed
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.data.batches import as_batches
+from hf_mcsmoe.layers.backward import Backward, backward_of
 from hf_mcsmoe.layers.batches import Batch, run_routed
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.finite import check_weights
 from hf_mcsmoe.layers.layer import MoELayer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.routed import Routed
-from hf_mcsmoe.methods.statistics import STATISTICS, with_tokens
+from hf_mcsmoe.methods.statistics import STATISTICS, gradient_names, with_tokens
 from hf_mcsmoe.methods.view import Sums, advice
 
 
@@ -27,6 +28,7 @@ def collect_statistics(
     needs: Iterable[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    place: Path | None = None,
 ) -> RoutingStatistics:
     """Run a model once over `batches` and sum what its routers and experts do (paper, section 3.1).
 
@@ -42,6 +44,8 @@ def collect_statistics(
             those that the default methods read. Some run one backward pass a batch, of the loss that the model gives
             with the batch's `labels`, or else of predicting each next token. Of layers that share their experts the
             first to run takes the gradients, which are those of all, and the others zeros.
+        place: a folder on the disk of which hidden states lie meanwhile, where gradients are read of a model that is
+            read block by block; None for memory. They are those between all blocks, of all batches.
 
     Raises:
         TypeError: what is passed as batches is none; see `as_batches`.
@@ -58,17 +62,18 @@ def collect_statistics(
     batches = as_batches(batches, layers.model, tokenizer)
     statistics = RoutingStatistics(layers.fingerprint, {layer.name: Sums() for layer in layers})
     if (own := own_batches(layers.model, batches)) is not None:
-        _collect(layers, own, statistics, names)
+        _collect(layers, own, statistics, names, place)
     summed(statistics)
     check_finite(statistics, layers)
     return statistics
 
 
-def _collect(layers: Layers, batches: Iterable[Batch], statistics: RoutingStatistics, names: list[str]) -> None:
+def _collect(
+    layers: Layers, batches: Iterable[Batch], statistics: RoutingStatistics, names: list[str], place: Path | None
+) -> None:
     """Sum over the batches of this process."""
-    late = [name for name in names if STATISTICS.find(name).gradients]
-    if late:
-        _collect_with_gradients(layers, batches, statistics, [name for name in names if name not in late], late)
+    if gradient_names(names):
+        _collect_with_gradients(layers, batches, statistics, names, place)
         return
 
     def take(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
@@ -108,29 +113,45 @@ def counted_tokens(routed: Routed, counted: torch.Tensor | None) -> Routed:
 
 
 def _collect_with_gradients(
-    layers: Layers, batches: Iterable[Batch], statistics: RoutingStatistics, early: list[str], late: list[str]
+    layers: Layers, batches: Iterable[Batch], statistics: RoutingStatistics, names: list[str], place: Path | None
 ) -> None:
-    """Sum statistics in the forward and, the `late` ones, after a backward pass of each batch."""
-    kept: list[tuple[MoELayer, Routed, torch.Tensor | None]] = []
+    """Sum statistics of each batch, some after its backward pass."""
+    taken = WithGradients(statistics, names, backward_of(layers, place))
+    with gradients_of_experts(layers), taken.backward.installed():
+        run_routed(layers, batches, taken.take, taken.step)
 
-    def take(layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
-        with torch.no_grad():
-            _add(statistics, layer, routed, counted, early)
-        kept.append((layer, routed, counted))
 
-    def step(model: PreTrainedModel, batch: Batch) -> Any:
-        kept.clear()
+class WithGradients:
+    """Sums statistics of forwards, and after their backward passes those that read gradients."""
+
+    def __init__(self, statistics: RoutingStatistics, names: list[str], backward: Backward) -> None:
+        """Add to the sums of some layers, whose experts take gradients, what statistics by name say."""
+        self.statistics, self.backward, self.late = statistics, backward, gradient_names(names)
+        self.early = [name for name in names if name not in self.late]
+        self._kept: list[tuple[MoELayer, Routed, torch.Tensor | None]] = []
+
+    def step(self, model: PreTrainedModel, batch: Batch) -> None:
+        """Run a forward and its backward pass; see `run_routed`."""
         with torch.enable_grad():
-            loss_of(model, batch).backward()
-        with torch.no_grad():
-            for layer, routed, counted in kept:
-                _add(statistics, layer, replace(routed, open_experts=layer.read_with_gradients), counted, late)
-                # They are the sums over all layers that share the experts: the others find zeros.
-                for _, parameter in layer.parameters:
-                    parameter.grad = None
+            self.backward.run(lambda: loss_of(model, batch), self._add)
 
-    with gradients_of_experts(layers):
-        run_routed(layers, batches, take, step)
+    def take(self, layer: MoELayer, routed: Routed, counted: torch.Tensor | None, batch: Batch) -> None:
+        """Take what a layer sees in a forward; see `RoutedSink`."""
+        if not self.backward.is_last():
+            return
+        with torch.no_grad():
+            _add(self.statistics, layer, routed, counted, self.early)
+        self._kept.append((layer, routed, counted))
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        for layer, routed, counted in self._kept:
+            routed = replace(routed, open_experts=layer.read_with_gradients)
+            _add(self.statistics, layer, routed, counted, self.late)
+            # They are the sums over all layers that share the experts: the others find zeros.
+            for _, parameter in layer.parameters:
+                parameter.grad = None
+        self._kept.clear()
 
 
 def check_finite(statistics: RoutingStatistics, layers: Layers | None = None) -> None:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.batches import Batch, forward
 from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.labels import labelled
-from hf_mcsmoe.methods.statistics import STATISTICS
+from hf_mcsmoe.methods.statistics import gradient_names
 
 
 @contextlib.contextmanager
@@ -18,13 +19,14 @@ def gradients_of_experts(layers: Layers) -> Iterator[None]:
     """Let the experts' parameters, and no others, take gradients for the time of the block, then be as they were.
 
     Raises:
-        ValueError: weights that are offloaded or read from a folder, to which no gradient comes.
+        ValueError: weights that are offloaded, to which no gradient comes.
     """
     experts = {id(parameter) for layer in layers for _, parameter in layer.parameters}
-    if any(parameter.is_meta for layer in layers for _, parameter in layer.parameters):
+    is_folder = isinstance(layers.source, Folder)
+    if not is_folder and any(parameter.is_meta for layer in layers for _, parameter in layer.parameters):
         raise ValueError(
-            "A statistic by gradients needs the experts in memory, and these are offloaded or on disk: load the model "
-            "onto one device, or choose methods without gradients."
+            "A statistic by gradients needs the experts in memory, and these are offloaded: load the model onto one "
+            "device, read it block by block (--stream; a Folder), or choose methods without gradients."
         )
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in layers.model.parameters()]
     try:
@@ -40,7 +42,7 @@ def gradients_of_experts(layers: Layers) -> Iterator[None]:
 
 def check_loss(model: PreTrainedModel, needs: Iterable[str]) -> None:
     """Raise ValueError where statistics read gradients of a loss, and models of this class have none."""
-    late = [name for name in needs if STATISTICS.find(name).gradients]
+    late = gradient_names(needs)
     if late and "labels" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{late[0]} reads gradients of a loss, and a {type(model).__name__} has none: load the model with its "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
@@ -28,6 +29,7 @@ def extended(
     held: RoutingStatistics | None,
     needs: Iterable[str],
     progress: Progress = silent,
+    place: Path | None = None,
 ) -> RoutingStatistics:
     """Return statistics with all of `needs`: those that are held, and from one more pass what these lack.
 
@@ -35,13 +37,14 @@ def extended(
         held: of an earlier pass; with what choices cost, which stays. Where they do not tell of which data they are,
             one more pass tells.
         progress: called as `progress("statistics", batches done, batches)`.
+        place: see `collect_statistics`.
 
     Raises:
         ValueError: those that are held are of another model, or of other data; see `collect_statistics` as well.
     """
     names, data = lacking(held, needs), digest(batches)
     if held is None:
-        fresh = collect_statistics(layers, counted(batches, "statistics", progress), names)
+        fresh = collect_statistics(layers, counted(batches, "statistics", progress), names, place=place)
         return replace(fresh, data=data)
     if held.fingerprint != layers.fingerprint or held.layers.keys() != set(layers.names):
         raise ValueError("The statistics were taken from another model; collect them on this one.")
@@ -51,7 +54,7 @@ def extended(
         )
     if not names and held.data:
         return held
-    fresh = collect_statistics(layers, counted(batches, "statistics", progress), [*names, *KNOWN_BY])
+    fresh = collect_statistics(layers, counted(batches, "statistics", progress), [*names, *KNOWN_BY], place=place)
     for layer, sums in held.layers.items():
         if other := [name for name in KNOWN_BY if name in sums and not sums[name].equal(fresh[layer][name])]:
             raise ValueError(

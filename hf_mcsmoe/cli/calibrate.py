@@ -19,11 +19,11 @@ from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import opened
 from hf_mcsmoe.layers.batches import Batch
-from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
-from hf_mcsmoe.methods.statistics import STATISTICS, of_data
+from hf_mcsmoe.methods.statistics import gradient_names, of_data
 from hf_mcsmoe.planning import FEW_TOKENS
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, one_step
@@ -32,7 +32,6 @@ from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.curves import add_curves
-from hf_mcsmoe.streamed.refused import check_blocks
 
 DATA = ["data", "column", "target_column", "split", "num_samples", "max_length", "batch_size", "seed"]
 # Experts of a layer that are named one by one.
@@ -86,8 +85,7 @@ def calibrate_command(
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
     check_loss(layers.model, needs)
     if stream:
-        _check_streamed(needs)
-        if curves:
+        if curves or gradient_names(needs):
             check_blocks(layers)
     elif drop_source_cache:
         raise ValueError("--drop-source-cache goes with --stream, which reads a shard at a time: give both.")
@@ -101,7 +99,7 @@ def calibrate_command(
             loaded = Layers.of(opened(model, loading, how, output) if stream else _loaded(model, loading))
         # What is held out judges a later `compress`.
         batches, _ = calibration.batches(samples, tokenizer, loaded.model, progress)
-        statistics = _collected(loaded, batches, held, of_data(needs), progress)
+        statistics = _collected(loaded, batches, held, of_data(needs), progress, output.absolute().parent)
         is_there = statistics is held and not lacking(held, needs)
         if is_there and (not curves or covered(layers, statistics, config, search, JOINT)):
             notes.print(f"{escape(str(output))} holds all of it already")
@@ -126,29 +124,21 @@ def _loaded(model: str, loading: Loading) -> PreTrainedModel:
     return load_model(model, dtype=loading.dtype, device_map=loading.device_map, dequantize=loading.dequantize)
 
 
-def _check_streamed(needs: Sequence[str]) -> None:
-    """Raise ValueError where what is asked for needs all of the model at once."""
-    if late := [name for name in of_data(needs) if STATISTICS.find(name).gradients]:
-        raise ValueError(
-            f"{late[0]} is summed after a backward pass, for which the model is loaded: leave out --stream, or the "
-            "methods that read it."
-        )
-
-
 def _collected(
     layers: Layers,
     batches: Sequence[Batch],
     held: RoutingStatistics | None,
     needs: list[str],
     progress: Progress,
+    place: Path,
 ) -> RoutingStatistics:
-    """Return the sums.
+    """Return the sums; `place` is a folder on the disk of which hidden states may lie meanwhile.
 
     Raises:
         ValueError: those that are held are of another model or of other data.
     """
     try:
-        return extended(layers, batches, held, needs, progress)
+        return extended(layers, batches, held, needs, progress, place)
     except ValueError as error:
         if held is None:
             raise

@@ -11,7 +11,7 @@ from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import opened, tell_streamed
 from hf_mcsmoe.cli.way import judged
 from hf_mcsmoe.forecast.needs import IN_MEMORY, Run
-from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.loading import load_model, load_tokenizer
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.progress import Progress, counted, one_step
@@ -19,7 +19,6 @@ from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.curves import add_curves
-from hf_mcsmoe.streamed.refused import check_blocks
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,9 @@ def measured(
         layers = Layers.of(folder or load_model(model, **how))
     # What is held out judges a later `compress`.
     rows, _ = calibration.batches(samples, tokenizer, layers.model, progress)
-    statistics = collect_statistics(layers, counted(rows, "statistics", progress), needs_of(config, search))
+    statistics = collect_statistics(
+        layers, counted(rows, "statistics", progress), needs_of(config, search), place=Path.cwd()
+    )
     add_curves(layers, rows, statistics, config, search, progress, Path.cwd())
     if folder:
         folder.drop_fetched()

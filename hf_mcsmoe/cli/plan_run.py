@@ -77,10 +77,6 @@ class Asked:
         if self.low_rank:
             check_low_rank(layers, replace(self.low_rank, skip=self.config.skip))
 
-    def refusal(self, layers: Layers, statistics: RoutingStatistics | None) -> str | None:
-        """Return why it cannot be done block by block; None where it can."""
-        return refusal(layers, self.config, self.stages, statistics)
-
     @property
     def stages(self) -> dict[str, Any]:
         """What is asked for beside the merge, by name."""
@@ -138,7 +134,7 @@ def told_of_run(
     """Print what a run takes, and return it as JSON values."""
     run = _run(layers, asked, result, stored, estimate, calibration)
     run = swept(run, layers, asked.config, asked.stages, statistics)
-    disk, refused = shutil.disk_usage(Path.cwd()).free, asked.refusal(layers, statistics)
+    disk, refused = shutil.disk_usage(Path.cwd()).free, refusal(layers)
     found = judged(layers, run, stored.bytes, stream_config(estimate.memory), refused=refused, disk=disk)
     needs, way = found.needs, found.way
     seconds = _seconds(model, layers, run, needs) if estimate.time else {}

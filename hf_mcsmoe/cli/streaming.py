@@ -15,16 +15,14 @@ from hf_mcsmoe.cli.options import SPREAD, Loading, Output, described
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.way import Judgement, judged, refusal, run_by, stream_config
 from hf_mcsmoe.forecast.needs import IN_MEMORY
-from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import load_config
 from hf_mcsmoe.layers.stored import configured_bytes, stored_bytes
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.search.size import bytes_text
-from hf_mcsmoe.streamed.chain import Asked
 from hf_mcsmoe.streamed.config import StreamConfig
 from hf_mcsmoe.streamed.journal import forget, has_written, is_begun
-from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.run import digests_of
 
 
@@ -100,25 +98,25 @@ class Streaming:
             ValueError: it is asked for, and cannot be done; or it cannot, and the model does not fit otherwise.
         """
         if self.stream is not None:
-            return self._asked(layers, config, stages, held)
+            return self._asked(layers)
         folder = str(layers.model.name_or_path)
-        refused = refusal(layers, config, stages, held)
+        refused = refusal(layers)
         source = stored_bytes(folder) or configured_bytes(layers.model, load_config(folder))
         run = run_by(layers, config, stages, calibration, held)
         found = judged(layers, run, source.bytes, self.config(), refused=refused)
         if found.way.name == IN_MEMORY:
             return False
-        check_streamed(layers, config, Asked(**stages), held)
+        check_blocks(layers)
         tell_streamed(found)
         return True
 
-    def _asked(self, layers: Layers, config: MergeConfig, stages: dict[str, Any], held: Any) -> bool:
+    def _asked(self, layers: Layers) -> bool:
         """Return whether to stream where options say it.
 
         Raises:
             ValueError: they ask for what cannot be done.
         """
-        if self.stream and (refused := refusal(layers, config, stages, held)):
+        if self.stream and (refused := refusal(layers)):
             raise ValueError(refused)
         return bool(self.stream)
 

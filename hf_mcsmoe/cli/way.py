@@ -15,19 +15,20 @@ from hf_mcsmoe.forecast.run import run_of
 from hf_mcsmoe.forecast.sizes import sizes_of
 from hf_mcsmoe.forecast.way import Way, way_for
 from hf_mcsmoe.layers.dequantize import quantization_method
-from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.loading import load_config
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.statistics import gradient_names
+from hf_mcsmoe.options import all_needs
 from hf_mcsmoe.search.budget import OTHERS, Budgeting
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.probe import TOKENS
 from hf_mcsmoe.search.size import parse_size
 from hf_mcsmoe.sparsity.sparsify import narrowed
-from hf_mcsmoe.streamed.chain import Asked, may_be_cut
+from hf_mcsmoe.streamed.chain import may_be_cut
 from hf_mcsmoe.streamed.config import StreamConfig
-from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.trials import copies_bytes
 
 
@@ -80,7 +81,8 @@ def measuring_run(layers: Layers, config: MergeConfig, search: SizeConfig, calib
     nothing, stages = Result({}, 0, 0, 0), {"size": search, "low_rank": None}
     run = run_for(layers, nothing, config, "joint", calibration, is_compared=True)
     run = replace(run, merged=0, aligned=False, consume=True)
-    return replace(swept(run, layers, config, stages, None), tried=1, sweeps=2)
+    run = swept(run, layers, config, stages, None)
+    return replace(run, tried=1, sweeps=2 + run.gradients)
 
 
 def swept(
@@ -99,13 +101,15 @@ def swept(
         plans = 1 + len(OTHERS) * len(search.reductions)
     measures = search is not None and not (held and held.curves)
     competes = low_rank is not None and low_rank.scope == "global"
+    goes_back = held is None and bool(gradient_names(all_needs(config, size, stages.get("quantization"))))
     tokens = min(TOKENS, (run.rows - run.judged) * run.length)
     return replace(
         run,
-        sweeps=1 + (held is None) + measures + (plans > 0) + competes,
+        sweeps=1 + (held is None) + goes_back + measures + (plans > 0) + competes,
         tried=2 if size else 1,
         plans=plans,
         cut=may_be_cut(config),
+        gradients=goes_back,
         copies=copies_bytes(layers, tokens, config, search) if search and measures else 0,
     )
 
@@ -131,7 +135,8 @@ def judged(
     is_quantized = quantization_method(load_config(str(model.name_or_path))) is not None
     sizes, small = sizes_of(layers, is_quantized=is_quantized), None
     try:
-        is_mapped = run.waiting * sizes.hidden_size * sizes.itemsize > stream.room(model)
+        waiting = max(run.waiting, run.waiting_back(sizes.block_count))
+        is_mapped = waiting * sizes.hidden_size * sizes.itemsize > stream.room(model)
     except ValueError as error:
         is_mapped, small = True, str(error)
     needs = needs_of(sizes, replace(run, hidden_limit=0 if is_mapped else None), source, base=held or BASE)
@@ -140,16 +145,10 @@ def judged(
     return Judgement(alone if refused else needs, way, memory, refused or small)
 
 
-def refusal(
-    layers: Layers, config: MergeConfig, stages: Mapping[str, Any], held: RoutingStatistics | None
-) -> str | None:
-    """Return why a compression cannot be done block by block; None where it can.
-
-    Args:
-        stages: what is asked for beside the merge, by the names of `Asked`.
-    """
+def refusal(layers: Layers) -> str | None:
+    """Return why a compression cannot be done block by block; None where it can."""
     try:
-        check_streamed(layers, config, Asked(**stages), held)
+        check_blocks(layers)
     except ValueError as error:
         return str(error)
     return None

@@ -15,12 +15,10 @@ from hf_mcsmoe.compare.memory import measured_by
 from hf_mcsmoe.compare.ways import Task, Way, task_of, ways_of
 from hf_mcsmoe.data.batches import digest
 from hf_mcsmoe.layers.batches import Batch
-from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.record import public_name
-from hf_mcsmoe.streamed.chain import Asked
-from hf_mcsmoe.streamed.refused import check_streamed
 
 # One batch of so many is held out of what the methods read, for those that choose among results.
 HELD_OUT = 8
@@ -136,7 +134,7 @@ def planned(
                 check_loss(layers.model, way.needs)
                 task = task_of(layers, way, level)
                 if by_blocks:
-                    _check_by_blocks(layers, task, held)
+                    check_blocks(layers)
                 tasks.append(task)
             except ValueError as error:
                 refused.append((way, level, sentence_of(error)))
@@ -144,11 +142,6 @@ def planned(
         way, level, sentence = refused[0]
         raise ValueError(f"No method can be tried on this model. {way.name} at {level}: {sentence}")
     return tasks, refused
-
-
-def _check_by_blocks(layers: Layers, task: Task, held: RoutingStatistics | None) -> None:
-    asked = Asked(**{name: value for name, value in task.options.items() if name != "config"})
-    check_streamed(layers, task.options["config"], asked, held)
 
 
 def sentence_of(error: Exception) -> str:

@@ -206,7 +206,7 @@ class _Run:
         """Return the sums that the methods read, in one pass, or what an earlier run has kept of them."""
         file = self.journal.folder / SCORES.format(seed=draw.seed)
         held = draw.statistics or given or (RoutingStatistics.load(file) if file.exists() else None)
-        found = extended(self.layers, draw.fitted, held, of_data(needed(tasks)), self.progress)
+        found = extended(self.layers, draw.fitted, held, of_data(needed(tasks)), self.progress, self.work)
         found = found if self.norms is None else with_reference(found, self.layers, self.norms)
         if given is None and found is not held:
             found.save(file)

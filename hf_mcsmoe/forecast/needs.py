@@ -25,7 +25,8 @@ class Run:
     the original is used up (`consume`); `sums` bytes of statistics; `threads` that solve assignments;
     `hidden_limit` bytes of hidden states in memory; `tried` results that are there side by side; `plans` that a
     measured budget compares, of which some may be `cut`, with routers of fewer rows; `sweeps` over the source, and
-    `copies` bytes of trials on disk, where it is read block by block.
+    `copies` bytes of trials on disk, where it is read block by block; whether statistics read `gradients`, for which
+    the source is read back as well.
     """
 
     result: int
@@ -47,6 +48,7 @@ class Run:
     cut: bool = False
     sweeps: int = 2
     copies: int = 0
+    gradients: bool = False
 
     @property
     def fitted(self) -> int:
@@ -61,6 +63,10 @@ class Run:
         """
         models = (2 if self.repair == "none" else 3) + self.sparse
         return self.fitted * (1 + self.sparse) + self.judged * self.length * models
+
+    def waiting_back(self, blocks: int) -> int:
+        """The tokens whose hidden states wait for gradients, those at each of some blocks, and gradients at two."""
+        return (blocks + 2) * (self.rows - self.judged) * self.length if self.gradients else 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ def needs_of(sizes: Sizes, run: Run, stored: int, *, base: int = BASE) -> dict[s
     """
     kept = _streams(run) * _waiting(sizes, run)  # hidden states, from which a run that was killed goes on
     disk = max(run.tried * run.result, run.copies) + kept  # copies are gone before the first shard is written
+    disk = max(disk, _waiting_back(sizes, run))  # and so are those that wait for gradients
     return {
         IN_MEMORY: Needs(_in_memory(sizes, run, stored, base + WORKING), run.result, stored),
         STREAMED: Needs(_streamed(sizes, run, base + WORKING), disk, run.sweeps * stored),
@@ -113,10 +120,11 @@ def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict
     result = {} if run.consume else {"result": sizes.weights - sizes.experts * sizes.layers + run.merged}
     if run.tried > 1:
         result["results before"] = (run.tried - 1) * run.result
+    graph = {"gradients": sizes.layers * (sizes.experts + _picks(sizes, run))} if run.gradients else {}
     own = {"merged layers": run.merged // sizes.layers} if run.consume else {}  # others are freed layer by layer
     phases = {
         "loading": held | {"mapped files": stored, "conversion": max(0, sizes.joined - 2 * copied)},
-        "statistics": held | {"sums": run.sums} | _flight(sizes, run) | _judged(sizes, run),
+        "statistics": held | {"sums": run.sums} | _flight(sizes, run) | _judged(sizes, run) | graph,
         "merging": held | {"sums": run.sums} | result | own | _alignment(sizes, run) | _judged(sizes, run),
         "saving": held | result | _judged(sizes, run),
     }
@@ -136,9 +144,11 @@ def _streamed(sizes: Sizes, run: Run, base: int) -> dict[str, dict[str, int]]:
     hidden = _hidden(sizes, run)
     merged = {"merged layer": run.merged // sizes.layers}
     block, seen, several = {"block": sizes.block}, {"hidden states": hidden}, {"hidden states": _streams(run) * hidden}
+    all_seen = _waiting_back(sizes, run) if run.hidden_limit is None else 0
+    back = {"gradients": sizes.experts, "hidden states": max(hidden, all_seen)} if run.gradients else {}
     phases = {
         "loading": held | block | {"conversion": _conversion(sizes)} | several,
-        "statistics": held | block | seen | _flight(sizes, run),
+        "statistics": held | block | seen | _flight(sizes, run) | back,
         "merging": held | block | several | merged | _alignment(sizes, run),
         "writing": held | {"shard": max(sizes.outside, sizes.block - sizes.experts + run.merged // sizes.layers)},
     }
@@ -166,6 +176,10 @@ def _waiting(sizes: Sizes, run: Run) -> int:
     return run.rows * run.length * (sizes.hidden_size * sizes.itemsize + run.length)
 
 
+def _waiting_back(sizes: Sizes, run: Run) -> int:
+    return run.waiting_back(sizes.block_count) * sizes.hidden_size * sizes.itemsize
+
+
 def _streams(run: Run) -> int:
     """Return of how many models the hidden states of all rows wait side by side.
 
@@ -179,9 +193,14 @@ def _streams(run: Run) -> int:
 
 def _flight(sizes: Sizes, run: Run) -> dict[str, int]:
     """Return what a batch in flight takes: its picks in the experts, and its logits with a copy in float32."""
-    tokens = run.batch_size * run.length
-    picks = tokens * sizes.top_k * (2 * sizes.hidden_size + 4 * sizes.intermediate_size) * sizes.itemsize
-    return {"experts at work": picks, "logits": tokens * sizes.vocabulary * (sizes.itemsize + 4)}
+    logits = run.batch_size * run.length * sizes.vocabulary * (sizes.itemsize + 4)
+    return {"experts at work": _picks(sizes, run), "logits": logits}
+
+
+def _picks(sizes: Sizes, run: Run) -> int:
+    """Return the bytes of what the experts of a layer make of a batch."""
+    width = 2 * sizes.hidden_size + 4 * sizes.intermediate_size
+    return run.batch_size * run.length * sizes.top_k * width * sizes.itemsize
 
 
 def _judged(sizes: Sizes, run: Run) -> dict[str, int]:

@@ -24,6 +24,7 @@ from hf_mcsmoe.layers.outside import (
 )
 from hf_mcsmoe.layers.sharded import whole
 from hf_mcsmoe.layers.source import Source, source_of
+from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.modeling.constants_mcsmoe import num_constants
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_of
 from hf_mcsmoe.modeling.router_mcsmoe import map_of
@@ -202,6 +203,20 @@ def moe_layers(model: PreTrainedModel | Source | Layers) -> Layers:
         ValueError: the model is quantized, has no experts, or experts of a kind that cannot be merged.
     """
     return Layers.of(model)
+
+
+def check_blocks(layers: Layers) -> None:
+    """Raise ValueError where experts lie in no block, or in several: a model is not read block by block then."""
+    for shared in layers.tied:
+        if len(shared) > 1:
+            raise ValueError(
+                f"{', '.join(layer.name for layer in shared)} share their experts, and lie in several blocks: what "
+                "all of them see is never at hand together, and the later ones read a cache that the earlier ones "
+                "fill, which a run that goes on would lack. Load the model (--no-stream)."
+            )
+    paths = tuple(f"{path}." for path in blocks(layers.model))
+    if outside := [layer.name for layer in layers if not layer.name.startswith(paths)]:
+        raise ValueError(f"{outside[0]} lies in no block of {type(layers.model).__name__}: load it (--no-stream).")
 
 
 def _is_text_experts(name: str, module: nn.Module) -> bool:

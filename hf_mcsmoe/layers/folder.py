@@ -18,7 +18,7 @@ from hf_mcsmoe.layers.dequantize import check_not_quantized, dequantized
 from hf_mcsmoe.layers.loading import load_config, model_class
 from hf_mcsmoe.layers.memory import keep_few_kernels, return_freed_memory
 from hf_mcsmoe.layers.snapshot import Passage, Snapshot
-from hf_mcsmoe.layers.streaming import Run, Turnstile, blocks
+from hf_mcsmoe.layers.streaming import BACK, Run, Turnstile, blocks
 
 
 class Folder:
@@ -83,14 +83,18 @@ class Folder:
 
     @contextlib.contextmanager
     def loaded(self, path: str) -> Iterator[nn.Module]:
-        """Yield the module at `path` with its weights, which are read unless they are there, and freed afterwards."""
+        """Yield the module at `path` with its weights, which are read unless they are there, and freed afterwards.
+
+        A path may be said as `back` does, where blocks are read in reverse.
+        """
+        path, is_back = path.removesuffix(BACK), path.endswith(BACK)
         module = self.model.get_submodule(path)
         with self._held(name for name in self._places if name.startswith(f"{path}.") or not path):
             if self._passage:
-                self._passage.entered(path)
+                self._passage.entered(path, is_back=is_back)
             yield module
         if self._passage:
-            self._passage.left(path)
+            self._passage.left(path, is_back=is_back)
 
     @property
     def file_bytes(self) -> int:
@@ -125,8 +129,8 @@ class Folder:
     def streamed(self) -> Iterator[Run]:
         """Let forwards load and free block by block; what lies outside the blocks is there all the time.
 
-        Pass `use_cache=False` in the batches, or each keeps the keys and values of all blocks. Gradients reach no
-        weight, since it is gone after the forward.
+        Pass `use_cache=False` in the batches, or each keeps the keys and values of all blocks. Gradients reach weights
+        by `backward_of` alone, since these are gone after the forward.
         """
         turnstile = Turnstile(blocks(self.model), self.loaded)
         with self.loaded_outside(), turnstile.installed():

@@ -203,18 +203,21 @@ class Passage:
         self._shards = {path: set(names) for path, names in shards.items()}
         self._paths = [path for path in self._shards if path]
         self._last = {name: path for path in self._paths for name in self._shards[path]}
+        self._first = {name: path for path in reversed(self._paths) for name in self._shards[path]}
 
-    def entered(self, path: str) -> None:
-        """Fetch what the block after this one reads."""
-        if path in self._paths[:-1]:
-            self.snapshot.fetch_ahead(sorted(self._shards[self._paths[self._paths.index(path) + 1]]))
+    def entered(self, path: str, *, is_back: bool = False) -> None:
+        """Fetch what the block after this one reads, or on the way back the block before."""
+        order = self._paths[::-1] if is_back else self._paths
+        if path in order[:-1]:
+            self.snapshot.fetch_ahead(sorted(self._shards[order[order.index(path) + 1]]))
 
-    def left(self, path: str) -> None:
+    def left(self, path: str, *, is_back: bool = False) -> None:
         """Drop what is not read any more, if that is asked for, when a block or a part of it is done."""
         block = next((block for block in self._paths if f"{path}.".startswith(f"{block}.")), None)
         if self.drops and block is not None:
             names = self._shards[block] - self._shards.get("", set())
-            self.snapshot.drop(name for name in names if self._last[name] == block)
+            last = self._first if is_back else self._last
+            self.snapshot.drop(name for name in names if last[name] == block)
 
     def close(self) -> None:
         """Drop all that was fetched, if that is asked for."""

@@ -15,6 +15,7 @@ from torch import nn
 T = TypeVar("T")
 R = TypeVar("R")
 THREAD = "hf_mcsmoe forward"
+BACK = " back"
 CURRENT: contextvars.ContextVar["Forward | None"] = contextvars.ContextVar("hf_mcsmoe_forward", default=None)
 
 
@@ -35,6 +36,17 @@ def blocks(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
         else:
             found |= blocks(child, where)
     return found
+
+
+def back(path: str) -> str:
+    """Return the name of the place at which forwards wait for a block on their way back."""
+    return f"{path}{BACK}"
+
+
+def way_of(paths: Iterable[str]) -> list[str]:
+    """Return where forwards that go back wait: at each of some blocks, and at each in reverse."""
+    there = list(paths)
+    return [*there, *map(back, reversed(there))]
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Turnstile:
             with self.loaded(path):
                 yield Turn(lambda key: True)
 
-        run_in_turns(forwards, list(self.blocks), turns)
+        run_in_turns(forwards, way_of(self.blocks), turns)
         return [one.result for one in forwards]
 
     def _enter(self, path: str, module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
@@ -144,6 +156,14 @@ def run_in_turns(forwards: Sequence["Forward"], order: Sequence[str], turns: Cal
     finally:
         for one in forwards:
             one.give_up()
+
+
+def wait_for(place: str) -> None:
+    """Let the forward that runs in this thread stop at a place until it is its turn there."""
+    current = CURRENT.get()
+    if current is None:
+        raise RuntimeError(f"No forward that takes turns reached {place}.")
+    current.wait(place)
 
 
 def current_key() -> Any:

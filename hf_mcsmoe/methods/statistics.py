@@ -49,6 +49,15 @@ def of_data(needs: Iterable[str]) -> list[str]:
     return [name for name in needs if STATISTICS.find(name).from_data]
 
 
+def gradient_names(needs: Iterable[str]) -> list[str]:
+    """Return the names of statistics that are taken after a backward pass, of some.
+
+    Raises:
+        ValueError: a name that no statistic has.
+    """
+    return [name for name in needs if STATISTICS.find(name).gradients]
+
+
 def with_tokens(needs: Iterable[str]) -> list[str]:
     """Return the names of statistics once each, and "tokens", which every plan reads, among them.
 

@@ -17,13 +17,14 @@ from hf_mcsmoe.compress import by_name, checked_on, sampled
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch
-from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.output import check_apart, check_room
 from hf_mcsmoe.layers.shards import ShardWriter, as_stored
 from hf_mcsmoe.low_rank.config import LoSparseConfig
 from hf_mcsmoe.methods.budget import MEASURED
 from hf_mcsmoe.methods.config import MergeConfig
+from hf_mcsmoe.methods.statistics import gradient_names, of_data
 from hf_mcsmoe.modeling.folders_mcsmoe import completed_folder, working_folder
 from hf_mcsmoe.modeling.plain_mcsmoe import plain_form
 from hf_mcsmoe.options import all_needs, check_kinds, check_options, chosen_repair, sparsity_needs
@@ -44,7 +45,6 @@ from hf_mcsmoe.streamed.config import Saving, StreamConfig
 from hf_mcsmoe.streamed.data import Data
 from hf_mcsmoe.streamed.journal import RESULT, SCORES, Journal, needed_bytes, place_of
 from hf_mcsmoe.streamed.planned import made_by_plan
-from hf_mcsmoe.streamed.refused import check_streamed
 from hf_mcsmoe.streamed.run import Run, description_of, digests_of
 from hf_mcsmoe.streamed.sized import made_to_size, with_curves
 from hf_mcsmoe.streamed.statistics import first_sweep
@@ -96,7 +96,7 @@ def compress_folder(
 
     Raises:
         TypeError: see `compress`.
-        ValueError: see `compress`; what needs the whole model at once, see `check_streamed`; shards to be dropped that
+        ValueError: see `compress`; see `check_blocks`; shards to be dropped that
             are not this run's; an output that is the source or lies in it; an earlier run on the output that was asked
             for something else; too little memory or disk.
     """
@@ -109,7 +109,7 @@ def compress_folder(
     search = SizeConfig.of(size)
     asked = Asked(repair if search else chosen_repair(repair), low_rank, quantization, sparsity, search)
     check_options(layers, config, **vars(asked))
-    check_streamed(layers, config, asked, statistics)
+    check_blocks(layers)
     needs = (*all_needs(config, search, quantization), *sparsity_needs(layers, config, sparsity))
     check_reference(needs, base_model, statistics)
     if search and statistics is not None:
@@ -128,14 +128,16 @@ def compress_folder(
     is_mapped = stream.check(folder, hidden)
     wanted = description_of(folder, config, asked, [data.batches, judge.batches, judge.check], statistics, norms)
     share = data.share_bytes(processes)
-    how: dict[str, Any] = {"restart": stream.restart, "mapped": stream.check(folder, share)}
+    goes_back = statistics is None and bool(gradient_names(of_data(needs)))
+    back = data.back_bytes(layers, processes) if goes_back else 0
+    how: dict[str, Any] = {"restart": stream.restart, "mapped": stream.check(folder, max(share, back))}
     sweep = partial(first_sweep, layers, data.batches, needs, place_of(path), wanted, processes, **how)
     tried = None if statistics is not None and statistics.curves else search or (budget and budget.search)
 
     def lead() -> Record:
         copies = trials_bytes(layers, data.batches, config, tried) if tried else 0
         result = _result_bytes(layers, config, search) + saving.form_bytes
-        check_room(path, needed_bytes(path, result, hidden, copies, restart=stream.restart), *TAKEN)
+        check_room(path, needed_bytes(path, result, hidden, copies, back, restart=stream.restart), *TAKEN)
         with working_folder(path) as work:
             journal = Journal(work, wanted, restart=stream.restart)
             if folder.snapshot is not None:
@@ -164,7 +166,9 @@ def compress_folder(
         return record
 
     if not processes.is_first and processes.sent(None, 0):
-        check_room(path, needed_bytes(path, 0, share), "The hidden states of this process's rows take", TAKEN[1])
+        check_room(
+            path, needed_bytes(path, 0, share, back=back), "The hidden states of this process's rows take", TAKEN[1]
+        )
         sweep(silent)
     return processes.led(lead)
 

@@ -14,7 +14,7 @@ from hf_mcsmoe.calibration.curves import LayerCurves
 from hf_mcsmoe.calibration.inputs import Captured
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.layers.batches import Batch, Watch, evaluation_mode, hooks
-from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.finite import check_all, check_outside
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.packing import apart
@@ -29,7 +29,6 @@ from hf_mcsmoe.search.config import JOINT, SizeConfig
 from hf_mcsmoe.search.curves import check_sums, measure_curves, plans_of_all
 from hf_mcsmoe.search.observed import Observations
 from hf_mcsmoe.streamed.parts import FITTED, ORIGINAL, Key
-from hf_mcsmoe.streamed.refused import check_blocks
 from hf_mcsmoe.streamed.states import States
 from hf_mcsmoe.streamed.trials import Trials
 

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.calibration.inputs import num_sequences
 from hf_mcsmoe.evaluation.held_out import Judge
 from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.packing import apart, unpacked
+from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.processes import Processes
 from hf_mcsmoe.repair.made import made_batches
@@ -56,6 +58,15 @@ class Data:
     def bytes_of(self, batches: Iterable[Batch]) -> int:
         """Return about how many bytes of hidden states some batches have between two blocks."""
         return sum(map(_tokens, batches)) * self._width
+
+    def back_bytes(self, layers: Layers, processes: Processes) -> int:
+        """Return about how many bytes of hidden states, and of what routers say, wait here while gradients are summed.
+
+        They are those of all blocks, and gradients at two of them.
+        """
+        tokens, width = sum(map(_tokens, processes.own(self.batches))), self.model.dtype.itemsize
+        said = sum(2 * width * layer.num_experts + 12 * (layer.top_k or 1) for layer in layers)
+        return (len(blocks(self.model)) + 2) * self.share_bytes(processes) + 2 * tokens * said
 
     @property
     def _width(self) -> int:

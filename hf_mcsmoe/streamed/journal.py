@@ -18,10 +18,12 @@ from hf_mcsmoe.modeling.folders_mcsmoe import WORK, work_place
 
 # Inside of the working folder beside the output.
 PLACE, FILE = "streamed", "journal.json"
-VERSION = 4
+VERSION = 5
 # The states of a run in their order: it takes statistics, measures what choices cost, compares budgets, lets ranks
 # compete, makes block after block, or puts the result in its place.
 STATISTICS, CURVES, BUDGETS, RANKS, BLOCKS, RESULT = "statistics", "curves", "budgets", "ranks", "blocks", "result"
+# Beside the blocks that have passed while it takes statistics, those that were gone back through for gradients.
+GONE_BACK = "gone back"
 # What the run has fetched into the cache of the Hub, in a file of its own: it is told while blocks are made.
 FETCHED = "fetched.json"
 # Folders in the run's of the processes that share its first sweep, each with a journal of its own.
@@ -144,7 +146,7 @@ def finished_bytes(output: str | os.PathLike) -> int:
 
 
 def needed_bytes(
-    output: str | os.PathLike, result: int, hidden: int, copies: int = 0, *, restart: bool = False
+    output: str | os.PathLike, result: int, hidden: int, copies: int = 0, back: int = 0, *, restart: bool = False
 ) -> int:
     """Return how many bytes more a run to this output takes on disk at most, where one may have been interrupted.
 
@@ -152,13 +154,16 @@ def needed_bytes(
         result: bytes of all shards that will be there.
         hidden: of hidden states between two blocks; those before a block stay until it is finished.
         copies: of those of trials, alike; they are gone when the sweep after theirs begins.
+        back: of those that wait for gradients while statistics are taken, before there is anything else.
         restart: whether what an interrupted run holds is removed before.
     """
     if restart:
-        return 2 * hidden + max(result, 2 * copies) - _bytes_of(output, "**/*")
-    copies = copies if state_of(output) in (None, STATISTICS, CURVES) else 0
+        return max(back, 2 * hidden + max(result, 2 * copies)) - _bytes_of(output, "**/*")
+    state = state_of(output)
+    copies = copies if state in (None, STATISTICS, CURVES) else 0
+    back = back if state in (None, STATISTICS) else 0
     held = finished_bytes(output) + _bytes_of(output, "**/?????.*")
-    return max(0, 2 * hidden + max(result, 2 * copies) - held)
+    return max(0, max(back, 2 * hidden + max(result, 2 * copies)) - held)
 
 
 def _bytes_of(output: str | os.PathLike, files: str) -> int:

@@ -6,20 +6,15 @@ before it return the same, for nothing but the next block reads it.
 """
 
 import contextlib
-import json
-import mmap
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from hf_mcsmoe.layers.batches import hooks
-from hf_mcsmoe.layers.memory import ALIGNED
+from hf_mcsmoe.layers.nest import read_nest, write_nest
 from hf_mcsmoe.layers.streaming import blocks, current_key, has_passed, is_between_blocks
 from hf_mcsmoe.streamed.parts import Key
 
@@ -35,17 +30,21 @@ class States:
             mapped: whether forwards go on with what is mapped from the files, rather than in memory.
         """
         self.folder, self.mapped = folder, mapped
-        self._numbers = {path: number for number, path in enumerate(order)}
+        self._numbers = {path: number for number, path in enumerate([*order, ""])}
         self._resumed: dict[tuple[str, Key], Any] = {}
 
     @contextlib.contextmanager
-    def kept(self, model: nn.Module, finished: Sequence[str]) -> Iterator[None]:
-        """Store what the blocks of a model return within the `with` block; those that are finished return that."""
+    def kept(self, model: nn.Module, finished: Sequence[str], *, each: bool = False) -> Iterator[None]:
+        """Store what the blocks of a model return within the `with` block; those that are finished return that.
+
+        Args:
+            each: whether each returns its own, where none was forgotten.
+        """
         of_model = blocks(model)
         with hooks() as handles:
             for path, module in of_model.items():
                 if path in finished:
-                    module.forward = partial(self._stored, path, _last(path, finished))
+                    module.forward = partial(self._stored, path, path if each else _last(path, finished))
                 else:
                     handles.append(module.register_forward_hook(partial(self._store, path)))
             try:
@@ -77,10 +76,32 @@ class States:
 
     def forget(self, path: str) -> None:
         """Remove what blocks before `path` in its list returned: this one is finished, and the journal knows."""
-        for earlier in [other for other in self._numbers if _list_of(other) == _list_of(path)]:
+        for earlier in [other for other in self._numbers if other and _list_of(other) == _list_of(path)]:
             if self._numbers[earlier] < self._numbers[path]:
                 for file in self.folder.glob(f"{self._numbers[earlier]:05d}.*"):
                     file.unlink()
+
+    def keep(self, path: str, name: str, value: Any) -> Any:
+        """Store something else that belongs to a block, "" for none, by a name, and return it as outputs are."""
+        file = self._file(path, self._own(name))
+        write_nest(file, value)
+        return read_nest(file, mapped=True) if self.mapped else value
+
+    def held(self, name: str, paths: Sequence[str]) -> Any:
+        """Return what `keep` stored of the last of some blocks of which it did; None where it did of none."""
+        files = [self._file(path, self._own(name)) for path in paths]
+        last = next((file for file in reversed(files) if file.exists()), None)
+        return None if last is None else read_nest(last, mapped=self.mapped)
+
+    def drop(self, name: str, path: str, before: Sequence[str]) -> None:
+        """Remove what `keep` stored of earlier blocks, where it did of the same forward at this one."""
+        for file in self.folder.glob(f"{self._numbers[path]:05d}.{name}.*"):
+            for other in before:
+                file.with_name(f"{self._numbers[other]:05d}{file.name[5:]}").unlink(missing_ok=True)
+
+    def _own(self, name: str) -> Key:
+        key = current_key()
+        return Key(name, key.kind, key.number)
 
     def clear(self) -> None:
         """Remove all of them."""
@@ -112,70 +133,3 @@ def _list_of(path: str) -> str:
 def _last(path: str, finished: Sequence[str]) -> str:
     """Return the last finished block of the list that `path` is in."""
     return [other for other in finished if _list_of(other) == _list_of(path)][-1]
-
-
-def write_nest(file: Path, value: Any) -> None:
-    """Write tensors, or tuples and lists of such and of None, to a file.
-
-    Raises:
-        TypeError: something else is in there.
-    """
-    tensors: list[torch.Tensor] = []
-    form = _taken(value, tensors)
-    entries: list[tuple[str, list[int], int]] = []
-    offset = 0
-    for tensor in tensors:
-        entries.append((str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
-        offset += _rounded(tensor.nbytes)
-    header = json.dumps({"form": form, "tensors": entries}).encode()
-    start = _rounded(8 + len(header))
-    with file.open("wb") as out:
-        out.write(len(header).to_bytes(8, "little") + header)
-        for tensor, (_, _, place) in zip(tensors, entries, strict=True):
-            out.seek(start + place)
-            out.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        out.truncate(start + offset)
-
-
-def read_nest(file: Path, *, mapped: bool) -> Any:
-    """Return what `write_nest` wrote, mapped from the file or in memory. Writing to it does not change the file."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        content, start = json.loads(opened.read(length)), _rounded(8 + length)
-        if mapped:
-            place = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            data = torch.from_numpy(np.frombuffer(place, np.uint8))
-        else:
-            data = torch.empty(os.fstat(opened.fileno()).st_size, dtype=torch.uint8)
-            opened.seek(0)
-            opened.readinto(data.numpy().data)
-    tensors = []
-    for name, shape, offset in content["tensors"]:
-        dtype = getattr(torch, name)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        tensors.append(data[start + offset : start + offset + size].view(dtype).view(shape))
-    return _given(content["form"], tensors)
-
-
-def _rounded(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
-
-
-def _taken(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """Return the form of a value as JSON, and add its tensors to the list."""
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return len(tensors) - 1
-    if value is None:
-        return None
-    if type(value) in (tuple, list):
-        return [type(value).__name__, [_taken(one, tensors) for one in value]]
-    raise TypeError(f"A block returned {type(value).__name__}, which is not kept: load the model (--no-stream).")
-
-
-def _given(form: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """Return the value of a form."""
-    if isinstance(form, list):
-        kind: Callable[[Any], Any] = tuple if form[0] == "tuple" else list
-        return kind(_given(one, tensors) for one in form[1])
-    return None if form is None else tensors[form]

@@ -21,14 +21,15 @@ from hf_mcsmoe.layers.finite import check_all, check_outside
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.packing import apart
 from hf_mcsmoe.layers.streaming import Forward, Turn, Turnstile, blocks, run_in_turns
-from hf_mcsmoe.methods.statistics import of_data, with_tokens
-from hf_mcsmoe.methods.view import Sums
+from hf_mcsmoe.methods.statistics import gradient_names, of_data, with_tokens
 from hf_mcsmoe.modeling.folders_mcsmoe import WORK, working_folder
 from hf_mcsmoe.processes import Processes, working_as
 from hf_mcsmoe.progress import Progress
-from hf_mcsmoe.streamed.journal import PARTS, STATISTICS, Journal
+from hf_mcsmoe.streamed.gradients import collect_back
+from hf_mcsmoe.streamed.journal import GONE_BACK, PARTS, STATISTICS, Journal
 from hf_mcsmoe.streamed.parts import FITTED, ORIGINAL, Key
 from hf_mcsmoe.streamed.states import States
+from hf_mcsmoe.streamed.sums import known_sums, save_sums
 
 # In the folder of a run, the sums of its first sweep.
 SUMS = "statistics.safetensors"
@@ -61,16 +62,20 @@ def first_sweep(
     """
     folder, paths = cast(Folder, layers.source), list(blocks(layers.model))
     with _part(place, run, processes, restart=restart) as part:
-        kept = part.content.setdefault(STATISTICS, [])
+        goes_back = bool(gradient_names(of_data(needs)))
+        kept = [part.content.setdefault(key, []) for key in (STATISTICS, GONE_BACK)[: 1 + goes_back]]
+        number = len(kept) * len(paths)
 
         def done() -> None:
             part.check_source(folder)
-            tell(STATISTICS, len(kept) + 1, len(paths))
+            tell(STATISTICS, sum(map(len, kept)) + 1, number)
 
-        tell(STATISTICS, len(kept), len(paths))
+        tell(STATISTICS, sum(map(len, kept)), number)
         states, own = States(part.folder, paths, mapped=mapped), list(processes.own(apart(layers.model, batches)))
         with working_as(processes):
-            found = collect_by_blocks(layers, own, of_data(needs), states, part, done)
+            collect = collect_back if goes_back else collect_by_blocks
+            found = collect(layers, own, of_data(needs), states, part, done)
+            tell(STATISTICS, number, number)  # no gradient reaches what lies before the first experts
             summed(found)
         processes.agreed(partial(found.save, place / SUMS))
         part.remove()
@@ -123,11 +128,8 @@ def collect_by_blocks(
     """
     names = with_tokens(needs)
     check_collected(names)
-    folder, found = cast(Folder, layers.source), RoutingStatistics(layers.fingerprint)
-    finished: list[str] = journal.content.setdefault(STATISTICS, [])
-    for number, _ in enumerate(finished):
-        found.layers |= RoutingStatistics.load(_file(journal, number)).layers
-    found.layers = {layer.name: found.layers.get(layer.name, Sums()) for layer in layers}
+    folder, finished = cast(Folder, layers.source), journal.content.setdefault(STATISTICS, [])
+    found = known_sums(layers, journal, len(finished))
     watch = Watch(folder.model, lambda layer, routed, counted, _: add_sums(found[layer.name], routed, counted, names))
 
     def turns(path: str) -> Iterator[Turn]:
@@ -138,8 +140,7 @@ def collect_by_blocks(
                 handles.extend(watch.routed(layer))
             yield Turn(lambda key: True)
         done()
-        own = RoutingStatistics(found.fingerprint, {layer.name: found[layer.name] for layer in here})
-        own.save(_file(journal, len(finished)))
+        save_sums(found, here, journal, len(finished))
         finished.append(path)
         journal.save()
         states.forget(path)
@@ -155,7 +156,3 @@ def collect_by_blocks(
         run_in_turns(forwards, list(left), turns)
     check_finite(found, layers)
     return found
-
-
-def _file(journal: Journal, number: int) -> str:
-    return str(journal.folder / f"sums-{number:05d}.safetensors")

@@ -67,7 +67,14 @@ def test_compress_shares_its_work(folder: Path, run: Run, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Few calibration tokens", "ignore:The repair left")
-@pytest.mark.parametrize("way", [["--experts", 4, "--repair", "refit"], ["--size", 0.7, "--reduce", "prune"]])
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--experts", 4, "--repair", "refit"],
+        ["--size", 0.7, "--reduce", "prune"],
+        ["--saliency", "taylor", "--experts", 0.5],
+    ],
+)
 def test_compress_block_by_block_shares_the_first_sweep(
     way: list[Any], folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

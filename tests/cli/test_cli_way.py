@@ -118,6 +118,9 @@ def test_a_size_is_planned_with_its_sweeps_and_both_results(folder: Path, run: R
     rows = ["--num-samples", "8", "--max-length", "8"]
     told, half = (_plan(run, folder, *options, *rows)[0] for options in (["--size", "0.8"], HALF))
     assert told["needs"][STREAMED]["read"] == 3 * told["source"]["bytes"] == 3 * half["needs"][STREAMED]["read"] / 2
+    late = _plan(run, folder, *HALF, "--saliency", "taylor", *rows)[0]
+    assert late["needs"][STREAMED]["read"] == 3 * told["source"]["bytes"]
+    assert "gradients" in late["needs"][STREAMED]["phases"]["statistics"]
     assert told["needs"][STREAMED]["disk"] > 2 * told["run"]["result"]
     parts = told["needs"][IN_MEMORY]["phases"]["saving"]
     assert parts["results before"] == told["run"]["result"] > 0

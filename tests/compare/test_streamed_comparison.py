@@ -128,6 +128,3 @@ def test_what_needs_a_loaded_model_is_refused(tmp_path: Path) -> None:
     layers = Layers.of(Folder(tmp_path / "source"))
     with pytest.raises(ValueError, match="leave out --task"):
         compared(layers, data, tmp_path / "out", Grid(FEW, [0.5]), metric=lambda model: {"value": 1.0})
-    late = {"late": {"config": MergeConfig(merging="fisher")}}
-    with pytest.raises(ValueError, match="summed after a backward pass"):
-        compared(layers, data, tmp_path / "out", Grid(late, [0.5]))

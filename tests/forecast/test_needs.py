@@ -91,6 +91,22 @@ def test_two_results_are_tried_for_a_size() -> None:
     assert (few[IN_MEMORY].disk, few[IN_MEMORY].read) == (6000, 10_500)
 
 
+def test_gradients_take_a_way_back_past_all_blocks() -> None:
+    run = replace(RUN, gradients=True, sweeps=3)
+    plain, back = (needs_of(SIZES, one, 10_500, base=BASE) for one in (RUN, run))
+    states = (10 + 2) * 4 * 3 * 10 * 2  # of ten blocks, and gradients at two of them
+    phase = back[STREAMED].phases["statistics"]
+    assert (phase["gradients"], phase["hidden states"]) == (900, states)
+    assert (back[STREAMED].disk, back[STREAMED].read) == (plain[STREAMED].disk, 3 * 10_500)
+    assert needs_of(SIZES, replace(run, result=10), 10_500, base=BASE)[STREAMED].disk == states
+    mapped = needs_of(SIZES, replace(run, hidden_limit=0), 10_500, base=BASE)[STREAMED].phases["statistics"]
+    assert mapped == phase | {"hidden states": 0}
+    picks = 2 * 3 * 2 * (2 * 10 + 4 * 15) * 2
+    assert back[IN_MEMORY].phases["statistics"]["gradients"] == 10 * (900 + picks)
+    del back[IN_MEMORY].phases["statistics"]["gradients"]
+    assert back[IN_MEMORY].phases == plain[IN_MEMORY].phases
+
+
 @pytest.mark.parametrize(("plans", "cut", "streams"), [(0, True, 1), (3, False, 2), (5, True, 6)])
 def test_plans_are_compared_for_a_measured_budget(plans: int, cut: bool, streams: int) -> None:
     needs = needs_of(SIZES, replace(RUN, plans=plans, cut=cut, sweeps=4), 10_500, base=BASE)

@@ -13,6 +13,7 @@ from scripts import run
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, SparsityConfig
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.streaming import blocks
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import StreamConfig, held_bytes
 from hf_mcsmoe.streamed.journal import BLOCKS, BUDGETS, CURVES, RANKS, STATISTICS, Journal
@@ -28,6 +29,7 @@ ALL = {
 }
 NARROW = {**ALL, "low_rank": None, "sparsity": SparsityConfig("wanda", "units", 1 / 3)}
 MEASURED = MergeConfig(experts=4, budget="measured", reduce="auto")
+GRADIENTS = MergeConfig(experts=4, saliency="taylor", merging="fisher")
 COMPETING = {"low_rank": LoSparseConfig(energy=0.5, scope="global", keep=0.1, allow_dense=True)}
 
 
@@ -39,11 +41,15 @@ def hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def source(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def source(name: str, folder: Path, dtype: torch.dtype = torch.float32, router_loss: float = 0.0) -> dict[str, Any]:
     """Save a model; returns the arguments of `compress_folder` but for output and options."""
     model = build(name).to(dtype)
+    if router_loss:
+        model.config.output_router_logits, model.config.router_aux_loss_coef = True, router_loss
     model.save_pretrained(folder / "source")
     rows, held_out = batches(name, model, 2), batches(name, model, 3)[2:]
+    if model.config.is_encoder_decoder:
+        rows = [{**row, "labels": row["decoder_input_ids"]} for row in rows]
     return {
         "source": folder / "source", "batches": rows, "config": MergeConfig(experts=4), "held_out": held_out
     }  # fmt: skip
@@ -84,6 +90,10 @@ def _interrupted(
     ("name", "options", "is_mapped"),
     [
         ("mixtral", {"repair": RepairConfig()}, True),
+        ("mixtral", {"config": GRADIENTS}, True),
+        pytest.param("mixtral", {"config": GRADIENTS, "router_loss": 3.0}, False, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", {"config": GRADIENTS, "repair": RepairConfig()}, False, marks=pytest.mark.slow),
+        pytest.param("switch_transformers", {"config": GRADIENTS}, True, marks=pytest.mark.slow),
         pytest.param("mixtral", {"config": MEASURED}, False, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", {"config": MEASURED, "repair": RepairConfig()}, True, marks=pytest.mark.slow),
         pytest.param("mixtral", ALL | COMPETING, True, marks=pytest.mark.slow),
@@ -99,14 +109,16 @@ def _interrupted(
 def test_a_run_ended_after_each_step_ends_with_the_same_bytes(
     name: str, options: dict[str, Any], is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"dtype": torch.float32} | options
-    given, states = source(name, tmp_path, options.pop("dtype")) | options, set[str]()
+    options = {"dtype": torch.float32, "router_loss": 0.0} | options
+    made = source(name, tmp_path, options.pop("dtype"), options.pop("router_loss"))
+    given, states = made | options, set[str]()
     compress_folder(output=tmp_path / "whole" / "out", **given)
     if is_mapped:  # no byte is left for hidden states
         given["stream"] = StreamConfig(memory=held_bytes(Folder(tmp_path / "source").model))
     (tmp_path / "parts").mkdir()
+    number = len(blocks(Folder(tmp_path / "source").model))
     ends = list(_interrupted(given, tmp_path / "parts" / "out", monkeypatch, states))
-    assert len(ends) > 5
+    assert len(ends) > (2 * number if given["config"] == GRADIENTS else 5)
     more = {CURVES, BUDGETS} if given["config"] == MEASURED else set()
     more |= {RANKS} if COMPETING.items() <= given.items() else set()
     assert states >= {STATISTICS, BLOCKS, *more}

@@ -44,7 +44,9 @@ HALF, WHOLE = MergeConfig(experts=4), MergeConfig(experts=1.0)
 SKIPPED = MergeConfig(experts=4, skip=("*.0.*",))
 MEASURED = MergeConfig(experts=4, budget="measured")
 # A family, what is merged, and what else is done; those of the first list are quick.
+GRADIENTS = MergeConfig(experts=4, saliency="taylor", merging="fisher", similarity="gradient")
 QUICK: list[Any] = [
+    ("mixtral", GRADIENTS, {}),
     ("switch_transformers", HALF, WAYS["refit"]),
     ("mixtral", PRUNED, {}),
     ("mixtral", SKIPPED, {"sparsity": NARROW}),
@@ -55,6 +57,7 @@ SLOW: list[Any] = [
     *(("mixtral", HALF, way) for way in WAYS.values()),
     *(("switch_transformers", HALF, way) for way in WAYS.values()),
     ("deepseek_v3", HALF, WAYS["refit"]),
+    *((name, GRADIENTS, WAYS["refit"]) for name in ("qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")),
     ("gpt_oss", HALF, WAYS["bits"]),
     ("switch_transformers", WHOLE, {"quantization": BITS}),
     ("switch_transformers", WHOLE, {"repair": LOCAL, "low_rank": RANK, "quantization": BITS}),
@@ -132,14 +135,15 @@ def test_bit_for_bit(name: str, config: MergeConfig, options: dict[str, Any], tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3moe-mini-16e"])
-@pytest.mark.parametrize("way", ["refit", "low rank", "bits"])
+@pytest.mark.parametrize("way", ["refit", "low rank", "bits", "gradients"])
 def test_trained_models_bit_for_bit(name: str, way: str, tmp_path: Path) -> None:
+    config = replace(GRADIENTS if way == "gradients" else HALF, experts=8)
     place = MODELS / name
     tokenizer = AutoTokenizer.from_pretrained(place)
     lines = [line for line in (place / "validation.txt").read_text().splitlines() if len(line) > 200][:12]
     rows = [dict(tokenizer(line, return_tensors="pt", truncation=True, max_length=64)) for line in lines]
-    options = {**WAYS[way], "held_out": rows[8:]}
-    compress_folder(place, tmp_path / "a" / "out", rows[:8], MergeConfig(experts=8), **options)
+    options = {**WAYS.get(way, {}), "held_out": rows[8:]}
+    compress_folder(place, tmp_path / "a" / "out", rows[:8], config, **options)
     model = AutoModelForCausalLM.from_pretrained(place)
-    compress(model, rows[:8], MergeConfig(experts=8), **options).save_pretrained(tmp_path / "b" / "out")
+    compress(model, rows[:8], config, **options).save_pretrained(tmp_path / "b" / "out")
     assert_alike(tmp_path / "a" / "out", tmp_path / "b" / "out")
