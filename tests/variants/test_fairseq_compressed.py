@@ -11,7 +11,7 @@ from families import build
 from helpers import Batch, Run, logits
 from merged import check_without_package, tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from variant_folders import fairseq, save, xglm
 
 from hf_mcsmoe import (
@@ -25,6 +25,8 @@ from hf_mcsmoe import (
     moe_layers,
 )
 from hf_mcsmoe.variants import add_momentum, convert_fairseq_moe, set_top_k
+from hf_mcsmoe.variants.fairseq_moe_mcsmoe import FairseqMoeModel
+from hf_mcsmoe.variants.remote_mcsmoe import become
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Few calibration tokens"),
@@ -138,6 +140,34 @@ def test_it_is_saved_with_the_code_of_both_and_loads(way: str, tmp_path: Path) -
     assert {"merged_fairseq_moe_mcsmoe.py", "fairseq_moe_mcsmoe.py", "remote_mcsmoe.py", "modeling_mcsmoe.py"} <= names
     assert not any("from hf_mcsmoe" in (tmp_path / "saved" / name).read_text() for name in names)
     assert "`xglm`" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_a_bare_model_and_one_that_is_offloaded_are_compressed_alike(tmp_path: Path) -> None:
+    convert(tmp_path).save_pretrained(tmp_path / "given")
+    config = MergeConfig(experts=0.5)
+    whole = compress(AutoModelForCausalLM.from_pretrained(tmp_path / "given"), batches(), config)
+    bare = compress(AutoModel.from_pretrained(tmp_path / "given"), batches(), config)
+    assert torch.equal(bare(**batches()[0])[0], whole.model(**batches()[0])[0])
+    places = {"model.embed_tokens": "cpu", "model.embed_positions": "cpu", "model.layers": "disk"}
+    places |= {"model.layer_norm": "cpu", "lm_head": "cpu"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    offloaded = compress(AutoModelForCausalLM.from_pretrained(tmp_path / "given", **options), batches(), config)
+    assert torch.equal(logits(offloaded, batches()[0]), logits(whole, batches()[0]))
+    whole.save_pretrained(tmp_path / "saved")
+    loaded = AutoModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(**batches()[0])[0], whole.model(**batches()[0])[0])
+
+
+def test_experts_of_a_width_that_grouped_products_cannot_take(tmp_path: Path) -> None:
+    model = xglm()
+    become(model, FairseqMoeModel, {"layers": [1], "num_experts": 4, "expert_dim": 20, "top_k": 2})
+    for parameter in model.model.layers[1].moe_layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    merged = compress(model, batches(), MergeConfig(experts=0.5), low_rank=LoSparseConfig(rank=3))
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (merged.config._experts_implementation, loaded.config._experts_implementation) == ("eager", "eager")
+    assert torch.equal(logits(loaded, batches()[0]), logits(merged, batches()[0]))
 
 
 def test_k_is_set_of_a_merged_model_and_saved(tmp_path: Path) -> None:
