@@ -16,7 +16,7 @@ from hf_mcsmoe.calibration.collect import collect_statistics
 from hf_mcsmoe.calibration.reference import add_reference, check_reference, reference_norms
 from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.cli.dial import Dial
-from hf_mcsmoe.cli.display import console, cost_table, layers_table, notes, quality_table, stage_bars
+from hf_mcsmoe.cli.display import notes, stage_bars
 from hf_mcsmoe.cli.export import PlainForm
 from hf_mcsmoe.cli.options import (
     BaseModel,
@@ -31,15 +31,8 @@ from hf_mcsmoe.cli.options import (
     itemsize,
     options_of,
 )
-from hf_mcsmoe.cli.plain import (
-    check_plain_asked,
-    check_unfitted,
-    exported,
-    fit_of,
-    form_bytes,
-    plain_config,
-    write_plain,
-)
+from hf_mcsmoe.cli.outcome import calibrated, finish
+from hf_mcsmoe.cli.plain import check_unfitted, fit_of, plain_asked, plain_config, write_plain
 from hf_mcsmoe.cli.preset import MERGE, PresetName, check_preset
 from hf_mcsmoe.cli.recipe import recipe_text
 from hf_mcsmoe.cli.report import draw
@@ -47,10 +40,10 @@ from hf_mcsmoe.cli.scores import read_scores
 from hf_mcsmoe.cli.sources import Calibration
 from hf_mcsmoe.cli.streaming import Streaming, forget_interrupted, opened, push_folder, telling_what_is_kept
 from hf_mcsmoe.compress import compress
-from hf_mcsmoe.evaluation.costs import REPETITIONS, folder_bytes
+from hf_mcsmoe.evaluation.costs import REPETITIONS
 from hf_mcsmoe.export.calibrate import RouterFit
-from hf_mcsmoe.export.checkpoint import PLAIN
-from hf_mcsmoe.layers.batches import Batch
+from hf_mcsmoe.export.checkpoint import kept_sentence
+from hf_mcsmoe.export.sized import plain_bytes
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.methods.budget import MEASURED
@@ -60,8 +53,7 @@ from hf_mcsmoe.options import check_options, chosen_repair, merges_nothing, spar
 from hf_mcsmoe.planning import saved_parameters
 from hf_mcsmoe.processes import current
 from hf_mcsmoe.progress import Progress, counted, one_step
-from hf_mcsmoe.record import DROPPED, Record
-from hf_mcsmoe.record import Calibration as Calibrated
+from hf_mcsmoe.record import Record
 from hf_mcsmoe.repair.methods import REPAIR, RepairConfig
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.conditions import check_curves
@@ -70,7 +62,6 @@ from hf_mcsmoe.search.curves import needs_of
 from hf_mcsmoe.streamed.compress import compress_folder
 from hf_mcsmoe.streamed.config import Saving
 from hf_mcsmoe.streamed.journal import finished_bytes, is_placing
-from hf_mcsmoe.tables import size_lines
 
 
 @options_of(Calibration, "calibration", panel="Data")
@@ -125,25 +116,26 @@ def compress_command(
     low_rank = None if size else storage.low_rank()  # a size has its rank among its options
     stages: dict[str, Any] = {"low_rank": low_rank, "quantization": dial.quantization(), "size": size}
     stages["sparsity"] = inside.config(dial.skip or ())
-    check_plain_asked(form, layers, plain=plain, stages=stages)
-    config = plain_config(config, size, layers, form.names) if plain else config
+    asked = plain_asked(form, plain=plain)
+    config, size = plain_config(config, size, layers, asked)
+    stages["size"] = size
     stages["repair"] = _chosen(repair, layers, config, stages)
     needed, held = _check(layers, config, stages, loading.dtype, scores, base_model)
     held = streaming.given(held, target.output)
+    beside = plain_bytes(layers, config, asked, stages) if asked else 0
     read = {"data": calibration.data, "check_data": calibration.check_data or [], "base_model": base_model}
     # The same in all processes, whatever each has free.
     streaming = current().agreed(partial(streaming.going_on, target.output))
     is_streamed = current().agreed(partial(streaming.is_chosen, layers, config, stages, held, calibration))
     if not is_streamed:
         streaming.tell_unused()
-    check_unfitted(form if plain and is_streamed else None, config, size)
+    check_unfitted(form if asked and is_streamed else None, config, size)
     goes_on = is_streamed and not streaming.restart
     claims = replace(target, overwrite=True) if goes_on and is_placing(target.output) else target
     done = finished_bytes(target.output) if goes_on else 0
-    whole = empty.num_parameters() * itemsize(loading.dtype, empty)
-    beside = form_bytes(form if plain and is_streamed else None, needed, whole)
-    needed *= 2 if is_streamed and size else 1  # two results lie on disk until one of them is taken
-    output = claims.claimed(max(0, needed + beside - done), model=model, **read)
+    # Of a size two results lie on disk until one of them is taken.
+    written = (2 if size else 1) * needed + beside if is_streamed else beside or needed
+    output = claims.claimed(max(0, written - done), model=model, **read)
     tokenizer = load_tokenizer(loading.tokenizer or model)
     reads = held is None or config.budget == MEASURED or any(stages.values())
     started = time.perf_counter()
@@ -154,7 +146,7 @@ def compress_command(
             loaded = folder.model if folder else load_model(model, **_how(loading))
         batches, held_out = calibration.batches(samples, tokenizer, loaded, progress) if reads else ([], [])
         check = calibration.check_batches(other, tokenizer, loaded)
-        told = _calibrated(calibration, batches, held_out, check)
+        told = calibrated(calibration, batches, held_out, check)
         used = {"repair": stages["repair"].method if stages["repair"] else "none"}
         used |= {"size": str(size.size)} if size else {}
         used |= {} if held is not None else {"scores": None}  # which others can take anew
@@ -177,8 +169,7 @@ def compress_command(
         shown["check"] = check
         if folder:
             told_of = partial(replace, calibration=told, recipe=text)
-            written = {"form": exported(form, progress), "form_bytes": beside} if plain else {"after": draw}
-            saving = Saving(own, told_of, scores=scores, **written)
+            saving = Saving(own, told_of, lambda folder: draw(folder) if asked is None else None, scores, asked)
             with telling_what_is_kept(output):
                 record = compress_folder(
                     folder,
@@ -195,7 +186,7 @@ def compress_command(
                     saving=saving,
                 )
             if current().is_first:
-                _finish(record, output, started)
+                finish(record, output, started)
                 push_folder(target, output)
             return
         merged = compress(
@@ -213,11 +204,11 @@ def compress_command(
     if size and scores and sums is not None:
         sums.save(scores)  # with what choices cost, which was measured meanwhile
     attach_record(merged, replace(record_of(merged), calibration=told, recipe=text))
-    fit = fit_of(batches, held_out, check, loaded, form.router_steps, told) if plain else None
+    fit = fit_of(batches, held_out, check, loaded, form.router_steps, record_of(merged)) if plain else None
     with stage_bars() as progress:
         record = _saved(merged, output, own, (form, fit) if plain else None, progress)
     forget_interrupted(output)
-    _finish(record, output, started)
+    finish(record, output, started)
     _push(target, merged, output, None if plain else own, plain=plain)
 
 
@@ -237,32 +228,27 @@ def _saved(
     plain: tuple[PlainForm, RouterFit | None] | None,
     progress: Progress,
 ) -> Record:
-    """Save the result, as a plain checkpoint where `plain` says how; returns its record."""
+    """Save the result, as a plain checkpoint where `plain` says how; returns its record.
+
+    Raises:
+        ValueError: it has none after all: then it is saved in our own format.
+    """
+    lost = None
     if plain is not None:
-        return write_plain(merged, output, *plain, tokenizer, progress)
+        try:
+            return write_plain(merged, output, *plain, tokenizer, progress)
+        except ValueError as error:
+            lost = error
     with one_step("saving", progress):
         cast(Any, merged).save_pretrained(output, tokenizer=tokenizer)
         draw(output)
+    if lost is not None:
+        raise ValueError(kept_sentence(output, lost)) from lost
     return record_of(merged)
 
 
 def _how(loading: Loading) -> dict[str, Any]:
     return {"dtype": loading.dtype, "device_map": loading.device_map, "dequantize": loading.dequantize}
-
-
-def _calibrated(
-    calibration: Calibration, batches: Sequence[Batch], held_out: Sequence[Batch], check: Sequence[Batch]
-) -> Calibrated:
-    """Return what the record tells of the data."""
-    fitted, judging, checked = (sum(len(batch["input_ids"]) for batch in part) for part in (batches, held_out, check))
-    names, others = calibration.names if batches else [], calibration.check_names if check else []
-    return Calibrated(names, fitted + judging, judging, others, checked)
-
-
-def _finish(record: Record, output: Path, started: float) -> None:
-    """Print what was done, and how long it took."""
-    _show(record, output)
-    console.print(f"[bold]{escape(str(output))}[/] written after {time.perf_counter() - started:.0f} s")
 
 
 def _chosen(repair: str | None, layers: Layers, config: MergeConfig, stages: Mapping[str, Any]) -> RepairConfig | None:
@@ -278,36 +264,6 @@ def _chosen(repair: str | None, layers: Layers, config: MergeConfig, stages: Map
         notes.print("every layer keeps all its experts, so there is nothing to repair")
         return None
     return RepairConfig()
-
-
-def _show(record: Record, output: Path) -> None:
-    """Print what became of the layers, how the stages do on held-out rows, and what they cost."""
-    *_, last = record.costs
-    costs = record.costs | {last: replace(record.costs[last], bytes_on_disk=folder_bytes(output))}
-    console.print(layers_table(record.layers))
-    data = record.calibration
-    if record.quality:
-        rows = f"{data.held_out} of {data.rows} rows"
-        rows += f", and {data.check_rows} of other text ({', '.join(data.check)})," if data.check_rows else ""
-        console.print(f"\nin nats per position, on {rows} that nothing was fitted to:", highlight=False)
-        console.print(quality_table(record.quality))
-        console.print()
-    elif data.rows:
-        console.print(f"{_unmeasured(data)}: neither loss nor KL to the original is known")
-    console.print(cost_table(costs))
-    told = [line for step in record.steps if step.title in (DROPPED, PLAIN) for line in step.lines]
-    for line in [*told, *filter(None, (step.figures.get("few_rows") for step in record.steps))]:
-        notes.print(escape(line), highlight=False, soft_wrap=True)
-    if record.size:
-        console.print()
-        for line in size_lines(record.size, record.quality[record.judged].kl if record.judged else None):
-            console.print(escape(line), highlight=False, soft_wrap=True)
-
-
-def _unmeasured(data: Calibrated) -> str:
-    if not data.held_out:
-        return f"{data.rows} calibration rows are too few to hold an eighth of them out"
-    return "this model tells no distribution to compare"
 
 
 def _check(

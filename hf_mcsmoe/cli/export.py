@@ -16,6 +16,7 @@ from hf_mcsmoe.cli.streaming import push_folder
 from hf_mcsmoe.export.calibrate import RouterFit
 from hf_mcsmoe.export.checkpoint import CHECK_KL_TO_MERGED, KL_TO_MERGED, PLAIN, SUBSTITUTED, checked, export
 from hf_mcsmoe.export.engines import ENGINES, check_engine_names
+from hf_mcsmoe.export.expected import Plain
 from hf_mcsmoe.export.router_rows import ROUTER_ROWS, check_router_rows
 from hf_mcsmoe.export.stored import PACKED
 from hf_mcsmoe.layers.folder import Folder
@@ -59,14 +60,9 @@ class PlainForm:
         return [name.strip() for name in self.engines.split(",") if name.strip()]
 
     @property
-    def stores(self) -> dict[str, bool]:
-        """How experts are stored."""
-        return {"expand": self.expand, "dense": self.dense, "mxfp4": self.mxfp4}
-
-    @property
-    def options(self) -> dict[str, Any]:
+    def plain(self) -> Plain:
         """The options of `export`."""
-        return {"engines": self.names, "router_rows": self.router_rows, **self.stores}
+        return Plain(tuple(self.names), self.router_rows, self.expand, self.dense, self.mxfp4)
 
 
 @dataclass(frozen=True)
@@ -138,8 +134,8 @@ def export_command(
     output = target.claimed(model=model, data=text.data, base_model=base_model)
     started = time.perf_counter()
     source = Folder(model, dtype=running.dtype)
-    checked(source, form.names, **form.stores, is_fitted=bool(text.data))
-    options: dict[str, Any] = {**form.options, "overwrite": target.overwrite}
+    checked(source, form.names, **form.plain.stores, is_fitted=bool(text.data))
+    options: dict[str, Any] = {**form.plain.options, "overwrite": target.overwrite}
     with stage_bars() as progress:
         if text.data:
             loaded, fit = _fit(model, text, form, running, base_model, progress)

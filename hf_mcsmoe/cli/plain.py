@@ -1,6 +1,6 @@
 """`compress --plain`: what is checked before any work so that the result can be an ordinary checkpoint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,27 @@ from hf_mcsmoe.export.architectures import check_architecture
 from hf_mcsmoe.export.calibrate import RouterFit
 from hf_mcsmoe.export.checkpoint import export
 from hf_mcsmoe.export.engines import check_engines, nearest_count
+from hf_mcsmoe.export.expected import Plain
 from hf_mcsmoe.export.form import check_family, router_groups, shape_of
-from hf_mcsmoe.export.router_rows import bias_name
-from hf_mcsmoe.export.stored import check_mxfp4
+from hf_mcsmoe.export.sized import plain_size
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers
-from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.methods.choice import AUTO
 from hf_mcsmoe.methods.config import UNIFORM, MergeConfig
 from hf_mcsmoe.progress import Progress
-from hf_mcsmoe.record import Calibration, Record
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.record import Record
+from hf_mcsmoe.search.config import MODEL, SizeConfig
 
 
-def check_plain_asked(form: PlainForm, layers: Layers, *, plain: bool, stages: dict[str, Any]) -> None:
-    """Raise ValueError where options of a plain checkpoint go without --plain, or with what no such one can hold."""
-    if not plain:
-        if form.is_given:
-            raise ValueError("--for, --router-rows, --expand and the like are about --plain: give that too.")
-        return
-    check_family(layers)
-    if stages["low_rank"] and not form.dense:
-        raise ValueError(
-            f"--rank {stages['low_rank'].rank} stores experts as no model of the family's class does: leave it out, "
-            "or multiply them out with --dense."
-        )
-    if form.mxfp4:
-        check_mxfp4(layers, is_dense=form.dense or not (stages["quantization"] or stages["size"]))
-    if form.router_rows == "logsumexp":
-        for layer in layers:
-            bias_name(layer)
+def plain_asked(form: PlainForm, *, plain: bool) -> Plain | None:
+    """Return which plain checkpoint is asked for; None for none.
+
+    Raises:
+        ValueError: options of one go without --plain.
+    """
+    if form.is_given and not plain:
+        raise ValueError("--for, --router-rows, --expand and the like are about --plain: give that too.")
+    return form.plain if plain else None
 
 
 def check_unfitted(form: PlainForm | None, config: MergeConfig, size: SizeConfig | None) -> None:
@@ -67,30 +59,27 @@ def check_unfitted(form: PlainForm | None, config: MergeConfig, size: SizeConfig
     )
 
 
-def form_bytes(form: PlainForm | None, result: int, whole: int) -> int:
-    """Return about how many bytes a plain form takes, which is made while the result lies beside it; None for none.
+def plain_config(
+    config: MergeConfig, size: SizeConfig | None, layers: Layers, plain: Plain | None
+) -> tuple[MergeConfig, SizeConfig | None]:
+    """Return the options of a merge, or of a size, whose result a plain checkpoint can hold and engines can run.
 
     Args:
-        result: bytes of the result in our own format.
-        whole: of the model with all of its experts.
-    """
-    return 0 if form is None else whole if form.expand else result
-
-
-def exported(form: PlainForm, progress: Progress) -> Callable[[Path, Path], Record]:
-    """Return what makes of the folder of a compressed model, block by block, a plain checkpoint in another one."""
-    return lambda ours, output: export(Folder(ours), output, **form.options, overwrite=True, progress=progress)
-
-
-def plain_config(config: MergeConfig, size: SizeConfig | None, layers: Layers, engines: Sequence[str]) -> MergeConfig:
-    """Return the options of a merge whose result a plain checkpoint can hold, and engines can run.
+        plain: None where no plain checkpoint is made, and all stays as it is.
 
     Raises:
         ValueError: layers of unlike numbers of experts are asked for, or a number that an engine cannot run.
     """
+    if plain is None:
+        return config, size
+    engines = plain.engines
+    check_family(layers)
     check_architecture(engines, type(layers.model).__name__, layers.model.config.model_type)
     if size is not None:
-        return _sized(config, size, layers)
+        found = plain_size(layers, size, plain, config.skip)
+        if found != size:
+            notes.print(_chosen_among(found, engines), soft_wrap=True)
+        return config, found
     if config.budget == MergeConfig.budget:
         notes.print("every layer keeps as many experts, as a plain checkpoint needs (--budget uniform)")
         config = replace(config, budget=UNIFORM)
@@ -98,28 +87,24 @@ def plain_config(config: MergeConfig, size: SizeConfig | None, layers: Layers, e
     held, groups = layers[0].num_experts, router_groups(layers[0])
     if isinstance(config.experts, int):
         check_engines(engines, shape_of(layers, config.experts))
-        return config
+        return config, None
     asked = max(1, round(config.experts * held))
     near = nearest_count(engines, shape_of(layers, asked - asked % groups or groups), most=held)
     if near is None:
         check_engines(engines, shape_of(layers, asked))
     elif near != asked:
         notes.print(f"{near} experts a layer in place of {asked}, which {' and '.join(engines) or 'routers'} can run")
-    return replace(config, experts=near or asked)
+    return replace(config, experts=near or asked), None
 
 
-def _sized(config: MergeConfig, size: SizeConfig, layers: Layers) -> MergeConfig:
-    if not size.uniform_experts:
-        raise ValueError(
-            "--size chooses a number of experts for each layer, and a plain checkpoint has one for all: give "
-            "--uniform-experts as well."
-        )
-    if (groups := router_groups(layers[0])) > 1:
-        raise ValueError(
-            f"--size does not keep the {groups} groups apart that these routers pick among, as a plain checkpoint "
-            "must: say with --experts how many to keep."
-        )
-    return config
+def _chosen_among(size: SizeConfig, engines: Sequence[str]) -> str:
+    """Return what a size is chosen among for a plain checkpoint, as a sentence."""
+    counts = "one number of experts for all layers" if size.uniform_experts else "numbers of experts"
+    bits = f", {', '.join(map(str, size.bits))} bits" if size.bits else ", no fewer bits"
+    alike = " (the same in all layers)" if size.bits and size.alike == MODEL else ""
+    of = f", {size.reduce}d" if size.reduce != AUTO else ""
+    readers = " and ".join(engines) or "a plain checkpoint"
+    return f"chosen for the size among what {readers} can hold: {counts}{of}{bits}{alike}"
 
 
 def write_plain(
@@ -133,7 +118,7 @@ def write_plain(
     """Write a compressed model as a plain checkpoint into a folder that was claimed; returns its record."""
     is_whole = all(layer.num_experts == layer.num_routed for layer in Layers.of(merged)) or form.expand
     fit = None if is_whole else fit
-    record = export(merged, output, **form.options, overwrite=True, fit=fit, progress=progress)
+    record = export(merged, output, **form.plain.options, overwrite=True, fit=fit, progress=progress)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
     return record
@@ -145,8 +130,15 @@ def fit_of(
     check: Sequence[Batch],
     original: Any,
     steps: int,
-    calibration: Calibration,
+    record: Record,
 ) -> RouterFit | None:
-    """Return what a plain router is fitted to; None without rows to fit and to judge."""
-    fit: dict[str, Any] = {"steps": steps, "check": check, "calibration": calibration}
-    return RouterFit(batches, held_out, original, **fit) if batches and held_out else None
+    """Return what a plain router is fitted to; None without rows to fit and to judge.
+
+    Args:
+        record: of the result; where no divergence was measured of it, none tells routers apart.
+    """
+    fit: dict[str, Any] = {"steps": steps, "check": check, "calibration": record.calibration}
+    judged = record.quality.get(record.judged or "")
+    if not batches or not held_out or judged is None or judged.kl is None:
+        return None
+    return RouterFit(batches, held_out, original, **fit)

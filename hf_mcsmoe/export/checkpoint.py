@@ -89,7 +89,7 @@ def export(
         form, stored, _ = checked(source, engines, **stores, is_fitted=True)
     before = record_of(source.model)
     record = stored.told(before)
-    rows = _router(form, router_rows, record.plan)
+    rows = plain_routers(form, router_rows, record.plan)
     fitted = None if fit is None else fit_router(form, rows, fit, stored.loaded, progress)
     rows = rows if fitted is None else fitted.rows
     told = [*advice, *([] if fit is None or fitted is None else fit_lines(fit, fitted))]
@@ -137,8 +137,17 @@ def checked(
     return form, stored, advice
 
 
-def _router(form: PlainForm, router_rows: str, plan: dict[str, Any]) -> dict[str, State]:
-    """Return the tensors of the plain routers; see `router_tensors`."""
+def kept_sentence(folder: Path, error: Exception) -> str:
+    """Return what is told where a result has turned out to have no plain form, and is saved in our own format."""
+    return f"{error} So the result is no plain checkpoint: it lies in {folder} in our own format."
+
+
+def plain_routers(form: PlainForm, router_rows: str, plan: dict[str, Any]) -> dict[str, State]:
+    """Return the tensors of the plain routers, by the plan of the merge as JSON values; see `router_tensors`.
+
+    Raises:
+        ValueError: the plan does not say by what rows are weighted, or the family has no place for them.
+    """
     planned = plan.get("layers", {})
     biases = [bias_name(slot.plain) for slot in form.slots] if router_rows == "logsumexp" else []
     weights = {

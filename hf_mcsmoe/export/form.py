@@ -65,6 +65,11 @@ def router_groups(layer: MoELayer) -> int:
     return _limits(layer)[1]
 
 
+def least_experts(layer: MoELayer) -> int:
+    """Return how few experts a layer's router can do with."""
+    return _limits(layer)[0]
+
+
 def _limits(layer: MoELayer) -> tuple[int, int]:
     """Return `cut_limits` of a layer; those of a router of fixed picks are none."""
     is_fixed = "tid2eid" in router_beside(layer.model, layer.name)._buffers
@@ -140,7 +145,7 @@ def nearest_uniform(layers: Layers, engines: Sequence[str] = ()) -> int:
     Or the next one that is as many as a token picks, that the router's groups divide, and that all engines run.
     """
     mean = max(1, round(sum(layer.num_experts for layer in layers) / len(layers)))
-    least = max(_limits(layer)[0] for layer in layers)
+    least = max(map(least_experts, layers))
     shape, most = shape_of(layers, mean), max(layer.num_original for layer in layers)
     near = (nearest_count(names, shape, least=least, most=most) for names in (engines, ()))
     return next((count for count in near if count is not None), mean)

@@ -34,7 +34,8 @@ def substituted_form(layers: Layers) -> PlainForm:
 
     Raises:
         ValueError: experts are merged, in few bits or low rank + sparse, or a block's number is not the only one in a
-            layer's name, by which vLLM finds its constants.
+            layer's name, by which vLLM finds its constants; or the family stores experts otherwise than by one matrix
+            each.
     """
     for layer in layers:
         _check(layer, layers.model.config.mcsmoe["layers"].get(layer.name, {}))
@@ -42,7 +43,30 @@ def substituted_form(layers: Layers) -> PlainForm:
     plain = empty_plain(layers.model, count, count)
     places = list(range(count))
     pairs = zip(layers, Layers.of(InMemory(plain)), strict=True)
-    return PlainForm(layers, plain, [Slots(old, new, places, [[place] for place in places]) for old, new in pairs])
+    slots = [Slots(old, new, places, [[place] for place in places]) for old, new in pairs]
+    for slot in slots:
+        _by_number(slot, {name: tensor.detach() for name, tensor in slot.plain.parameters})
+    return PlainForm(layers, plain, slots)
+
+
+def _by_number(slots: Slots, tensors: dict[str, torch.Tensor]) -> list[tuple[str, int, str, torch.Tensor]]:
+    """Return the matrices of stacked experts as they lie on disk: prefix, number, the rest of the name, and values.
+
+    Raises:
+        ValueError: the family stores experts otherwise than by one matrix each.
+    """
+    stacks = {f"{slots.plain.name}.{name}": tensor for name, tensor in tensors.items()}
+    found = []
+    for name, tensor in revert_weight_conversion(slots.plain.model, stacks).items():
+        parts = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*\.weight)", name)
+        if parts is None:
+            raise ValueError(
+                f"{type(slots.plain.model).__name__} keeps the experts of a layer in one tensor on disk ({name}), of "
+                "which vLLM cannot leave some out: prune with pruned_router='slice'."
+            )
+        prefix, number, rest = parts.groups()
+        found.append((prefix, int(number), rest, tensor))
+    return found
 
 
 def _check(layer: MoELayer, entry: dict[str, Any]) -> None:
@@ -69,30 +93,17 @@ def _block(name: str) -> str:
 
 
 def substituted_experts(slots: Slots) -> dict[str, torch.Tensor]:
-    """Return the experts of a layer that are left, and the constants in the others' places, by their names on disk.
-
-    Raises:
-        ValueError: the family stores experts otherwise than by one matrix each.
-    """
-    layer, plain = slots.layer, slots.plain
+    """Return the experts of a layer that are left, and the constants in the others' places, by their names on disk."""
+    layer = slots.layer
     entry: dict[str, Any] = layer.model.config.mcsmoe["layers"].get(layer.name, {})
     gone, places = set(entry.get("approximate_experts", ())), entry.get("expert_map") or slots.stored
     with layer.source.loaded(layer.name) as experts:
         tensors = {name: tensor.detach() for name, tensor in experts.named_parameters()}
     constants = tensors.pop(CONSTANTS, None)
-    stacks = {f"{plain.name}.{name}": tensor for name, tensor in tensors.items()}
-    found = revert_weight_conversion(plain.model, stacks)
     numbers = {at: expert for expert, at in enumerate(places) if expert not in gone}
     state = {}
-    for name, tensor in found.items():
-        parts = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*\.weight)", name)
-        if parts is None:
-            raise ValueError(
-                f"{type(plain.model).__name__} keeps the experts of a layer in one tensor on disk ({name}), of which "
-                "vLLM cannot leave some out: prune with pruned_router='slice'."
-            )
-        prefix, number, rest = parts.groups()
-        state[f"{prefix}.{numbers[int(number)]}.{rest}"] = tensor
+    for prefix, number, rest, tensor in _by_number(slots, tensors):
+        state[f"{prefix}.{numbers[number]}.{rest}"] = tensor
         if constants is not None:
             for one in gone:  # zeros are one constant for all of them
                 state[f"{prefix}.{one}.{CONSTANTS}"] = constants[places[one] - layer.num_experts].clone()

@@ -200,7 +200,8 @@ class MergeConfig(Options):
         stages = ("budget", "saliency", "selection") if self.reduce == "prune" else tuple(REGISTRIES)
         methods = self.resolved()
         needs = [name for stage in stages for name in REGISTRIES[stage].needs(getattr(methods, stage))]
-        return tuple(with_tokens([*needs, *constant_needs(self.pruned_router)]))
+        rows = ["counts"] if self.plain and not self.cuts_router else []  # which weight the rows of a plain router
+        return tuple(with_tokens([*needs, *constant_needs(self.pruned_router), *rows]))
 
 
 def constant_needs(pruned_router: str) -> list[str]:

@@ -53,8 +53,9 @@ class Bench:
         # Weights to go back to after each rounding, where any is tried.
         before = fit.experts.named_parameters() if search.bits else ()
         kept = {name: value.detach().clone() for name, value in before}
-        w_out = dict(self._rounded(fit, kept, grids(layer.intermediate_size, search), False))
-        w_in = dict(self._rounded(fit, kept, grids(layer.hidden_size, search), True))
+        of_in, of_out = grids(layer, search)
+        w_out = dict(self._rounded(fit, kept, of_out, False))
+        w_in = dict(self._rounded(fit, kept, of_in, True))
         del fit, kept
         low_rank = {rank: dict(self._of_low_rank(rank, search, whole, some)) for rank in ranks(self.layers, search)}
         reduced = {reduce: dict(self._reduced(steps, search.reduce == reduce)) for reduce, steps in plans.items()}
@@ -122,13 +123,10 @@ class Bench:
         self, rank: int, search: SizeConfig, whole: LayerPlan, plan: MergePlan
     ) -> Iterator[tuple[int, Observed]]:
         """Yield what low rank + sparse does to all experts, by the bits of its factors; 0: as they are."""
-        layer, fit = self.layers[0], self._fit(whole, plan)
+        fit = self._fit(whole, plan)
         decompose_container(fit.experts, rank, Choice.keep, fit.inputs.fitted())
         kept = {name: value.detach().clone() for name, value in fit.experts.named_parameters()}
-        w_in, w_out = (
-            {grid.bits: grid for grid in grids(width, search)}
-            for width in (layer.hidden_size, layer.intermediate_size)
-        )
+        w_in, w_out = ({grid.bits: grid for grid in own} for own in grids(self.layers[0], search))
         for bits in (0, *w_in):
             quantize_layer(_unjudged(fit), w_in.get(bits), None, None)
             self._refit(fit)

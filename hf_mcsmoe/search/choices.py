@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from hf_mcsmoe.methods.choice import Choice, Grid
 from hf_mcsmoe.modeling.pruned_mcsmoe import cut_limits
 from hf_mcsmoe.quantization.codes import group_size_for
 from hf_mcsmoe.quantization.packing import expert_bytes
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.config import MODEL, NOTHING, SizeConfig
 from hf_mcsmoe.search.knapsack import Candidate, cheapest
 from hf_mcsmoe.search.size import bytes_text
 
@@ -53,8 +54,7 @@ def choose(
     groups = layers.selected(skip).tied
     options = [_measured(shared, curves[shared[0].name], config) for shared in groups]
     room = limit - fixed_bytes(layers, skip)
-    counts = sorted({choice.experts for choice in options[0]}) if config.uniform_experts else [None]
-    found = [solved for count in counts if (solved := _solved(groups, curves, options, room, count))]
+    found = [solved for part in _parts(options, config) if (solved := _solved(groups, curves, part, room))]
     if not found:
         raise ValueError(
             f"size={config.size!r} is {bytes_text(limit)} for this model, and no choice that could be measured is so "
@@ -65,18 +65,32 @@ def choose(
     return replace(best, bytes=best.bytes + fixed_bytes(layers, skip))
 
 
+def _parts(options: Sequence[Sequence[Choice]], config: SizeConfig) -> Iterator[list[list[Choice]]]:
+    """Yield the choices of all layers that may go together: those of one count, or one grid, where all have the same.
+
+    Parts in which a layer has no choice are left out.
+    """
+
+    def common(choice: Choice) -> tuple[int, Grid | None]:
+        return (
+            choice.experts if config.uniform_experts else 0,
+            choice.w_in if config.alike == MODEL else None,
+        )
+
+    for wanted in sorted(dict.fromkeys(map(common, options[0])), key=lambda kind: kind[0]):
+        kept = [[choice for choice in choices if common(choice) == wanted] for choices in options]
+        if all(kept):
+            yield kept
+
+
 def _solved(
     groups: Sequence[Sequence[MoELayer]],
     curves: Mapping[str, LayerCurves],
-    options: Sequence[Sequence[Choice]],
+    kept: Sequence[Sequence[Choice]],
     room: int,
-    count: int | None,
 ) -> Chosen | None:
-    """Solve the knapsack, with so many experts in each layer or, for None, any; None where nothing fits."""
+    """Solve the knapsack over the choices of each layer; None where nothing fits."""
     names = [shared[0].name for shared in groups]
-    kept = [[choice for choice in choices if count in (None, choice.experts)] for choices in options]
-    if not all(kept):
-        return None
     tables = []
     for shared, own in zip(groups, kept, strict=True):
         shape, curve = ExpertShape.of(shared[0]), curves[shared[0].name]
@@ -118,14 +132,21 @@ def single_methods(layers: Layers, config: SizeConfig, skip: Sequence[str] = ())
     found = {}
     for bits in sorted(config.bits, reverse=True):
         own = replace(config, bits=(bits,))
-        rounded = [next(x for x in candidates(shared, own) if x.w_in or len(shared) > 1) for shared in groups]
-        found[f"all experts at {bits} bits"] = rounded
+        rounded = [_rounded(shared, own) for shared in groups]
+        if None not in rounded:
+            found[f"all experts at {bits} bits"] = [choice for choice in rounded if choice]
     exact = 1 in (len(config.bits), len(config.ranks or ()))
     for reduce, share in () if exact else itertools.product(config.reductions, (0.75, 0.5, 0.25)):
         counts = [nearest_count(shared[0], share * shared[0].num_experts, reduce, config) for shared in groups]
         if None not in counts and not (config.uniform_experts and len(set(counts)) > 1):
             found[f"{share:.0%} of the experts, {reduce}d"] = [Choice(count, reduce) for count in counts if count]
     return {name: _in_all(groups, choices, fixed) for name, choices in found.items()}
+
+
+def _rounded(shared: Sequence[MoELayer], config: SizeConfig) -> Choice | None:
+    """Return the choice that keeps all experts, in the bits of the options; None where there is none."""
+    whole = (choice for choice in candidates(shared, config) if choice.experts == shared[0].num_experts)
+    return next((choice for choice in whole if choice.w_in or len(shared) > 1), None)
 
 
 def _in_all(groups: Sequence[Sequence[MoELayer]], choices: Sequence[Choice], fixed: int) -> Chosen:
@@ -155,10 +176,18 @@ def check_reachable(layers: Layers, config: SizeConfig, limit: int, skip: Sequen
 
 def smallest_bytes(layers: Layers, config: SizeConfig, skip: Sequence[str] = ()) -> int:
     """Return the bytes of the weight files of the smallest result that the options allow."""
-    smallest = [
-        min(map(ExpertShape.of(shared[0]).bytes, candidates(shared, config))) for shared in layers.selected(skip).tied
+    groups = layers.selected(skip).tied
+    options, sizes = [candidates(shared, config) for shared in groups], [ExpertShape.of(x).bytes for x, *_ in groups]
+    parts = [
+        sum(min(map(size, choices)) for size, choices in zip(sizes, part, strict=True))
+        for part in _parts(options, config)
     ]
-    return fixed_bytes(layers, skip) + sum(smallest)
+    if not parts:
+        raise ValueError(
+            f"size={config.size!r} cannot be reached: the layers have no number of experts, or no bits, in common "
+            "that are allowed. Allow more of them, or name layers in `skip`."
+        )
+    return fixed_bytes(layers, skip) + min(parts)
 
 
 def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
@@ -166,8 +195,10 @@ def candidates(shared: Sequence[MoELayer], config: SizeConfig) -> list[Choice]:
     first = shared[0]
     reductions = [(first.num_experts, config.reductions[0])]  # of which there are statistics
     reductions += [(count, reduce) for reduce in config.reductions for count in expert_counts(first, reduce, config)]
-    w_in, w_out = (list(_grids(width, shared, config)) for width in (first.hidden_size, first.intermediate_size))
+    reductions = [item for item in reductions if config.counts is None or item[0] in config.counts]
+    w_in, w_out = (_may_be_dense(own, shared, config) for own in grids(first, config))
     stored = [(one, other) for one, other in itertools.product(w_in, w_out) if (one is None) == (other is None)]
+    stored = [(one, other) for one, other in stored if config.alike == NOTHING or one == other]
     return [
         Choice(count, reduce, one, other, rank)
         for (count, reduce), rank, (one, other) in itertools.product(reductions, _ranks(shared, config), stored)
@@ -195,6 +226,9 @@ def nearest_count(layer: MoELayer, count: float, reduce: str, config: SizeConfig
         except ValueError:
             return None
         least = max(least, fewest)
+    if config.counts is not None:
+        allowed = [own for own in config.counts if least <= own <= layer.num_experts and own % unit == 0]
+        return min(allowed, key=lambda own: (abs(own - count), -own), default=None)
     units = max(round(count / unit), -(-least // unit))
     return min(units * unit, layer.num_experts)
 
@@ -229,18 +263,22 @@ def _ranks(shared: Sequence[MoELayer], config: SizeConfig) -> list[int | None]:
     return [*known] if is_exact else [None, *known]
 
 
-def grids(width: int, config: SizeConfig) -> list[Grid]:
-    """Return the grids that matrices of `width` inputs may have, from the most bits on."""
-    size = group_size_for(width, config.group_size)
-    return [Grid(bits, size) for bits in sorted(config.bits, reverse=True)]
+def grids(layer: MoELayer, config: SizeConfig) -> tuple[list[Grid], list[Grid]]:
+    """Return the grids that W_in and W_out of a layer's experts may have, from the most bits on."""
+    is_alike, widths = config.alike != NOTHING, (layer.hidden_size, layer.intermediate_size)
+    widths = (math.gcd(*widths),) * 2 if is_alike else widths  # whose groups divide both
+    sizes = [group_size_for(width, config.group_size) for width in widths]
+    first, second = (
+        [Grid(bits, size, symmetric=is_alike) for bits in sorted(config.bits, reverse=True)] for size in sizes
+    )
+    return first, second
 
 
-def _grids(width: int, shared: Sequence[MoELayer], config: SizeConfig) -> Iterator[Grid | None]:
-    is_shared = len(shared) > 1  # a weight that layers share is not stored in few bits
-    if is_shared or len(config.bits) != 1:  # a single number of bits means exactly that
-        yield None
-    if not is_shared:
-        yield from grids(width, config)
+def _may_be_dense(grids: Sequence[Grid], shared: Sequence[MoELayer], config: SizeConfig) -> list[Grid | None]:
+    """Return grids, and before them None for weights as they are where that may be."""
+    if len(shared) > 1:  # a weight that layers share is not stored in few bits
+        return [None]
+    return [*grids] if len(config.bits) == 1 else [None, *grids]  # a single number of bits means exactly that
 
 
 def _measured(shared: Sequence[MoELayer], curves: LayerCurves, config: SizeConfig) -> list[Choice]:

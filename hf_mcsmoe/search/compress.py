@@ -26,7 +26,7 @@ from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.apply import plan_choices, store_choices
 from hf_mcsmoe.search.choices import Chosen, best_single, check_reachable, choice_bytes, choose, fixed_bytes
 from hf_mcsmoe.search.conditions import check_curves, conditions
-from hf_mcsmoe.search.config import JOINT, SizeConfig
+from hf_mcsmoe.search.config import JOINT, NOTHING, SizeConfig
 from hf_mcsmoe.search.curves import check_sums, measure_curves, needs_of
 from hf_mcsmoe.search.ladder import predicted_ladder
 from hf_mcsmoe.search.reason import reason
@@ -161,8 +161,8 @@ def compared(
 
 
 def shared_bits(name: str, search: SizeConfig) -> Sequence[int]:
-    """Return the bits that experts of a layer share out in what is tried: of a single method none."""
-    return search.bits if name == MIXTURE else ()
+    """Return the bits that experts of a layer share out in what is tried: none of a single method, or all alike."""
+    return search.bits if name == MIXTURE and search.alike == NOTHING else ()
 
 
 def best_of(results: Mapping[str, Sized]) -> str:

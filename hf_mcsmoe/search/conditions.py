@@ -7,7 +7,7 @@ from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.methods.config import REGISTRIES, MergeConfig
 from hf_mcsmoe.repair.methods import RepairConfig
 from hf_mcsmoe.search.choices import ranks
-from hf_mcsmoe.search.config import SizeConfig
+from hf_mcsmoe.search.config import NOTHING, SizeConfig
 from hf_mcsmoe.search.curves import reduced_by
 
 # Options that make another group, or another expert of it; to prune there are no groups.
@@ -16,7 +16,7 @@ STAGES = {
     "prune": ("saliency", "selection"),
 }
 # What files do not tell that were written before there was a choice.
-BEFORE = {
+BEFORE: dict[str, Any] = {"matrices alike": False} | {
     f"{stage} to {reduce}": str(getattr(MergeConfig(), stage))
     for reduce, stage in (("merge", "router"), ("merge", "capacity"), ("prune", "selection"))
 }
@@ -31,6 +31,7 @@ def conditions(merge: MergeConfig, search: SizeConfig, repair: RepairConfig) -> 
     """Return what curves depend on besides the model and the data, as JSON values by words for it."""
     told: dict[str, Any] = {"bits": sorted(search.bits), "group_size": search.group_size}
     told |= {"min_experts": search.min_experts, "reduce": list(search.reductions)}
+    told |= {"matrices alike": search.alike != NOTHING}
     for reduce in search.reductions:
         own = reduced_by(merge, reduce).to_dict()
         told |= {f"{stage} to {reduce}": str(own[stage]) for stage in STAGES[reduce]}

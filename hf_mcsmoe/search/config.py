@@ -12,6 +12,8 @@ from hf_mcsmoe.search.size import parse_size
 # How output matrices are fitted, unless something else is asked for, and what else can be.
 JOINT = RepairConfig(method="joint")
 CLOSED_FORMS = ("joint", "refit", "none")
+# Of what the matrices of experts have the same bits, groups and symmetry: of nothing, each layer, or the whole model.
+ALIKE = NOTHING, LAYER, MODEL = ("nothing", "layer", "model")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class SizeConfig(Options):
     uniform_experts: bool = option(False, "one count of experts for all layers")
     min_experts: int = option(1, "fewest experts in a layer; never fewer than a token picks")
     group_size: int = option(64, "weights that share a scale, where that divides their matrix")
+    alike: str = option(NOTHING, "of what matrices are stored alike, without zero points: nothing, layer, model")
+    counts: tuple[int, ...] | None = option(None, "numbers of experts that may be chosen; any unless given")
     ranks: tuple[int, ...] | None = option(
         None,
         "ranks of low rank + sparse to choose from (one: for all); an eighth, a sixteenth of the smaller side",
@@ -43,9 +47,11 @@ class SizeConfig(Options):
                 raise ValueError(f"bits={bits!r} must be of {', '.join(map(str, BITS))}.")
         if self.reduce not in (AUTO, *REDUCTIONS):
             raise ValueError(f"reduce={self.reduce!r} must be one of {', '.join(map(repr, (AUTO, *REDUCTIONS)))}.")
-        for rank in self.ranks or ():
-            if rank < 1:
-                raise ValueError(f"ranks={self.ranks!r} must be whole numbers from 1 on.")
+        if self.alike not in ALIKE:
+            raise ValueError(f"alike={self.alike!r} must be one of {', '.join(map(repr, ALIKE))}.")
+        for name in ("ranks", "counts"):
+            if any(value < 1 for value in vars(self)[name] or ()):
+                raise ValueError(f"{name}={vars(self)[name]!r} must be whole numbers from 1 on.")
         for name, value in (("min_experts", self.min_experts), ("group_size", self.group_size)):
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 on.")

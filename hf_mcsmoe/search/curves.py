@@ -124,7 +124,10 @@ def reduced_by(merge: MergeConfig, reduce: str) -> MergeConfig:
 
 def needs_of(merge: MergeConfig, search: SizeConfig) -> tuple[str, ...]:
     """Return the statistics that the reductions which may be chosen read."""
-    return tuple(dict.fromkeys(name for reduce in search.reductions for name in reduced_by(merge, reduce).needs))
+    needs = [name for reduce in search.reductions for name in reduced_by(merge, reduce).needs]
+    # By which the rows of a plain router are weighted.
+    needs += ["counts"] if search.counts is not None and "merge" in search.reductions else []
+    return tuple(dict.fromkeys(needs))
 
 
 def check_sums(statistics: RoutingStatistics, merge: MergeConfig, search: SizeConfig) -> None:

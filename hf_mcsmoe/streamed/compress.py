@@ -16,6 +16,8 @@ from hf_mcsmoe.calibration.statistics import RoutingStatistics
 from hf_mcsmoe.compress import by_name, checked_on, sampled
 from hf_mcsmoe.data.batches import as_batches
 from hf_mcsmoe.evaluation.held_out import Judge
+from hf_mcsmoe.export.checkpoint import export, kept_sentence
+from hf_mcsmoe.export.sized import plain_bytes, plain_size
 from hf_mcsmoe.layers.batches import Batch
 from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.folder import Folder
@@ -96,9 +98,11 @@ def compress_folder(
 
     Raises:
         TypeError: see `compress`.
-        ValueError: see `compress`; see `check_blocks`; shards to be dropped that
-            are not this run's; an output that is the source or lies in it; an earlier run on the output that was asked
-            for something else; too little memory or disk.
+        ValueError: see `compress`; see `check_blocks`; a plain checkpoint that
+            the result cannot be, see `plain_size` and `plain_bytes`, or that it turns out not to be when all is done:
+            it lies in `output` in our own format then; shards to be dropped that are not this run's; an output that is
+            the source or lies in it; an earlier run on the output that was asked for something else; too little memory
+            or disk.
     """
     check_kinds(config, repair, low_rank, quantization, sparsity, statistics)
     stream, saving, path = stream or StreamConfig(), saving or Saving(), Path(os.path.realpath(output))
@@ -107,8 +111,11 @@ def compress_folder(
     check_apart(path, {"the model": folder.model.name_or_path})
     layers, config = Layers.of(folder).uncompressed(), config or MergeConfig()
     search = SizeConfig.of(size)
+    if search and saving.plain:
+        search = plain_size(layers, search, saving.plain, config.skip)
     asked = Asked(repair if search else chosen_repair(repair), low_rank, quantization, sparsity, search)
     check_options(layers, config, **vars(asked))
+    beside = plain_bytes(layers, config, saving.plain, vars(asked)) if saving.plain else 0
     check_blocks(layers)
     needs = (*all_needs(config, search, quantization), *sparsity_needs(layers, config, sparsity))
     check_reference(needs, base_model, statistics)
@@ -136,7 +143,7 @@ def compress_folder(
 
     def lead() -> Record:
         copies = trials_bytes(layers, data.batches, config, tried) if tried else 0
-        result = _result_bytes(layers, config, search) + saving.form_bytes
+        result = _result_bytes(layers, config, search) + beside
         check_room(path, needed_bytes(path, result, hidden, copies, back, restart=stream.restart), *TAKEN)
         with working_folder(path) as work:
             journal = Journal(work, wanted, restart=stream.restart)
@@ -155,7 +162,7 @@ def compress_folder(
             attach_record(student, saving.told(record))
             writer = run.write_rest(student, place)
             journal.state = RESULT
-            record = _placed(student, writer, path, saving, journal.folder / FORM)
+            record, lost = _placed(student, writer, path, saving, journal.folder / FORM, tell)
             saving.after(path)
             folder.drop_fetched()
             if saving.scores and (statistics is None or search):
@@ -163,6 +170,8 @@ def compress_folder(
                 journal.save()
                 found.save(saving.scores)
             journal.remove()
+        if lost is not None:
+            raise ValueError(kept_sentence(path, lost)) from lost
         return record
 
     if not processes.is_first and processes.sent(None, 0):
@@ -173,24 +182,32 @@ def compress_folder(
     return processes.led(lead)
 
 
-def _placed(student: PreTrainedModel, writer: ShardWriter, path: Path, saving: Saving, ours: Path) -> Record:
-    """Put a result in its place; returns the record of what lies there.
+def _placed(
+    student: PreTrainedModel, writer: ShardWriter, path: Path, saving: Saving, ours: Path, tell: Progress
+) -> tuple[Record, ValueError | None]:
+    """Put a result in its place; returns the record of what lies there, and why it is no plain checkpoint after all.
 
     Args:
         writer: of the shards of all of it.
-        ours: a folder for the result in our own format, where another form of it is saved.
+        ours: a folder for the result in our own format, where a plain checkpoint is to be made of it.
     """
-    if saving.form is not None:
+    if saving.plain is not None:
         shutil.rmtree(ours, ignore_errors=True)  # of a run that was killed
         ours.mkdir()
         vars(student)["mcsmoe_is_written"] = False  # so that a pruned one is saved in our format as well
         _write(student, writer.placed(ours), ours, path.name, saving)
-        return saving.form(ours, path)
+        try:
+            return export(Folder(ours), path, **saving.plain.options, overwrite=True, progress=tell), None
+        except ValueError as error:
+            with completed_folder(path) as target:
+                for file in ours.iterdir():
+                    os.replace(file, target / file.name)
+            return cast(Any, student).mcsmoe_record, error
     with completed_folder(path) as target:
         plain = plain_form(student)
         writer = writer.placed(target) if plain is None else writer.converted(target, as_stored(plain))
         _write(student, writer, target, path.name, saving, path)
-    return cast(Any, student).mcsmoe_record
+    return cast(Any, student).mcsmoe_record, None
 
 
 def _write(

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_mcsmoe.export.expected import Plain
 from hf_mcsmoe.forecast.memory import free_memory
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.streaming import blocks
@@ -102,16 +103,14 @@ class Saving:
 
     `tokenizer` in place of the source's; `told` makes of the record of the run that which is saved; `after` is called
     with the folder once it is complete, before the run counts as finished; `scores` is a file to write the statistics
-    to, where none were given. `form` makes of the folder of the result, which is always in our own format then, what
-    takes its place: it is called with both folders and returns the record of that, which takes `form_bytes` on disk.
+    to, where none were given. `plain` says which plain checkpoint takes the place of the result.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     told: Callable[[Record], Record] = lambda record: record
     after: Callable[[Path], object] = lambda folder: None
     scores: Path | None = None
-    form: Callable[[Path, Path], Record] | None = None
-    form_bytes: int = 0
+    plain: Plain | None = None
 
 
 def held_bytes(model: PreTrainedModel) -> int:

@@ -39,10 +39,7 @@ def test_the_bytes_of_a_rank_are_those_that_are_stored(family: str, bits: int | 
     decompose_container(layer.container, 1, 0.1, inputs)
     choice = Choice(layer.container.num_experts, rank=1)
     if bits:
-        w_in, w_out = (
-            next(grid for grid in grids(width, SMALL) if grid.bits == bits)
-            for width in (original.hidden_size, original.intermediate_size)
-        )
+        w_in, w_out = (next(grid for grid in own if grid.bits == bits) for own in grids(original, SMALL))
         for name, codes in round_experts(layer.container, w_in, w_out).items():
             store_codes(layer.container, name, codes)
         choice = replace(choice, w_in=w_in, w_out=w_out)

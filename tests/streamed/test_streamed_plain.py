@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 from hf_mcsmoe import MergeConfig, QuantizationConfig, RepairConfig, compress, compress_folder
 from hf_mcsmoe.export.checkpoint import export
+from hf_mcsmoe.export.expected import Plain
+from hf_mcsmoe.layers.find import Layers
+from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.record import Record
 from hf_mcsmoe.streamed.config import Saving
 from hf_mcsmoe.streamed.journal import RESULT, Journal
@@ -58,12 +61,8 @@ def test_a_plain_checkpoint_in_one_run(
     model.save_pretrained(tmp_path / "source")
     rows = batches(name, model)
 
-    def exported(ours: Path, output: Path) -> Record:
-        return export(ours, output, **form)
-
-    record = compress_folder(
-        tmp_path / "source", tmp_path / "a" / "out", rows, config, **options, saving=Saving(form=exported)
-    )
+    saving = Saving(plain=Plain(**form))
+    record = compress_folder(tmp_path / "source", tmp_path / "a" / "out", rows, config, **options, saving=saving)
     assert record.is_plain
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     one = tmp_path / "a" / "out"
@@ -86,18 +85,20 @@ def test_a_run_that_was_killed_while_the_form_was_made_goes_on(
     model, ends = build("mixtral"), iter([True, True])
     model.save_pretrained(tmp_path / "source")
     given: dict[str, Any] = {"source": tmp_path / "source", "batches": batches("mixtral", model), "config": MERGED}
+    given["saving"] = Saving(plain=Plain())
 
-    def exported(ours: Path, output: Path) -> Record:
-        assert sorted(path.name for path in ours.glob("*.safetensors"))
-        record = export(ours, output, overwrite=True)
+    def exported(ours: Folder, output: Path, **options: Any) -> Record:
+        assert list(Path(ours.model.name_or_path).glob("*.safetensors"))
+        record = export(ours, output, **options)
         if next(ends, False):
             raise Killed
         return record
 
-    compress_folder(output=tmp_path / "whole" / "out", **given, saving=Saving(form=export))
+    compress_folder(output=tmp_path / "whole" / "out", **given)
+    monkeypatch.setattr("hf_mcsmoe.streamed.compress.export", exported)
     for _ in range(2):
         with pytest.raises(Killed):
-            compress_folder(output=tmp_path / "parts" / "out", **given, saving=Saving(form=exported))
+            compress_folder(output=tmp_path / "parts" / "out", **given)
     states, save = list[str](), Journal.save
 
     def watched(self: Journal) -> None:
@@ -105,7 +106,30 @@ def test_a_run_that_was_killed_while_the_form_was_made_goes_on(
         save(self)
 
     monkeypatch.setattr(Journal, "save", watched)
-    compress_folder(output=tmp_path / "parts" / "out", **given, saving=Saving(form=exported))
+    compress_folder(output=tmp_path / "parts" / "out", **given)
     assert set(states) == {RESULT}
     assert contents(tmp_path / "parts" / "out") == contents(tmp_path / "whole" / "out")
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["out"]
+
+
+def test_a_result_that_turns_out_to_have_no_plain_form_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    given: dict[str, Any] = {"source": tmp_path / "source", "batches": batches("mixtral", model), "config": PRUNED}
+    compress_folder(output=tmp_path / "ours" / "out", **{**given, "config": MERGED})
+
+    def refused(*arguments: Any, **options: Any) -> Record:
+        raise ValueError("There is no such form.")
+
+    monkeypatch.setattr("hf_mcsmoe.streamed.compress.export", refused)
+    for name, config in (("a", PRUNED), ("b", MERGED)):
+        place = tmp_path / name / "out"
+        with pytest.raises(ValueError, match=rf"no such form\. .*lies in {place} in our own format"):
+            compress_folder(output=place, **{**given, "config": config}, saving=Saving(plain=Plain()))
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+        found = Layers.of(Folder(place))
+        assert {layer.num_experts for layer in found} == {4}
+        assert found.compressed
+    assert contents(tmp_path / "b" / "out") == contents(tmp_path / "ours" / "out")
