@@ -22,6 +22,7 @@ from hf_mcsmoe.methods.config import MergeConfig
 from hf_mcsmoe.methods.statistics import gradient_names
 from hf_mcsmoe.options import all_needs
 from hf_mcsmoe.search.budget import OTHERS, Budgeting
+from hf_mcsmoe.search.choices import ranks
 from hf_mcsmoe.search.compress import check_size
 from hf_mcsmoe.search.config import SizeConfig
 from hf_mcsmoe.search.probe import TOKENS
@@ -103,6 +104,7 @@ def swept(
     competes = low_rank is not None and low_rank.scope == "global"
     goes_back = held is None and bool(gradient_names(all_needs(config, size, stages.get("quantization"))))
     tokens = min(TOKENS, (run.rows - run.judged) * run.length)
+    tried = {} if not search or not measures else _tried(layers, search)
     return replace(
         run,
         sweeps=1 + (held is None) + goes_back + measures + (plans > 0) + competes,
@@ -111,7 +113,14 @@ def swept(
         cut=may_be_cut(config),
         gradients=goes_back,
         copies=copies_bytes(layers, tokens, config, search) if search and measures else 0,
+        **tried,
     )
+
+
+def _tried(layers: Layers, search: SizeConfig) -> dict[str, int]:
+    """Return how many ways to fewer experts, numbers of bits and ranks are tried in each layer."""
+    number = len(ranks(layers.tied[0], search))
+    return {"reductions": len(search.reductions), "bits": len(search.bits), "ranks": number}
 
 
 def judged(

@@ -1,12 +1,14 @@
 """What a compression takes in memory, on disk and in bytes read: a sum of named parts for each of its phases."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_mcsmoe.calibration.inputs import HOLD_OUT, MEMORY_LIMIT
 from hf_mcsmoe.evaluation.held_out import MEMORY_LIMIT as JUDGED
 from hf_mcsmoe.forecast.sizes import Sizes
 from hf_mcsmoe.repair.elsewhere import MOST_ROWS
+from hf_mcsmoe.search.probe import MEMORY_LIMIT as PROBED
+from hf_mcsmoe.search.probe import TOKENS
 
 # What a process that has imported the package holds, and what kernels and the heap add once it works (measured).
 BASE, WORKING = 520_000_000, 90_000_000
@@ -26,7 +28,8 @@ class Run:
     `hidden_limit` bytes of hidden states in memory; `tried` results that are there side by side; `plans` that a
     measured budget compares, of which some may be `cut`, with routers of fewer rows; `sweeps` over the source, and
     `copies` bytes of trials on disk, where it is read block by block; whether statistics read `gradients`, for which
-    the source is read back as well.
+    the source is read back as well. Where what choices cost is measured, it is of so many ways to fewer experts
+    (`reductions`), numbers of `bits`, and `ranks`.
     """
 
     result: int
@@ -49,6 +52,14 @@ class Run:
     sweeps: int = 2
     copies: int = 0
     gradients: bool = False
+    reductions: int = 0
+    bits: int = 0
+    ranks: int = 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether what choices cost is measured."""
+        return bool(self.reductions or self.bits or self.ranks)
 
     @property
     def fitted(self) -> int:
@@ -135,6 +146,9 @@ def _in_memory(sizes: Sizes, run: Run, stored: int, base: int) -> dict[str, dict
     if run.plans:  # what was made of one stays until the next is made
         several = min(run.plans, 2) * (sizes.weights - sizes.experts * sizes.layers + run.merged)
         phases["comparing"] = held | {"sums": run.sums, "results compared": several} | _judged(sizes, run)
+    if run.measures:
+        given = min(MEMORY_LIMIT, sizes.layers * _seen(sizes, run)) + _seen(sizes, run)
+        phases["curves"] = held | {"sums": run.sums, "inputs of layers": given} | _tried(sizes, run)
     return phases
 
 
@@ -155,6 +169,8 @@ def _streamed(sizes: Sizes, run: Run, base: int) -> dict[str, dict[str, int]]:
     if run.repair != "none":
         fit = {"inputs of layers": 2 * _inputs(sizes, run)} | _equations(sizes, run) | _judged(sizes, run)
         phases["repair"] = held | block | several | merged | fit
+    if run.measures:
+        phases["curves"] = held | block | seen | {"inputs of layers": 2 * _seen(sizes, run)} | _tried(sizes, run)
     return phases
 
 
@@ -215,6 +231,29 @@ def _alignment(sizes: Sizes, run: Run) -> dict[str, int]:
         return {}
     one = 12 * sizes.intermediate_size**2
     return {"alignment": one * max(1, min(run.threads, sizes.experts // max(1, one)))}
+
+
+def _tried(sizes: Sizes, run: Run) -> dict[str, int]:
+    """Return the bytes of what is tried of one layer, all experts first, and of the rows that judge it.
+
+    Of what is rounded there is what it was; and of as many experts as memory holds, moments of their inputs and copies
+    of weights, see `quantization.layer`.
+    """
+    tokens, width = (run.rows - run.judged) * run.length, max(sizes.hidden_size, sizes.intermediate_size)
+    parts = {"experts tried": sizes.experts * (2 if run.bits else 1), "targets": 8 * tokens * sizes.hidden_size}
+    if run.bits:
+        one = 32 * width**2 + 64 * sizes.experts // (sizes.itemsize * sizes.num_experts)
+        parts["rounding"] = min(MEMORY_LIMIT, sizes.num_experts * one)
+    if run.repair != "none":
+        whole = replace(run, kept=sizes.num_experts)
+        parts |= {name: size for name, size in _equations(sizes, whole).items() if name not in parts}
+    judging = min(TOKENS, max(1, tokens // HOLD_OUT))
+    return parts | {"distributions": min(PROBED, 4 * judging * sizes.vocabulary)}
+
+
+def _seen(sizes: Sizes, run: Run) -> int:
+    """Return the bytes of what one layer's experts see of the calibration's rows."""
+    return (run.rows - run.judged) * run.length * (sizes.hidden_size * sizes.itemsize + 12 * sizes.top_k)
 
 
 def _inputs(sizes: Sizes, run: Run) -> int:

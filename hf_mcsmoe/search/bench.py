@@ -150,6 +150,7 @@ class Bench:
                 return
             self._refit(fit)
             yield count, self._observed(fit, probed=number in (0, len(items) - 1, len(items) // 2))
+            del fit  # before the next is made
 
 
 def _unjudged(fit: LayerFit) -> LayerFit:

@@ -117,6 +117,23 @@ def test_plans_are_compared_for_a_measured_budget(plans: int, cut: bool, streams
     assert compared == (2 * (10_500 - 9000 + 4500) if plans else None)
 
 
+@pytest.mark.parametrize("bits", [0, 2])
+def test_choices_are_tried_on_all_experts_of_a_layer(bits: int) -> None:
+    run = replace(RUN, rows=10, repair="joint", reductions=1, bits=bits, consume=False)
+    needs = needs_of(SIZES, run, 10_500, base=BASE)
+    one, tokens = 10 * 2 + 12 * 2, 10 * 3
+    for way, layers in ((STREAMED, 2), (IN_MEMORY, 11)):
+        phase = needs[way].phases["curves"]
+        assert phase["experts tried"] == 900 * (2 if bits else 1), "and what it was where it is rounded"
+        assert phase["inputs of layers"] == layers * tokens * one
+        assert phase["targets"] == 2 * 4 * tokens * 10
+        assert phase["solutions"] == 8 * 8 * 10 * 15
+        # Moments of the wider side of both matrices, and copies of 900 / 2 weights.
+        assert phase.get("rounding", 0) == (8 * (32 * 15**2 + 64 * 900 // 16) if bits else 0)
+        assert phase["distributions"] == 4 * 6 * 50
+    assert "curves" not in needs_of(SIZES, replace(run, reductions=0, bits=0), 10_500)[STREAMED].phases
+
+
 def test_a_repair_and_an_alignment_take_more() -> None:
     plain, repaired = (
         needs_of(SIZES, replace(RUN, repair=name, aligned=True, consume=False), 10_500, base=BASE)
