@@ -104,7 +104,7 @@ def swept(
     competes = low_rank is not None and low_rank.scope == "global"
     goes_back = held is None and bool(gradient_names(all_needs(config, size, stages.get("quantization"))))
     tokens = min(TOKENS, (run.rows - run.judged) * run.length)
-    tried = {} if not search or not measures else _tried(layers, search)
+    run = _trying(run, layers, search) if search and measures else run
     return replace(
         run,
         sweeps=1 + (held is None) + goes_back + measures + (plans > 0) + competes,
@@ -113,14 +113,13 @@ def swept(
         cut=may_be_cut(config),
         gradients=goes_back,
         copies=copies_bytes(layers, tokens, config, search) if search and measures else 0,
-        **tried,
     )
 
 
-def _tried(layers: Layers, search: SizeConfig) -> dict[str, int]:
-    """Return how many ways to fewer experts, numbers of bits and ranks are tried in each layer."""
+def _trying(run: Run, layers: Layers, search: SizeConfig) -> Run:
+    """Return a run with the ways to fewer experts, numbers of bits and ranks that are tried in each layer."""
     number = len(ranks(layers.tied[0], search))
-    return {"reductions": len(search.reductions), "bits": len(search.bits), "ranks": number}
+    return replace(run, reductions=len(search.reductions), bits=len(search.bits), ranks=number)
 
 
 def judged(

@@ -18,7 +18,8 @@ from hf_mcsmoe.search.probe import TOKENS
 NEAR = 2
 # Trials of each way to fewer experts, and of each number of bits and each rank at most, that the probe passes.
 PROBED, PROBED_BITS, PROBED_RANK = 3, 2, 3
-# How often rounding copies each weight, in float32: scales are searched, and columns make up for each other.
+# Copies of each weight, in float32, that take as long as its rounding beside products: scales are searched, and
+# columns make up for each other.
 PASSES = 250
 
 

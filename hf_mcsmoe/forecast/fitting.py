@@ -20,8 +20,9 @@ RIDGES = len(USUAL.ridges)
 TRIALS = 3
 # Ridges that a joint fit tries of them, and steps of conjugate gradients for each.
 TRIED, STEPS = 3, 30
-# How often a step of training copies each number that it trains, and each of the states on the way, in float32.
-ADAM, STATES = 10, 4
+# What a step of training does to each number that it trains, and to each of the states on the way, takes as long as
+# so many copies of it into new memory, in float32.
+ADAM, STATES = 2, 1.5
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,16 @@ def measure_pace(tokens: int, hidden_size: int, width: int, dtype: torch.dtype, 
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of several calls, once each is warm."""
+    """Return the seconds of the fastest of several calls, once each is warm: those that this thread worked.
+
+    So what else runs on the machine meanwhile does not count.
+    """
     call()
     best, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         call()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.thread_time() - begin)
     return best if best < float("inf") else SECONDS
 
 

@@ -241,12 +241,12 @@ def _tried(sizes: Sizes, run: Run) -> dict[str, int]:
     """
     tokens, width = (run.rows - run.judged) * run.length, max(sizes.hidden_size, sizes.intermediate_size)
     parts = {"experts tried": sizes.experts * (2 if run.bits else 1), "targets": 8 * tokens * sizes.hidden_size}
-    if run.bits:
-        one = 32 * width**2 + 64 * sizes.experts // (sizes.itemsize * sizes.num_experts)
-        parts["rounding"] = min(MEMORY_LIMIT, sizes.num_experts * one)
     if run.repair != "none":
-        whole = replace(run, kept=sizes.num_experts)
-        parts |= {name: size for name, size in _equations(sizes, whole).items() if name not in parts}
+        whole = _equations(sizes, replace(run, kept=sizes.num_experts))
+        parts |= {name: size for name, size in whole.items() if name not in parts}
+    if run.bits:  # when what was fitted before is gone
+        one = 32 * width**2 + 64 * sizes.experts // (sizes.itemsize * sizes.num_experts)
+        parts["rounding"] = max(0, min(MEMORY_LIMIT, sizes.num_experts * one) - parts.get("normal equations", 0))
     judging = min(TOKENS, max(1, tokens // HOLD_OUT))
     return parts | {"distributions": min(PROBED, 4 * judging * sizes.vocabulary)}
 

@@ -128,8 +128,10 @@ def test_choices_are_tried_on_all_experts_of_a_layer(bits: int) -> None:
         assert phase["inputs of layers"] == layers * tokens * one
         assert phase["targets"] == 2 * 4 * tokens * 10
         assert phase["solutions"] == 8 * 8 * 10 * 15
-        # Moments of the wider side of both matrices, and copies of 900 / 2 weights.
-        assert phase.get("rounding", 0) == (8 * (32 * 15**2 + 64 * 900 // 16) if bits else 0)
+        # Moments of the wider side of both matrices, and copies of 900 / 2 weights, where equations were before.
+        equations = 4 * 8 * (8 * 15) ** 2 + 32 * 8 * 15 * 10
+        assert phase["normal equations"] == equations
+        assert phase.get("rounding", 0) == (max(0, 8 * (32 * 15**2 + 64 * 900 // 16) - equations) if bits else 0)
         assert phase["distributions"] == 4 * 6 * 50
     assert "curves" not in needs_of(SIZES, replace(run, reductions=0, bits=0), 10_500)[STREAMED].phases
 
