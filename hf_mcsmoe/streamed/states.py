@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.batches import hooks
 from hf_mcsmoe.layers.nest import read_nest, write_nest
@@ -38,10 +39,11 @@ class States:
         """Store what the blocks of a model return within the `with` block; those that are finished return that.
 
         Args:
-            each: whether each returns its own, where none was forgotten.
+            each: whether each returns its own, where none was forgotten. If not, no loss reads what routers say, which
+                those of finished blocks do not.
         """
         of_model = blocks(model)
-        with hooks() as handles:
+        with hooks() as handles, contextlib.nullcontext() if each else _unrecorded(model):
             for path, module in of_model.items():
                 if path in finished:
                     module.forward = partial(self._stored, path, path if each else _last(path, finished))
@@ -124,6 +126,20 @@ class States:
         if place not in self._resumed:
             self._resumed[place] = read_nest(self._file(last, key), mapped=self.mapped)
         return self._resumed.pop(place) if path == last else self._resumed[place]
+
+
+@contextlib.contextmanager
+def _unrecorded(model: nn.Module) -> Iterator[None]:
+    """Let a model record no router logits for the time of the block, whatever its configuration says."""
+    found = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    said = [config for config in found.values() if getattr(config, "output_router_logits", False)]
+    try:
+        for config in said:
+            config.output_router_logits = False
+        yield
+    finally:
+        for config in said:
+            config.output_router_logits = True
 
 
 def _list_of(path: str) -> str:

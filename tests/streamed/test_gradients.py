@@ -15,6 +15,7 @@ from hf_mcsmoe import MergeConfig, RoutingStatistics, collect_statistics
 from hf_mcsmoe.layers.backward import backward_of
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.snapshot import Passage
 from hf_mcsmoe.methods.statistics import STATISTICS, gradient_names
 from hf_mcsmoe.processes import Processes, working_as
 from hf_mcsmoe.streamed.compress import compress_folder
@@ -140,3 +141,28 @@ def test_a_headless_model_is_refused(tmp_path: Path) -> None:
     folder = saved(model.model, tmp_path)
     with pytest.raises(ValueError, match="MixtralModel has none"):
         compress_folder(folder, tmp_path / "out", rows, MergeConfig(experts=4, saliency="taylor"))
+
+
+class Fetched:
+    """Stands for a snapshot of the Hub: the shards that are there, and what was fetched ahead."""
+
+    def __init__(self) -> None:
+        self.ahead: list[list[str]] = []
+        self.dropped: list[list[str]] = []
+
+    def fetch_ahead(self, names: list[str]) -> None:
+        self.ahead.append(names)
+
+    def drop(self, names: Iterator[str]) -> None:
+        self.dropped.append(sorted(names))
+
+
+def test_shards_are_fetched_and_dropped_on_the_way_back_as_well() -> None:
+    fetched: Any = Fetched()
+    passage = Passage(fetched, {"": [], "0": ["a"], "1": ["a", "b"], "2": ["b"]}, drops=True)
+    for is_back, paths in ((False, "012"), (True, "210")):
+        for path in paths:
+            passage.entered(path, is_back=is_back)
+            passage.left(path, is_back=is_back)
+    assert fetched.ahead == [["a", "b"], ["b"], ["a", "b"], ["a"]]
+    assert fetched.dropped == [[], ["a"], ["b"], [], ["b"], ["a"]]

@@ -47,6 +47,7 @@ MEASURED = MergeConfig(experts=4, budget="measured")
 GRADIENTS = MergeConfig(experts=4, saliency="taylor", merging="fisher", similarity="gradient")
 QUICK: list[Any] = [
     ("mixtral", GRADIENTS, {}),
+    ("mixtral", GRADIENTS, {"routers": True}),
     ("switch_transformers", HALF, WAYS["refit"]),
     ("mixtral", PRUNED, {}),
     ("mixtral", SKIPPED, {"sparsity": NARROW}),
@@ -113,9 +114,15 @@ def assert_alike(ours: Path, theirs: Path) -> None:
     assert index["weight_map"].keys() == streamed.keys()
 
 
-def both(name: str, config: MergeConfig, folder: Path, **options: Any) -> tuple[Path, Path]:
-    """Compress a model of a family in memory and from folder to folder; returns both results."""
+def both(name: str, config: MergeConfig, folder: Path, *, routers: bool = False, **options: Any) -> tuple[Path, Path]:
+    """Compress a model of a family in memory and from folder to folder; returns both results.
+
+    Args:
+        routers: whether its loss reads what they say.
+    """
     model = build(name)
+    if routers:
+        model.config.output_router_logits, model.config.router_aux_loss_coef = True, 3.0
     model.save_pretrained(folder / "source")
     rows, held_out, other = batches(name, model, 2), batches(name, model, 4)[2:3], batches(name, model, 4)[3:]
     given = {"held_out": held_out, "check": {"other": other}, **options}
