@@ -44,6 +44,7 @@ from hf_mcsmoe.evaluation.quality import evaluate_task
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.loading import empty_model, load_model, load_tokenizer
 from hf_mcsmoe.layers.output import check_apart
+from hf_mcsmoe.layers.source import Source, source_of
 from hf_mcsmoe.methods.choice import BITS
 from hf_mcsmoe.methods.statistics import of_data
 from hf_mcsmoe.modeling.folders_mcsmoe import working_folder
@@ -182,9 +183,9 @@ def compare_command(
     check_device_map(loading.device_map)
     check_dtype(loading.dtype)
     grid = chosen.grid()
-    if stream and task is not None:
-        raise ValueError(f"--task {task} is measured on a model that is loaded: leave it out, or --stream.")
     layers = Layers.of(empty_model(model, dtype=loading.dtype, dequantize=loading.dequantize)).uncompressed()
+    if stream and task is not None and layers.model.config.is_encoder_decoder:
+        raise ValueError(f"--task {task} has the model write, for which it is loaded: leave it out, or --stream.")
     held = _held(scores, layers, texts)
     tasks, refused = planned(layers, grid, held, by_blocks=stream)
     _check_held(held, needed(tasks))
@@ -263,8 +264,8 @@ def _metric(task: Task, data_dir: Path | None, batch_size: int) -> tuple[Callabl
         raise ValueError(f"Task {task.name!r} has no rows in split {task.evaluation_split!r} here.")
     task.examples(rows)
 
-    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, float]:
-        by = "generation" if model.config.is_encoder_decoder else "likelihood"
+    def measure(model: PreTrainedModel | Source, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, float]:
+        by = "generation" if source_of(model).model.config.is_encoder_decoder else "likelihood"
         figures = evaluate_task(model, tokenizer, task, rows, batch_size=batch_size, by=by)
         return {f"{task.name} {name}": value for name, value in figures.items() if name != "examples"}
 

@@ -49,7 +49,7 @@ from hf_mcsmoe.tables import outcome
 
 # What of one method is told in its cells, and leaves the others alone.
 FAILURES = (ValueError, TypeError, RuntimeError, NotImplementedError)
-Metric = Callable[[PreTrainedModel], Mapping[str, float]]
+Metric = Callable[[PreTrainedModel | Source], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def compare(
         texts: batches that judge, by the name of their text, the calibrated kind first. Nothing is fitted to them.
         output: written are `cells.jsonl` (cell by cell), `compare.csv`, `compare.json` and `report.html`.
         statistics: of the only draw, instead of a pass.
-        metric: called with each result, for figures of a task.
+        metric: called with each result, for figures of a task; with its `Folder` where it is read block by block.
         metric_of: what that measures, e.g. a task and a hash of its rows: all cells of a folder are of the same.
         overwrite: begin anew in a folder that holds a comparison.
         progress: called as `progress(stage, done, total)`, "cells" among the stages.
@@ -98,10 +98,6 @@ def compare(
             that cannot be made is told in the results.
     """
     layers = Layers.of(model).uncompressed()
-    if isinstance(layers.source, Folder) and metric is not None:
-        raise ValueError(
-            "A task is measured on a model that is loaded: leave out --task (metric), or --stream (Folder)."
-        )
     check_given(layers, draws, texts, statistics)
     parted = {seed: Draw.of(seed, batches) for seed, batches in draws.items()}
     found = conditions_of(layers, parted, texts, grid) | {"metric": metric_of or ("a metric" if metric else None)}
@@ -273,4 +269,5 @@ class _Run:
     def _judged(self, made: Source) -> dict[str, Any]:
         assert self.bench is not None
         found: dict[str, Any] = {"texts": self.bench.figures(made), "layers": self.bench.layer_errors(made.model)}
-        return found | ({"metrics": dict(self.metric(made.model))} if self.metric else {})
+        whole = made if isinstance(made, Folder) else made.model
+        return found | ({"metrics": dict(self.metric(whole))} if self.metric else {})

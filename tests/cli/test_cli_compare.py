@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from copa import rows, write_folder
 from families import build
 from helpers import Run
 from transformers import PreTrainedTokenizerFast
+
+from hf_mcsmoe.data.tasks import get_task
+from hf_mcsmoe.evaluation.quality import evaluate_task
+from hf_mcsmoe.layers.folder import Folder
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +63,27 @@ def test_a_comparison_is_a_table_and_a_folder_that_goes_on(source: Path, tmp_pat
 
 @pytest.mark.slow
 def test_block_by_block_the_figures_are_the_same(source: Path, tmp_path: Path, run: Run) -> None:
-    told = {}
-    for name, more in (("loaded", []), ("streamed", ["--stream"])):
+    write_folder(source / "copa")
+    told, task = {}, ["--task", "copa", "--data-dir", source / "copa" / "evaluation.jsonl"]
+    for name, more in (("loaded", task), ("streamed", [*task, "--stream"])):
         given = [*_given(source, tmp_path / name), "--methods", "reap", "--experts", "0.5", *more]
         code, _, err = run("compare", *given)
         assert code == 0, err
         cells = json.loads((tmp_path / name / "compare.json").read_text())["cells"]
-        told[name] = [(cell["method"], cell["bytes"], cell["texts"]) for cell in cells]
+        told[name] = [(cell["method"], cell["bytes"], cell.get("metrics"), cell["texts"]) for cell in cells]
     for ours, theirs in zip(told["streamed"], told["loaded"], strict=True):
-        assert ours[:2] == theirs[:2]
-        assert [text["kl"] for text in ours[2].values()] == pytest.approx([text["kl"] for text in theirs[2].values()])
-    code, _, err = run("compare", *_given(source, tmp_path / "task"), "--stream", "--task", "copa")
-    assert (code, "leave it out, or --stream" in " ".join(err.split())) == (1, True)
+        assert ours[:3] == theirs[:3]
+        assert [text["kl"] for text in ours[3].values()] == pytest.approx([text["kl"] for text in theirs[3].values()])
+    assert "copa accuracy" in told["streamed"][1][2]
+
+
+def test_block_by_block_no_model_with_an_encoder_writes_answers(source: Path, tmp_path: Path, run: Run) -> None:
+    build("switch_transformers").save_pretrained(tmp_path / "encoder")
+    given = [tmp_path / "encoder", *_given(source, tmp_path / "task")[1:]]
+    code, _, err = run("compare", *given, "--stream", "--task", "copa")
+    assert (code, "has the model write, for which it is loaded" in " ".join(err.split())) == (1, True)
+    with pytest.raises(ValueError, match="token by token, for which all of it is loaded"):
+        evaluate_task(Folder(tmp_path / "encoder"), None, get_task("copa"), rows(1))  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_compared_is_refused_before_weights_are_loaded(

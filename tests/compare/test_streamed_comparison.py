@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 from families import build
 from helpers import batches
+from merged import tokenizer
 from transformers import PreTrainedModel
 
 from hf_mcsmoe import LoSparseConfig, MergeConfig, QuantizationConfig, RepairConfig, SparsityConfig
 from hf_mcsmoe.compare.cells import Cell
 from hf_mcsmoe.compare.grid import Grid
 from hf_mcsmoe.compare.run import Comparison, compare
+from hf_mcsmoe.evaluation.quality import answer_scores
 from hf_mcsmoe.layers.find import Layers
 from hf_mcsmoe.layers.folder import Folder
 from hf_mcsmoe.layers.loading import load_model
@@ -121,10 +123,23 @@ def test_a_result_that_was_begun_with_fewer_statistics_is_begun_anew(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_what_needs_a_loaded_model_is_refused(tmp_path: Path) -> None:
+def test_a_metric_is_measured_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_mcsmoe.evaluation.quality.TOGETHER", 2)
     model = build("mixtral")
-    data = batches("mixtral", model, number=6)
+    data, words = batches("mixtral", model, number=6), tokenizer()
     model.save_pretrained(tmp_path / "source")
+    pairs = [(f"w50 w{place} w60", f" w{label}") for place in range(50, 64) for label in (70, 71, 72)]
+    seen: list[Any] = []
+
+    def metric(result: Any) -> dict[str, float]:
+        seen.append(result)
+        scores = answer_scores(result, words, pairs, batch_size=4)
+        return {str(place): score for place, score in enumerate(scores)}
+
     layers = Layers.of(Folder(tmp_path / "source"))
-    with pytest.raises(ValueError, match="leave out --task"):
-        compared(layers, data, tmp_path / "out", Grid(FEW, [0.5]), metric=lambda model: {"value": 1.0})
+    ours = told(compared(layers, data, tmp_path / "ours", Grid(FEW, [0.5]), metric=metric))
+    assert all(isinstance(result, Folder) for result in seen)
+    theirs = told(compared(model, data, tmp_path / "theirs", Grid(FEW, [0.5]), metric=metric))
+    assert any(cell.metrics for cell in ours.values())
+    for key, cell in ours.items():
+        assert cell.metrics == pytest.approx(theirs[key].metrics, rel=1e-5)
