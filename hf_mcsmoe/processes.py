@@ -82,6 +82,17 @@ class Processes:
             return asked == 1
         return True
 
+    def counted(self, key: str, more: int = 0) -> int:
+        """Return what several processes have added to a number that a key tells, after adding so many more.
+
+        Raises:
+            RuntimeError: the process that keeps the numbers ended; with what others said last.
+        """
+        try:
+            return self.store.add(f"counted {key}", more)
+        except RuntimeError as error:
+            raise RuntimeError(self._told_by_others(error)) from None
+
     def sent(self, value: T, source: int) -> T:
         """Return the value of one process in all of them."""
         if self.size == 1:

@@ -109,6 +109,11 @@ class Folder:
         """Whether shards of a Hub id that this fetches leave the cache again."""
         return self._passage is not None and self._passage.drops
 
+    def end_pass(self) -> None:
+        """End a pass over the blocks that several processes share, each of which calls this; see `Passage.end`."""
+        if self._passage:
+            self._passage.end()
+
     def drop_fetched(self) -> None:
         """Remove all shards from the cache of the Hub that this has fetched, where they are to be dropped."""
         if self._passage:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from hf_mcsmoe.layers.checkpoint import INDEX, WEIGHTS, StoredTensor, tensors_of
 from hf_mcsmoe.layers.config_file import CONFIG, check_config_file
 from hf_mcsmoe.layers.hub import HubFile
 from hf_mcsmoe.modeling.companions_mcsmoe import source_folder
+from hf_mcsmoe.processes import current
 
 # Of each file in the cache what it points to, and the time of that in nanoseconds.
 Own = dict[str, list[Any]]
 # Headers that are asked for side by side, and bytes that are read from the Hub without fetching their shards.
 REQUESTS, SMALL = 8, 16_000_000
+# Of the passes over blocks in which several processes drop what all have left; all count alike.
+_PASSES = count()
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,10 @@ class Shard(HubFile):
 
     def open(self, mode: str = "rb") -> Any:
         """Return the file, opened."""
-        file = None if self.snapshot is None else self.snapshot.folder / self.name
-        return file.open(mode) if file and file.is_file() else super().open(mode)
+        if self.snapshot is not None:
+            with contextlib.suppress(FileNotFoundError):
+                return (self.snapshot.folder / self.name).open(mode)
+        return super().open(mode)
 
 
 class Snapshot:
@@ -68,6 +74,9 @@ class Snapshot:
         # What is to be fetched ahead and is not there yet, and who fetches.
         self._ahead: set[str] = set()
         self._threads: list[threading.Thread] = []
+        # What this one of several processes needs no more, in the pass of this number; and on the way back.
+        self._left: tuple[set[str], set[str]] = (set(), set())
+        self._pass = next(_PASSES)
         source_folder(repo_id, self.commit)
 
     @property
@@ -129,30 +138,72 @@ class Snapshot:
                 with self._turns[name]:
                     if not (self.folder / name).is_file() and name in self._ahead:
                         self.fetched(name)
-                        if name not in self._ahead:
+                        if name not in self._ahead.union(*self._left):
                             self._drop([str(self.folder / name)])
 
-    def drop(self, names: Iterable[str]) -> None:
-        """Remove files from the cache that were fetched for this, and no others."""
+    def drop(self, names: Iterable[str], *, is_back: bool = False) -> None:
+        """Remove files from the cache that were fetched for this, and no others; of several processes once all ask.
+
+        Args:
+            is_back: whether on the way back, on which what was dropped before is read once more.
+
+        Raises:
+            RuntimeError: another process ended.
+        """
         names = set(names)
         with self._lock:
             self._ahead -= names
-        self._drop([str(self.folder / name) for name in names])
+        self._drop([str(self.folder / name) for name in self._free(names, is_back=is_back)])
+
+    def _free(self, names: set[str], *, is_back: bool) -> set[str]:
+        """Return which files no process needs in this pass, of these and of those that this one has left before."""
+        processes = current()
+        if processes.size == 1:
+            return names
+        left = self._left[is_back]
+        for name in names - left:
+            processes.counted(f"{self._pass} {is_back} {name}", 1)
+        left |= names
+        own = [name for name in left if str(self.folder / name) in self._own]
+        return {name for name in own if processes.counted(f"{self._pass} {is_back} {name}") == processes.size}
+
+    def hand_over(self) -> None:
+        """End a pass of several processes: the first has as its own what others fetched into the cache that it reads.
+
+        Raises:
+            RuntimeError: another process ended.
+        """
+        processes = current()
+        self._end_ahead()
+        processes.gathered(None)  # all have left what they leave
+        self.drop((), is_back=bool(self._left[True]))
+        parts = processes.gathered(self._own)
+        here = {file: told for own in parts for file, told in own.items() if _is_there(file, *told)}
+        here = processes.sent(here, 0)
+        with self._lock:
+            others = {file: told for file, told in self._own.items() if here.get(file) != told}
+            self._own = {**here, **self._own} if processes.is_first else others
+            self._note(self._own)
+        self._left, self._pass = (set(), set()), next(_PASSES)
 
     def drop_all(self) -> None:
         """Remove all files from the cache that were fetched for this, of an earlier commit too, and fetch no more."""
+        self._end_ahead()
+        self._drop([*self._own])
+
+    def _end_ahead(self) -> None:
+        """Fetch no more ahead than is being fetched, and wait for that."""
         with self._lock:
             self._ahead.clear()
         for thread in self._threads:
             thread.join()
-        self._drop([*self._own])
 
     def _drop(self, files: Iterable[str]) -> None:
         with self._lock:
             for link, (content, time) in [(Path(file), self._own.pop(file)) for file in files if file in self._own]:
                 # A file that was fetched anew since, or that another commit has too, is not ours.
-                if os.path.realpath(link) == content and _time_of(content) == time:
-                    link.unlink()
+                if _is_there(link, content, time):
+                    link.unlink(missing_ok=True)
                     if not any(os.path.realpath(other) == content for other in link.parents[1].glob(f"*/{link.name}")):
                         Path(content).unlink(missing_ok=True)
             self._note(self._own)
@@ -212,12 +263,27 @@ class Passage:
             self.snapshot.fetch_ahead(sorted(self._shards[order[order.index(path) + 1]]))
 
     def left(self, path: str, *, is_back: bool = False) -> None:
-        """Drop what is not read any more, if that is asked for, when a block or a part of it is done."""
+        """Drop what is not read any more, if that is asked for, when a block or a part of it is done.
+
+        Of several processes a part says nothing, such as a router that is looked at before the blocks pass.
+        """
         block = next((block for block in self._paths if f"{path}.".startswith(f"{block}.")), None)
-        if self.drops and block is not None:
+        if self.drops and block is not None and (path == block or current().size == 1):
             names = self._shards[block] - self._shards.get("", set())
             last = self._first if is_back else self._last
-            self.snapshot.drop(name for name in names if last[name] == block)
+            self.snapshot.drop((name for name in names if last[name] == block), is_back=is_back)
+
+    def end(self) -> None:
+        """End a pass that several processes share: the first has what was fetched, and the others drop what is left.
+
+        Raises:
+            RuntimeError: another process ended.
+        """
+        if current().size > 1:
+            self.snapshot.hand_over()
+            if not current().is_first:
+                self.close()
+                self.snapshot.follow({}, lambda own: None)
 
     def close(self) -> None:
         """Drop all that was fetched, if that is asked for."""
@@ -230,11 +296,11 @@ def _files_in(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.suffix != ".incomplete"] if folder.is_dir() else []
 
 
-def _time_of(file: str) -> int | None:
-    """Return the time of a file in nanoseconds; None where there is none."""
+def _is_there(link: str | Path, content: str, time: int) -> bool:
+    """Tell whether a file of a commit points to some content, which is of a time in nanoseconds."""
     with contextlib.suppress(OSError):
-        return os.stat(file).st_mtime_ns
-    return None
+        return os.path.realpath(link) == content and os.stat(content).st_mtime_ns == time
+    return False
 
 
 def _download(repo_id: str, name: str, commit: str | None) -> Path:

@@ -42,15 +42,10 @@ class StreamConfig:
             options: see `Folder`.
 
         Raises:
-            ValueError: see `Folder` and `check_drops`; or shards are to be dropped that other processes may read.
+            ValueError: see `Folder` and `check_drops`.
         """
         self.check_drops(source)
-        if self.drop_source_cache and current().size > 1:
-            raise ValueError(
-                "--drop-source-cache (drop_source_cache=True) goes with one process: others may still read what it "
-                "drops. Start one, or leave it out."
-            )
-        commit = None if self.restart else commit_of(output)
+        commit = current().agreed(lambda: None if self.restart else commit_of(output))
         return Folder(source, commit=commit, drops=self.drop_source_cache, **options)
 
     def check_drops(self, source: str | os.PathLike | Folder) -> None:

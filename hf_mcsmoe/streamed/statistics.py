@@ -65,6 +65,8 @@ def first_sweep(
         goes_back = bool(gradient_names(of_data(needs)))
         kept = [part.content.setdefault(key, []) for key in (STATISTICS, GONE_BACK)[: 1 + goes_back]]
         number = len(kept) * len(paths)
+        if folder.snapshot is not None and not processes.is_first:
+            part.follow(folder.snapshot)
 
         def done() -> None:
             part.check_source(folder)
@@ -77,6 +79,7 @@ def first_sweep(
             found = collect(layers, own, of_data(needs), states, part, done)
             tell(STATISTICS, number, number)  # no gradient reaches what lies before the first experts
             summed(found)
+            folder.end_pass()
         processes.agreed(partial(found.save, place / SUMS))
         part.remove()
     return found

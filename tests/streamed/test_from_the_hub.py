@@ -11,9 +11,10 @@ from families import build
 from helpers import Run, batches
 from hub import Hub, here, running_hub
 from huggingface_hub import constants
+from pair import in_two_processes
 from transformers import PreTrainedTokenizerFast
 
-from hf_mcsmoe import MergeConfig, compress_folder
+from hf_mcsmoe import MergeConfig, collect_statistics, compress_folder, together
 from hf_mcsmoe.layers import snapshot
 from hf_mcsmoe.layers.checkpoint import tensors_of_file
 from hf_mcsmoe.layers.find import Layers
@@ -308,3 +309,88 @@ def test_on_the_command_line(hub: Hub, source: Path, run: Run, tmp_path: Path) -
     assert not cached(tmp_path / "cache")
     code, _, err = run("calibrate", ID, *data[:4], "--drop-source-cache", "--output", tmp_path / "more.safetensors")
     assert (code, "goes with --stream" in err) == (1, True)
+
+
+def _together(hub: Hub, folder: Path, drops: StreamConfig, killed: tuple[int, int] | None = None) -> list[Any]:
+    """Compress in two processes that share a cache, one of which may be killed right after a save of its own part.
+
+    Returns of each the most shards that it saw in the cache; None of the killed one, and what the other was told.
+    """
+    rows, cache = batches("mixtral", build("mixtral"), 4, batch_size=4), folder.parent / "cache"
+
+    def work(rank: int) -> Any:
+        saves, write, most, fetched = [0], Journal.save, [0], Snapshot.fetched
+
+        def save(self: Journal) -> None:
+            write(self)
+            saves[0] += "rank-" in str(self.folder)
+            if killed == (rank, saves[0]):
+                wait()
+                os._exit(9)
+
+        def wait() -> None:
+            """Wait for what is being fetched ahead: between its end and the note of it nobody knows whose it is."""
+            for one in seen:
+                for thread in one._threads:
+                    thread.join(60)
+
+        def watched(self: Snapshot, name: str) -> Path:
+            file = fetched(self, name)
+            most[0] = max(most[0], len(cached(cache)))
+            seen.append(self)
+            return file
+
+        seen = list[Snapshot]()
+        Journal.save, Snapshot.fetched = save, watched
+        try:
+            with together(patience=60):
+                compress_folder(ID, folder / "out", rows, HALF, stream=drops)
+        except RuntimeError as error:
+            wait()
+            return str(error)
+        return most[0]
+
+    folder.mkdir(exist_ok=True)
+    return in_two_processes(work, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [None, (0, 3), (1, 3)])
+def test_two_processes_fetch_each_shard_once_a_sweep(
+    killed: tuple[int, int] | None, hub: Hub, source: Path, tmp_path: Path
+) -> None:
+    drops, cache = StreamConfig(drop_source_cache=True), tmp_path / "cache"
+    rows = batches("mixtral", build("mixtral"), 4, batch_size=4)
+    compress_folder(ID, tmp_path / "alone", rows, HALF, stream=drops)
+    alone = fetches(hub)
+    assert set(alone.values()) == {1, 2}
+    before = min(alone)
+    Snapshot(ID).fetched(before)  # which is nobody's to drop
+    hub.sent.clear()
+    if killed:
+        found = _together(hub, tmp_path / "shared", drops, killed)
+        assert found[killed[0]] is None
+        assert "ended without a word" in found[1 - killed[0]]
+    most = _together(hub, tmp_path / "shared", drops)
+    assert cached(cache) == {before}
+    if not killed:
+        assert fetches(hub) == alone | {before: 0}
+        assert max(most) < len(alone)
+    assert not list((tmp_path / "shared").glob(".*"))
+    assert (tmp_path / "shared" / "out" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_that_calibrate_share_a_cache(hub: Hub, tmp_path: Path) -> None:
+    rows = batches("mixtral", build("mixtral"), 4, batch_size=4)
+
+    def work(rank: int) -> bool:
+        with together(patience=60):
+            folder = Folder(ID, drops=True)
+            collect_statistics(Layers.of(folder), rows)
+            folder.drop_fetched()
+        return True
+
+    assert in_two_processes(work, tmp_path) == [True, True]
+    assert set(fetches(hub).values()) == {1}
+    assert not cached(tmp_path / "cache")
