@@ -148,13 +148,13 @@ class Fetched:
 
     def __init__(self) -> None:
         self.ahead: list[list[str]] = []
-        self.dropped: list[list[str]] = []
+        self.dropped: list[tuple[list[str], bool]] = []
 
     def fetch_ahead(self, names: list[str]) -> None:
         self.ahead.append(names)
 
-    def drop(self, names: Iterator[str]) -> None:
-        self.dropped.append(sorted(names))
+    def drop(self, names: Iterator[str], *, is_back: bool) -> None:
+        self.dropped.append((sorted(names), is_back))
 
 
 def test_shards_are_fetched_and_dropped_on_the_way_back_as_well() -> None:
@@ -165,4 +165,5 @@ def test_shards_are_fetched_and_dropped_on_the_way_back_as_well() -> None:
             passage.entered(path, is_back=is_back)
             passage.left(path, is_back=is_back)
     assert fetched.ahead == [["a", "b"], ["b"], ["a", "b"], ["a"]]
-    assert fetched.dropped == [[], ["a"], ["b"], [], ["b"], ["a"]]
+    there, back = [[], ["a"], ["b"]], [[], ["b"], ["a"]]
+    assert fetched.dropped == [*((names, False) for names in there), *((names, True) for names in back)]
