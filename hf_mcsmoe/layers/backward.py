@@ -12,10 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 
 from hf_mcsmoe.layers.batches import hooks
 from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.folder import Folder
+from hf_mcsmoe.layers.layer import is_router_recorded
 from hf_mcsmoe.layers.nest import spooled
 from hf_mcsmoe.layers.streaming import back, blocks, wait_for
 
@@ -136,12 +138,12 @@ class ByBlocks:
             layers: of a `Folder`, whose experts take gradients.
 
         Raises:
-            ValueError: they share their experts, or lie in no block.
+            ValueError: they share their experts, or lie in no block; a loss reads what other modules say.
         """
         self.keeper, self._blocks = keeper, blocks(layers.model)
         check_blocks(layers)
         self._routers: dict[str, list[nn.Module]] = defaultdict(list)
-        for layer in layers:
+        for layer in () if _says_more(layers) else layers:
             path = next(path for path in self._blocks if layer.name.startswith(f"{path}."))
             self._routers[path].append(layer.router)
         self._own = threading.local()  # of the forward in this thread: `calls`, `said`, `depth`, `is_back`
@@ -272,3 +274,20 @@ def apart(nest: Any) -> Any:
 
 def _takes_gradients(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _says_more(layers: Layers) -> bool:
+    """Tell whether a family records router logits of more than its routers, which then are not listened to.
+
+    Raises:
+        ValueError: it does, and the loss reads them.
+    """
+    if all(is_router_recorded(layer) for layer in layers):
+        return False
+    models = [module for module in layers.model.modules() if isinstance(module, PreTrainedModel)]
+    if any(getattr(model.config, "output_router_logits", False) for model in models):
+        raise ValueError(
+            f"{type(layers.model).__name__} records router logits of other modules than its routers, and the loss "
+            "reads them, which is not done block by block: set output_router_logits to false, or load the model."
+        )
+    return True

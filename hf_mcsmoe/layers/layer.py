@@ -236,16 +236,26 @@ def is_distribution(values: torch.Tensor) -> bool:
     return bool((values >= 0).all()) and bool(((values.float().sum(-1) - 1).abs() < 1e-3).all())
 
 
-def _recorder(model: nn.Module, name: str) -> Any:
-    """Return the `OutputRecorder` that the innermost model around `name` declares for its router logits."""
+def _recorders(model: nn.Module, name: str) -> list[Any]:
+    """Return what the innermost model around `name` declares that it records as router logits."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         module = model.get_submodule(".".join(parts[:depth]))
         recorder = getattr(module, "_can_record_outputs", None) or {}
         if isinstance(module, PreTrainedModel) and "router_logits" in recorder:
             found = recorder["router_logits"]
-            return found[-1] if isinstance(found, list) else found
-    return None
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def _recorder(model: nn.Module, name: str) -> Any:
+    """Return the last of them, which is that of routers of experts."""
+    return next(reversed(_recorders(model, name)), None)
+
+
+def is_router_recorded(layer: MoELayer) -> bool:
+    """Tell whether of a layer's block nothing but its router, if anything, is recorded as router logits."""
+    return all(_library_name(layer.router) == _class_name(found) for found in _recorders(layer.model, layer.name))
 
 
 def recorded_index(layer: MoELayer) -> int:

@@ -116,6 +116,20 @@ def is_free(folder: Folder, path: str) -> bool:
     return all(parameter.is_meta for parameter in folder.model.get_submodule(path).parameters())
 
 
+@pytest.mark.parametrize("name", ["jetmoe", "ernie4_5_vl_moe"])
+def test_logits_of_more_than_routers_are_refused_where_a_loss_reads_them(name: str, tmp_path: Path) -> None:
+    model, rows = made(name, labels=False)
+    config = MergeConfig(experts=2, saliency="taylor")
+    assert_same(collect_statistics(saved(model, tmp_path), rows, NEEDS), collect_statistics(model, rows, NEEDS))
+    compress_folder(tmp_path / "source", tmp_path / "out", rows, config)
+    assert (tmp_path / "out" / "config.json").is_file()
+    for part in (model.config, model.config.get_text_config()):
+        part.output_router_logits = True
+    with pytest.raises(ValueError, match="records router logits of other modules"):
+        compress_folder(saved(model, tmp_path / "loud"), tmp_path / "other", rows, config)
+    assert not (tmp_path / "other").exists()
+
+
 def test_several_processes_add_up_what_each_has_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = made("mixtral", labels=False)
     folder, shares = saved(model, tmp_path), []
