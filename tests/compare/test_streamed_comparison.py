@@ -143,3 +143,7 @@ def test_a_metric_is_measured_block_by_block(tmp_path: Path, monkeypatch: pytest
     assert any(cell.metrics for cell in ours.values())
     for key, cell in ours.items():
         assert cell.metrics == pytest.approx(theirs[key].metrics, rel=1e-5)
+
+
+def test_methods_that_read_gradients_are_compared_too(tmp_path: Path) -> None:
+    check("mixtral", Grid({"late": {"config": MergeConfig(saliency="taylor", merging="fisher")}}, [0.5]), tmp_path)

@@ -19,6 +19,8 @@ from hf_mcsmoe.layers.snapshot import Passage
 from hf_mcsmoe.methods.statistics import STATISTICS, gradient_names
 from hf_mcsmoe.processes import Processes, working_as
 from hf_mcsmoe.streamed.compress import compress_folder
+from hf_mcsmoe.streamed.data import Data
+from hf_mcsmoe.streamed.journal import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Few calibration tokens")
 LATE = gradient_names(STATISTICS)
@@ -78,6 +80,27 @@ def test_what_an_encoder_gives_every_block_of_a_decoder_is_added_up(tmp_path: Pa
             else:  # gradients of several blocks meet, in another order
                 assert value.any()
                 assert relative_error(found[layer][name], value) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_what_waits_takes_what_is_counted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = made(name, labels=False)
+    counted, seen, save, count = list[int](), [0], Journal.save, Data.back_bytes
+
+    def watched(self: Journal) -> None:
+        seen.append(sum(payload(file) for file in self.folder.glob("?????.*")))
+        save(self)
+
+    monkeypatch.setattr(Journal, "save", watched)
+    monkeypatch.setattr(Data, "back_bytes", lambda *given: counted.append(count(*given)) or counted[0])
+    compress_folder(saved(model, tmp_path), tmp_path / "out", rows, MergeConfig(experts=4, saliency="taylor"))
+    assert max(seen) <= counted[0] < 2 * max(seen)
+
+
+def payload(file: Path) -> int:
+    """Return the bytes of the tensors in a file of hidden states, which begin behind a header of multiples of 64."""
+    start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    return file.stat().st_size - (start + 63) // 64 * 64
 
 
 def test_what_routers_say_is_read_by_a_loss(tmp_path: Path) -> None:
