@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from hf_mcsmoe.layers.batches import hooks
 from hf_mcsmoe.layers.find import Layers, check_blocks
 from hf_mcsmoe.layers.folder import Folder
-from hf_mcsmoe.layers.layer import is_router_recorded
+from hf_mcsmoe.layers.layer import recorded_modules
 from hf_mcsmoe.layers.nest import spooled
 from hf_mcsmoe.layers.streaming import back, blocks, wait_for
 
 Gradients = list[torch.Tensor | None]
+# What lets a model, or a forward, record router logits and add a loss of them.
+OUTPUT = "output_router_logits"
 
 
 class Backward(Protocol):
@@ -143,9 +145,15 @@ class ByBlocks:
         self.keeper, self._blocks = keeper, blocks(layers.model)
         check_blocks(layers)
         self._routers: dict[str, list[nn.Module]] = defaultdict(list)
-        for layer in () if _says_more(layers) else layers:
+        for layer in layers:
             path = next(path for path in self._blocks if layer.name.startswith(f"{path}."))
             self._routers[path].append(layer.router)
+        self._model, routers = layers.model, {id(layer.router) for layer in layers}
+        recorded = [module for path in self._blocks for module in recorded_modules(layers.model, path)]
+        self._others = [module for module in recorded if id(module) not in routers]
+        if self._others:  # and then routers are not listened to
+            self._routers.clear()
+            self._check(layers.model, (), {})
         self._own = threading.local()  # of the forward in this thread: `calls`, `said`, `depth`, `is_back`
 
     @contextlib.contextmanager
@@ -155,6 +163,7 @@ class ByBlocks:
         Others that change what a block gives are to be there before.
         """
         with hooks() as handles:
+            handles.append(self._model.register_forward_pre_hook(self._check, with_kwargs=True))
             for path, block in self._blocks.items():
                 handles.append(block.register_forward_pre_hook(self._enter))
                 handles.append(block.register_forward_hook(partial(self._leave, path), with_kwargs=True))
@@ -203,6 +212,17 @@ class ByBlocks:
     def _take(self, gradients: Gradients) -> None:
         for leaf, gradient in zip(self._left, gradients, strict=True):
             leaf.grad = gradient
+
+    def _check(self, model: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        """Raise ValueError where the loss of a forward reads router logits of modules that are no routers."""
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        by_itself = any(getattr(model.config, OUTPUT, False) for model in models)
+        asked = keywords.get(OUTPUT)
+        if self._others and (by_itself if asked is None else asked):
+            raise ValueError(
+                f"{type(model).__name__} records what a {type(self._others[0]).__name__} says as router logits, and "
+                f"the loss reads them, which is not done block by block: set {OUTPUT} to false, or load the model."
+            )
 
     def _enter(self, *_: Any) -> None:
         if self._goes_on:
@@ -274,20 +294,3 @@ def apart(nest: Any) -> Any:
 
 def _takes_gradients(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _says_more(layers: Layers) -> bool:
-    """Tell whether a family records router logits of more than its routers, which then are not listened to.
-
-    Raises:
-        ValueError: it does, and the loss reads them.
-    """
-    if all(is_router_recorded(layer) for layer in layers):
-        return False
-    models = [module for module in layers.model.modules() if isinstance(module, PreTrainedModel)]
-    if any(getattr(model.config, "output_router_logits", False) for model in models):
-        raise ValueError(
-            f"{type(layers.model).__name__} records router logits of other modules than its routers, and the loss "
-            "reads them, which is not done block by block: set output_router_logits to false, or load the model."
-        )
-    return True

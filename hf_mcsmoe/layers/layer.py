@@ -253,9 +253,19 @@ def _recorder(model: nn.Module, name: str) -> Any:
     return next(reversed(_recorders(model, name)), None)
 
 
-def is_router_recorded(layer: MoELayer) -> bool:
-    """Tell whether of a layer's block nothing but its router, if anything, is recorded as router logits."""
-    return all(_library_name(layer.router) == _class_name(found) for found in _recorders(layer.model, layer.name))
+def recorded_modules(model: nn.Module, path: str) -> list[nn.Module]:
+    """Return the modules below `path` whose outputs the family records as router logits."""
+    named = model.get_submodule(path).named_modules(prefix=path)
+    return [module for name, module in named if any(_is_of(name, module, one) for one in _recorders(model, name))]
+
+
+def _is_of(name: str, module: nn.Module, recorder: Any) -> bool:
+    """Tell whether a recorder, which may be a class or the end of a path alone, is of this module."""
+    target = getattr(recorder, "target_class", recorder)
+    end = recorder if isinstance(recorder, str) else getattr(recorder, "class_name", None)
+    place = (getattr(recorder, "layer_name", None) or "").strip(".")
+    is_meant = (isinstance(target, type) and isinstance(module, target)) or bool(end and name.endswith(end))
+    return is_meant and (not place or f".{place}." in f".{name}.")
 
 
 def recorded_index(layer: MoELayer) -> int:

@@ -146,11 +146,22 @@ def test_logits_of_more_than_routers_are_refused_where_a_loss_reads_them(name: s
     assert_same(collect_statistics(saved(model, tmp_path), rows, NEEDS), collect_statistics(model, rows, NEEDS))
     compress_folder(tmp_path / "source", tmp_path / "out", rows, config)
     assert (tmp_path / "out" / "config.json").is_file()
+    with pytest.raises(ValueError, match="says as router logits, and the loss reads them"):
+        collect_statistics(Folder(tmp_path / "source"), [{**row, "output_router_logits": True} for row in rows], NEEDS)
     for part in (model.config, model.config.get_text_config()):
         part.output_router_logits = True
-    with pytest.raises(ValueError, match="records router logits of other modules"):
+    with pytest.raises(ValueError, match="says as router logits, and the loss reads them"):
         compress_folder(saved(model, tmp_path / "loud"), tmp_path / "other", rows, config)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_family_with_routers_that_are_not_recorded_is_summed_with_its_loss(tmp_path: Path) -> None:
+    model, rows = made("deepseek_v4", labels=False, coefficient=3.0)
+    folder = saved(model, tmp_path)
+    loud = collect_statistics(type(model).from_pretrained(tmp_path / "source"), rows, NEEDS)
+    assert_same(collect_statistics(folder, rows, NEEDS), loud)
+    quiet = collect_statistics(model, [{**row, "output_router_logits": False} for row in rows], NEEDS)
+    assert any(not sums[name].equal(quiet[layer][name]) for layer, sums in loud.layers.items() for name in sums)
 
 
 def test_several_processes_add_up_what_each_has_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
